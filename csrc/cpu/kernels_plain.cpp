@@ -1,0 +1,5 @@
+#include "kernels_impl.h"
+
+namespace onepass::cpu {
+extern const Kernels kKernelsPlain = ONEPASS_KERNELS;
+}

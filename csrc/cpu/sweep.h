@@ -1,0 +1,56 @@
+// The CPU sweep: one walk over the whole parameter list, in pieces of equal cost that the threads
+// take in turn. It knows neither algorithms nor formats.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace onepass::cpu {
+
+// One parameter with what belongs to it, in memory order.
+struct Entry {
+  void* param;
+  const void* grad;
+  void* states[kMaxStates];
+  int64_t numel;
+  int64_t first;  // index of the first element in the whole tensor, for the random bits
+  int64_t param_id;
+  int32_t row;  // of the hyperparameter table
+  uint16_t rule, flags;
+  Format param_format, grad_format, state_formats[kMaxStates];
+  uint8_t slots;  // bit k: the rule has state k
+
+  bool has(int k) const { return slots >> k & 1; }
+};
+
+// Elements a tile holds. Five fp32 tiles (weight, gradient, three states) fill 20 of the 32 to
+// 48 KiB of an L1 cache.
+constexpr int kTile = 1024;
+// A piece of work: large enough to hide the counter that hands it out, small enough that threads
+// on a busy machine end together.
+constexpr int64_t kPiece = 64 * kTile;
+// What an entry costs beside its elements, in elements.
+constexpr int64_t kEntryCost = 64;
+
+// Where each piece begins: entry and element, in whole tiles.
+struct Cut {
+  int64_t entry, element;
+};
+std::vector<Cut> cut_pieces(const std::vector<Entry>& entries);
+
+// hyper: kHyperWidth floats a row. counters: seed and step of each row.
+void sweep(
+    const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts,
+    const float* hyper, const int64_t* counters);
+
+// The kernels of the instruction set in use: the best this machine has unless select_isa asked
+// for another.
+const Kernels& kernels();
+// "auto", "plain", "avx2" or "avx512"; false where this machine or build lacks it.
+bool select_isa(const char* name);
+const char* isa_name();
+
+}  // namespace onepass::cpu

@@ -1,0 +1,31 @@
+// IEEE binary16 by integer arithmetic, so that every instruction set vectorises the same source.
+#pragma once
+
+#include "../macros.h"
+
+namespace onepass {
+
+ONEPASS_HD float decode_fp16(uint16_t code) {
+  const uint32_t sign = (code & 0x8000u) << 16;
+  const uint32_t magnitude = code & 0x7FFFu;
+  const uint32_t rebased = (magnitude << 13) + (112u << 23);
+  const uint32_t special = magnitude >= 0x7C00u ? 112u << 23 : 0u;  // infinity and NaN
+  const uint32_t denormal = to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return from_bits(sign | (magnitude < 0x400u ? denormal : rebased + special));
+}
+
+// To nearest, ties to even; from 65520 on, infinity.
+ONEPASS_HD uint16_t encode_fp16(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Beside 0.5 the spacing of fp32 is fp16's smallest denormal, so the addition rounds for us.
+  const uint32_t denormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  uint32_t code = magnitude < 0x38800000u ? denormal : normal;
+  code = magnitude >= 0x477FF000u ? 0x7C00u : code;
+  code = magnitude > 0x7F800000u ? 0x7E00u : code;
+  return static_cast<uint16_t>(sign | code);
+}
+
+}  // namespace onepass

@@ -1,0 +1,29 @@
+// Adagrad. Duchi, Hazan, Singer, "Adaptive subgradient methods" (2011).
+#pragma once
+
+#include "../macros.h"
+
+namespace onepass {
+
+template <unsigned Flags>
+struct Adagrad {
+  static constexpr bool kDecoupled = Flags & 1;
+  static constexpr bool kEpsInSqrt = Flags & 2;
+  static constexpr bool kValid = Flags < 4;
+  static constexpr unsigned kSlots = 0b001;
+
+  struct Hyper {
+    float lr, weight_decay, eps;
+  };
+
+  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& sum, float&, float&) {
+    if (!kDecoupled) grad = grad + h.weight_decay * param;
+    sum = sum + grad * grad;
+    const float denom = kEpsInSqrt ? sqrt_rn(sum + h.eps) : sqrt_rn(sum) + h.eps;
+    float delta = h.lr * div_rn(grad, denom);
+    if (kDecoupled) delta = delta + h.weight_decay * param;
+    param = param - delta;
+  }
+};
+
+}  // namespace onepass

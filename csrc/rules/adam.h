@@ -1,0 +1,38 @@
+// Adam and AdamW. Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled weight decay
+// regularization" (2019); amsgrad: Reddi, Kale, Kumar, "On the convergence of Adam" (2018).
+#pragma once
+
+#include "../macros.h"
+
+namespace onepass {
+
+template <unsigned Flags>
+struct Adam {
+  static constexpr bool kDecoupled = Flags & 1;
+  static constexpr bool kAmsgrad = Flags & 2;
+  static constexpr bool kValid = Flags < 4;
+  static constexpr unsigned kSlots = kAmsgrad ? 0b111 : 0b011;
+
+  // The bias corrections are folded in on the host, which leaves one division and one root:
+  // step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t), eps = eps * sqrt(1 - beta2^t).
+  struct Hyper {
+    float step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+  };
+
+  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& exp_avg, float& exp_avg_sq, float& max_exp_avg_sq) {
+    if (!kDecoupled) grad = grad + h.weight_decay * param;
+    exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
+    float second = exp_avg_sq;
+    if (kAmsgrad) {
+      max_exp_avg_sq = max_exp_avg_sq >= exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
+      second = max_exp_avg_sq;
+    }
+    const float denom = sqrt_rn(second) + h.eps;
+    float delta = h.step_size * div_rn(exp_avg, denom);
+    if (kDecoupled) delta = delta + h.weight_decay * param;
+    param = param - delta;
+  }
+};
+
+}  // namespace onepass

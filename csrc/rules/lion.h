@@ -1,0 +1,30 @@
+// Lion. Chen et al., "Symbolic discovery of optimization algorithms" (2023), program 1.
+#pragma once
+
+#include "../macros.h"
+
+namespace onepass {
+
+template <unsigned Flags>
+struct Lion {
+  static constexpr bool kDecoupled = Flags & 1;
+  static constexpr bool kValid = Flags < 2;
+  static constexpr unsigned kSlots = 0b001;
+
+  struct Hyper {
+    float lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
+  };
+
+  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& exp_avg, float&, float&) {
+    if (!kDecoupled) grad = grad + h.weight_decay * param;
+    const float blend = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
+    // sign(0) is 0, and sign(NaN) is NaN: a broken gradient shows in the weights at once.
+    const float sign = blend > 0.0f ? 1.0f : (blend < 0.0f ? -1.0f : blend);
+    exp_avg = h.beta2 * exp_avg + h.one_minus_beta2 * grad;
+    float delta = h.lr * sign;
+    if (kDecoupled) delta = delta + h.weight_decay * param;
+    param = param - delta;
+  }
+};
+
+}  // namespace onepass

@@ -1,0 +1,44 @@
+// RMSprop. Hinton, "Neural networks for machine learning", lecture 6e (2012); centered: Graves,
+// "Generating sequences with recurrent neural networks" (2013).
+#pragma once
+
+#include "../macros.h"
+
+namespace onepass {
+
+template <unsigned Flags>
+struct Rmsprop {
+  static constexpr bool kDecoupled = Flags & 1;
+  static constexpr bool kMomentum = Flags & 2;
+  static constexpr bool kCentered = Flags & 4;
+  static constexpr bool kEpsInSqrt = Flags & 8;
+  static constexpr bool kValid = Flags < 16;
+  static constexpr unsigned kSlots = 0b001 | (kMomentum ? 0b010 : 0) | (kCentered ? 0b100 : 0);
+
+  struct Hyper {
+    float lr, weight_decay, alpha, one_minus_alpha, eps, momentum;
+  };
+
+  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& square_avg, float& momentum_buffer, float& grad_avg) {
+    if (!kDecoupled) grad = grad + h.weight_decay * param;
+    square_avg = h.alpha * square_avg + h.one_minus_alpha * (grad * grad);
+    float variance = square_avg;
+    if (kCentered) {
+      grad_avg = h.alpha * grad_avg + h.one_minus_alpha * grad;
+      variance = square_avg - grad_avg * grad_avg;
+      // Rounding can leave it below zero, where torch.optim's root is NaN. NaN itself passes.
+      variance = variance < 0.0f ? 0.0f : variance;
+    }
+    const float denom = kEpsInSqrt ? sqrt_rn(variance + h.eps) : sqrt_rn(variance) + h.eps;
+    float direction = div_rn(grad, denom);
+    if (kMomentum) {
+      momentum_buffer = h.momentum * momentum_buffer + direction;
+      direction = momentum_buffer;
+    }
+    float delta = h.lr * direction;
+    if (kDecoupled) delta = delta + h.weight_decay * param;
+    param = param - delta;
+  }
+};
+
+}  // namespace onepass

@@ -1,0 +1,35 @@
+// SGD, momentum and Nesterov, as torch.optim.SGD writes them.
+// Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013).
+#pragma once
+
+#include "../macros.h"
+
+namespace onepass {
+
+template <unsigned Flags>
+struct Sgd {
+  static constexpr bool kDecoupled = Flags & 1;
+  static constexpr bool kMomentum = Flags & 2;
+  static constexpr bool kNesterov = Flags & 4;
+  static constexpr bool kValid = Flags < 8 && (kMomentum || !kNesterov);
+  static constexpr unsigned kSlots = kMomentum ? 0b001 : 0;
+
+  struct Hyper {
+    float lr, weight_decay, momentum, one_minus_dampening;
+  };
+
+  // one_minus_dampening is 1 on the step that creates the buffer: torch starts it at the gradient.
+  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& momentum_buffer, float&, float&) {
+    if (!kDecoupled) grad = grad + h.weight_decay * param;
+    float direction = grad;
+    if (kMomentum) {
+      momentum_buffer = h.momentum * momentum_buffer + h.one_minus_dampening * grad;
+      direction = kNesterov ? grad + h.momentum * momentum_buffer : momentum_buffer;
+    }
+    float delta = h.lr * direction;
+    if (kDecoupled) delta = delta + h.weight_decay * param;
+    param = param - delta;
+  }
+};
+
+}  // namespace onepass

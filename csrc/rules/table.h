@@ -1,0 +1,25 @@
+// The one list of rules. Python names a rule by its position here (onepass/rules.py), a variant by
+// that position and the rule's flags; a new rule is one header and one line.
+#pragma once
+
+#include "adagrad.h"
+#include "adam.h"
+#include "lion.h"
+#include "rmsprop.h"
+#include "sgd.h"
+
+#define ONEPASS_FOR_EACH_RULE(RULE, ...) \
+  RULE(0, Sgd, ##__VA_ARGS__)            \
+  RULE(1, Adagrad, ##__VA_ARGS__)        \
+  RULE(2, Rmsprop, ##__VA_ARGS__)        \
+  RULE(3, Adam, ##__VA_ARGS__)           \
+  RULE(4, Lion, ##__VA_ARGS__)
+
+namespace onepass {
+
+constexpr int kRules = 5;
+constexpr int kMaxFlags = 16;   // a rule has at most four booleans
+constexpr int kMaxStates = 3;   // and at most three states
+constexpr int kHyperWidth = 8;  // floats in a row of the hyperparameter table: grad_scale, Hyper
+
+}  // namespace onepass
