@@ -7,17 +7,30 @@
 
 namespace onepass::cpu {
 
-// Applies a rule to n elements. row is the group's row of the hyperparameter table.
+// Where the random bits of a tile come from: the keys of the elements' first and second word, and
+// the lower half of the first element's index, which does not wrap inside a tile.
+struct TileRandom {
+  RandomKey keys[2];
+  uint32_t low;
+};
+
+// Applies a rule to n elements. row is the group's row of the hyperparameter table; states has a
+// pointer for each slot that the rule has.
 using RuleFn = void (*)(
-    const float* row, int n, float* param, const float* grad, float* const* states);
+    const float* row, int n, void* param, const void* grad, void* const* states,
+    const TileRandom& random);
 // Reads elements [first, first + n) of the tensor at src.
 using DecodeFn = void (*)(const void* src, int64_t first, int n, float* tile);
-// Writes elements [first, first + n) of the tensor at dst. shift picks the half of the random word.
+// Writes elements [first, first + n) of the tensor at dst; slot is the state's, for its random
+// bits.
 using EncodeFn = void (*)(
-    const float* tile, int64_t first, int n, void* dst, RandomKey key, uint32_t low, int shift);
+    const float* tile, int64_t first, int n, void* dst, const TileRandom& random, int slot);
 
 struct Kernels {
-  RuleFn rules[kRules][kMaxFlags];
+  RuleFn fp32[kRules][kMaxFlags];  // weight, gradient and states are fp32
+  // The same update straight on bf16 tensors (stochastic states), without tiles: the division and
+  // root leave the other units idle for just as long as converting takes.
+  RuleFn bf16[kRules][kMaxFlags];
   DecodeFn decode[kFormats];
   EncodeFn encode[kFormats];
 };

@@ -24,8 +24,8 @@ constexpr int64_t kAbsent = -1;  // a format column of a state that the rule doe
 
 struct Plan {
   std::vector<Tensor> params;
-  std::vector<Tensor> states;       // of all entries, in order, only those that exist
-  std::vector<uint64_t> layouts;    // of each parameter: sizes and strides, hashed
+  std::vector<Tensor> states;     // of all entries, in order, only those that exist
+  std::vector<uint64_t> layouts;  // of each parameter: sizes and strides, hashed
   std::vector<Entry> entries;
   std::vector<Cut> cuts;
   int64_t rows = 0;
@@ -57,18 +57,28 @@ uint64_t layout_hash(const Tensor& tensor) {
 // The format of a weight or gradient; false for a dtype that has none.
 bool native_format(const Tensor& tensor, Format* format) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: *format = Format::kFp32; return true;
-    case ScalarType::BFloat16: *format = Format::kBf16; return true;
-    case ScalarType::Half: *format = Format::kFp16; return true;
-    default: return false;
+    case ScalarType::Float:
+      *format = Format::kFp32;
+      return true;
+    case ScalarType::BFloat16:
+      *format = Format::kBf16;
+      return true;
+    case ScalarType::Half:
+      *format = Format::kFp16;
+      return true;
+    default:
+      return false;
   }
 }
 
 ScalarType storage_type(Format format) {
   switch (format) {
-    case Format::kFp32: return ScalarType::Float;
-    case Format::kFp16: return ScalarType::Half;
-    default: return ScalarType::BFloat16;
+    case Format::kFp32:
+      return ScalarType::Float;
+    case Format::kFp16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::BFloat16;
   }
 }
 
@@ -86,7 +96,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
     Entry entry{};
     STD_TORCH_CHECK(
         row[kRule] >= 0 && row[kRule] < kRules && row[kFlags] >= 0 && row[kFlags] < kMaxFlags &&
-            kernels().rules[row[kRule]][row[kFlags]],
+            kernels().fp32[row[kRule]][row[kFlags]],
         "onepass: no rule ", row[kRule], " with flags ", row[kFlags], at(i));
     STD_TORCH_CHECK(
         native_format(param, &entry.param_format),
@@ -108,8 +118,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
       const Tensor& state = states[next_state++];
       entry.state_formats[k] = static_cast<Format>(code);
       STD_TORCH_CHECK(
-          same_layout(state, param) &&
-              state.scalar_type() == storage_type(entry.state_formats[k]),
+          same_layout(state, param) && state.scalar_type() == storage_type(entry.state_formats[k]),
           "onepass: a state has another shape, layout or dtype than the plan says", at(i));
       entry.states[k] = state.mutable_data_ptr();
       entry.slots |= 1u << k;
@@ -154,8 +163,8 @@ void run(const Plan& plan, const Tensor& hyper, const Tensor& counters) {
           hyper.numel() >= plan.rows * kHyperWidth,
       "onepass: hyper must be a contiguous float32 CPU tensor of ", plan.rows, " x ", kHyperWidth);
   STD_TORCH_CHECK(
-      counters.is_cpu() && counters.scalar_type() == ScalarType::Long &&
-          counters.is_contiguous() && counters.numel() >= plan.rows * 2,
+      counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
+          counters.numel() >= plan.rows * 2,
       "onepass: counters must be a contiguous int64 CPU tensor of ", plan.rows, " x 2");
   sweep(
       kernels(), plan.entries, plan.cuts, hyper.const_data_ptr<float>(),

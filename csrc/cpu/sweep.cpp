@@ -23,60 +23,92 @@ class DefaultRounding {
 #endif
 };
 
+// Fp32 copies of what is not fp32, small enough that a tile's reads, update and writes overlap.
 struct Tiles {
   alignas(64) float param[kTile], grad[kTile], states[kMaxStates][kTile];
 };
 
-// Elements [begin, end) of one entry, tile by tile: decode, rule, encode. fp32 tensors are worked
-// on where they are.
+bool needs_random(const Entry& entry) {
+  for (int k = 0; k < kMaxStates; ++k)
+    if (entry.has(k) && entry.state_formats[k] == Format::kBf16Stochastic) return true;
+  return false;
+}
+
+// The kernel that works on the entry's tensors as they are, if there is one.
+RuleFn direct_kernel(const Kernels& kernels, const Entry& entry) {
+  const auto all = [&](Format weight, Format state) {
+    bool same = entry.param_format == weight && entry.grad_format == weight;
+    for (int k = 0; k < kMaxStates; ++k)
+      same = same && (!entry.has(k) || entry.state_formats[k] == state);
+    return same;
+  };
+  if (all(Format::kFp32, Format::kFp32)) return kernels.fp32[entry.rule][entry.flags];
+  if (all(Format::kBf16, Format::kBf16Stochastic)) return kernels.bf16[entry.rule][entry.flags];
+  return nullptr;
+}
+
+void* element(void* base, Format format, int64_t index) {
+  return static_cast<char*>(base) + index * (format == Format::kFp32 ? 4 : 2);
+}
+
+// n elements from first on: decode, rule, encode. fp32 tensors are worked on where they are.
+void sweep_tile(
+    const Kernels& kernels, const Entry& entry, int64_t first, int n, const float* row,
+    const TileRandom& random, Tiles& tiles) {
+  const auto open = [&](Format format, void* base, float* tile) {
+    if (format == Format::kFp32) return static_cast<float*>(base) + first;
+    kernels.decode[static_cast<int>(format)](base, first, n, tile);
+    return tile;
+  };
+  const auto close = [&](Format format, const float* tile, void* base, int slot) {
+    if (format != Format::kFp32)
+      kernels.encode[static_cast<int>(format)](tile, first, n, base, random, slot);
+  };
+  float* param = open(entry.param_format, entry.param, tiles.param);
+  const float* grad = open(entry.grad_format, const_cast<void*>(entry.grad), tiles.grad);
+  void* states[kMaxStates] = {};
+  for (int k = 0; k < kMaxStates; ++k)
+    if (entry.has(k)) states[k] = open(entry.state_formats[k], entry.states[k], tiles.states[k]);
+  kernels.fp32[entry.rule][entry.flags](row, n, param, grad, states, random);
+  close(entry.param_format, param, entry.param, 0);
+  for (int k = 0; k < kMaxStates; ++k)
+    if (entry.has(k))
+      close(entry.state_formats[k], static_cast<float*>(states[k]), entry.states[k], k);
+}
+
+// Elements [begin, end) of one entry.
 void sweep_entry(
     const Kernels& kernels, const Entry& entry, int64_t begin, int64_t end, const float* row,
     const int64_t* counters, Tiles& tiles) {
-  const RuleFn rule = kernels.rules[entry.rule][entry.flags];
-  const auto in_place = [](Format format) { return format == Format::kFp32; };
-  const auto decode = [&](Format format, const void* src, int64_t first, int n, float* tile) {
-    kernels.decode[static_cast<int>(format)](src, first, n, tile);
-  };
-  bool random = false;
-  for (int k = 0; k < kMaxStates; ++k)
-    random |= entry.has(k) && entry.state_formats[k] == Format::kBf16Stochastic;
-  uint64_t stream = 0;
-  if (random)
-    stream = random_stream(
-        static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
-        static_cast<uint64_t>(entry.param_id));
-
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int n = static_cast<int>(std::min<int64_t>(kTile, end - first));
-    float* param = static_cast<float*>(entry.param) + first;
-    if (!in_place(entry.param_format))
-      decode(entry.param_format, entry.param, first, n, param = tiles.param);
-    const float* grad = static_cast<const float*>(entry.grad) + first;
-    if (!in_place(entry.grad_format)) {
-      decode(entry.grad_format, entry.grad, first, n, tiles.grad);
-      grad = tiles.grad;
-    }
-    float* states[kMaxStates] = {};
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (!entry.has(k)) continue;
-      states[k] = static_cast<float*>(entry.states[k]) + first;
-      if (!in_place(entry.state_formats[k]))
-        decode(entry.state_formats[k], entry.states[k], first, n, states[k] = tiles.states[k]);
-    }
-
-    rule(row, n, param, grad, states);
-
-    const auto encode = [&](Format format, const float* tile, void* dst, int slot) {
+  const RuleFn direct = direct_kernel(kernels, entry);
+  const bool draws = needs_random(entry);
+  const uint64_t stream =
+      draws ? random_stream(
+                  static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
+                  static_cast<uint64_t>(entry.param_id))
+            : 0;
+  const int64_t step = direct ? kPiece : kTile;
+  for (int64_t first = begin; first < end;) {
+    int64_t n = std::min(step, end - first);
+    TileRandom random{};
+    if (draws) {
       const uint64_t index = static_cast<uint64_t>(entry.first + first);
-      RandomKey key{};
-      if (random) key = random_key(stream, static_cast<uint32_t>(index >> 32), slot / 2);
-      kernels.encode[static_cast<int>(format)](
-          tile, first, n, dst, key, static_cast<uint32_t>(index), slot % 2 * 16);
-    };
-    if (!in_place(entry.param_format)) encode(entry.param_format, param, entry.param, 0);
-    for (int k = 0; k < kMaxStates; ++k)
-      if (entry.has(k) && !in_place(entry.state_formats[k]))
-        encode(entry.state_formats[k], states[k], entry.states[k], k);
+      const uint32_t high = static_cast<uint32_t>(index >> 32);
+      random.low = static_cast<uint32_t>(index);
+      n = std::min<int64_t>(n, (int64_t{1} << 32) - random.low);
+      for (uint32_t word = 0; word < 2; ++word) random.keys[word] = random_key(stream, high, word);
+    }
+    if (direct) {
+      void* states[kMaxStates] = {};
+      for (int k = 0; k < kMaxStates; ++k)
+        if (entry.has(k)) states[k] = element(entry.states[k], entry.state_formats[k], first);
+      direct(
+          row, static_cast<int>(n), element(entry.param, entry.param_format, first),
+          element(const_cast<void*>(entry.grad), entry.grad_format, first), states, random);
+    } else {
+      sweep_tile(kernels, entry, first, static_cast<int>(n), row, random, tiles);
+    }
+    first += n;
   }
 }
 
@@ -119,8 +151,8 @@ void sweep(
         const int64_t end = e == to.entry ? to.element : entry.numel;
         if (begin < end)
           sweep_entry(
-              kernels, entry, begin, end, hyper + entry.row * kHyperWidth,
-              counters + entry.row * 2, tiles);
+              kernels, entry, begin, end, hyper + entry.row * kHyperWidth, counters + entry.row * 2,
+              tiles);
       }
     }
   };

@@ -30,15 +30,19 @@ ONEPASS_HD RandomKey random_key(uint64_t stream, uint32_t high, uint32_t word) {
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-// 32 bits for the element whose index has the lower half low. The shape and the constants are
-// those of Wellons' 32-bit hash "lowbias32", with a second key between the two multiplications, so
-// that two streams are never shifted copies of one sequence.
-ONEPASS_HD uint32_t random_bits(RandomKey key, uint32_t low) {
-  uint32_t x = low ^ key.k0;
+// 32 bits for the element whose index has the lower half low: a Weyl sequence, then the shape and
+// constants of Wellons' 32-bit hash "lowbias32", with a second key between its multiplications, so
+// that two streams are never shifted copies of one sequence. (Without the Weyl step elements 16 or
+// 256 apart were measurably dependent.)
+constexpr uint32_t kWeyl = 0x9E3779B9u;
+
+// The Weyl sequence: the next element's value is this one's plus kWeyl, which is what loops do.
+ONEPASS_HD uint32_t random_start(RandomKey key, uint32_t low) { return low * kWeyl + key.k0; }
+
+ONEPASS_HD uint32_t random_mix(RandomKey key, uint32_t x) {
   x ^= x >> 16;
   x *= 0x7FEB352Du;
-  x ^= x >> 15;
-  x ^= key.k1;
+  x ^= (x >> 15) ^ key.k1;
   x *= 0x846CA68Bu;
   x ^= x >> 16;
   return x;

@@ -16,7 +16,8 @@ struct Adagrad {
     float lr, weight_decay, eps;
   };
 
-  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& sum, float&, float&) {
+  ONEPASS_HD static void update(
+      const Hyper& h, float& param, float grad, float& sum, float&, float&) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     sum = sum + grad * grad;
     const float denom = kEpsInSqrt ? sqrt_rn(sum + h.eps) : sqrt_rn(sum) + h.eps;

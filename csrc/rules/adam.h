@@ -19,7 +19,9 @@ struct Adam {
     float step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
   };
 
-  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& exp_avg, float& exp_avg_sq, float& max_exp_avg_sq) {
+  ONEPASS_HD static void update(
+      const Hyper& h, float& param, float grad, float& exp_avg, float& exp_avg_sq,
+      float& max_exp_avg_sq) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);

@@ -15,7 +15,8 @@ struct Lion {
     float lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
   };
 
-  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& exp_avg, float&, float&) {
+  ONEPASS_HD static void update(
+      const Hyper& h, float& param, float grad, float& exp_avg, float&, float&) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     const float blend = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     // sign(0) is 0, and sign(NaN) is NaN: a broken gradient shows in the weights at once.

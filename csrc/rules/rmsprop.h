@@ -19,7 +19,9 @@ struct Rmsprop {
     float lr, weight_decay, alpha, one_minus_alpha, eps, momentum;
   };
 
-  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& square_avg, float& momentum_buffer, float& grad_avg) {
+  ONEPASS_HD static void update(
+      const Hyper& h, float& param, float grad, float& square_avg, float& momentum_buffer,
+      float& grad_avg) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     square_avg = h.alpha * square_avg + h.one_minus_alpha * (grad * grad);
     float variance = square_avg;

@@ -19,7 +19,8 @@ struct Sgd {
   };
 
   // one_minus_dampening is 1 on the step that creates the buffer: torch starts it at the gradient.
-  ONEPASS_HD static void update(const Hyper& h, float& param, float grad, float& momentum_buffer, float&, float&) {
+  ONEPASS_HD static void update(
+      const Hyper& h, float& param, float grad, float& momentum_buffer, float&, float&) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     float direction = grad;
     if (kMomentum) {

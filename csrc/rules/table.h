@@ -8,12 +8,12 @@
 #include "rmsprop.h"
 #include "sgd.h"
 
-#define ONEPASS_FOR_EACH_RULE(RULE, ...) \
-  RULE(0, Sgd, ##__VA_ARGS__)            \
-  RULE(1, Adagrad, ##__VA_ARGS__)        \
-  RULE(2, Rmsprop, ##__VA_ARGS__)        \
-  RULE(3, Adam, ##__VA_ARGS__)           \
-  RULE(4, Lion, ##__VA_ARGS__)
+#define ONEPASS_FOR_EACH_RULE(RULE, ARG) \
+  RULE(0, Sgd, ARG)                      \
+  RULE(1, Adagrad, ARG)                  \
+  RULE(2, Rmsprop, ARG)                  \
+  RULE(3, Adam, ARG)                     \
+  RULE(4, Lion, ARG)
 
 namespace onepass {
 
