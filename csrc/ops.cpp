@@ -8,11 +8,12 @@ STABLE_TORCH_LIBRARY(onepass, m) {
   m.def(
       "sweep_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor spec, "
       "Tensor hyper, Tensor counters) -> ()");
-  // The same in two halves: flatten once, then step with only the gradients passed. A plan is an
-  // int64 tensor of one element. step returns 1, and has done nothing, when a tensor is no longer
-  // what the plan was made for.
+  // The same in parts. make_plan flattens the list once; the plan is an int64 tensor of one
+  // element. refresh takes the gradients of a step and returns 1, with no tensor changed, when one
+  // of them or of the plan's own is not what the plan was made for. run does the step.
   m.def("make_plan(Tensor[] params, Tensor[] states, Tensor spec) -> Tensor");
-  m.def("step(Tensor plan, Tensor[] grads, Tensor hyper, Tensor counters) -> int");
+  m.def("refresh(Tensor plan, Tensor[] grads) -> int");
+  m.def("run(Tensor plan, Tensor hyper, Tensor counters) -> ()");
   m.def("free_plan(Tensor plan) -> ()");
   // Selects the instruction set of the CPU sweep ("auto", "plain", "avx2", "avx512"; "" only
   // asks) and returns the name of the one in use.

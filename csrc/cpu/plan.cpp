@@ -29,6 +29,7 @@ struct Plan {
   std::vector<Entry> entries;
   std::vector<Cut> cuts;
   int64_t rows = 0;
+  bool bound = false;  // the gradients' pointers are those of a step that is about to run
 };
 
 std::string at(size_t index) { return " (parameter " + std::to_string(index) + ")"; }
@@ -136,6 +137,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
 // Reads the gradients' pointers. False, and nothing of any tensor changed, when one of them or of
 // the plan's own tensors is not what the plan was made for.
 bool refresh(Plan& plan, const std::vector<Tensor>& grads) {
+  plan.bound = false;
   if (grads.size() != plan.entries.size()) return false;
   size_t next_state = 0;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -154,10 +156,11 @@ bool refresh(Plan& plan, const std::vector<Tensor>& grads) {
     }
     entry.grad = grad.const_data_ptr();
   }
+  plan.bound = true;
   return true;
 }
 
-void run(const Plan& plan, const Tensor& hyper, const Tensor& counters) {
+void run(Plan& plan, const Tensor& hyper, const Tensor& counters) {
   STD_TORCH_CHECK(
       hyper.is_cpu() && hyper.scalar_type() == ScalarType::Float && hyper.is_contiguous() &&
           hyper.numel() >= plan.rows * kHyperWidth,
@@ -166,6 +169,9 @@ void run(const Plan& plan, const Tensor& hyper, const Tensor& counters) {
       counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
           counters.numel() >= plan.rows * 2,
       "onepass: counters must be a contiguous int64 CPU tensor of ", plan.rows, " x 2");
+  // A pointer is good for one step: the gradient may be freed after it.
+  STD_TORCH_CHECK(plan.bound, "onepass: run without refresh");
+  plan.bound = false;
   sweep(
       kernels(), plan.entries, plan.cuts, hyper.const_data_ptr<float>(),
       counters.const_data_ptr<int64_t>());
@@ -200,18 +206,20 @@ Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor 
   return handle;
 }
 
-int64_t step(Tensor handle, std::vector<Tensor> grads, Tensor hyper, Tensor counters) {
-  std::shared_ptr<Plan> plan;
-  {
-    Registry& all = registry();
-    std::lock_guard<std::mutex> lock(all.mutex);
-    const auto found = all.plans.find(number(handle));
-    STD_TORCH_CHECK(found != all.plans.end(), "onepass: this plan has been freed");
-    plan = found->second;
-  }
-  if (!refresh(*plan, grads)) return 1;
-  run(*plan, hyper, counters);
-  return 0;
+std::shared_ptr<Plan> find_plan(const Tensor& handle) {
+  Registry& all = registry();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  const auto found = all.plans.find(number(handle));
+  STD_TORCH_CHECK(found != all.plans.end(), "onepass: this plan has been freed");
+  return found->second;
+}
+
+int64_t refresh_plan(Tensor handle, std::vector<Tensor> grads) {
+  return refresh(*find_plan(handle), grads) ? 0 : 1;
+}
+
+void run_plan(Tensor handle, Tensor hyper, Tensor counters) {
+  run(*find_plan(handle), hyper, counters);
 }
 
 void free_plan(Tensor handle) {
@@ -243,7 +251,8 @@ std::string cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY_IMPL(onepass, CPU, m) {
   m.impl("sweep_", TORCH_BOX(&sweep_));
   m.impl("make_plan", TORCH_BOX(&make_plan));
-  m.impl("step", TORCH_BOX(&step));
+  m.impl("refresh", TORCH_BOX(&refresh_plan));
+  m.impl("run", TORCH_BOX(&run_plan));
   m.impl("free_plan", TORCH_BOX(&free_plan));
 }
 

@@ -1,0 +1,64 @@
+"""The backends, and the one place that chooses between them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..formats import NATIVE, STATE_FORMATS
+from ..rules import RULES
+from .base import Backend, Entry
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+
+__all__ = ["BACKENDS", "Backend", "Entry", "choose", "status", "support_matrix"]
+
+# In order of preference.
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+
+
+def check_name(name: str | None) -> None:
+    """Raises ValueError unless name is None or a backend's."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
+
+
+def choose(device: torch.device, name: str | None = None) -> Backend:
+    """The backend for a device: the one asked for by name, else the first that serves it.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend cannot serve this device here; says why and which one can.
+    """
+    check_name(name)
+    if name is not None:
+        why_not = BACKENDS[name].unavailable(device)
+        if why_not:
+            others = [b.name for b in BACKENDS.values() if not b.unavailable(device)]
+            raise RuntimeError(
+                f"backend {name!r} cannot serve parameters on {device}: {why_not}. "
+                f"Backends that can: {', '.join(others) or 'none'}"
+            )
+        return BACKENDS[name]
+    return next(b for b in BACKENDS.values() if not b.unavailable(device))
+
+
+def status() -> list[tuple[str, str]]:
+    """(backend, why it is not available here or an empty string), in order of preference."""
+    return [(b.name, b.unavailable(None)) for b in BACKENDS.values()]
+
+
+def support_matrix() -> str:
+    """The support matrix as a Markdown table, from the tables of rules, formats and backends."""
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in NATIVE)
+    formats = ", ".join(f"`{name}`" for name in STATE_FORMATS)
+    names = [f"`{name}`" for name in BACKENDS]
+    lines = [
+        f"| rule | options | states | weights and gradients | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(names)}",
+    ]
+    for rule in RULES.values():
+        options = ", ".join(flag for flag, _ in rule.flags)
+        held = ", ".join(key for key, _ in rule.slots)
+        served = " | ".join("yes" if rule.name in b.rules else "no" for b in BACKENDS.values())
+        lines.append(f"| {rule.name} | {options} | {held}: {formats} | {dtypes} | {served} |")
+    return "\n".join(lines)

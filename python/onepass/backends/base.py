@@ -1,0 +1,60 @@
+"""What a backend is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..formats import ABSENT, StateFormat
+from ..rules import SLOTS, Rule
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a plan, with what a sweep needs to know of it.
+
+    Attributes:
+        param: the parameter's tensor, dense and non-overlapping; updated in place.
+        states: state tensors of the parameter's shape and strides by slot; updated in place.
+        format: of all its states.
+        rule, flags: the variant of the algorithm.
+        row: of the hyperparameter table.
+        param_id: position of the parameter in the optimizer, which keys its random bits.
+        first: index of its first element in the whole parameter, likewise.
+    """
+
+    param: torch.Tensor
+    states: dict[int, torch.Tensor]
+    format: StateFormat
+    rule: Rule
+    flags: int
+    row: int
+    param_id: int
+    first: int = 0
+
+    def spec(self) -> list[int]:
+        """The entry's row of the spec that compiled backends read (csrc/cpu/plan.cpp)."""
+        codes = [self.format.code if slot in self.states else ABSENT for slot in range(SLOTS)]
+        return [self.rule.code, self.flags, self.row, self.param_id, self.first, *codes]
+
+
+class Backend(Protocol):
+    """Runs a step over the entries of one device."""
+
+    name: str
+    rules: Collection[str]
+
+    def unavailable(self, device: torch.device | None) -> str:
+        """Why this backend cannot serve the device (None: any at all); empty when it can."""
+
+    def prepare(self, entries: Sequence[Entry]) -> Any:
+        """Flattens the entries once; what it returns goes into the two calls below."""
+
+    def refresh(self, prepared: Any, grads: list[torch.Tensor]) -> bool:
+        """Takes the gradients of a step. False, with nothing changed, when the plan is stale."""
+
+    def run(self, prepared: Any, hyper: torch.Tensor, counters: torch.Tensor) -> None:
+        """The step. hyper: fp32 [rows, HYPER_WIDTH]; counters: int64 [rows, 2], seed and step."""

@@ -1,0 +1,44 @@
+"""The cpu backend: the compiled sweep, one call for the whole list."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from .. import ops
+from ..rules import RULES
+from .base import Entry
+
+
+class _Prepared:
+    """A plan held by the library; freed with this object."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        params = [entry.param for entry in entries]
+        states = [entry.states[slot] for entry in entries for slot in sorted(entry.states)]
+        spec = torch.tensor([entry.spec() for entry in entries], dtype=torch.int64)
+        self.plan: torch.Tensor = torch.ops.onepass.make_plan(params, states, spec)
+        weakref.finalize(self, torch.ops.onepass.free_plan, self.plan)
+
+
+class CpuBackend:
+    """AVX-512, AVX2 or plain C++, picked at run time (see :func:`onepass.ops.cpu_isa`)."""
+
+    name = "cpu"
+    rules = frozenset(RULES)
+
+    def unavailable(self, device: torch.device | None) -> str:
+        if device is not None and device.type != "cpu":
+            return "it serves CPU tensors only"
+        return ops.missing
+
+    def prepare(self, entries: Sequence[Entry]) -> _Prepared:
+        return _Prepared(entries)
+
+    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor]) -> bool:
+        return not torch.ops.onepass.refresh(prepared.plan, grads)
+
+    def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
+        torch.ops.onepass.run(prepared.plan, hyper, counters)

@@ -1,0 +1,183 @@
+"""One demo from start to end: sizes, the runs, the comparison with torch, the report."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from onepass.cli import EXIT_INTERRUPTED, UsageError, package_version
+from onepass.cli.demo import report
+from onepass.cli.demo.data import Batches, Corpus, load
+from onepass.cli.demo.model import Shape, count_parameters, initial_weights
+from onepass.cli.demo.recipes import Recipe, recipes
+from onepass.cli.demo.train import (
+    Replay,
+    Run,
+    Task,
+    as_dict,
+    loss_deviation,
+    replay,
+    seconds_per_step,
+    train,
+)
+
+CALIBRATION_STEPS = 12
+REPLAY_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a demo is; `budget` is the seconds aimed at for all runs together."""
+
+    shape: Shape
+    batch: int
+    validation_batches: int
+    corpus_bytes: int
+    budget: float
+    steps: int | None = None
+    max_steps: int = 2000
+
+
+QUICK = Size(Shape(32, 32, 2, 2), 8, 4, 400_000, 0.0, steps=6)
+CPU = Size(Shape(96, 128, 4, 4), 16, 16, 8_000_000, 115.0)
+GPU = Size(Shape(256, 512, 8, 8), 64, 16, 8_000_000, 115.0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo with checked arguments; return the exit code."""
+    device = _device(args.device)
+    size = QUICK if args.quick else GPU if device.type == "cuda" else CPU
+    corpus = load(size.corpus_bytes)
+    chosen = recipes(device)
+    probe = _task(size, corpus, device, args.seed, CALIBRATION_STEPS)
+    steps, reason = _steps(args.steps, size, probe, chosen)
+    task = _task(size, corpus, device, args.seed, max(steps, REPLAY_STEPS))
+    parameters = count_parameters(task.model())
+    if not args.quiet:
+        print(
+            f"byte-level GPT, {parameters:,} parameters, context {size.shape.context}, batch "
+            f"{size.batch}, on {_device_name(device)}\n"
+            f"text: {corpus.train.numel():,} bytes of {len(corpus.train_files)} files of Python "
+            f"{platform.python_version()}'s library, validation on {len(corpus.validation_files)} "
+            f"other files\n"
+            f"{steps} steps for each of {len(chosen)} optimizers ({reason})\n",
+            flush=True,
+        )
+
+    runs: list[Run] = []
+    comparison: Replay | None = None
+    interrupted = False
+    try:
+        for recipe in chosen:
+            runs.append(train(task, recipe, steps, args.quiet))
+        comparison = replay(task, chosen[0], chosen[1], REPLAY_STEPS)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(f"onepass: interrupted, {len(runs)} of {len(chosen)} runs done", file=sys.stderr)
+    if runs:
+        deviation = loss_deviation(runs[0], runs[1]) if len(runs) > 1 else None
+        report.print_table(runs)
+        report.print_deviation(deviation, comparison)
+        title = f"byte-level GPT, {parameters / 1e6:.2f} M parameters, {_device_name(device)}"
+        content: dict[str, object] = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": {
+                "onepass": package_version("onepass"),
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+            },
+            "device": _device_name(device),
+            "cpu_count": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "config": {
+                "seed": args.seed,
+                "quick": args.quick,
+                "steps": steps,
+                "steps_chosen_by": reason,
+                "parameters": parameters,
+                "size": asdict(size),
+                "train_bytes": corpus.train.numel(),
+                "validation_bytes": corpus.validation.numel(),
+                "validation_files": corpus.validation_files,
+            },
+            "interrupted": interrupted,
+            "summary": [dict(zip(report.HEADINGS, row, strict=True)) for row in report.rows(runs)],
+            "onepass_adamw_against_torch": {
+                "max_training_loss_difference": deviation,
+                "replay": as_dict(comparison) if comparison else None,
+            },
+            "runs": [as_dict(finished) for finished in runs],
+        }
+        _write(args.out, runs, title, content)
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _write(out: Path, runs: list[Run], title: str, content: dict[str, object]) -> None:
+    picture, numbers = out / "loss.png", out / "results.json"
+    try:
+        report.write_json(numbers, content)
+        report.draw(picture, runs, title)
+    except OSError as error:  # a full disk, a directory removed meanwhile
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    print(f"\nwrote {picture}\nwrote {numbers}")
+
+
+def _task(size: Size, corpus: Corpus, device: torch.device, seed: int, steps: int) -> Task:
+    context = size.shape.context
+    return Task(
+        shape=size.shape,
+        device=device,
+        weights=initial_weights(size.shape, seed),
+        train=Batches(corpus.train.to(device), steps, size.batch, context, seed),
+        # The same validation windows for every seed, so that seeds can be compared.
+        validation=Batches(
+            corpus.validation.to(device), size.validation_batches, size.batch, context, 0
+        ),
+    )
+
+
+def _steps(asked: int | None, size: Size, probe: Task, chosen: list[Recipe]) -> tuple[int, str]:
+    """Return the steps per optimizer and, in words, where the number comes from."""
+    if asked is not None:
+        return asked, "as asked with --steps"
+    if size.steps is not None:
+        return size.steps, "--quick"
+    began = time.perf_counter()
+    step, validation = seconds_per_step(probe, chosen[0])
+    left = size.budget - (time.perf_counter() - began)
+    fitting = (left / len(chosen) - 6 * validation) / step
+    steps = min(size.max_steps, max(50, int(fitting) // 10 * 10))
+    return steps, (
+        f"{1e3 * step:.0f} ms a step measured here, to fit {size.budget:.0f} s; --steps fixes it"
+    )
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError("--device cuda: torch finds no CUDA device here")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            name = " ".join(line.partition(":")[2].split())
+            break
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

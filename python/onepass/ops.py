@@ -1,0 +1,74 @@
+"""The compiled library: loading it, and what torch.compile needs to know of its ops."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("libonepass_cpu.so")
+
+
+def _load() -> str:
+    """Loads the library; returns why it could not, or an empty string."""
+    if not LIBRARY.exists():
+        return (
+            f"{LIBRARY.name} was not built: install a C++ compiler, then "
+            "pip install --no-build-isolation onepass"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    return ""
+
+
+missing: str = _load()
+"""Why the compiled library is not there; empty when it is."""
+
+
+def cpu_isa(name: str = "") -> str:
+    """The instruction set of the cpu backend: "avx512", "avx2" or "plain".
+
+    Args:
+        name: one of these, or "auto" for the widest that this machine runs, to select it first.
+            The environment variable ONEPASS_CPU_ISA does the same when onepass is imported. The
+            results do not depend on it.
+
+    Raises:
+        RuntimeError: the library is not built, or the machine lacks this instruction set.
+    """
+    if missing:
+        raise RuntimeError(missing)
+    return str(torch.ops.onepass.cpu_isa(name))
+
+
+if not missing:
+
+    @torch.library.register_fake("onepass::sweep_")
+    def _sweep_fake(params, grads, states, spec, hyper, counters):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("onepass::make_plan")
+    def _make_plan_fake(params, states, spec):  # type: ignore[no-untyped-def]
+        return spec.new_empty(1)
+
+    @torch.library.register_fake("onepass::refresh")
+    def _refresh_fake(plan, grads):  # type: ignore[no-untyped-def]
+        return 0
+
+    @torch.library.register_fake("onepass::run")
+    def _run_fake(plan, hyper, counters):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("onepass::free_plan")
+    def _free_plan_fake(plan):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("onepass::cpu_isa")
+    def _cpu_isa_fake(name):  # type: ignore[no-untyped-def]
+        return name or "auto"
+
+    if os.environ.get("ONEPASS_CPU_ISA"):
+        cpu_isa(os.environ["ONEPASS_CPU_ISA"])

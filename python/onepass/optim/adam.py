@@ -1,0 +1,91 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from .base import Optimizer, Options, rule_named
+
+
+class Adam(Optimizer):
+    r"""Adam with L2 decay, as torch.optim.Adam; step t counts from 1.
+
+    .. math::
+        g &\leftarrow g + \lambda\theta \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \theta &\leftarrow \theta - \eta \cdot \frac{m / (1 - \beta_1^t)}
+            {\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    With ``amsgrad`` the root is taken of the largest :math:`v` so far.
+
+    State, each of the parameter's shape: ``exp_avg`` (m), ``exp_avg_sq`` (v), ``max_exp_avg_sq``
+    with amsgrad; and ``step``.
+
+    Args:
+        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        lr: learning rate, a float or a 0-dim tensor.
+        betas: :math:`\beta_1, \beta_2`, each in [0, 1).
+        eps: :math:`\epsilon`, outside the root.
+        weight_decay: :math:`\lambda`.
+        amsgrad: Reddi, Kale, Kumar, "On the convergence of Adam and beyond" (2018).
+        options: keyword-only, see :class:`Options`.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: Kingma, Ba, "Adam: a method for stochastic optimization" (2015).
+    """
+
+    rule = rule_named("adam")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+        }
+        super().__init__(params, defaults, **options)
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled decay, as torch.optim.AdamW: see :class:`Adam`, with
+
+    .. math::
+        \theta \leftarrow \theta - \eta \cdot \frac{m / (1 - \beta_1^t)}
+            {\sqrt{v / (1 - \beta_2^t)} + \epsilon} - \eta\lambda\theta
+
+    and :math:`g` left as it is. Both terms are added before they touch the weight: one rounding.
+
+    Args, State and Raises: as :class:`Adam`; weight_decay is 1e-2 unless given.
+
+    Source: Loshchilov, Hutter, "Decoupled weight decay regularization" (2019).
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)

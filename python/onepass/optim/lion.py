@@ -1,0 +1,49 @@
+"""Lion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from .base import Optimizer, Options, rule_named
+
+
+class Lion(Optimizer):
+    r"""Lion: the sign of an interpolated momentum, with decoupled decay.
+
+    .. math::
+        u &= \operatorname{sign}(\beta_1 m + (1 - \beta_1) g) \\
+        m &\leftarrow \beta_2 m + (1 - \beta_2) g \\
+        \theta &\leftarrow \theta - \eta u - \eta\lambda\theta
+
+    sign(0) is 0. A NaN in the gradient becomes a NaN in the weight, where it is seen.
+
+    State: ``exp_avg`` (m) of the parameter's shape, ``step``.
+
+    Args:
+        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        lr: learning rate, a float or a 0-dim tensor; a third to a tenth of AdamW's.
+        betas: :math:`\beta_1, \beta_2`, each in [0, 1).
+        weight_decay: :math:`\lambda`; three to ten times AdamW's.
+        options: keyword-only, see :class:`Options`.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: Chen et al., "Symbolic discovery of optimization algorithms" (2023), program 1.
+    """
+
+    rule = rule_named("lion")
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options)

@@ -1,0 +1,79 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from .base import Optimizer, Options, check_fraction, check_number, rule_named
+
+
+class RMSprop(Optimizer):
+    r"""RMSprop, as torch.optim.RMSprop.
+
+    .. math::
+        g &\leftarrow g + \lambda\theta \quad\text{(unless decay is decoupled)} \\
+        s &\leftarrow \alpha s + (1 - \alpha) g^2 \\
+        a &\leftarrow \alpha a + (1 - \alpha) g,\; v = \max(s - a^2, 0) \text{ (centered)},\;
+            v = s \text{ (otherwise)} \\
+        d &= g / (\sqrt{v} + \epsilon) \\
+        b &\leftarrow \mu b + d,\; d = b \quad\text{(momentum)} \\
+        \theta &\leftarrow \theta - \eta d
+
+    With ``eps_in_sqrt`` the denominator is :math:`\sqrt{v + \epsilon}`. The maximum is ours: where
+    rounding takes :math:`s - a^2` below zero, torch.optim's root is NaN.
+
+    State, each of the parameter's shape: ``square_avg``; ``momentum_buffer`` with momentum;
+    ``grad_avg`` when centered; and ``step``.
+
+    Args:
+        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        lr: learning rate, a float or a 0-dim tensor.
+        alpha: in [0, 1).
+        eps: :math:`\epsilon`.
+        weight_decay: :math:`\lambda`.
+        momentum: :math:`\mu`, at least 0.
+        centered: divide by the deviation instead of the root mean square.
+        eps_in_sqrt: keyword-only.
+        options: keyword-only, see :class:`Options`.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: Hinton, "Neural networks for machine learning", lecture 6e (2012); centered: Graves,
+    "Generating sequences with recurrent neural networks" (2013).
+    """
+
+    rule = rule_named("rmsprop")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        *,
+        eps_in_sqrt: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "eps_in_sqrt": eps_in_sqrt,
+        }
+        super().__init__(params, defaults, **options)
+
+    def check_options(self, group: Mapping[str, Any]) -> None:
+        super().check_options(group)
+        check_fraction("alpha", group["alpha"])
+        check_number("momentum", group["momentum"])

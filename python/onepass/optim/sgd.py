@@ -1,0 +1,74 @@
+"""SGD, momentum and Nesterov."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from .base import Optimizer, Options, check_number, rule_named
+
+
+class SGD(Optimizer):
+    r"""Stochastic gradient descent, with momentum and Nesterov's variant, as torch.optim.SGD.
+
+    .. math::
+        g &\leftarrow g + \lambda\theta \quad\text{(unless decay is decoupled)} \\
+        b &\leftarrow \mu b + (1 - \tau) g \quad\text{(the first } b \text{ is } g\text{)} \\
+        d &\leftarrow g + \mu b \text{ (nesterov)},\; b \text{ (momentum)},\; g \text{ (neither)} \\
+        \theta &\leftarrow \theta - \eta d
+
+    Textbooks write :math:`v = \mu v + \eta g,\ \theta = \theta - v`: the same path while lr is
+    constant and dampening 0, with :math:`v = \eta b`. Nesterov's method takes the gradient at
+    :math:`\theta - \mu v`; this form keeps that point as its weights (docs/algorithms/sgd.md).
+
+    State: ``momentum_buffer`` of the parameter's shape when momentum is not 0, ``step``.
+
+    Args:
+        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        lr: learning rate, a float or a 0-dim tensor.
+        momentum: :math:`\mu`, at least 0.
+        dampening: :math:`\tau`.
+        weight_decay: :math:`\lambda`.
+        nesterov: needs momentum > 0 and dampening 0.
+        options: keyword-only, see :class:`Options`.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in
+    deep learning" (2013).
+    """
+
+    rule = rule_named("sgd")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults, **options)
+
+    def check_options(self, group: Mapping[str, Any]) -> None:
+        super().check_options(group)
+        check_number("momentum", group["momentum"])
+        check_number("dampening", group["dampening"], least=float("-inf"))
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov needs momentum > 0 and dampening = 0; got "
+                f"momentum={group['momentum']}, dampening={group['dampening']}"
+            )

@@ -1,0 +1,317 @@
+"""The plan: an optimizer's parameter list flattened once, and the checks that keep it true.
+
+A step costs reading the gradients and comparing what is there with what the plan was made for:
+identities in Python, pointers and layouts in the backend. Whatever changed (a parameter without a
+gradient, a replaced state, a moved tensor, another option of a group), the plan is made anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import backends
+from .formats import NATIVE, STATE_FORMATS
+from .rules import HYPER_WIDTH
+
+if TYPE_CHECKING:
+    from .optim.base import Optimizer
+
+_FP32_MAX = torch.finfo(torch.float32).max
+
+
+class Row:
+    """A row of the hyperparameter table: the parameters of one group that took the same steps.
+
+    Attributes:
+        group: the parameter group.
+        step: their step counter, fp32, one tensor that all of them share as state["step"].
+        first: their states are new.
+    """
+
+    __slots__ = ("first", "group", "step")
+
+    def __init__(self, group: dict[str, Any], step: torch.Tensor, first: bool) -> None:
+        self.group, self.step, self.first = group, step, first
+
+
+class _Part:
+    """The entries of one device."""
+
+    def __init__(self, backend: backends.Backend, entries: list[backends.Entry]) -> None:
+        self.backend = backend
+        self.params = [entry.param for entry in entries]
+        self.prepared = backend.prepare(entries)
+        # Positions of gradients that lie in memory in another order than their parameter.
+        self.relaid: list[int] = []
+
+    def refresh(self, grads: list[torch.Tensor]) -> bool:
+        for i in self.relaid:
+            grads[i] = torch.empty_like(self.params[i], dtype=grads[i].dtype).copy_(grads[i])
+        return self.backend.refresh(self.prepared, grads)
+
+
+def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
+    """Whether two sequences of equal length hold the same objects."""
+    return all(map(is_, found, known))
+
+
+class Plan:
+    """Flattens an optimizer's groups.
+
+    Everything is checked before any state is made, so that an error leaves the optimizer, its
+    states and its parameters as they were.
+
+    Raises:
+        ValueError: a group option, parameter or gradient that no rule can work on; names it.
+        RuntimeError: a sparse gradient, or no backend for a device.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        rule = optimizer.rule
+        groups = optimizer.param_groups
+        self._optimizer = optimizer
+        self._params = [p for group in groups for p in group["params"]]
+        self._active = [p for p in self._params if p.grad is not None]
+        self._idle = [p for p in self._params if p.grad is None]
+        self._options = [self._group_options(group) for group in groups]
+        self._state = optimizer.state
+
+        for group in groups:
+            optimizer.check_options(group)
+        number = -1
+        for group in groups:
+            for param in group["params"]:
+                number += 1
+                if param.grad is not None:
+                    check_tensors(param, param.grad, number)
+        chosen = {
+            device: backends.choose(device, optimizer.backend)
+            for device in dict.fromkeys(p.device for p in self._active)
+        }
+
+        # New states are gathered first: nothing is kept of them if memory runs out on the way.
+        fresh: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+        rows: dict[tuple[int, float, bool], Row] = {}
+        row_numbers: dict[tuple[int, float, bool], int] = {}
+        entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
+        self._order: dict[torch.device, list[int]] = {device: [] for device in chosen}
+        relaid: dict[torch.device, list[int]] = {device: [] for device in chosen}
+        keyed: list[Row] = []
+        number = position = -1
+        for index, group in enumerate(groups):
+            flags = rule.flag_bits(group)
+            state_format = STATE_FORMATS[group["states"]]
+            slots = rule.state_slots(flags)
+            for param in group["params"]:
+                number += 1
+                if param.grad is None:
+                    continue
+                position += 1
+                state = optimizer.state.get(param, {})
+                made = {
+                    key: optimizer.new_state(param, key, group, state_format)
+                    for _, key in slots
+                    if state.get(key) is None
+                }
+                step = state.get("step")
+                count = 0.0 if step is None else float(step)
+                key = (index, count, bool(made))
+                if key not in rows:
+                    shared = torch.tensor(count, dtype=torch.float32)
+                    row_numbers[key] = len(rows)
+                    rows[key] = Row(group, shared, bool(made))
+                fresh.append((param, {**made, "step": rows[key].step}))
+                keyed.append(rows[key])
+                device_entries = entries[param.device]
+                if not same_layout(param, param.grad):
+                    relaid[param.device].append(len(device_entries))
+                self._order[param.device].append(position)
+                device_entries.append(
+                    backends.Entry(
+                        param=param,
+                        states={slot: made.get(k, state.get(k)) for slot, k in slots},
+                        format=state_format,
+                        rule=rule,
+                        flags=flags,
+                        row=row_numbers[key],
+                        param_id=number,
+                    )
+                )
+        self._rows = list(rows.values())
+        self._hyper = torch.zeros(max(1, len(self._rows)), HYPER_WIDTH)
+        self._counters = torch.zeros(max(1, len(self._rows)), 2, dtype=torch.int64)
+        self._parts: list[_Part] = []
+        for device, backend in chosen.items():
+            part = _Part(backend, entries[device])
+            part.relaid = relaid[device]
+            self._parts.append(part)
+
+        for param, added in fresh:
+            optimizer.state[param].update(added)
+        self._dicts = list(optimizer.state.values())
+        self._columns = self._state_columns(keyed)
+
+    def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What entries were made from; the other options are read at every step."""
+        return (
+            self._optimizer.rule.flag_bits(group),
+            group["states"],
+            group["weights"],
+            len(group["params"]),
+        )
+
+    def _state_columns(
+        self, rows: list[Row]
+    ) -> list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[torch.Tensor]]]:
+        """Per state key: the dictionaries that hold it and the tensors that the plan knows."""
+        columns: dict[str, tuple[list[dict[str, Any]], list[torch.Tensor]]] = {}
+        rule = self._optimizer.rule
+        for param, row in zip(self._active, rows, strict=True):
+            state = self._state[param]
+            for _, key in (*rule.state_slots(rule.flag_bits(row.group)), (None, "step")):
+                dicts, tensors = columns.setdefault(key, ([], []))
+                dicts.append(state)
+                tensors.append(state[key])
+        return [(itemgetter(key), dicts, tensors) for key, (dicts, tensors) in columns.items()]
+
+    def _gradients(self) -> list[torch.Tensor] | None:
+        """The gradients of the active parameters; None when the plan is no longer true."""
+        optimizer = self._optimizer
+        groups = optimizer.param_groups
+        params = [p for group in groups for p in group["params"]]
+        if len(params) != len(self._params) or not _same(params, self._params):
+            return None
+        if [self._group_options(group) for group in groups] != self._options:
+            return None
+        state = optimizer.state
+        if state is not self._state or len(state) != len(self._dicts):
+            return None
+        if not _same(state.values(), self._dicts):
+            return None
+        try:
+            for get, dicts, tensors in self._columns:
+                if not _same(map(get, dicts), tensors):
+                    return None
+        except KeyError:
+            return None
+        if any(p.grad is not None for p in self._idle):
+            return None
+        grads = [grad for p in self._active if (grad := p.grad) is not None]
+        return grads if len(grads) == len(self._active) else None
+
+    def step(self) -> bool:
+        """Takes a step; False, with nothing changed, when the plan is no longer true.
+
+        Raises:
+            ValueError: the learning rate of a group is not a finite number >= 0.
+        """
+        grads = self._gradients()
+        if grads is None:
+            return False
+        if len(self._parts) == 1:
+            if not self._parts[0].refresh(grads):
+                return False
+        else:
+            for part, order in zip(self._parts, self._order.values(), strict=True):
+                if not part.refresh([grads[i] for i in order]):
+                    return False
+        steps = self._derive()
+        for part in self._parts:
+            part.backend.run(part.prepared, self._hyper, self._counters)
+        for row, step in zip(self._rows, steps, strict=True):
+            row.step.fill_(step)
+            row.first = False
+        # Kernels write behind autograd's back: it must still see that saved weights changed.
+        torch.autograd.graph.increment_version(self._active)
+        return True
+
+    def _derive(self) -> list[int]:
+        """Fills the tables of this step; returns the step of each row, counted from 1."""
+        rule = self._optimizer.rule
+        steps, hyper, counters = [], [], []
+        for row in self._rows:
+            group = row.group
+            check_lr(group["lr"])
+            step = int(row.step) + 1
+            values = rule.derive(group, step, row.first)
+            scale = -1.0 if group["maximize"] else 1.0
+            hyper.append([scale, *values, *[0.0] * (HYPER_WIDTH - 1 - len(values))])
+            counters.append([int(group["seed"]), step])
+            steps.append(step)
+        if steps:
+            self._hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
+            self._counters.copy_(torch.tensor(counters, dtype=torch.int64))
+        return steps
+
+
+def check_lr(lr: Any) -> None:
+    """Raises ValueError unless lr is a number, or a tensor of one, in [0, fp32's largest]."""
+    try:
+        value = float(lr)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not 0 <= value <= _FP32_MAX:
+        shown = f"{value}" if isinstance(lr, (int, float, torch.Tensor)) else repr(lr)
+        raise ValueError(f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {shown}")
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one shape and their elements the same order in memory."""
+    return a.shape == b.shape and all(
+        s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
+    )
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_tensors(param: torch.Tensor, grad: torch.Tensor, number: int) -> None:
+    """Raises unless a rule can work on the parameter and its gradient."""
+    which = f"parameter {number} of shape {tuple(param.shape)}"
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"onepass does not support sparse gradients: {which} has one with layout "
+            f"{grad.layout}; use a dense gradient (for embeddings: sparse=False)"
+        )
+    check_param(param, which)
+    if grad.dtype not in NATIVE:
+        raise ValueError(f"{which}: its gradient must be {_dtypes()}; got {grad.dtype}")
+    if grad.shape != param.shape:
+        raise ValueError(f"{which}: its gradient has another shape, {tuple(grad.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{which} is on {param.device}, its gradient on {grad.device}")
+    if not is_dense(param):
+        raise ValueError(
+            f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
+            "order: make it dense, for example with .contiguous()"
+        )
+
+
+def check_param(param: torch.Tensor, which: str) -> None:
+    """Raises ValueError unless the parameter's dtype is one that rules work on."""
+    if param.is_complex():
+        raise ValueError(
+            f"{which} is complex ({param.dtype}): onepass has no rule for complex numbers; "
+            "use torch.view_as_real(param)"
+        )
+    if param.dtype not in NATIVE:
+        raise ValueError(f"{which} must be {_dtypes()}; got {param.dtype}")
+
+
+def _dtypes() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in NATIVE)
