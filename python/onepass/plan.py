@@ -113,19 +113,24 @@ class Plan:
                     continue
                 position += 1
                 state = optimizer.state.get(param, {})
-                made = {
-                    key: optimizer.new_state(param, key, group, state_format)
-                    for _, key in slots
-                    if state.get(key) is None
-                }
+                held: dict[str, torch.Tensor] = {}
+                first = False
+                for _, name in slots:
+                    value = state.get(name)
+                    if value is None:
+                        first = True
+                        held[name] = optimizer.new_state(param, name, group, state_format)
+                    else:
+                        which = f"{name} of parameter {number} of shape {tuple(param.shape)}"
+                        held[name] = fit_state(value, param, state_format.dtype, which)
                 step = state.get("step")
                 count = 0.0 if step is None else float(step)
-                key = (index, count, bool(made))
+                key = (index, count, first)
                 if key not in rows:
                     shared = torch.tensor(count, dtype=torch.float32)
                     row_numbers[key] = len(rows)
-                    rows[key] = Row(group, shared, bool(made))
-                fresh.append((param, {**made, "step": rows[key].step}))
+                    rows[key] = Row(group, shared, first)
+                fresh.append((param, {**held, "step": rows[key].step}))
                 keyed.append(rows[key])
                 device_entries = entries[param.device]
                 if not same_layout(param, param.grad):
@@ -134,7 +139,7 @@ class Plan:
                 device_entries.append(
                     backends.Entry(
                         param=param,
-                        states={slot: made.get(k, state.get(k)) for slot, k in slots},
+                        states={slot: held[name] for slot, name in slots},
                         format=state_format,
                         rule=rule,
                         flags=flags,
@@ -151,8 +156,8 @@ class Plan:
             part.relaid = relaid[device]
             self._parts.append(part)
 
-        for param, added in fresh:
-            optimizer.state[param].update(added)
+        for param, held in fresh:
+            optimizer.state[param].update(held)
         self._dicts = list(optimizer.state.values())
         self._columns = self._state_columns(keyed)
 
@@ -264,6 +269,27 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one shape and their elements the same order in memory."""
     return a.shape == b.shape and all(
         s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
+    )
+
+
+def fit_state(
+    value: Any, param: torch.Tensor, dtype: torch.dtype, which: str, copy: bool = False
+) -> torch.Tensor:
+    """A state in its parameter's layout, device and format; the same tensor if it is already.
+
+    A conversion rounds to nearest.
+
+    Raises:
+        ValueError: it is no tensor of the parameter's shape.
+    """
+    if not isinstance(value, torch.Tensor) or value.shape != param.shape:
+        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{which} is {found}: it is the state of another parameter")
+    if not copy and (value.dtype, value.device) == (dtype, param.device):
+        if same_layout(value, param):
+            return value
+    return torch.empty_like(param.detach(), dtype=dtype, memory_format=torch.preserve_format).copy_(
+        value
     )
 
 

@@ -36,9 +36,7 @@ def splitmix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def random_bits(
-    seed: int, step: int, param_id: int, first: int, count: int, word: int = 0
-) -> U32:
+def random_bits(seed: int, step: int, param_id: int, first: int, count: int, word: int = 0) -> U32:
     """32 random bits for each of the elements [first, first + count) of one parameter at one step.
 
     They depend on (seed, step, param_id, element index, word) alone, so neither on the launch

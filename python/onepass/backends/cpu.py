@@ -38,7 +38,12 @@ class CpuBackend:
         return _Prepared(entries)
 
     def refresh(self, prepared: _Prepared, grads: list[torch.Tensor]) -> bool:
-        return not torch.ops.onepass.refresh(prepared.plan, grads)
+        try:
+            return not torch.ops.onepass.refresh(prepared.plan, grads)
+        except NotImplementedError:
+            # A gradient that the CPU dispatch key does not cover, sparse for one: planning anew
+            # finds it and says which.
+            return False
 
     def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
         torch.ops.onepass.run(prepared.plan, hyper, counters)

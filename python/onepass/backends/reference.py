@@ -92,9 +92,7 @@ class ReferenceBackend:
                 self._run_entry(entry, grad, hyper[entry.row].numpy(), counters[entry.row].tolist())
         prepared.grads = []
 
-    def _run_entry(
-        self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]
-    ) -> None:
+    def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> None:
         states: States = tuple(
             _decode(entry.states[slot]) if slot in entry.states else None for slot in range(SLOTS)
         )

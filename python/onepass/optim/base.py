@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # torch's own dependency
 
 from .. import backends
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat
-from ..plan import Plan, check_lr, check_param
+from ..plan import Plan, check_lr, check_param, fit_state
 from ..rules import RULES, Rule
 
 # Options that describe this run, not the state of training: loading a state dict keeps them.
@@ -280,15 +280,7 @@ class Optimizer(torch.optim.Optimizer):
             if key == "step":
                 state[key] = torch.tensor(float(value), dtype=torch.float32)
             elif key in known:
-                if not isinstance(value, torch.Tensor) or value.shape != param.shape:
-                    shape = getattr(value, "shape", None)
-                    found = type(value).__name__ if shape is None else tuple(shape)
-                    raise ValueError(
-                        f"{key} of {which} is {found} in the state dict: it is of another model"
-                    )
-                state[key] = torch.empty_like(
-                    param.detach(), dtype=dtype, memory_format=torch.preserve_format
-                ).copy_(value)
+                state[key] = fit_state(value, param, dtype, f"{key} of {which}", copy=True)
             else:
                 state[key] = deepcopy(value)
         # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:

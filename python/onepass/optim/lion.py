@@ -46,4 +46,6 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options)
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options
+        )

@@ -13,7 +13,9 @@ from onepass.cli import UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `onepass demo`."""
     parser.add_argument(
-        "--steps", type=int, help="steps per optimizer (default: what fits about two minutes here)"
+        "--steps",
+        type=int,
+        help="steps per optimizer (default: 800 on a CPU, fewer where they take over two minutes)",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")

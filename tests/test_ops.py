@@ -1,0 +1,148 @@
+"""The compiled ops: schemas, fakes, and calls that would touch memory that is not theirs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import onepass
+from onepass.formats import ABSENT
+from onepass.rules import HYPER_WIDTH, RULES
+
+from .cases import same_bits
+
+pytestmark = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
+
+SPEC = [RULES["adam"].code, 1, 0, 0, 0, 0, 0, ABSENT]
+
+
+def arguments(n=100):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(n, generator=generator)]
+    grads = [torch.randn(n, generator=generator)]
+    states = [torch.zeros(n), torch.zeros(n)]
+    hyper = torch.tensor([[1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8]])
+    assert hyper.shape[1] == HYPER_WIDTH
+    return params, grads, states, torch.tensor([SPEC]), hyper, torch.tensor([[0, 1]])
+
+
+def test_opcheck():
+    params, grads, states, spec, hyper, counters = arguments()
+    torch.library.opcheck(
+        torch.ops.onepass.sweep_.default, (params, grads, states, spec, hyper, counters)
+    )
+    # A plan made from fake tensors is only a shape: the checks that compare schemas and fakes.
+    some = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.onepass.make_plan.default, (params, states, spec), test_utils=some[:2]
+    )
+
+
+def test_every_op_has_a_fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        params, grads, states, spec, hyper, counters = arguments()
+        ops = torch.ops.onepass
+        assert ops.sweep_(params, grads, states, spec, hyper, counters) is None
+        plan = ops.make_plan(params, states, spec)
+        assert plan.shape == (1,)
+        assert plan.dtype == torch.int64
+        assert ops.refresh(plan, grads) == 0
+        assert ops.run(plan, hyper, counters) is None
+        assert ops.free_plan(plan) is None
+
+
+def test_sweep_is_plan_refresh_run():
+    params, grads, states, spec, hyper, counters = arguments()
+    torch.ops.onepass.sweep_(params, grads, states, spec, hyper, counters)
+    again, _, more, *_ = arguments()
+    plan = torch.ops.onepass.make_plan(again, more, spec)
+    assert torch.ops.onepass.refresh(plan, grads) == 0
+    torch.ops.onepass.run(plan, hyper, counters)
+    for a, b in zip(params + states, again + more, strict=True):
+        assert same_bits(a, b)
+
+
+def test_a_pointer_is_good_for_one_run():
+    params, grads, states, spec, hyper, counters = arguments()
+    plan = torch.ops.onepass.make_plan(params, states, spec)
+    with pytest.raises(RuntimeError, match="run without refresh"):
+        torch.ops.onepass.run(plan, hyper, counters)
+    assert torch.ops.onepass.refresh(plan, grads) == 0
+    torch.ops.onepass.run(plan, hyper, counters)
+    with pytest.raises(RuntimeError, match="run without refresh"):
+        torch.ops.onepass.run(plan, hyper, counters)
+    torch.ops.onepass.free_plan(plan)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        torch.ops.onepass.refresh(plan, grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, s, spec: spec.__setitem__((0, 0), 99), "no rule 99"),
+        (lambda p, s, spec: spec.__setitem__((0, 1), 15), "no rule 3 with flags 15"),
+        (lambda p, s, spec: spec.__setitem__((0, 5), 77), "no format 77"),
+        (lambda p, s, spec: spec.__setitem__((0, 7), 0), "too few states"),
+        (lambda p, s, spec: spec.__setitem__((0, 2), -1), "negative row"),
+        (lambda p, s, spec: s.append(torch.zeros(100)), "more states than"),
+        (lambda p, s, spec: s.__setitem__(0, torch.zeros(99)), "another shape"),
+        (lambda p, s, spec: s.__setitem__(0, torch.zeros(100).bfloat16()), "another shape"),
+        (lambda p, s, spec: p.__setitem__(0, torch.zeros(100).double()), "must be float32"),
+        (lambda p, s, spec: p.append(torch.zeros(3)), "spec must be"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(change, message):
+    params, _, states, spec, _, _ = arguments()
+    change(params, states, spec)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.onepass.make_plan(params, states, spec)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [torch.zeros(99)],
+        [torch.zeros(100).double()],
+        [torch.zeros(200)[::2]],
+        [],
+        [torch.zeros(100)] * 2,
+    ],
+)
+def test_gradients_that_do_not_fit_are_stale(bad):
+    params, _, states, spec, hyper, counters = arguments()
+    before = params[0].clone()
+    plan = torch.ops.onepass.make_plan(params, states, spec)
+    assert torch.ops.onepass.refresh(plan, bad) == 1
+    assert torch.equal(params[0], before)
+    with pytest.raises(RuntimeError, match="every parameter needs a gradient"):
+        torch.ops.onepass.sweep_(params, bad, states, spec, hyper, counters)
+
+
+def test_tables_that_are_too_small_are_refused():
+    params, grads, states, spec, hyper, counters = arguments()
+    for h, c in [(hyper[:, :4], counters), (hyper.double(), counters), (hyper, counters[:, :1])]:
+        with pytest.raises(RuntimeError, match="must be a contiguous"):
+            torch.ops.onepass.sweep_(params, grads, states, spec, h, c)
+
+
+def test_instruction_sets(every_isa):
+    assert "plain" in every_isa
+    for name in every_isa:
+        assert onepass.ops.cpu_isa(name) == name
+        assert onepass.ops.cpu_isa() == name
+    assert onepass.ops.cpu_isa("auto") == every_isa[-1]
+    with pytest.raises(RuntimeError, match="no instruction set 'mmx'"):
+        onepass.ops.cpu_isa("mmx")
+
+
+def test_the_environment_picks_the_instruction_set():
+    code = "import onepass; print(onepass.ops.cpu_isa())"
+    env = {**os.environ, "ONEPASS_CPU_ISA": "plain"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert found.stdout.strip() == "plain"

@@ -1,0 +1,102 @@
+"""The package: what the library asks of torch, what the build says, how long the files are."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import onepass
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(onepass.__file__).parent
+LIBRARY = PACKAGE / "libonepass_cpu.so"
+FOLDERS = ("csrc", "python", "triton_kernels", "tests", "bench")
+SUFFIXES = {".py", ".h", ".cpp", ".cuh", ".cu", ".sh"}
+MAX_LINES = 400
+
+
+# --- the library -----------------------------------------------------------------------------
+
+
+def undefined_symbols(*options: str) -> list[tuple[str, str]]:
+    """(type, name) of the symbols that the library expects others to bring."""
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built: there was no C++ compiler")
+    if not shutil.which("nm"):
+        pytest.skip("nm (binutils) is not on PATH")
+    command = ["nm", "-D", "--undefined-only", *options, str(LIBRARY)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [(kind, name) for kind, name in (line.split(maxsplit=1) for line in lines)]
+
+
+def test_library_uses_only_the_stable_abi():
+    unstable = re.compile(r"\b(at|c10|caffe2|torch)::")
+    names = [name for _, name in undefined_symbols("--demangle")]
+    assert any(name.startswith("aoti_torch_") for name in names)  # the list is the right one
+    assert [name for name in names if unstable.search(name)] == []
+
+
+def test_library_has_no_python_symbol():
+    assert [name for _, name in undefined_symbols() if re.match(r"_?Py", name)] == []
+
+
+def test_every_symbol_that_is_not_the_systems_is_torchs_c_interface():
+    # The system's libraries version theirs (memcpy@GLIBC_2.14), torch does not; w: may be missing.
+    others = [name for kind, name in undefined_symbols() if "@" not in name and kind not in "wv"]
+    assert [name for name in others if not name.startswith(("aoti_torch_", "torch_"))] == []
+
+
+# --- the build -------------------------------------------------------------------------------
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the build in an environment that has no compiler on its PATH."""
+    env = {name: value for name, value in os.environ.items() if name != "CXX"}
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    env |= {"PATH": "/nonexistent", **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def libraries(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.so"))
+
+
+def test_build_without_a_compiler_says_so_in_one_line(tmp_path):
+    result = build(tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    assert "only the slow reference backend" in line
+    assert libraries(tmp_path) == []
+
+
+def test_build_with_a_named_compiler_that_is_missing_fails(tmp_path):
+    result = build(tmp_path, CXX="/nonexistent/g++")
+    assert result.returncode != 0
+    assert "CXX=/nonexistent/g++" in result.stderr
+    assert libraries(tmp_path) == []
+
+
+# --- the package -----------------------------------------------------------------------------
+
+
+def test_package_is_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_package_needs_torch_and_numpy_alone():
+    requires = metadata.requires("onepass") or []
+    assert {line for line in requires if "extra ==" not in line} == {"torch>=2.10", "numpy"}
+
+
+def test_no_source_file_is_too_long():
+    files = list(ROOT.glob("*.py"))
+    for folder in FOLDERS:
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    assert ROOT / "setup.py" in files
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}

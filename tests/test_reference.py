@@ -1,0 +1,187 @@
+"""The specification's own pieces: 16-bit codes, random bits, the derived hyperparameters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from onepass import reference
+from onepass.rules import RULES, power
+
+ALL_CODES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+# Every value with 19 significant leading bits: all rounding decisions of both 16-bit formats.
+MANY = (np.arange(1 << 19, dtype=np.uint32) << np.uint32(13)).view(np.float32)
+with np.errstate(all="ignore"):
+    NEAR_TIES = np.concatenate(
+        [MANY, *(np.nextafter(MANY, np.float32(s)) for s in (np.inf, -np.inf))]
+    )
+
+
+def torch_codes(values, dtype):
+    return torch.from_numpy(values).to(dtype).view(torch.int16).numpy().view(np.uint16)
+
+
+def same_codes(a, b, dtype):
+    nan = torch.from_numpy(a.view(np.int16)).view(dtype).isnan().numpy()
+    nan &= torch.from_numpy(b.view(np.int16)).view(dtype).isnan().numpy()
+    return ((a == b) | nan).all()
+
+
+def test_bf16_is_torchs():
+    decoded = reference.decode_bf16(ALL_CODES)
+    expected = torch.from_numpy(ALL_CODES.view(np.int16)).view(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(decoded, expected)
+    assert same_codes(reference.encode_bf16(decoded), ALL_CODES, torch.bfloat16)
+    with np.errstate(all="ignore"):
+        assert same_codes(
+            reference.encode_bf16(NEAR_TIES), torch_codes(NEAR_TIES, torch.bfloat16), torch.bfloat16
+        )
+
+
+def test_fp16_is_torchs():
+    decoded = reference.decode_fp16(ALL_CODES)
+    expected = torch.from_numpy(ALL_CODES.view(np.int16)).view(torch.float16).float().numpy()
+    np.testing.assert_array_equal(decoded, expected)
+    with np.errstate(all="ignore"):
+        assert same_codes(reference.encode_fp16(decoded), ALL_CODES, torch.float16)
+        assert same_codes(
+            reference.encode_fp16(NEAR_TIES), torch_codes(NEAR_TIES, torch.float16), torch.float16
+        )
+
+
+def test_stochastic_bf16_keeps_what_bf16_holds_and_brackets_the_rest():
+    decoded = reference.decode_bf16(ALL_CODES)
+    for random in (0, 1, 0x7FFF, 0xFFFF):
+        bits = np.full(len(decoded), random, np.uint32)
+        assert same_codes(
+            reference.encode_bf16_stochastic(decoded, bits), ALL_CODES, torch.bfloat16
+        )
+    values = np.random.default_rng(0).normal(size=10000).astype(np.float32) ** 9
+    low = reference.decode_bf16(
+        reference.encode_bf16_stochastic(values, np.zeros(10000, np.uint32))
+    )
+    high = reference.decode_bf16(
+        reference.encode_bf16_stochastic(values, np.full(10000, 0xFFFF, np.uint32))
+    )
+    assert (np.abs(low) <= np.abs(values)).all()
+    assert (np.abs(high) >= np.abs(values)).all()
+    gap = np.abs(high - low)
+    assert (gap <= np.maximum(np.abs(values) * 2.0**-7, 2.0**-133)).all()
+
+
+@pytest.mark.parametrize("value", [1.0 + 2.0**-12, 3.1e-5, -0.7, 1e-40, 2.0**-133 / 3, 1.9999])
+def test_stochastic_bf16_is_unbiased(value):
+    """Within 4 standard errors over 65,536 draws."""
+    draws = 1 << 16
+    random = reference.random_bits(3, 5, 8, 0, draws) & np.uint32(0xFFFF)
+    values = np.full(draws, value, np.float32)
+    decoded = reference.decode_bf16(reference.encode_bf16_stochastic(values, random)).astype(
+        np.float64
+    )
+    error = decoded.mean() - float(np.float32(value))
+    assert decoded.std() > 0
+    assert abs(error) <= 4 * decoded.std() / math.sqrt(draws)
+
+
+def test_random_bits_known_answers():
+    """Worked out once with Python integers from the definition, so that no backend may drift."""
+
+    def by_hand(seed, step, param_id, index, word):
+        mask = (1 << 32) - 1
+        stream = reference.splitmix64(
+            reference.splitmix64(reference.splitmix64(seed) ^ step) ^ param_id
+        )
+        key = reference.splitmix64(stream ^ (word << 32 | index >> 32))
+        x = ((index & mask) * 0x9E3779B9 + (key & mask)) & mask
+        x ^= x >> 16
+        x = x * 0x7FEB352D & mask
+        x ^= (x >> 15) ^ (key >> 32)
+        x = x * 0x846CA68B & mask
+        return x ^ x >> 16
+
+    # SplitMix64 from state 0: the first outputs published with the generator.
+    assert reference.splitmix64(0) == 0xE220A8397B1DCDAF
+    assert reference.splitmix64(0x9E3779B97F4A7C15) == 0x6E789E6AA1B965F4
+    for where in [(0, 1, 0, 0, 0), (7, 3, 2, 12345, 1), (1 << 62, 9, 5, (1 << 32) - 2, 0)]:
+        found = reference.random_bits(*where[:4], 4, where[4])
+        expected = [by_hand(*where[:3], where[3] + i, where[4]) for i in range(4)]
+        assert found.tolist() == expected
+    assert reference.random_bits(0, 1, 0, 0, 3).tolist() == KNOWN
+
+
+KNOWN = [3865171628, 2557153689, 1883077879]
+
+
+def test_random_bits_do_not_depend_on_where_they_are_cut():
+    whole = reference.random_bits(1, 2, 3, (1 << 32) - 100, 200)
+    parts = [reference.random_bits(1, 2, 3, (1 << 32) - 100 + i, 50) for i in range(0, 200, 50)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_random_bits_look_independent():
+    """Uniform halves, neighbours, blocks, words, steps and parameters: |z| of each under 5."""
+    n = 1 << 19
+    scores = {}
+    base = reference.random_bits(11, 4, 6, 0, n)
+    halves = {"low": base & np.uint32(0xFFFF), "high": base >> np.uint32(16)}
+
+    def unit(half):
+        return (half.astype(np.float64) - 32767.5) / (65536 / math.sqrt(12))
+
+    for name, half in halves.items():
+        for bits in (half >> np.uint32(8), half & np.uint32(0xFF)):
+            counts = np.bincount(bits, minlength=256)
+            scores[f"{name} uniform"] = (
+                ((counts - n / 256) ** 2 / (n / 256)).sum() - 255
+            ) / math.sqrt(510)
+        values = unit(half)
+        for lag in (1, 2, 3, 4, 8, 16, 31, 32, 64, 256, 1024, 4096, 65536):
+            scores[f"{name} lag {lag}"] = (values[:-lag] * values[lag:]).mean() * math.sqrt(n - lag)
+            top = (half >> np.uint32(10)).astype(np.int64)
+            counts = np.bincount(top[:-lag] * 64 + top[lag:], minlength=4096)
+            expected = (n - lag) / 4096
+            scores[f"{name} pairs {lag}"] = (
+                ((counts - expected) ** 2 / expected).sum() - 4095
+            ) / math.sqrt(2 * 4095)
+        others = {"step": (11, 5, 6), "parameter": (11, 4, 7), "seed": (12, 4, 6)}
+        for what, where in others.items():
+            other = unit(reference.random_bits(*where, 0, n) & np.uint32(0xFFFF))
+            scores[f"{name} {what}"] = (values * other).mean() * math.sqrt(n)
+        word = unit(reference.random_bits(11, 4, 6, 0, n, word=1) & np.uint32(0xFFFF))
+        scores[f"{name} word"] = (values * word).mean() * math.sqrt(n)
+    scores["halves"] = (unit(halves["low"]) * unit(halves["high"])).mean() * math.sqrt(n)
+    worst = max(scores, key=lambda name: abs(scores[name]))
+    assert abs(scores[worst]) < 5, f"{worst}: {scores[worst]:.1f}"
+
+
+def test_power_is_pow_to_a_few_ulp():
+    for base in (0.0, 0.5, 0.9, 0.95, 0.999, 0.9999):
+        for exponent in (0, 1, 2, 3, 10, 1000, 16777216):
+            assert power(base, exponent) == pytest.approx(base**exponent, rel=1e-9, abs=1e-300)
+
+
+def test_derive_returns_what_the_table_says():
+    group = dict(
+        lr=0.1,
+        weight_decay=0.1,
+        decoupled_weight_decay=True,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        momentum=0.9,
+        dampening=0.0,
+        alpha=0.9,
+        lr_decay=0.1,
+    )
+    for rule in RULES.values():
+        assert len(rule.derive(group, 3, False)) == rule.scalars
+
+
+def test_adam_hyperparameters_fold_the_bias_corrections():
+    group = dict(lr=0.1, weight_decay=0.0, decoupled_weight_decay=True, betas=(0.9, 0.99), eps=1e-3)
+    step_size, _, _, _, _, _, eps = RULES["adam"].derive(group, 7, False)
+    m, v = 0.3, 0.02
+    expected = 0.1 * (m / (1 - 0.9**7)) / (math.sqrt(v / (1 - 0.99**7)) + 1e-3)
+    assert step_size * m / (math.sqrt(v) + eps) == pytest.approx(expected, rel=1e-14)

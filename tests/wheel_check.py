@@ -1,0 +1,36 @@
+"""One AdamW step of an installed onepass against torch's own, in fp64: run by wheel_check.sh."""
+
+import platform
+import sys
+from pathlib import Path
+
+import onepass
+import torch
+
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
+
+package = Path(onepass.__file__).resolve()
+if not package.is_relative_to(Path(sys.argv[1]).resolve()):
+    sys.exit(f"wheel_check: {package} is not the installed package")
+
+torch.manual_seed(0)
+start, grad = torch.randn(1025), torch.randn(1025)
+
+# backend="cpu" is an error where the library does not load, so that it is what is tried here.
+param = start.clone().requires_grad_()
+param.grad = grad.clone()
+onepass.AdamW([param], LR, BETAS, EPS, WEIGHT_DECAY, backend="cpu").step()
+
+oracle = start.double().requires_grad_()
+oracle.grad = grad.double()
+torch.optim.AdamW([oracle], LR, BETAS, EPS, WEIGHT_DECAY).step()
+
+# Two roundings of the weight: a step moves it by less than its own size.
+tolerance = 2 * torch.finfo(torch.float32).eps * start.abs().clamp(min=LR)
+error = ((param.detach().double() - oracle.detach()).abs() / tolerance).max().item()
+if not error <= 1 or torch.equal(param.detach(), start):
+    sys.exit(f"wheel_check: one AdamW step is off by {error:.2f} of what is allowed")
+print(
+    f"wheel_check: passed under Python {platform.python_version()} with torch {torch.__version__}: "
+    f"error {error:.2f} of what is allowed"
+)

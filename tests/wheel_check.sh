@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Builds the wheel and tries it where it was not built: under another CPython, with another torch
+# if one is named. Not part of `make test`, for it installs torch once more.
+#
+#   PYTHON_OTHER=python3.13 TORCH_OTHER=2.10.0 tests/wheel_check.sh
+#
+# PYTHON_OTHER: default the first of python3.13 to python3.10 that is not the version in .venv, or
+#   that version when no other one runs. TORCH_OTHER: default the version in .venv.
+# pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) say where torch comes from.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+[ -x .venv/bin/python ] || { echo "wheel_check: there is no .venv: run make setup first"; exit 1; }
+built_with=$(version .venv/bin/python)
+python=${PYTHON_OTHER:-}
+if [ -z "$python" ]; then
+  python=.venv/bin/python
+  for candidate in python3.13 python3.12 python3.11 python3.10; do
+    found=$(version "$candidate") || continue
+    if [ "$found" != "$built_with" ]; then
+      python=$candidate
+      break
+    fi
+  done
+fi
+version "$python" >/dev/null || { echo "wheel_check: PYTHON_OTHER=$python does not run"; exit 1; }
+here=$(.venv/bin/python -c 'import torch; print(torch.__version__.split("+")[0])')
+torch=${TORCH_OTHER:-$here}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+echo "wheel_check: building with Python $built_with, torch $here"
+rm -rf build
+.venv/bin/python -m pip wheel --quiet --no-build-isolation --no-deps -w "$work" .
+wheel=$(echo "$work"/onepass-*.whl)
+case "$wheel" in
+  *-py3-none-*.whl) echo "wheel_check: $(basename "$wheel")" ;;
+  *) echo "wheel_check: $(basename "$wheel") is not tagged py3-none"; exit 1 ;;
+esac
+
+echo "wheel_check: installing under Python $(version "$python") with torch $torch"
+"$python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet "torch==$torch" "$wheel"
+
+# From another folder, so that it is the installed package that is imported; -P does not exist
+# before Python 3.11.
+cp tests/wheel_check.py "$work/"
+cd "$work"
+venv/bin/python wheel_check.py "$work/venv"
