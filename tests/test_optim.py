@@ -1,4 +1,4 @@
-"""The classes as torch.optim users use them: groups, schedulers, hooks, saving, exchange, errors."""
+"""The classes as users of torch.optim use them: groups, schedulers, hooks, saving, errors."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 import onepass
 
-from .cases import CASES, IDS, VARIANTS, make_params, set_grads
+from .cases import IDS, VARIANTS, make_params
 from .oracle import Oracle
 
 TWINS = [
@@ -45,8 +45,8 @@ def test_the_oracle_is_torch_optim_in_float64(case, variant, name):
     torch.testing.assert_close(param.detach(), oracle.p, rtol=limit, atol=limit)
 
 
-# In eps of the weight's dtype, at the size of the weight or of its change, whichever is larger. Half
-# an eps is the rounding of the weight itself.
+# In eps of the weight's dtype, at the size of the weight or of its change, whichever is larger.
+# Half an eps is the rounding of the weight itself.
 ONE_STEP = {torch.float32: 2.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 

@@ -8,8 +8,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import onepass
 import pytest
+
+import onepass
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(onepass.__file__).parent

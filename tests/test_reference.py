@@ -164,23 +164,24 @@ def test_power_is_pow_to_a_few_ulp():
 
 
 def test_derive_returns_what_the_table_says():
-    group = dict(
-        lr=0.1,
-        weight_decay=0.1,
-        decoupled_weight_decay=True,
-        betas=(0.9, 0.99),
-        eps=1e-8,
-        momentum=0.9,
-        dampening=0.0,
-        alpha=0.9,
-        lr_decay=0.1,
-    )
+    group = {
+        "lr": 0.1,
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": True,
+        "eps": 1e-8,
+        "betas": (0.9, 0.99),
+        "momentum": 0.9,
+        "dampening": 0.0,
+        "alpha": 0.9,
+        "lr_decay": 0.1,
+    }
     for rule in RULES.values():
         assert len(rule.derive(group, 3, False)) == rule.scalars
 
 
 def test_adam_hyperparameters_fold_the_bias_corrections():
-    group = dict(lr=0.1, weight_decay=0.0, decoupled_weight_decay=True, betas=(0.9, 0.99), eps=1e-3)
+    group = {"lr": 0.1, "weight_decay": 0.0, "decoupled_weight_decay": True}
+    group |= {"betas": (0.9, 0.99), "eps": 1e-3}
     step_size, _, _, _, _, _, eps = RULES["adam"].derive(group, 7, False)
     m, v = 0.3, 0.02
     expected = 0.1 * (m / (1 - 0.9**7)) / (math.sqrt(v / (1 - 0.99**7)) + 1e-3)

@@ -4,8 +4,9 @@ import platform
 import sys
 from pathlib import Path
 
-import onepass
 import torch
+
+import onepass
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
 

@@ -18,7 +18,7 @@ def _load() -> str:
             "pip install --no-build-isolation onepass"
         )
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     return ""

@@ -285,9 +285,9 @@ def fit_state(
     if not isinstance(value, torch.Tensor) or value.shape != param.shape:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{which} is {found}: it is the state of another parameter")
-    if not copy and (value.dtype, value.device) == (dtype, param.device):
-        if same_layout(value, param):
-            return value
+    fits = (value.dtype, value.device) == (dtype, param.device) and same_layout(value, param)
+    if fits and not copy:
+        return value
     return torch.empty_like(param.detach(), dtype=dtype, memory_format=torch.preserve_format).copy_(
         value
     )

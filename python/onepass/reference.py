@@ -5,9 +5,10 @@ even, denormals kept, in the order written here, with a correctly rounded root a
 are) and no fused multiply-add. Two NaNs count as the same bits.
 
 A rule takes and returns fp32 arrays and knows nothing of memory:
-``(param, grad, states, h, flags) -> (param, states)``. ``states`` has the rule's slots in the order
-of :data:`onepass.rules.RULES`, None where the flags leave one out; ``h`` holds the fp32 scalars that
-the rule's ``derive`` made from the options and the step. Adding a rule or a format: CONTRIBUTING.md.
+``(param, grad, states, h, flags) -> (param, states)``. ``states`` has the rule's slots in the
+order of :data:`onepass.rules.RULES`, None where the flags leave one out; ``h`` holds the fp32
+scalars that the rule's ``derive`` made from the options and the step. How to add a rule or a
+format: CONTRIBUTING.md.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from ..formats import ABSENT, StateFormat
-from ..rules import SLOTS, Rule
+from ..rules import RULES, SLOTS, Rule
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,29 @@ class Entry:
         return [self.rule.code, self.flags, self.row, self.param_id, self.first, *codes]
 
 
-class Backend(Protocol):
-    """Runs a step over the entries of one device."""
+class Backend(ABC):
+    """Runs a step over the entries of one device.
 
-    name: str
-    rules: Collection[str]
+    Attributes:
+        name: what users ask for.
+        rules: names of the rules it has.
+    """
 
+    name: ClassVar[str]
+    rules: ClassVar[Collection[str]] = frozenset(RULES)
+
+    @abstractmethod
     def unavailable(self, device: torch.device | None) -> str:
         """Why this backend cannot serve the device (None: any at all); empty when it can."""
 
+    @abstractmethod
     def prepare(self, entries: Sequence[Entry]) -> Any:
         """Flattens the entries once; what it returns goes into the two calls below."""
 
+    @abstractmethod
     def refresh(self, prepared: Any, grads: list[torch.Tensor]) -> bool:
         """Takes the gradients of a step. False, with nothing changed, when the plan is stale."""
 
+    @abstractmethod
     def run(self, prepared: Any, hyper: torch.Tensor, counters: torch.Tensor) -> None:
         """The step. hyper: fp32 [rows, HYPER_WIDTH]; counters: int64 [rows, 2], seed and step."""

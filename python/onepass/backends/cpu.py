@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import ops
-from ..rules import RULES
-from .base import Entry
+from .base import Backend, Entry
 
 
 class _Prepared:
@@ -23,11 +22,10 @@ class _Prepared:
         weakref.finalize(self, torch.ops.onepass.free_plan, self.plan)
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """AVX-512, AVX2 or plain C++, picked at run time (see :func:`onepass.ops.cpu_isa`)."""
 
     name = "cpu"
-    rules = frozenset(RULES)
 
     def unavailable(self, device: torch.device | None) -> str:
         if device is not None and device.type != "cpu":

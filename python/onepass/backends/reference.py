@@ -11,8 +11,8 @@ import torch
 from .. import reference
 from ..formats import NATIVE, STATE_FORMATS
 from ..reference import F32, States
-from ..rules import RULES, SLOTS
-from .base import Entry
+from ..rules import SLOTS
+from .base import Backend, Entry
 
 _FP32, _BF16, _FP16 = (NATIVE[t] for t in (torch.float32, torch.bfloat16, torch.float16))
 _BF16_STOCHASTIC = STATE_FORMATS["bf16"].code
@@ -60,11 +60,10 @@ class _Prepared:
         self.grads: list[torch.Tensor] = []
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """NumPy on the CPU, whatever the device: it copies there and back."""
 
     name = "reference"
-    rules = frozenset(RULES)
 
     def unavailable(self, device: torch.device | None) -> str:
         return ""

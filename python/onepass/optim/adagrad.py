@@ -17,7 +17,8 @@ class Adagrad(Optimizer):
     .. math::
         g &\leftarrow g + \lambda\theta \quad\text{(unless decay is decoupled)} \\
         s &\leftarrow s + g^2 \\
-        \theta &\leftarrow \theta - \frac{\eta}{1 + (t - 1)\kappa} \cdot \frac{g}{\sqrt{s} + \epsilon}
+        \theta &\leftarrow \theta - \frac{\eta}{1 + (t - 1)\kappa}
+            \cdot \frac{g}{\sqrt{s} + \epsilon}
 
     With ``eps_in_sqrt`` the denominator is :math:`\sqrt{s + \epsilon}`, as the literature has it.
 

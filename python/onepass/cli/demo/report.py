@@ -72,30 +72,34 @@ def deviation(runs: list[Run]) -> dict[str, float]:
     """Return the largest differences of the first two runs' training losses, early and at all."""
     if len(runs) < 2:
         return {}
-    return {
-        f"first {EARLY} steps": loss_deviation(runs[0], runs[1], EARLY),
-        "all steps": loss_deviation(runs[0], runs[1]),
-    }
+    early = {f"first {EARLY} steps": loss_deviation(runs[0], runs[1], EARLY)}
+    return early | {"all steps": loss_deviation(runs[0], runs[1])}
 
 
 def print_deviation(runs: list[Run], replay: Replay | None) -> None:
     """Print how far onepass.AdamW is from torch.optim.AdamW, for what was measured."""
     if len(runs) < 2:
         return
-    print("\nonepass AdamW against torch AdamW, both in fp32, largest differences")
-    for steps, difference in deviation(runs).items():
-        # Training is chaotic: two runs that differ in a last bit drift apart, then meet again.
-        print(f"  {'training loss, ' + steps:<38}{difference:.1e} nats/byte")
+    # Training is chaotic: runs that differ in a last bit drift apart, then meet again.
+    lines = [
+        (f"training loss, {steps}", f"{difference:.1e} nats/byte")
+        for steps, difference in deviation(runs).items()
+    ]
     if replay is not None:
-        after = f"weights, {replay.steps} steps on the same gradients"
-        print(
-            f"  {'weights, 1 step on the same gradients':<38}"
-            f"{replay.one_step_max_difference:.1e} = {replay.one_step_in_lr:.1e} lr"
-        )
-        print(
-            f"  {after:<38}"
-            f"{replay.max_difference:.1e} = {replay.relative_difference:.1e} of the largest update"
-        )
+        one, many = replay.one_step_max_difference, replay.max_difference
+        lines += [
+            (
+                "weights, 1 step on the same gradients",
+                f"{one:.1e} = {replay.one_step_in_lr:.1e} lr",
+            ),
+            (
+                f"weights, {replay.steps} steps on the same gradients",
+                f"{many:.1e} = {replay.relative_difference:.1e} of the largest update",
+            ),
+        ]
+    print("\nonepass AdamW against torch AdamW, both in fp32, largest differences")
+    for what, value in lines:
+        print(f"  {what:<40} {value}")
 
 
 def smooth(values: list[float]) -> list[float]:
