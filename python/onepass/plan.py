@@ -81,10 +81,9 @@ class Plan:
         self._options = [self._group_options(group) for group in groups]
         self._state = optimizer.state
 
-        for group in groups:
-            optimizer.check_options(group)
         number = -1
         for group in groups:
+            optimizer.check_options(group)
             for param in group["params"]:
                 number += 1
                 if param.grad is not None:
@@ -213,7 +212,7 @@ class Plan:
         """Takes a step; False, with nothing changed, when the plan is no longer true.
 
         Raises:
-            ValueError: the learning rate of a group is not a finite number >= 0.
+            ValueError: an option of a group is out of range.
         """
         grads = self._gradients()
         if grads is None:
@@ -238,10 +237,11 @@ class Plan:
     def _derive(self) -> list[int]:
         """Fills the tables of this step; returns the step of each row, counted from 1."""
         rule = self._optimizer.rule
+        for group in self._optimizer.param_groups:
+            self._optimizer.check_options(group)
         steps, hyper, counters = [], [], []
         for row in self._rows:
             group = row.group
-            check_lr(group["lr"])
             step = int(row.step) + 1
             values = rule.derive(group, step, row.first)
             scale = -1.0 if group["maximize"] else 1.0

@@ -156,13 +156,18 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._planned_step()
+        return loss
+
+    # torch.compile breaks its graph here: there is nothing in a plan for it to fuse.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _planned_step(self) -> None:
         if self._plan is None or not self._plan.step():
             self._plan = None
             plan = Plan(self)
             if not plan.step():
                 raise RuntimeError("onepass: a tensor changed while the step was planned")
             self._plan = plan
-        return loss
 
     def new_state(
         self, param: torch.Tensor, key: str, group: Mapping[str, Any], state_format: StateFormat

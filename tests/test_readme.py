@@ -1,0 +1,52 @@
+"""The README keeps its word: its example runs as it stands, its table is the code's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onepass
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_it_stands():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loss = float(re.fullmatch(r"loss (\d+\.\d+)\n", result.stdout).group(1))
+    assert loss < 1.0
+    assert not result.stderr
+
+
+def test_the_support_matrix_is_the_codes():
+    """`python tests/test_readme.py` rewrites it."""
+    assert with_matrix(README) == README
+
+
+def test_links_lead_somewhere():
+    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if "://" not in link:
+                assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_ci_runs_the_command_that_the_readme_names():
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert command in README
+
+
+def with_matrix(text):
+    return re.sub(
+        r"(<!-- support matrix -->\n).*?(<!-- end -->)",
+        lambda m: f"{m.group(1)}{onepass.backends.support_matrix()}\n{m.group(2)}",
+        text,
+        flags=re.S,
+    )
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_matrix(README))
