@@ -133,3 +133,20 @@ def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
         for key, value in a.state[p].items():
             other = b.state[q][key]
             assert same_bits(value, other), f"{key} of parameter {i}"
+
+
+SHAPES = [(33,), (), (4, 5), (0,)]
+
+
+def train(
+    optimizer: torch.optim.Optimizer, params: list[torch.Tensor], steps: int, start: int = 0
+) -> None:
+    """Steps start to start + steps of a run whose gradients depend on the step alone."""
+    for step in range(start, start + steps):
+        set_grads(params, torch.float32, seed=step)
+        optimizer.step()
+
+
+def clone(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same weights as new parameters."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]

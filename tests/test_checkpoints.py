@@ -1,0 +1,150 @@
+"""Saving and loading: resumed runs, exchange with torch.optim, state dicts that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import onepass
+
+from .cases import (
+    CASES,
+    FORMATS,
+    IDS,
+    SHAPES,
+    VARIANTS,
+    assert_same,
+    clone,
+    make_params,
+    same_bits,
+    train,
+)
+from .test_oracle import TWIN_IDS, TWINS, torch_twin
+
+
+def save_and_load(state_dict):
+    """Through torch.save, as a checkpoint goes."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize("states", FORMATS)
+def test_a_resumed_run_is_the_uninterrupted_one(case, variant, name, states):
+    params = make_params(SHAPES, torch.float32, 1)
+    whole = case.ours(params, **variant, states=states, seed=3)
+    train(whole, params, 5)
+    saved, weights = save_and_load(whole.state_dict()), clone(params)
+    train(whole, params, 5, start=5)
+
+    resumed = case.ours(weights, lr=123.0, states=states)
+    resumed.load_state_dict(saved)
+    train(resumed, weights, 5, start=5)
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize(("case", "variant", "name"), TWINS, ids=TWIN_IDS)
+def test_a_torch_run_continues_in_onepass_and_back(case, variant, name):
+    params = make_params(SHAPES, torch.float32, 1)
+    theirs = torch_twin(case, variant, params)
+    train(theirs, params, 3)
+
+    here = clone(params)
+    ours = case.ours(here, lr=0.5)
+    ours.load_state_dict(save_and_load(theirs.state_dict()))
+    assert ours.param_groups[0]["lr"] == variant["lr"]
+    train(theirs, params, 3, start=3)
+    train(ours, here, 3, start=3)
+    for p, q in zip(params, here, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+    back = clone(here)
+    again = case.torch(back, lr=0.5)
+    again.load_state_dict(save_and_load(ours.state_dict()))
+    train(ours, here, 3, start=6)
+    train(again, back, 3, start=6)
+    for p, q in zip(here, back, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_step_counters_of_a_state_dict_are_separate():
+    """torch.optim adds one to each: a shared one would count every parameter's step."""
+    params = make_params([(3,), (4,)], torch.float32, 1)
+    optimizer = onepass.AdamW(params)
+    train(optimizer, params, 2)
+    steps = [s["step"] for s in optimizer.state_dict()["state"].values()]
+    assert steps[0].data_ptr() != steps[1].data_ptr()
+    assert [s.item() for s in steps] == [2.0, 2.0]
+
+
+def test_loading_copies_and_converts_to_the_optimizers_own_format():
+    params = make_params([(100,)], torch.bfloat16, 1)
+    first = onepass.AdamW(params)
+    train(first, params, 3)
+    saved = first.state_dict()
+    second = onepass.AdamW(params, states="bf16")
+    second.load_state_dict(saved)
+    state = second.state[params[0]]
+    assert state["exp_avg"].dtype == torch.bfloat16
+    assert second.param_groups[0]["states"] == "bf16"
+    assert same_bits(state["exp_avg"], saved["state"][0]["exp_avg"].to(torch.bfloat16))
+    third = onepass.AdamW(params)
+    third.load_state_dict(saved)
+    moments = third.state[params[0]]["exp_avg"]
+    assert moments.dtype == torch.float32  # torch.optim would cast it to the weight's bf16
+    assert moments.data_ptr() != saved["state"][0]["exp_avg"].data_ptr()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_pickle_and_deepcopy(case):
+    variant = list(case.variants())[-1]
+    params = make_params(SHAPES, torch.float32, 1)
+    optimizer = case.ours(params, **variant, backend="reference")
+    train(optimizer, params, 2)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied.backend == "reference"
+        theirs = [p for g in copied.param_groups for p in g["params"]]
+        assert all(p is not q for p, q in zip(params, theirs, strict=True))
+        mine = copy.deepcopy(optimizer)
+        for one in (mine, copied):
+            train(one, [p for g in one.param_groups for p in g["params"]], 2, start=2)
+        assert_same(mine, copied)
+
+
+def test_state_dicts_of_others_are_refused_before_anything_changes():
+    params = make_params([(5,), (6, 4)], torch.float32, 1)
+    optimizer = onepass.AdamW(params)
+    train(optimizer, params, 1)
+    held = copy.deepcopy(optimizer.state_dict())
+
+    other = make_params([(5,), (7, 4)], torch.float32, 1)
+    another_model = onepass.AdamW(other)
+    train(another_model, other, 1)
+    another_kind = onepass.Lion(params)
+    train(another_kind, params, 1)
+    lost = copy.deepcopy(held)
+    del lost["state"][1]["exp_avg_sq"]
+    bad_option = copy.deepcopy(held)
+    bad_option["param_groups"][0]["eps"] = -1.0
+    fewer = onepass.AdamW(params[:1]).state_dict()
+    two_groups = onepass.AdamW([{"params": params[:1]}, {"params": params[1:]}]).state_dict()
+    for state_dict, message in [
+        (another_model.state_dict(), r"exp_avg of parameter 1 of shape \(6, 4\) is \(7, 4\)"),
+        (another_kind.state_dict(), "no exp_avg_sq for parameter 0"),
+        (lost, "no exp_avg_sq for parameter 1"),
+        (bad_option, "eps must be"),
+        (fewer, "parameter group 0 has 1 parameters in the state dict, 2 in the optimizer"),
+        (two_groups, "has 2 parameter groups, the optimizer 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state_dict)
+        now = optimizer.state_dict()
+        assert now["param_groups"] == held["param_groups"]
+        for i, state in held["state"].items():
+            assert all(torch.equal(state[key], now["state"][i][key]) for key in state)
