@@ -195,6 +195,24 @@ def test_counters_of_parameters_with_a_common_history_are_one_tensor(backend):
     assert steps[0] is steps[1] is steps[2]
 
 
+def test_falling_back_to_the_reference_is_said_and_works(monkeypatch):
+    cpu = onepass.backends.BACKENDS["cpu"]
+    monkeypatch.setattr(type(cpu), "unavailable", lambda self, device: "not built")
+    params, optimizer = build(None)
+    set_grads(params, torch.float32, 0)
+    with pytest.warns(UserWarning, match="slow reference backend .*cpu: not built"):
+        optimizer.step()
+    expected, reference = build("reference")
+    set_grads(expected, torch.float32, 0)
+    reference.step()
+    assert_same(optimizer, reference)
+    asked = onepass.AdamW(params, backend="cpu")
+    with pytest.raises(
+        RuntimeError, match="backend 'cpu' cannot serve parameters on cpu: not built"
+    ):
+        asked.step()
+
+
 def test_a_state_of_another_shape_is_refused(backend):
     params, optimizer = build(backend)
     set_grads(params, torch.float32, 0)

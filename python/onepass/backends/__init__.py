@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..formats import NATIVE, STATE_FORMATS
@@ -25,6 +27,8 @@ def check_name(name: str | None) -> None:
 def choose(device: torch.device, name: str | None = None) -> Backend:
     """The backend for a device: the one asked for by name, else the first that serves it.
 
+    Warns when that is the reference backend and nobody asked for it.
+
     Raises:
         ValueError: an unknown name.
         RuntimeError: the backend cannot serve this device here; says why and which one can.
@@ -39,7 +43,16 @@ def choose(device: torch.device, name: str | None = None) -> Backend:
                 f"Backends that can: {', '.join(others) or 'none'}"
             )
         return BACKENDS[name]
-    return next(b for b in BACKENDS.values() if not b.unavailable(device))
+    found = next(b for b in BACKENDS.values() if not b.unavailable(device))
+    if found.name == "reference":
+        reasons = [
+            f"{b.name}: {b.unavailable(device)}" for b in BACKENDS.values() if b is not found
+        ]
+        warnings.warn(
+            f"onepass steps on {device} by its slow reference backend ({'; '.join(reasons)})",
+            stacklevel=2,
+        )
+    return found
 
 
 def status() -> list[tuple[str, str]]:

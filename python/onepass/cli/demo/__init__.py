@@ -15,9 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        help="steps per optimizer (default: 800 on a CPU, fewer where they take over two minutes)",
+        help="steps per optimizer (default: 500 on a CPU, fewer where all would take over 130 s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: demo-out"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -1,0 +1,206 @@
+"""The benchmark: its bytes, its check, its lines, and one small run from end to end. No time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+
+import onepass
+from bench import bars, cases, check, measure, providers, report, results
+from bench.lists import gpt2, many, one
+
+main = importlib.import_module("bench.__main__").main
+TINY = cases.Case("adamw", "fp32", "fp32", many(3, 130, offset=1))
+BY_NAME = {provider.name: provider for provider in providers.PROVIDERS}
+
+
+@pytest.fixture(autouse=True)
+def _small_limits(monkeypatch):
+    """The buffers of the limits take a second to fill at their real size."""
+    monkeypatch.setattr(measure, "SMALLEST_COPY", 1 << 12)
+    monkeypatch.setattr(measure, "BEYOND_CACHE", 1 << 14)
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "states", "expected"),
+    [
+        ("adamw", "fp32", "fp32", 28),
+        ("adamw", "bf16", "bf16", 14),
+        ("adamw", "bf16", "fp32", 22),
+        ("lion", "fp32", "fp32", 20),
+        ("sgd", "fp32", "fp32", 20),
+        ("adagrad", "fp32", "fp32", 20),
+        ("rmsprop", "fp32", "fp32", 20),
+    ],
+)
+def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, states, expected):
+    case = cases.Case(rule, dtype, states, many(2, 8))
+    params = [torch.nn.Parameter(t) for t in case.list.normal(1.0, cases.DTYPES[dtype], 0)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = BY_NAME["onepass-cpu"].rules[rule](onepass, params, case)
+    optimizer.backend = None  # whichever is there
+    optimizer.step()
+    moved = 0
+    for param in params:
+        own = [v for k, v in optimizer.state[param].items() if k != "step"]
+        moved += sum(2 * t.nbytes for t in (param, *own)) + param.grad.nbytes
+    assert case.bytes == moved == 16 * expected
+
+
+def test_lists():
+    assert one(50).numel == 50_000_000
+    # As counted by the published model, embeddings tied.
+    assert gpt2(12, 768, 50257, 1024).numel == 124_439_808
+    assert len(gpt2(12, 768, 50257, 1024).shapes) == 148
+    assert many(300, 1).scalars
+    assert not many(300, 2).scalars
+    odd = many(3, 5, offset=1).empty(torch.float32)
+    assert [t.storage_offset() for t in odd] == [1, 1, 1]
+
+
+def test_case_names_are_unique_and_bars_name_cases():
+    names = [case.name for case in cases.all_cases()]
+    assert len(set(names)) == len(names)
+    assert cases.select(cases.all_cases(), "lion")[0].rule == "lion"
+    assert [c.rule for c in cases.select(cases.all_cases(), "sgd/*")] == ["sgd"]
+    keys = {(c.rule, c.dtype, c.states, c.list.name) for c in cases.all_cases()}
+    for bar in bars.BARS:
+        assert (bar.rule, bar.dtype, bar.states, bar.list) in keys
+        assert bar.other in BY_NAME
+
+
+def outcome(case, *chosen):
+    return measure.run_case(case, list(chosen), samples=2)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in cases.all_cases(quick=True) if c.list.name == "1M"], ids=lambda c: c.name
+)
+def test_the_providers_that_every_machine_has_are_right(case):
+    small = cases.Case(case.rule, case.dtype, case.states, many(3, 130))
+    found = outcome(small, *(p for p in BY_NAME.values() if p.name.startswith("torch-")))
+    assert found.failed == []
+    if not onepass.ops.missing:
+        assert outcome(small, BY_NAME["onepass-cpu"]).failed == []
+
+
+@pytest.mark.parametrize("fault", ["lr", "betas", "eps", "weight_decay", "still"])
+def test_a_wrong_provider_is_named_and_not_timed(fault):
+    wrong = {"lr": 1.01e-2, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
+
+    def make(module, params, case):
+        options = dict(cases.OPTIONS["adamw"])
+        if fault == "still":
+            return torch.optim.SGD(params, lr=0.0)
+        options[fault] = wrong[fault]
+        return torch.optim.AdamW(params, **options)
+
+    broken = providers.Provider("broken", "torch", "torch.optim", {"adamw": make}, ours=True)
+    found = outcome(TINY, broken, BY_NAME["torch-fused"])
+    assert [name for name, _ in found.failed] == ["broken"]
+    assert found.ours_failed
+    assert [one.provider for one in found.timed] == ["torch-fused", "copy", "in-place"]
+
+
+def test_the_check_also_sees_the_end_of_a_long_tensor(monkeypatch):
+    monkeypatch.setattr(check, "SAMPLED", 1 << 10)
+    long = many(1, 10_001)
+    weights, grads = long.normal(1.0, torch.float32, 0), long.normal(1.0, torch.float32, 1)
+    case = cases.Case("sgd", "fp32", "fp32", long)
+    expected = check.Expected(case, weights, grads)
+    kept = grads[0].clone()
+    weights[0].requires_grad_().grad = grads[0]
+    optimizer = torch.optim.SGD(weights, **cases.OPTIONS["sgd"])
+
+    def step():
+        before = weights[0][-1].item()
+        optimizer.step()
+        weights[0].data[-1] = before
+
+    assert "wrong" in expected.problem(step, weights, grads, 0.0)
+    assert torch.equal(grads[0], kept)
+
+
+def test_a_provider_that_is_not_there_says_so():
+    absent = providers.Provider("absent", "no-such-distribution", "no_such_module", {})
+    assert absent.unavailable() == "not installed"
+
+
+def test_percentiles():
+    assert measure.percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert measure.percentile([0.0, 10.0], 20) == 2.0
+    assert measure.percentile([7.0], 80) == 7.0
+
+
+def test_extra_memory_sees_a_temporary():
+    source = torch.ones(1 << 22)
+    found = measure.extra_memory(lambda: source + 1)
+    if found is None:
+        pytest.skip("the kernel does not tell")
+    assert abs(found - source.nbytes) < 1 << 21
+
+
+def test_end_to_end(tmp_path, capsys):
+    """Two runs are appended, with the fields in order; the report is made of the newer one."""
+    out = tmp_path / "results" / "cpu.jsonl"
+    arguments = ["--quick", "--cases", "300x1", "--samples", "2", "--out", str(out)]
+    arguments += ["--providers", "onepass-cpu,torch-fused"]
+    assert main(arguments) == 0
+    first = out.read_text()
+    assert main(arguments) == 0
+    assert out.read_text().startswith(first)
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    names = [line["provider"] for line in lines]
+    assert names[len(names) // 2 :] == names[: len(names) // 2]
+    for line in lines:
+        assert tuple(line) == results.FIELDS
+        assert list(line["ms"]) == ["p20", "p50", "p80"]
+        assert len(line["samples"]) == 2
+        assert line["share"] == pytest.approx(line["gbps"] / line["copy_gbps"], abs=1e-2, rel=1e-2)
+        assert (line["host_us"] is None) == (line["provider"] in measure.LIMITS)
+        assert line["driver"] is None
+        assert line["cuda"] is None
+        assert line["tensors"] == 300
+    table = capsys.readouterr().out
+    assert "bars" in table
+    assert "torch-fused" in table
+
+    assert report.main(["--results", str(out.parent), "--docs", str(tmp_path)]) == 0
+    page = (tmp_path / "performance.md").read_text()
+    assert "cpu.jsonl" in page
+    assert lines[-1]["date"] in page
+    assert "Not measured: any GPU" in page
+    assert page.count("| torch-fused |") == 1
+
+
+def fake(provider, p50, date="2026-01-01", **more):
+    line = dict.fromkeys(results.FIELDS)
+    line |= {"provider": provider, "provider_version": "1", "date": date, "device": "cpu"}
+    line |= {"rule": "adamw", "param_dtype": "fp32", "states": "fp32", "list": "50M"}
+    line |= {"ms": {"p20": p50, "p50": p50, "p80": p50}, "bytes": 1_400_000_000}
+    return {**line, "gbps": 1400 / p50, "copy_gbps": 25.0, "share": 56 / p50, **more}
+
+
+def test_report_says_where_ours_is_slower_and_takes_the_newest(tmp_path):
+    old = fake("torch-fused", 99.0, "2025-01-01")
+    lines = report.newest([fake("torch-fused", 30.0), fake("onepass-cpu", 33.0), old])
+    assert [line["ms"]["p50"] for line in lines] == [30.0, 33.0]
+    page = report.markdown(lines, ["cpu.jsonl"], None)
+    assert "torch-fused 30.000 ms, onepass-cpu 33.000 ms (10.0% more)" in page
+    assert "| fp32 no slower than torch fused | 0.91 | 0.98 | fail |" in page
+    assert report.draw(lines, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_usage_errors(capsys, tmp_path):
+    for arguments in (["--cases", "nothing"], ["--samples", "0"], ["--providers", "nobody"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path)]) == 2
+    assert main(["--list"]) == 0
+    assert "adamw/fp32/states-fp32/50M" in capsys.readouterr().out
