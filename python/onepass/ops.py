@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+OPS = ("sweep_", "make_plan", "refresh", "run", "free_plan", "cpu_isa")
 LIBRARY = Path(__file__).with_name("libonepass_cpu.so")
 
 
@@ -21,6 +22,8 @@ def _load() -> str:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    if not all(hasattr(torch.ops.onepass, name) for name in OPS):
+        return f"{LIBRARY.name} is of another version of onepass: build it again"
     return ""
 
 
