@@ -71,6 +71,33 @@ def state_of_another_format(params, optimizer):
     state["exp_avg"] = state["exp_avg"].to(torch.bfloat16)
 
 
+def update_state(params, optimizer):
+    optimizer.state[params[1]].update(exp_avg=torch.full((3, 5), 2.0))
+
+
+def merge_state(params, optimizer):
+    state = optimizer.state[params[1]]
+    state |= {"exp_avg": torch.full((3, 5), 2.0)}
+
+
+def pop_state(params, optimizer):
+    optimizer.state[params[1]].pop("exp_avg")
+
+
+def delete_state(params, optimizer):
+    del optimizer.state[params[1]]["exp_avg_sq"]
+
+
+def clear_state(params, optimizer):
+    optimizer.state[params[1]].clear()
+
+
+def plain_dictionary(params, optimizer):
+    optimizer.state[params[1]] = {"step": torch.tensor(1.0), **optimizer.state[params[0]]}
+    optimizer.state[params[1]].pop("exp_avg")
+    optimizer.state[params[1]].pop("exp_avg_sq")
+
+
 def replace_state_dict_of_one(params, optimizer):
     state = optimizer.state[params[1]]
     optimizer.state[params[1]] = {k: v.clone() for k, v in state.items()}
@@ -136,6 +163,12 @@ def reload(params, optimizer):
 
 
 CHANGES = [
+    update_state,
+    merge_state,
+    pop_state,
+    delete_state,
+    clear_state,
+    plain_dictionary,
     replace_state,
     swap_state_storage,
     state_of_another_format,

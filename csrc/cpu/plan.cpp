@@ -22,10 +22,17 @@ using torch::stable::Tensor;
 enum Column { kRule, kFlags, kRow, kParamId, kFirst, kFormat0, kFormat1, kFormat2, kColumns };
 constexpr int64_t kAbsent = -1;  // a format column of a state that the rule does not have
 
+// A parameter's sizes and strides, at an offset of Plan::dims.
+struct Layout {
+  size_t offset;
+  int64_t dim;
+};
+
 struct Plan {
   std::vector<Tensor> params;
-  std::vector<Tensor> states;     // of all entries, in order, only those that exist
-  std::vector<uint64_t> layouts;  // of each parameter: sizes and strides, hashed
+  std::vector<Tensor> states;   // of all entries, in order, only those that exist
+  std::vector<Layout> layouts;  // of each parameter
+  std::vector<int64_t> dims;    // what they point into: sizes, then strides
   std::vector<Entry> entries;
   std::vector<Cut> cuts;
   int64_t rows = 0;
@@ -45,31 +52,43 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-uint64_t layout_hash(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  uint64_t hash = 0xCBF29CE484222325ull;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    hash = (hash ^ static_cast<uint64_t>(sizes[d])) * 0x100000001B3ull;
-    hash = (hash ^ static_cast<uint64_t>(strides[d])) * 0x100000001B3ull;
+// The C functions themselves where a step calls them for every tensor: their C++ wrappers translate
+// every dtype through a chain of comparisons.
+template <class Value>
+Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle tensor) {
+  Value value;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(tensor, &value));
+  return value;
+}
+
+void* address(AtenTensorHandle tensor) { return ask(aoti_torch_get_data_ptr, tensor); }
+
+Layout remember(std::vector<int64_t>& dims, const Tensor& tensor) {
+  const Layout layout{dims.size(), tensor.dim()};
+  for (const int64_t size : tensor.sizes()) dims.push_back(size);
+  for (const int64_t stride : tensor.strides()) dims.push_back(stride);
+  return layout;
+}
+
+bool has_layout(AtenTensorHandle tensor, const std::vector<int64_t>& dims, Layout layout) {
+  if (ask(aoti_torch_get_dim, tensor) != layout.dim) return false;
+  const int64_t* sizes = ask(aoti_torch_get_sizes, tensor);
+  const int64_t* strides = ask(aoti_torch_get_strides, tensor);
+  const int64_t* known = dims.data() + layout.offset;
+  for (int64_t d = 0; d < layout.dim; ++d) {
+    if (sizes[d] != known[d]) return false;
+    if (sizes[d] > 1 && strides[d] != known[layout.dim + d]) return false;
   }
-  return hash;
+  return true;
 }
 
 // The format of a weight or gradient; false for a dtype that has none.
-bool native_format(const Tensor& tensor, Format* format) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      *format = Format::kFp32;
-      return true;
-    case ScalarType::BFloat16:
-      *format = Format::kBf16;
-      return true;
-    case ScalarType::Half:
-      *format = Format::kFp16;
-      return true;
-    default:
-      return false;
-  }
+bool native_format(AtenTensorHandle tensor, Format* format) {
+  static const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
+                       fp16 = aoti_torch_dtype_float16();
+  const int32_t found = ask(aoti_torch_get_dtype, tensor);
+  *format = found == fp32 ? Format::kFp32 : found == bf16 ? Format::kBf16 : Format::kFp16;
+  return found == fp32 || found == bf16 || found == fp16;
 }
 
 ScalarType storage_type(Format format) {
@@ -100,7 +119,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
             kernels().fp32[row[kRule]][row[kFlags]],
         "onepass: no rule ", row[kRule], " with flags ", row[kFlags], at(i));
     STD_TORCH_CHECK(
-        native_format(param, &entry.param_format),
+        native_format(param.get(), &entry.param_format),
         "onepass: a parameter must be float32, bfloat16 or float16", at(i));
     entry.rule = static_cast<uint16_t>(row[kRule]);
     entry.flags = static_cast<uint16_t>(row[kFlags]);
@@ -124,7 +143,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
       entry.states[k] = state.mutable_data_ptr();
       entry.slots |= 1u << k;
     }
-    plan.layouts.push_back(layout_hash(param));
+    plan.layouts.push_back(remember(plan.dims, param));
     plan.entries.push_back(entry);
   }
   STD_TORCH_CHECK(next_state == states.size(), "onepass: more states than the spec names");
@@ -134,30 +153,31 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
   return plan;
 }
 
-// Reads the gradients' pointers. False, and nothing of any tensor changed, when one of them or of
-// the plan's own tensors is not what the plan was made for.
-bool refresh(Plan& plan, const std::vector<Tensor>& grads) {
-  plan.bound = false;
-  if (grads.size() != plan.entries.size()) return false;
-  size_t next_state = 0;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    Entry& entry = plan.entries[i];
-    const Tensor &param = plan.params[i], &grad = grads[i];
-    Format param_format;
-    if (param.const_data_ptr() != entry.param || !native_format(param, &param_format) ||
-        param_format != entry.param_format || layout_hash(param) != plan.layouts[i])
-      return false;
-    if (!grad.is_cpu() || !native_format(grad, &entry.grad_format) || !same_layout(grad, param))
-      return false;
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (!entry.has(k)) continue;
-      const Tensor& state = plan.states[next_state++];
-      if (state.const_data_ptr() != entry.states[k] || state.numel() != entry.numel) return false;
-    }
-    entry.grad = grad.const_data_ptr();
-  }
-  plan.bound = true;
+// Takes the gradient of one entry. False, and nothing of any tensor changed, when it or one of the
+// plan's own tensors is not what the plan was made for. next_state walks along plan.states.
+bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad, size_t& next_state) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  Entry& entry = plan.entries[i];
+  const AtenTensorHandle param = plan.params[i].get();
+  Format param_format;
+  if (address(param) != entry.param || !native_format(param, &param_format) ||
+      param_format != entry.param_format || !has_layout(param, plan.dims, plan.layouts[i]))
+    return false;
+  if (ask(aoti_torch_get_device_type, grad) != cpu || !native_format(grad, &entry.grad_format) ||
+      !has_layout(grad, plan.dims, plan.layouts[i]))
+    return false;
+  for (int k = 0; k < kMaxStates; ++k)
+    if (entry.has(k) && address(plan.states[next_state++].get()) != entry.states[k]) return false;
+  entry.grad = address(grad);
   return true;
+}
+
+bool take_gradients(Plan& plan, const std::vector<Tensor>& grads) {
+  size_t next_state = 0;
+  plan.bound = grads.size() == plan.entries.size();
+  for (size_t i = 0; plan.bound && i < grads.size(); ++i)
+    plan.bound = take_gradient(plan, i, grads[i].get(), next_state);
+  return plan.bound;
 }
 
 void run(Plan& plan, const Tensor& hyper, const Tensor& counters) {
@@ -214,8 +234,24 @@ std::shared_ptr<Plan> find_plan(const Tensor& handle) {
   return found->second;
 }
 
-int64_t refresh_plan(Tensor handle, std::vector<Tensor> grads) {
-  return refresh(*find_plan(handle), grads) ? 0 : 1;
+// refresh, boxed by hand: TORCH_BOX would make an owning Tensor of every gradient, and this is the
+// one call whose cost grows with the number of tensors at every step.
+void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
+  const auto grads = torch::stable::detail::to<StableListHandle>(stack[1]);
+  const std::shared_ptr<Plan> plan = find_plan(handle);
+  size_t count = 0, next_state = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
+  plan->bound = count == plan->entries.size();
+  for (size_t i = 0; plan->bound && i < count; ++i) {
+    StableIValue item;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
+    const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
+    plan->bound = take_gradient(*plan, i, grad, next_state);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
+  stack[0] = torch::stable::detail::from(int64_t{plan->bound ? 0 : 1});
 }
 
 void run_plan(Tensor handle, Tensor hyper, Tensor counters) {
@@ -233,7 +269,7 @@ void sweep_(
     Tensor hyper, Tensor counters) {
   Plan plan = build(std::move(params), std::move(states), spec);
   STD_TORCH_CHECK(
-      refresh(plan, grads),
+      take_gradients(plan, grads),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
       "bfloat16 or float16");
   run(plan, hyper, counters);
@@ -251,7 +287,7 @@ std::string cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY_IMPL(onepass, CPU, m) {
   m.impl("sweep_", TORCH_BOX(&sweep_));
   m.impl("make_plan", TORCH_BOX(&make_plan));
-  m.impl("refresh", TORCH_BOX(&refresh_plan));
+  m.impl("refresh", &refresh_plan);
   m.impl("run", TORCH_BOX(&run_plan));
   m.impl("free_plan", TORCH_BOX(&free_plan));
 }

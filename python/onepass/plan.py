@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from operator import is_, itemgetter
+from functools import wraps
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,55 @@ if TYPE_CHECKING:
     from .optim.base import Optimizer
 
 _FP32_MAX = torch.finfo(torch.float32).max
+
+
+class Watch:
+    """What the dictionaries of a plan's states report to: same until an entry is replaced."""
+
+    __slots__ = ("same",)
+
+    def __init__(self) -> None:
+        self.same = True
+
+
+class ParamState(dict[str, Any]):
+    """A parameter's entry of ``optimizer.state``: a dictionary that reports when it changes.
+
+    Comparing every state of every parameter at every step would be a quarter of the host's time.
+    Copies and pickles are plain dictionaries.
+    """
+
+    __slots__ = ("watch",)
+    watch: Watch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _reporting(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    @wraps(method)
+    def report(self: ParamState, *args: Any, **kwargs: Any) -> Any:
+        watch = getattr(self, "watch", None)
+        if watch is not None:
+            watch.same = False
+        return method(self, *args, **kwargs)
+
+    return report
+
+
+for _name in (
+    "__setitem__",
+    "__delitem__",
+    "__ior__",
+    "clear",
+    "pop",
+    "popitem",
+    "setdefault",
+    "update",
+):
+    setattr(ParamState, _name, _reporting(_name))
 
 
 class Row:
@@ -100,7 +150,6 @@ class Plan:
         entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
         self._order: dict[torch.device, list[int]] = {device: [] for device in chosen}
         relaid: dict[torch.device, list[int]] = {device: [] for device in chosen}
-        keyed: list[Row] = []
         number = position = -1
         for index, group in enumerate(groups):
             flags = rule.flag_bits(group)
@@ -130,7 +179,6 @@ class Plan:
                     row_numbers[key] = len(rows)
                     rows[key] = Row(group, shared, first)
                 fresh.append((param, {**held, "step": rows[key].step}))
-                keyed.append(rows[key])
                 device_entries = entries[param.device]
                 if not same_layout(param, param.grad):
                     relaid[param.device].append(len(device_entries))
@@ -155,10 +203,14 @@ class Plan:
             part.relaid = relaid[device]
             self._parts.append(part)
 
+        self._watch = Watch()
         for param, held in fresh:
-            optimizer.state[param].update(held)
+            param_state = optimizer.state[param]
+            if not isinstance(param_state, ParamState):
+                param_state = optimizer.state[param] = ParamState(param_state)
+            param_state.update(held)
+            param_state.watch = self._watch
         self._dicts = list(optimizer.state.values())
-        self._columns = self._state_columns(keyed)
 
     def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What entries were made from; the other options are read at every step."""
@@ -168,20 +220,6 @@ class Plan:
             group["weights"],
             len(group["params"]),
         )
-
-    def _state_columns(
-        self, rows: list[Row]
-    ) -> list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[torch.Tensor]]]:
-        """Per state key: the dictionaries that hold it and the tensors that the plan knows."""
-        columns: dict[str, tuple[list[dict[str, Any]], list[torch.Tensor]]] = {}
-        rule = self._optimizer.rule
-        for param, row in zip(self._active, rows, strict=True):
-            state = self._state[param]
-            for _, key in (*rule.state_slots(rule.flag_bits(row.group)), (None, "step")):
-                dicts, tensors = columns.setdefault(key, ([], []))
-                dicts.append(state)
-                tensors.append(state[key])
-        return [(itemgetter(key), dicts, tensors) for key, (dicts, tensors) in columns.items()]
 
     def _gradients(self) -> list[torch.Tensor] | None:
         """The gradients of the active parameters; None when the plan is no longer true."""
@@ -195,13 +233,7 @@ class Plan:
         state = optimizer.state
         if state is not self._state or len(state) != len(self._dicts):
             return None
-        if not _same(state.values(), self._dicts):
-            return None
-        try:
-            for get, dicts, tensors in self._columns:
-                if not _same(map(get, dicts), tensors):
-                    return None
-        except KeyError:
+        if not self._watch.same or not _same(state.values(), self._dicts):
             return None
         if any(p.grad is not None for p in self._idle):
             return None

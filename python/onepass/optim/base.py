@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # torch's own dependency
 
 from .. import backends
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat
-from ..plan import Plan, check_lr, check_param, fit_state
+from ..plan import ParamState, Plan, check_lr, check_param, fit_state
 from ..rules import RULES, Rule
 
 # Options that describe this run, not the state of training: loading a state dict keeps them.
@@ -99,6 +99,7 @@ class Optimizer(torch.optim.Optimizer):
             "seed": seed,
         }
         super().__init__(params, {**defaults, **options})
+        self.state = defaultdict(ParamState)
 
     # --- options ---
 
@@ -229,7 +230,7 @@ class Optimizer(torch.optim.Optimizer):
                 zip(ids, ((p, g) for g in groups for p in g["params"]), strict=True)
             )
         }
-        state: defaultdict[Any, Any] = defaultdict(dict)
+        state: defaultdict[Any, Any] = defaultdict(ParamState)
         for key, value in state_dict["state"].items():
             if key in owners:
                 state[owners[key][0]] = self._loaded_state(value, *owners[key])
@@ -263,7 +264,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _loaded_state(
         self, saved: Mapping[str, Any], param: torch.Tensor, number: int, group: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    ) -> ParamState:
         rule = self.rule
         which = f"parameter {number} of shape {tuple(param.shape)}"
         saved = {key: value for key, value in saved.items() if value is not None}
@@ -280,7 +281,7 @@ class Optimizer(torch.optim.Optimizer):
             )
         dtype = STATE_FORMATS[group["states"]].dtype
         known = {key for key, _ in rule.slots}
-        state: dict[str, Any] = {}
+        state = ParamState()
         for key, value in saved.items():
             if key == "step":
                 state[key] = torch.tensor(float(value), dtype=torch.float32)
