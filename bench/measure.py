@@ -1,14 +1,15 @@
 """Measuring a case: providers one after the other in turns, each sample one ``step()``.
 
 A sample is the wall-clock time of one call of ``step()``, gradients unchanged. Every turn takes a
-sample of every provider and of the limits, in an order that rotates, so that what else the machine
-does falls on all of them.
+sample of every provider and of the limits, in an order that is shuffled, so that what else the
+machine does falls on all of them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import re
 import sys
 import time
@@ -30,6 +31,8 @@ SMALLEST_COPY = 64 << 20
 PAUSE = 0.03
 """Seconds after a step on a foreign pool of threads: idle OpenMP threads spin for milliseconds
 before they sleep, and would take a core from the next provider."""
+REWARM = 0.003
+"""Seconds of untimed steps before a sample of a case that fits in a cache."""
 
 Step = Callable[[], Any]
 
@@ -180,17 +183,15 @@ def _limits(case: Case) -> list[Timed]:
 
 def _sample(case: Case, timed: list[Timed], samples: int, tick: Callable[[str], None]) -> None:
     """Fills the samples of all, in turns."""
+    shuffle = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for turn in range(samples):
-            first = turn % len(timed)
-            for one in timed[first:] + timed[:first]:
-                # In a training loop of one optimizer its tables are warm. Here the provider before
-                # has evicted them, and let torch's threads go to sleep: what fits in a cache gets
-                # a step to undo that.
+            # Shuffled, not rotated: in a rotation everyone always follows the same neighbour.
+            for one in shuffle.sample(timed, len(timed)):
                 if not case.beyond_cache:
-                    one.step()
+                    _warm(one.step)
                 start = time.perf_counter_ns()
                 one.step()
                 one.samples.append((time.perf_counter_ns() - start) / 1e6)
@@ -199,6 +200,18 @@ def _sample(case: Case, timed: list[Timed], samples: int, tick: Callable[[str], 
             tick(f"sample {turn + 1} of {samples}")
     finally:
         gc.enable()
+
+
+def _warm(step: Step) -> None:
+    """Steps for REWARM seconds, at least one.
+
+    In a loop of one optimizer's steps its tables are in a cache and torch's threads awake. Here the
+    provider before it has evicted the tables and let the threads go to sleep.
+    """
+    start = time.perf_counter()
+    step()
+    while time.perf_counter() - start < REWARM:
+        step()
 
 
 def extra_memory(step: Step) -> int | None:

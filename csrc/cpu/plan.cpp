@@ -26,6 +26,7 @@ constexpr int64_t kAbsent = -1;  // a format column of a state that the rule doe
 struct Layout {
   size_t offset;
   int64_t dim;
+  size_t first_state;  // where its states begin in Plan::states
 };
 
 struct Plan {
@@ -63,8 +64,8 @@ Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle
 
 void* address(AtenTensorHandle tensor) { return ask(aoti_torch_get_data_ptr, tensor); }
 
-Layout remember(std::vector<int64_t>& dims, const Tensor& tensor) {
-  const Layout layout{dims.size(), tensor.dim()};
+Layout remember(std::vector<int64_t>& dims, const Tensor& tensor, size_t first_state) {
+  const Layout layout{dims.size(), tensor.dim(), first_state};
   for (const int64_t size : tensor.sizes()) dims.push_back(size);
   for (const int64_t stride : tensor.strides()) dims.push_back(stride);
   return layout;
@@ -130,6 +131,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
     entry.param = param.mutable_data_ptr();
     STD_TORCH_CHECK(entry.row >= 0, "onepass: negative row", at(i));
     plan.rows = std::max<int64_t>(plan.rows, entry.row + 1);
+    const size_t first_state = next_state;
     for (int k = 0; k < kMaxStates; ++k) {
       const int64_t code = row[kFormat0 + k];
       if (code == kAbsent) continue;
@@ -143,7 +145,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
       entry.states[k] = state.mutable_data_ptr();
       entry.slots |= 1u << k;
     }
-    plan.layouts.push_back(remember(plan.dims, param));
+    plan.layouts.push_back(remember(plan.dims, param, first_state));
     plan.entries.push_back(entry);
   }
   STD_TORCH_CHECK(next_state == states.size(), "onepass: more states than the spec names");
@@ -154,8 +156,8 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
 }
 
 // Takes the gradient of one entry. False, and nothing of any tensor changed, when it or one of the
-// plan's own tensors is not what the plan was made for. next_state walks along plan.states.
-bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad, size_t& next_state) {
+// plan's own tensors is not what the plan was made for.
+bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad) {
   static const int32_t cpu = aoti_torch_device_type_cpu();
   Entry& entry = plan.entries[i];
   const AtenTensorHandle param = plan.params[i].get();
@@ -166,17 +168,18 @@ bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad, size_t& next_sta
   if (ask(aoti_torch_get_device_type, grad) != cpu || !native_format(grad, &entry.grad_format) ||
       !has_layout(grad, plan.dims, plan.layouts[i]))
     return false;
+  size_t state = plan.layouts[i].first_state;
   for (int k = 0; k < kMaxStates; ++k)
-    if (entry.has(k) && address(plan.states[next_state++].get()) != entry.states[k]) return false;
+    if (entry.has(k) && address(plan.states[state++].get()) != entry.states[k]) return false;
   entry.grad = address(grad);
   return true;
 }
 
-bool take_gradients(Plan& plan, const std::vector<Tensor>& grads) {
-  size_t next_state = 0;
-  plan.bound = grads.size() == plan.entries.size();
-  for (size_t i = 0; plan.bound && i < grads.size(); ++i)
-    plan.bound = take_gradient(plan, i, grads[i].get(), next_state);
+// Takes every gradient: take(i) answers for one.
+template <class Take>
+bool take_gradients(Plan& plan, size_t count, const Take& take) {
+  plan.bound = count == plan.entries.size();
+  for (size_t i = 0; plan.bound && i < count; ++i) plan.bound = take(i);
   return plan.bound;
 }
 
@@ -240,18 +243,18 @@ void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
   const auto grads = torch::stable::detail::to<StableListHandle>(stack[1]);
   const std::shared_ptr<Plan> plan = find_plan(handle);
-  size_t count = 0, next_state = 0;
+  size_t count = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
-  plan->bound = count == plan->entries.size();
-  for (size_t i = 0; plan->bound && i < count; ++i) {
+  const bool same = take_gradients(*plan, count, [&](size_t i) {
     StableIValue item;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
     const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
-    plan->bound = take_gradient(*plan, i, grad, next_state);
+    const bool taken = take_gradient(*plan, i, grad);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
-  }
+    return taken;
+  });
   STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
-  stack[0] = torch::stable::detail::from(int64_t{plan->bound ? 0 : 1});
+  stack[0] = torch::stable::detail::from(int64_t{same ? 0 : 1});
 }
 
 void run_plan(Tensor handle, Tensor hyper, Tensor counters) {
@@ -269,7 +272,8 @@ void sweep_(
     Tensor hyper, Tensor counters) {
   Plan plan = build(std::move(params), std::move(states), spec);
   STD_TORCH_CHECK(
-      take_gradients(plan, grads),
+      take_gradients(
+          plan, grads.size(), [&](size_t i) { return take_gradient(plan, i, grads[i].get()); }),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
       "bfloat16 or float16");
   run(plan, hyper, counters);

@@ -112,15 +112,20 @@ void sweep_entry(
   }
 }
 
-// Small tensors lie anywhere in memory: their first lines are asked for a few entries ahead.
-constexpr int64_t kEntriesAhead = 8;
+// Small tensors lie anywhere in memory: their lines are asked for a few entries ahead.
+constexpr int64_t kEntriesAhead = 4;
 
 void prefetch_entry(const Entry& entry) {
   if (entry.numel > kTile) return;
-  __builtin_prefetch(entry.param, 1);
-  __builtin_prefetch(entry.grad);
+  const auto lines = [&](const void* base, Format format) {
+    const int64_t bytes = entry.numel * (format == Format::kFp32 ? 4 : 2);
+    for (int64_t line = 0; line < bytes; line += 64)
+      __builtin_prefetch(static_cast<const char*>(base) + line);
+  };
+  lines(entry.param, entry.param_format);
+  lines(entry.grad, entry.grad_format);
   for (int k = 0; k < kMaxStates; ++k)
-    if (entry.has(k)) __builtin_prefetch(entry.states[k], 1);
+    if (entry.has(k)) lines(entry.states[k], entry.state_formats[k]);
 }
 
 }  // namespace

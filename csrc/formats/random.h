@@ -43,9 +43,7 @@ ONEPASS_HD uint32_t random_mix(RandomKey key, uint32_t x) {
   x ^= x >> 16;
   x *= 0x7FEB352Du;
   x ^= (x >> 15) ^ key.k1;
-  x *= 0x846CA68Bu;
-  x ^= x >> 16;
-  return x;
+  return x * 0x846CA68Bu;
 }
 
 }  // namespace onepass

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import backends
+from .arena import Arena
 from .formats import NATIVE, STATE_FORMATS
 from .rules import HYPER_WIDTH
 
@@ -125,19 +126,27 @@ class Plan:
         rule = optimizer.rule
         groups = optimizer.param_groups
         self._optimizer = optimizer
-        self._params = [p for group in groups for p in group["params"]]
-        self._active = [p for p in self._params if p.grad is not None]
-        self._idle = [p for p in self._params if p.grad is None]
+        self._params = [list(group["params"]) for group in groups]
+        self._active = [p for params in self._params for p in params if p.grad is not None]
+        self._idle = [p for params in self._params for p in params if p.grad is None]
         self._options = [self._group_options(group) for group in groups]
         self._state = optimizer.state
 
+        arena = Arena()
         number = -1
         for group in groups:
             optimizer.check_options(group)
+            dtype = STATE_FORMATS[group["states"]].dtype
+            slots = rule.state_slots(rule.flag_bits(group))
             for param in group["params"]:
                 number += 1
-                if param.grad is not None:
-                    check_tensors(param, param.grad, number)
+                if param.grad is None:
+                    continue
+                check_tensors(param, param.grad, number)
+                state = optimizer.state.get(param, {})
+                for _, name in slots:
+                    if state.get(name) is None:
+                        arena.want(param, dtype)
         chosen = {
             device: backends.choose(device, optimizer.backend)
             for device in dict.fromkeys(p.device for p in self._active)
@@ -167,7 +176,8 @@ class Plan:
                     value = state.get(name)
                     if value is None:
                         first = True
-                        held[name] = optimizer.new_state(param, name, group, state_format)
+                        start = rule.initial_value(name, group)
+                        held[name] = arena.take(param, state_format.dtype, start)
                     else:
                         which = f"{name} of parameter {number} of shape {tuple(param.shape)}"
                         held[name] = fit_state(value, param, state_format.dtype, which)
@@ -225,10 +235,11 @@ class Plan:
         """The gradients of the active parameters; None when the plan is no longer true."""
         optimizer = self._optimizer
         groups = optimizer.param_groups
-        params = [p for group in groups for p in group["params"]]
-        if len(params) != len(self._params) or not _same(params, self._params):
-            return None
         if [self._group_options(group) for group in groups] != self._options:
+            return None
+        if not all(
+            _same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
+        ):
             return None
         state = optimizer.state
         if state is not self._state or len(state) != len(self._dicts):

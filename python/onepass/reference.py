@@ -47,11 +47,10 @@ def random_bits(seed: int, step: int, param_id: int, first: int, count: int, wor
         x = low * 0x9E3779B9 + k0
         x ^= x >> 16;  x *= 0x7FEB352D
         x ^= (x >> 15) ^ k1;  x *= 0x846CA68B
-        x ^= x >> 16
 
-    with low the index's lower half: a Weyl sequence through Wellons' 32-bit hash "lowbias32", a
-    second key between its multiplications. Word 0 serves the states of slots 0 (lower 16 bits) and
-    1 (upper 16 bits), word 1 those of slot 2.
+    with low the index's lower half: a Weyl sequence through the two multiplications of Wellons'
+    32-bit hash "lowbias32", a second key between them. Word 0 serves the states of slots 0 (lower
+    16 bits) and 1 (upper 16 bits), word 1 those of slot 2.
     """
     stream = splitmix64(splitmix64(splitmix64(seed & _MASK64) ^ step) ^ param_id)
     index = np.arange(first, first + count, dtype=np.uint64)
@@ -65,7 +64,6 @@ def random_bits(seed: int, step: int, param_id: int, first: int, count: int, wor
         x *= np.uint32(0x7FEB352D)
         x ^= (x >> np.uint32(15)) ^ k1
         x *= np.uint32(0x846CA68B)
-        x ^= x >> np.uint32(16)
         out[here] = x
     return out
 

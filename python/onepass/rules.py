@@ -60,6 +60,11 @@ class Rule:
         names = self.flag_names(bits)
         return [(i, key) for i, (key, flag) in enumerate(self.slots) if not flag or flag in names]
 
+    def initial_value(self, key: str, group: Group) -> float:
+        """What a state starts at."""
+        option = (self.initial or {}).get(key)
+        return float(group[option]) if option else 0.0
+
 
 def power(base: float, exponent: int) -> float:
     """base ** exponent by repeated squaring: the same bits wherever float64 is IEEE's.

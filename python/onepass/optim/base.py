@@ -12,7 +12,7 @@ import torch
 from typing_extensions import TypedDict  # torch's own dependency
 
 from .. import backends
-from ..formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat
+from ..formats import STATE_FORMATS, WEIGHT_FORMATS
 from ..plan import ParamState, Plan, check_lr, check_param, fit_state
 from ..rules import RULES, Rule
 
@@ -169,20 +169,6 @@ class Optimizer(torch.optim.Optimizer):
             if not plan.step():
                 raise RuntimeError("onepass: a tensor changed while the step was planned")
             self._plan = plan
-
-    def new_state(
-        self, param: torch.Tensor, key: str, group: Mapping[str, Any], state_format: StateFormat
-    ) -> torch.Tensor:
-        """A state at its start, dense in the parameter's own order of memory."""
-        option = (self.rule.initial or {}).get(key)
-        value = float(group[option]) if option else 0.0
-        return torch.full_like(
-            param.detach(),
-            value,
-            dtype=state_format.dtype,
-            requires_grad=False,
-            memory_format=torch.preserve_format,
-        )
 
     # --- saving and loading ---
 
