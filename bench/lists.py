@@ -36,6 +36,8 @@ class ParamList:
 
     def empty(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """New tensors of these shapes, each in an allocation of its own."""
+        if not self.offset:  # gradients that a backward pass makes are not views either
+            return [torch.empty(shape, dtype=dtype) for shape in self.shapes]
         return [
             torch.empty(prod(shape) + self.offset, dtype=dtype)[self.offset :].view(shape)
             for shape in self.shapes

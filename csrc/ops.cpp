@@ -9,10 +9,11 @@ STABLE_TORCH_LIBRARY(onepass, m) {
       "sweep_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor spec, "
       "Tensor hyper, Tensor counters) -> ()");
   // The same in parts. make_plan flattens the list once; the plan is an int64 tensor of one
-  // element. refresh takes the gradients of a step and returns 1, with no tensor changed, when one
-  // of them or of the plan's own is not what the plan was made for. run does the step.
+  // element. refresh takes the gradients of a step, those of entry first and its successors, and
+  // returns 1, with no tensor changed, when one of them or of the plan's own is not what the plan
+  // was made for. run does the step once all are taken.
   m.def("make_plan(Tensor[] params, Tensor[] states, Tensor spec) -> Tensor");
-  m.def("refresh(Tensor plan, Tensor[] grads) -> int");
+  m.def("refresh(Tensor plan, Tensor[] grads, int first) -> int");
   m.def("run(Tensor plan, Tensor hyper, Tensor counters) -> ()");
   m.def("free_plan(Tensor plan) -> ()");
   // Selects the instruction set of the CPU sweep ("auto", "plain", "avx2", "avx512"; "" only

@@ -37,7 +37,7 @@ struct Plan {
   std::vector<Entry> entries;
   std::vector<Cut> cuts;
   int64_t rows = 0;
-  bool bound = false;  // the gradients' pointers are those of a step that is about to run
+  size_t taken = 0;  // entries whose gradient is that of the step that is about to run
 };
 
 std::string at(size_t index) { return " (parameter " + std::to_string(index) + ")"; }
@@ -175,12 +175,14 @@ bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad) {
   return true;
 }
 
-// Takes every gradient: take(i) answers for one.
+// Takes count gradients from entry first on: take(i) answers for the i-th of them.
 template <class Take>
-bool take_gradients(Plan& plan, size_t count, const Take& take) {
-  plan.bound = count == plan.entries.size();
-  for (size_t i = 0; plan.bound && i < count; ++i) plan.bound = take(i);
-  return plan.bound;
+bool take_gradients(Plan& plan, size_t first, size_t count, const Take& take) {
+  if (first == 0) plan.taken = 0;
+  bool same = first == plan.taken && count <= plan.entries.size() - first;
+  for (size_t i = 0; same && i < count; ++i) same = take(i);
+  plan.taken = same ? first + count : 0;
+  return same;
 }
 
 void run(Plan& plan, const Tensor& hyper, const Tensor& counters) {
@@ -193,8 +195,8 @@ void run(Plan& plan, const Tensor& hyper, const Tensor& counters) {
           counters.numel() >= plan.rows * 2,
       "onepass: counters must be a contiguous int64 CPU tensor of ", plan.rows, " x 2");
   // A pointer is good for one step: the gradient may be freed after it.
-  STD_TORCH_CHECK(plan.bound, "onepass: run without refresh");
-  plan.bound = false;
+  STD_TORCH_CHECK(plan.taken == plan.entries.size(), "onepass: run without refresh");
+  plan.taken = 0;
   sweep(
       kernels(), plan.entries, plan.cuts, hyper.const_data_ptr<float>(),
       counters.const_data_ptr<int64_t>());
@@ -242,14 +244,15 @@ std::shared_ptr<Plan> find_plan(const Tensor& handle) {
 void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
   const auto grads = torch::stable::detail::to<StableListHandle>(stack[1]);
+  const auto first = static_cast<size_t>(torch::stable::detail::to<int64_t>(stack[2]));
   const std::shared_ptr<Plan> plan = find_plan(handle);
   size_t count = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
-  const bool same = take_gradients(*plan, count, [&](size_t i) {
+  const bool same = take_gradients(*plan, first, count, [&](size_t i) {
     StableIValue item;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
     const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
-    const bool taken = take_gradient(*plan, i, grad);
+    const bool taken = take_gradient(*plan, first + i, grad);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
     return taken;
   });
@@ -272,8 +275,10 @@ void sweep_(
     Tensor hyper, Tensor counters) {
   Plan plan = build(std::move(params), std::move(states), spec);
   STD_TORCH_CHECK(
-      take_gradients(
-          plan, grads.size(), [&](size_t i) { return take_gradient(plan, i, grads[i].get()); }),
+      grads.size() == plan.entries.size() &&
+          take_gradients(
+              plan, 0, grads.size(),
+              [&](size_t i) { return take_gradient(plan, i, grads[i].get()); }),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
       "bfloat16 or float16");
   run(plan, hyper, counters);

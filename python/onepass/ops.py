@@ -58,7 +58,7 @@ if not missing:
         return spec.new_empty(1)
 
     @torch.library.register_fake("onepass::refresh")
-    def _refresh_fake(plan, grads):  # type: ignore[no-untyped-def]
+    def _refresh_fake(plan, grads, first):  # type: ignore[no-untyped-def]
         return 0
 
     @torch.library.register_fake("onepass::run")

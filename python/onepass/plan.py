@@ -97,13 +97,36 @@ class _Part:
         self.backend = backend
         self.params = [entry.param for entry in entries]
         self.prepared = backend.prepare(entries)
-        # Positions of gradients that lie in memory in another order than their parameter.
-        self.relaid: list[int] = []
+        # Gradients that lie in memory in another order than their parameter are copied for a step.
+        self.relaid = [
+            i for i, p in enumerate(self.params) if p.grad is None or not same_layout(p, p.grad)
+        ]
+        self._copies: list[torch.Tensor] = []
 
-    def refresh(self, grads: list[torch.Tensor]) -> bool:
-        for i in self.relaid:
-            grads[i] = torch.empty_like(self.params[i], dtype=grads[i].dtype).copy_(grads[i])
-        return self.backend.refresh(self.prepared, grads)
+    def refresh(self) -> bool:
+        """Reads the gradients; False, with nothing changed, when the plan is no longer true."""
+        params = self.params
+        chunk = self.backend.chunk or len(params)
+        self._copies = []
+        for first in range(0, len(params), chunk):
+            part = params[first : first + chunk]
+            grads = [grad for p in part if (grad := p.grad) is not None]
+            if len(grads) != len(part):
+                return False
+            for i in self.relaid:
+                if first <= i < first + chunk:
+                    grad = grads[i - first]
+                    copy = torch.empty_like(params[i], dtype=grad.dtype).copy_(grad)
+                    grads[i - first] = copy
+                    self._copies.append(copy)
+            if not self.backend.refresh(self.prepared, grads, first):
+                return False
+        return True
+
+    def run(self, hyper: torch.Tensor, counters: torch.Tensor) -> None:
+        """The step over this device's entries."""
+        self.backend.run(self.prepared, hyper, counters)
+        self._copies = []
 
 
 def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
@@ -157,9 +180,7 @@ class Plan:
         rows: dict[tuple[int, float, bool], Row] = {}
         row_numbers: dict[tuple[int, float, bool], int] = {}
         entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
-        self._order: dict[torch.device, list[int]] = {device: [] for device in chosen}
-        relaid: dict[torch.device, list[int]] = {device: [] for device in chosen}
-        number = position = -1
+        number = -1
         for index, group in enumerate(groups):
             flags = rule.flag_bits(group)
             state_format = STATE_FORMATS[group["states"]]
@@ -168,7 +189,6 @@ class Plan:
                 number += 1
                 if param.grad is None:
                     continue
-                position += 1
                 state = optimizer.state.get(param, {})
                 held: dict[str, torch.Tensor] = {}
                 first = False
@@ -189,11 +209,7 @@ class Plan:
                     row_numbers[key] = len(rows)
                     rows[key] = Row(group, shared, first)
                 fresh.append((param, {**held, "step": rows[key].step}))
-                device_entries = entries[param.device]
-                if not same_layout(param, param.grad):
-                    relaid[param.device].append(len(device_entries))
-                self._order[param.device].append(position)
-                device_entries.append(
+                entries[param.device].append(
                     backends.Entry(
                         param=param,
                         states={slot: held[name] for slot, name in slots},
@@ -207,11 +223,7 @@ class Plan:
         self._rows = list(rows.values())
         self._hyper = torch.zeros(max(1, len(self._rows)), HYPER_WIDTH)
         self._counters = torch.zeros(max(1, len(self._rows)), 2, dtype=torch.int64)
-        self._parts: list[_Part] = []
-        for device, backend in chosen.items():
-            part = _Part(backend, entries[device])
-            part.relaid = relaid[device]
-            self._parts.append(part)
+        self._parts = [_Part(backend, entries[device]) for device, backend in chosen.items()]
 
         self._watch = Watch()
         for param, held in fresh:
@@ -231,25 +243,22 @@ class Plan:
             len(group["params"]),
         )
 
-    def _gradients(self) -> list[torch.Tensor] | None:
-        """The gradients of the active parameters; None when the plan is no longer true."""
+    def _holds(self) -> bool:
+        """Whether groups, states and the parameters without a gradient are what they were."""
         optimizer = self._optimizer
         groups = optimizer.param_groups
         if [self._group_options(group) for group in groups] != self._options:
-            return None
+            return False
         if not all(
             _same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
         ):
-            return None
+            return False
         state = optimizer.state
         if state is not self._state or len(state) != len(self._dicts):
-            return None
+            return False
         if not self._watch.same or not _same(state.values(), self._dicts):
-            return None
-        if any(p.grad is not None for p in self._idle):
-            return None
-        grads = [grad for p in self._active if (grad := p.grad) is not None]
-        return grads if len(grads) == len(self._active) else None
+            return False
+        return all(p.grad is None for p in self._idle)
 
     def step(self) -> bool:
         """Takes a step; False, with nothing changed, when the plan is no longer true.
@@ -257,19 +266,11 @@ class Plan:
         Raises:
             ValueError: an option of a group is out of range.
         """
-        grads = self._gradients()
-        if grads is None:
+        if not self._holds() or not all(part.refresh() for part in self._parts):
             return False
-        if len(self._parts) == 1:
-            if not self._parts[0].refresh(grads):
-                return False
-        else:
-            for part, order in zip(self._parts, self._order.values(), strict=True):
-                if not part.refresh([grads[i] for i in order]):
-                    return False
         steps = self._derive()
         for part in self._parts:
-            part.backend.run(part.prepared, self._hyper, self._counters)
+            part.run(self._hyper, self._counters)
         for row, step in zip(self._rows, steps, strict=True):
             row.step.fill_(step)
             row.first = False

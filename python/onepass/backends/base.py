@@ -48,10 +48,12 @@ class Backend(ABC):
     Attributes:
         name: what users ask for.
         rules: names of the rules it has.
+        chunk: how many gradients refresh takes at a time; None takes all at once.
     """
 
     name: ClassVar[str]
     rules: ClassVar[Collection[str]] = frozenset(RULES)
+    chunk: ClassVar[int | None] = None
 
     @abstractmethod
     def unavailable(self, device: torch.device | None) -> str:
@@ -62,8 +64,11 @@ class Backend(ABC):
         """Flattens the entries once; what it returns goes into the two calls below."""
 
     @abstractmethod
-    def refresh(self, prepared: Any, grads: list[torch.Tensor]) -> bool:
-        """Takes the gradients of a step. False, with nothing changed, when the plan is stale."""
+    def refresh(self, prepared: Any, grads: list[torch.Tensor], first: int) -> bool:
+        """Takes gradients of a step, those of entry first and its successors, in order.
+
+        False, with nothing changed, when the plan is stale.
+        """
 
     @abstractmethod
     def run(self, prepared: Any, hyper: torch.Tensor, counters: torch.Tensor) -> None:
