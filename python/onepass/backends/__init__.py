@@ -9,11 +9,18 @@ from ..rules import RULES
 from .base import Backend, Entry
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "Backend", "Entry", "choose", "status", "support_matrix"]
 
 # In order of preference.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())
+}
+
+# Device types that a backend serves only when it is asked for by name: on the CPU, Triton's
+# interpreter is there to check kernels.
+BY_NAME_ONLY: dict[str, tuple[str, ...]] = {"triton": ("cpu",)}
 
 
 def check_name(name: str | None) -> None:
@@ -39,7 +46,11 @@ def choose(device: torch.device, name: str | None = None) -> Backend:
                 f"Backends that can: {', '.join(others) or 'none'}"
             )
         return BACKENDS[name]
-    return next(b for b in BACKENDS.values() if not b.unavailable(device))
+    return next(
+        b
+        for b in BACKENDS.values()
+        if device.type not in BY_NAME_ONLY.get(b.name, ()) and not b.unavailable(device)
+    )
 
 
 def status() -> list[tuple[str, str]]:
