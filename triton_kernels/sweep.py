@@ -303,4 +303,5 @@ def launch(
             BLOCK=tuned.block,
             num_warps=tuned.num_warps,
             enable_fp_fusion=False,
+            sanitize_overflow=False,
         )

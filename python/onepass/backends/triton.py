@@ -87,7 +87,6 @@ class _Prepared:
         self.dtypes = [tensor.dtype for tensor in self.params]
         self.layouts = _layout(self.params)
         self.sizes = [state.numel() for state in self.states]
-        self.device_index = self.params[0].get_device()
         # What is known from the first gradients on.
         self.grad_dtypes: list[torch.dtype] = []
         self.grad_addresses: I64 = np.zeros(0, np.int64)
@@ -211,9 +210,7 @@ class TritonBackend:
         grad_dtypes = [grad.dtype for grad in grads]
         if grad_dtypes != p.grad_dtypes and not all(dtype in NATIVE for dtype in grad_dtypes):
             return False
-        if any(grad.layout != torch.strided for grad in grads):
-            return False
-        if any(index != p.device_index for index in map(torch.Tensor.get_device, grads)):
+        if {(grad.layout, grad.device) for grad in grads} != {(torch.strided, p.device)}:
             return False
         # Strides of dimensions of size 1 are free, so equality is only the usual case.
         if _layout(grads) != p.layouts and not all(map(_ordered_alike, grads, p.params)):
