@@ -36,7 +36,9 @@ FP32, BF16, _ = NATIVE.values()
 def variant(rule: str, flags: int, param: int, grad: int, states: str) -> Variant:
     slots = {slot for slot, _ in RULES[rule].state_slots(flags)}
     code = STATE_FORMATS[states].code
-    return Variant(rule, flags, param, grad, tuple(code if s in slots else -1 for s in range(SLOTS)))
+    return Variant(
+        rule, flags, param, grad, tuple(code if s in slots else -1 for s in range(SLOTS))
+    )
 
 
 def every_flag(rule: str) -> tuple[Variant, ...]:

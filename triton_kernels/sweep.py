@@ -68,7 +68,6 @@ def tuning(device: torch.device) -> Tuning:
     return TUNING[torch.cuda.get_device_properties(device).warp_size]
 
 
-
 @dataclass(frozen=True, order=True)
 class Variant:
     """What the code for a chunk is compiled from: a rule with its flags, and the formats.
