@@ -14,11 +14,11 @@ from onepass.backends import BACKENDS, Entry
 from onepass.formats import STATE_FORMATS
 from onepass.rules import RULES
 
-tl = pytest.importorskip("triton.language")
-
 from .cases import CASES, DTYPES, FORMATS, SIZES, assert_same, make_params, same_bits, set_grads
 from .test_bits import SPECIAL
 from .test_reference import NEAR_TIES
+
+tl = pytest.importorskip("triton.language")
 
 WHY_NOT = BACKENDS["triton"].unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
@@ -169,7 +169,6 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first):
 def test_codes_of_both_16_bit_formats():
     """Every rounding decision, without a rule in between."""
     import triton
-
     from onepass.triton_kernels import formats
 
     if not triton.knobs.runtime.interpret:

@@ -85,7 +85,7 @@ def test_none_picks_triton_for_gpus_and_never_for_cpus(compiled, monkeypatch):
 
 @interpreted
 def test_an_unsupported_dtype_names_what_is_needed():
-    with pytest.raises(ValueError, match="float32, bfloat16, float16; got torch.float64"):
+    with pytest.raises(ValueError, match=r"float32, bfloat16, float16; got torch\.float64"):
         onepass.AdamW([torch.nn.Parameter(torch.ones(3).double())], backend="triton")
     from onepass.formats import StateFormat
     from onepass.rules import RULES
@@ -98,9 +98,10 @@ def test_an_unsupported_dtype_names_what_is_needed():
 
 def test_every_rule_and_format_has_a_kernel():
     pytest.importorskip("triton")
+    from onepass.triton_kernels import formats, rules
+
     from onepass.formats import NATIVE, STATE_FORMATS
     from onepass.rules import RULES
-    from onepass.triton_kernels import formats, rules
 
     assert list(rules.RULES) == list(RULES)
     codes = {*NATIVE.values(), *(f.code for f in STATE_FORMATS.values())}

@@ -17,11 +17,12 @@ import tempfile
 from pathlib import Path
 
 import triton
-from onepass.formats import NATIVE, STATE_FORMATS
-from onepass.rules import RULES, SLOTS
 from onepass.triton_kernels.sweep import TUNING, Variant, Variants, sweep
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from onepass.formats import NATIVE, STATE_FORMATS
+from onepass.rules import RULES, SLOTS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

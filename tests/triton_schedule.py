@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import onepass
 import torch
 import triton
-from onepass.backends.triton import TritonBackend
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+import onepass
+from onepass.backends.triton import TritonBackend
 
 
 class NoDevice:

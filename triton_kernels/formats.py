@@ -1,4 +1,4 @@
-"""The formats in Triton, and the counter-based random bits: :mod:`onepass.reference` specifies both.
+"""The formats in Triton and the counter-based random bits, as :mod:`onepass.reference` has them.
 
 A format decodes stored elements to fp32 blocks and encodes fp32 blocks; 16-bit floats rest as
 unsigned codes, so that rounding is integer arithmetic that the interpreter and every GPU agree on.

@@ -1,7 +1,7 @@
 """The rules in Triton: the lines of :mod:`onepass.reference`, in its order.
 
 ``(param, grad, states, h, FLAGS) -> (param, states)`` on fp32 blocks. ``states`` has the rule's
-slots in the order of :data:`onepass.rules.RULES`, with a stand-in that no line reads where the flags
+slots in the order of :data:`onepass.rules.RULES`, a stand-in that no line reads where the flags
 leave one out; ``h`` holds the fp32 scalars of its ``derive``; bit i of ``FLAGS`` is its i-th flag.
 
 Roots and divisions are the correctly rounded ones, and the launch turns contraction off, so that
@@ -26,10 +26,7 @@ def sgd(param, grad, states, h, FLAGS: tl.constexpr):
     momentum_buffer = states[0]
     if MOMENTUM:
         momentum_buffer = momentum * momentum_buffer + one_minus_dampening * grad
-        if NESTEROV:
-            direction = grad + momentum * momentum_buffer
-        else:
-            direction = momentum_buffer
+        direction = grad + momentum * momentum_buffer if NESTEROV else momentum_buffer
     delta = lr * direction
     if DECOUPLED:
         delta = delta + weight_decay * param
@@ -44,10 +41,7 @@ def adagrad(param, grad, states, h, FLAGS: tl.constexpr):
     if not DECOUPLED:
         grad = grad + weight_decay * param
     sum_ = states[0] + grad * grad
-    if EPS_IN_SQRT:
-        denom = tl.sqrt_rn(sum_ + eps)
-    else:
-        denom = tl.sqrt_rn(sum_) + eps
+    denom = tl.sqrt_rn(sum_ + eps) if EPS_IN_SQRT else tl.sqrt_rn(sum_) + eps
     delta = lr * tl.div_rn(grad, denom)
     if DECOUPLED:
         delta = delta + weight_decay * param
@@ -70,10 +64,7 @@ def rmsprop(param, grad, states, h, FLAGS: tl.constexpr):
         grad_avg = alpha * grad_avg + one_minus_alpha * grad
         variance = square_avg - grad_avg * grad_avg
         variance = tl.where(variance < 0, 0.0, variance)
-    if EPS_IN_SQRT:
-        denom = tl.sqrt_rn(variance + eps)
-    else:
-        denom = tl.sqrt_rn(variance) + eps
+    denom = tl.sqrt_rn(variance + eps) if EPS_IN_SQRT else tl.sqrt_rn(variance) + eps
     direction = tl.div_rn(grad, denom)
     if MOMENTUM:
         momentum_buffer = momentum * momentum_buffer + direction

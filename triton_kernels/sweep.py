@@ -201,11 +201,11 @@ def sweep_block(
     store_block(param_at, offsets, mask, param, 0, PARAM_FORMAT, FULL)
     words = (0, 0)
     if V.stochastic:
-        words = (formats.random_bits(stream, index, offsets, 0),)
-        if SLOTS > 2:
-            words = words + (formats.random_bits(stream, index, offsets, 1),)
-        else:
-            words = words + (0,)
+        # What no slot draws from is never computed: the compiler drops it.
+        words = (
+            formats.random_bits(stream, index, offsets, 0),
+            formats.random_bits(stream, index, offsets, 1) if SLOTS > 2 else 0,
+        )
     for slot in tl.static_range(SLOTS):
         if state_format(V, slot) is not None:
             random = (words[slot // 2] >> (slot % 2 * 16)) & 0xFFFF

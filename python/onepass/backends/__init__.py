@@ -14,9 +14,8 @@ from .triton import TritonBackend
 __all__ = ["BACKENDS", "Backend", "Entry", "choose", "status", "support_matrix"]
 
 # In order of preference.
-BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())
-}
+_ALL: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 # Device types that a backend serves only when it is asked for by name: on the CPU, Triton's
 # interpreter is there to check kernels.

@@ -19,7 +19,7 @@ import torch
 
 from ..formats import ABSENT, NATIVE
 from ..rules import HYPER_WIDTH, RULES, SLOTS
-from .base import Entry
+from .base import Backend, Entry
 
 OLDEST = (3, 6)
 _KERNELS = "onepass.triton_kernels.sweep"
@@ -125,7 +125,8 @@ class _Prepared:
 
     def bind_dtypes(self, grad_dtypes: list[torch.dtype]) -> None:
         """Works out the variants, which the gradients' dtypes are part of."""
-        make, known = self.kernels.Variant, {}
+        make = self.kernels.Variant
+        known: dict[Any, int] = {}
         numbers = np.zeros(len(self.entries), np.int64)
         for i, (entry, dtype) in enumerate(zip(self.entries, grad_dtypes, strict=True)):
             code = entry.format.code
@@ -160,7 +161,7 @@ def _addresses(tensor: torch.Tensor, starts: I64) -> I64:
     return tensor.data_ptr() + starts * tensor.element_size()
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """Triton kernels on CUDA and ROCm devices; on CPU tensors only by Triton's interpreter."""
 
     name = "triton"
