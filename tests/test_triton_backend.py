@@ -32,10 +32,12 @@ def param_with_grad(*size):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """As if kernels were compiled: Triton 3.6, not interpreted."""
+    """As if kernels were compiled: Triton 3.6, not interpreted, on an H100."""
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0+git1"))
     monkeypatch.delitem(sys.modules, host._KERNELS, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
 
 
 def test_missing_triton_says_what_to_install(compiled, monkeypatch):
@@ -68,6 +70,13 @@ def test_cuda_tensors_are_not_interpreted(compiled, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "unset it" in TritonBackend().unavailable(CUDA)
     assert TritonBackend().unavailable(CPU) == ""
+
+
+def test_triton_3_6_is_refused_where_it_contracts(compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "pip install 'triton>=3.7'" in TritonBackend().unavailable(CUDA)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.7.0"))
+    assert TritonBackend().unavailable(CUDA) == ""
 
 
 def test_other_devices(compiled):

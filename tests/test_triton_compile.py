@@ -18,11 +18,11 @@ TARGETS = (*NVIDIA, "gfx942")
 EVERY = ("every-sgd", "every-adagrad", "every-rmsprop", "every-adam", "every-lion")
 
 # A program is 256 threads and a multiprocessor has 65,536 registers: 64 a thread leave room for
-# four programs. In fp32 each thread then has 4 loads of 16 bytes under way, 64 KiB in all, where
-# bandwidth times latency (3.35 TB/s over 132 multiprocessors, some 800 ns) is 20 KiB; 16-bit
-# tensors have half of that under way, still above it. On gfx942 the allocation that leaves eight
-# waves, all that a SIMD holds, is 64 as well.
-MAX_REGISTERS = 64
+# four programs, 80 for three. In fp32 a thread has 4 loads of 16 bytes under way, 64 KiB a
+# multiprocessor; with 16-bit tensors and random bits 4 of 8 bytes, 24 KiB. Bandwidth times latency
+# on an H100 (3.35 TB/s over 132 multiprocessors, some 800 ns) is 20 KiB. On gfx942 the kernel may
+# have 64 before fewer than eight waves, all that a SIMD holds, fit.
+MAX_REGISTERS = {"adamw-fp32": 64, "adamw-bf16": 80, "adamw-bf16-weights": 64}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -114,7 +114,7 @@ def test_registers_and_spills(kernels, kernel, target):
     found = kernels[f"{kernel}.{target}"]
     assert (found["spilled"], found["stack"]) == (0, 0)
     assert not re.search(r"\b(LDL|STL)\b", found.get("sass", ""))
-    assert 0 < found["registers"] <= MAX_REGISTERS
+    assert 0 < found["registers"] <= MAX_REGISTERS[kernel]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,8 @@ def test_registers_and_spills(kernels, kernel, target):
 def test_arithmetic_on_nvidia(kernels, name):
     """No contraction, nothing flushed to zero, no approximation."""
     text, sass = kernels[name]["text"], kernels[name]["sass"]
-    used = set(re.findall(r"^\s*(?:@%p\d+ )?(\w[\w.]*\.f32[\w.]*)", text, re.MULTILINE))
+    floats = re.findall(r"^\s*(?:@%p\d+ )?(\w[\w.]*\.f32[\w.]*)", text, re.MULTILINE)
+    used = {op.removesuffix("x2") for op in floats}
     expected = {"mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
     if not name.startswith(("every-sgd", "every-lion")):
         expected |= {"div.rn.f32", "sqrt.rn.f32"}
@@ -132,6 +133,9 @@ def test_arithmetic_on_nvidia(kernels, name):
     others = {op for op in used - expected if not op.startswith(("setp.", "selp."))}
     assert others <= {"cvt.f32.f16", "cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}
     assert not re.search(r"\b(fma|mad)\.\w*\.?f32|\.ftz|\.approx", text)
+    if any(op.endswith("f32x2") for op in floats):
+        assert pytest.importorskip("triton").__version__.startswith("3.6."), "see docs/triton.md"
+        pytest.skip("ptxas contracts paired operations: the backend refuses Triton 3.6 there")
     # ptxas contracts nothing either; its own expansions of roots and divisions have additions too.
     for op, ptx_op in (("FADD", r"(?:add|sub)\.rn\.f32"), ("FMUL", r"mul\.rn\.f32")):
         assert len(re.findall(rf"\b{op}\b", sass)) >= len(re.findall(rf"\b{ptx_op}\b", text))
@@ -139,6 +143,9 @@ def test_arithmetic_on_nvidia(kernels, name):
 
 @pytest.mark.parametrize("kernel", ["adamw-fp32", *EVERY])
 def test_arithmetic_on_amd(kernels, kernel):
+    triton = pytest.importorskip("triton")
+    if kernel not in ("every-sgd", "every-lion") and triton.__version__.startswith("3.6."):
+        pytest.skip("Triton 3.6 writes the root for AMD out itself, with fma: see docs/triton.md")
     found = kernels[f"{kernel}.gfx942"]
     llir, text = found["llir"], found["text"]
     # On the instructions themselves: no fused operation, no permission to contract or approximate.

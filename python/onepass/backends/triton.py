@@ -28,18 +28,35 @@ _HALF = 1 << 32  # a chunk crosses no multiple of it: the random bits' keys chan
 I64 = npt.NDArray[np.int64]
 
 
+def _version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(n) for n in str(triton.__version__).split("+")[0].split(".")[:2])
+
+
 def _missing() -> str:
     """Why Triton cannot be used, or an empty string."""
     install = f"pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
     try:
         import triton
+
+        version = _version()
     except ImportError as error:
         return f"Triton cannot be imported ({error}): {install}"
-    version = str(triton.__version__)
-    numbers = version.split("+")[0].split(".")
-    if tuple(int(n) for n in numbers[:2]) < OLDEST:
-        return f"Triton {version} is too old: {install}"
-    return ""
+    return "" if version >= OLDEST else f"Triton {triton.__version__} is too old: {install}"
+
+
+def _contracts(device: torch.device) -> str:
+    """Why Triton would not return the reference's bits on a GPU, or an empty string.
+
+    Triton 3.6 pairs fp32 operations from compute capability 10 on, and its ptxas (CUDA 12.9) makes
+    paired multiply-adds of them although each names its rounding and contraction is off.
+    """
+    if _version() >= (3, 7) or torch.version.hip:
+        return ""
+    if torch.cuda.get_device_capability(device) < (10, 0):
+        return ""
+    return "Triton 3.6 contracts operations on this GPU: pip install 'triton>=3.7'"
 
 
 def _interpreted() -> bool:
@@ -180,7 +197,9 @@ class TritonBackend(Backend):
             return "there is no GPU here, and TRITON_INTERPRET=1 is not set"
         if device.type == "cuda" and interpreted:
             return "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors: unset it"
-        if device.type == "cpu" and not interpreted:
+        if device.type == "cuda":
+            return _contracts(device)
+        if not interpreted:
             return (
                 "its kernels are compiled for GPUs; on CPU tensors they run, slowly, when "
                 "TRITON_INTERPRET=1 is set before Python starts"
