@@ -140,7 +140,7 @@ class Variants:
     @cached_property
     def cache_key(self) -> str:
         """Key of Triton's cache on disk, which cannot see the sources behind a constexpr."""
-        sources = [f.cache_key for v in self.variants for f in v.functions]
+        sources = [getattr(f, "cache_key", "") for v in self.variants for f in v.functions]
         return hashlib.sha256(repr((self.variants, sources)).encode()).hexdigest()
 
     def __repr__(self) -> str:
