@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain, repeat
+from operator import attrgetter, eq
 from typing import Any
 
 import numpy as np
@@ -70,10 +72,9 @@ def _kernels() -> Any:
     return importlib.import_module(_KERNELS)
 
 
-def _layout(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Size, tuple[int, ...]]]:
-    return list(
-        zip(map(torch.Tensor.size, tensors), map(torch.Tensor.stride, tensors), strict=True)
-    )
+def _as_known(read: Callable[[Any], Any], tensors: Iterable[Any], known: Iterable[Any]) -> bool:
+    """Whether a property of tensors is what it was; keeps nothing, for lists are long."""
+    return all(map(eq, map(read, tensors), known))
 
 
 def _ordered_alike(grad: torch.Tensor, param: torch.Tensor) -> bool:
@@ -102,7 +103,8 @@ class _Prepared:
         # What is compared at every step.
         self.addresses = list(map(torch.Tensor.data_ptr, self.params + self.states))
         self.dtypes = [tensor.dtype for tensor in self.params]
-        self.layouts = _layout(self.params)
+        self.shapes = [param.shape for param in self.params]
+        self.strides = [param.stride() for param in self.params]
         self.sizes = [state.numel() for state in self.states]
         # What is known from the first gradients on.
         self.grad_dtypes: list[torch.dtype] = []
@@ -221,19 +223,24 @@ class TritonBackend(Backend):
         p.bound = False
         if len(grads) != len(p.params):
             return False
-        if list(map(torch.Tensor.data_ptr, p.params + p.states)) != p.addresses:
-            return False
-        if [param.dtype for param in p.params] != p.dtypes or _layout(p.params) != p.layouts:
-            return False
-        if list(map(torch.Tensor.numel, p.states)) != p.sizes:
+        ptr, size, stride = torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride
+        same = (
+            _as_known(ptr, chain(p.params, p.states), p.addresses)
+            and _as_known(attrgetter("dtype"), p.params, p.dtypes)
+            and _as_known(size, p.params, p.shapes)
+            and _as_known(stride, p.params, p.strides)
+            and _as_known(torch.Tensor.numel, p.states, p.sizes)
+            and _as_known(attrgetter("device"), grads, repeat(p.device))
+            and _as_known(attrgetter("layout"), grads, repeat(torch.strided))
+        )
+        if not same:
             return False
         grad_dtypes = [grad.dtype for grad in grads]
-        if grad_dtypes != p.grad_dtypes and not all(dtype in NATIVE for dtype in grad_dtypes):
-            return False
-        if {(grad.layout, grad.device) for grad in grads} != {(torch.strided, p.device)}:
+        if grad_dtypes != p.grad_dtypes and not NATIVE.keys() >= set(grad_dtypes):
             return False
         # Strides of dimensions of size 1 are free, so equality is only the usual case.
-        if _layout(grads) != p.layouts and not all(map(_ordered_alike, grads, p.params)):
+        alike = _as_known(size, grads, p.shapes) and _as_known(stride, grads, p.strides)
+        if not alike and not all(map(_ordered_alike, grads, p.params)):
             return False
         with _on(p.device):
             if grad_dtypes != p.grad_dtypes:
