@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Distribution, Extension, setup
+from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -120,6 +120,9 @@ def sources() -> list[str]:
 
 
 setup(
+    # Here and not in pyproject.toml, which cannot add a package to those it finds.
+    packages=[*find_packages("python"), "onepass.triton_kernels"],
+    package_dir={"": "python", "onepass.triton_kernels": "triton_kernels"},
     # Optional: without a compiler there is no file to copy.
     ext_modules=[Extension("onepass.libonepass_cpu", sources(), optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},

@@ -12,7 +12,8 @@ import onepass
 
 from .cases import assert_same, make_params, same_bits, set_grads
 
-BACKENDS = [b for b in onepass.backends.BACKENDS if b != "cpu" or not onepass.ops.missing]
+CPU = torch.device("cpu")
+BACKENDS = [b.name for b in onepass.backends.BACKENDS.values() if not b.unavailable(CPU)]
 
 
 @pytest.fixture(params=BACKENDS)

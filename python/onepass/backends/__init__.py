@@ -11,11 +11,18 @@ from ..rules import RULES
 from .base import Backend, Entry
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "Backend", "Entry", "choose", "status", "support_matrix"]
 
 # In order of preference.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())
+}
+
+# Device types that a backend serves only when it is asked for by name: on the CPU, Triton's
+# interpreter is there to check kernels.
+BY_NAME_ONLY: dict[str, tuple[str, ...]] = {"triton": ("cpu",)}
 
 
 def check_name(name: str | None) -> None:
@@ -43,11 +50,10 @@ def choose(device: torch.device, name: str | None = None) -> Backend:
                 f"Backends that can: {', '.join(others) or 'none'}"
             )
         return BACKENDS[name]
-    found = next(b for b in BACKENDS.values() if not b.unavailable(device))
+    served = [b for b in BACKENDS.values() if device.type not in BY_NAME_ONLY.get(b.name, ())]
+    found = next(b for b in served if not b.unavailable(device))
     if found.name == "reference":
-        reasons = [
-            f"{b.name}: {b.unavailable(device)}" for b in BACKENDS.values() if b is not found
-        ]
+        reasons = [f"{b.name}: {b.unavailable(device)}" for b in served if b is not found]
         warnings.warn(
             f"onepass steps on {device} by its slow reference backend ({'; '.join(reasons)})",
             stacklevel=2,

@@ -1,0 +1,271 @@
+"""The triton backend: one launch of one generic kernel for the whole list (NVIDIA and AMD GPUs).
+
+The kernels are in ``triton_kernels/``. They are imported when this backend is first used: Triton
+decides then whether kernels are compiled or, under TRITON_INTERPRET=1, interpreted on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from itertools import chain, repeat
+from operator import attrgetter, eq
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..formats import ABSENT, NATIVE
+from ..rules import HYPER_WIDTH, SLOTS
+from .base import Backend, Entry
+
+OLDEST = (3, 6)
+_KERNELS = "onepass.triton_kernels.sweep"
+_HALF = 1 << 32  # a chunk crosses no multiple of it: the random bits' keys change there
+
+I64 = npt.NDArray[np.int64]
+
+
+def _version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(n) for n in str(triton.__version__).split("+")[0].split(".")[:2])
+
+
+def _missing() -> str:
+    """Why Triton cannot be used, or an empty string."""
+    install = f"pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+    try:
+        import triton
+
+        version = _version()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): {install}"
+    return "" if version >= OLDEST else f"Triton {triton.__version__} is too old: {install}"
+
+
+def _contracts(device: torch.device) -> str:
+    """Why Triton would not return the reference's bits on a GPU, or an empty string.
+
+    Triton 3.6 pairs fp32 operations from compute capability 10 on, and its ptxas (CUDA 12.9) makes
+    paired multiply-adds of them although each names its rounding and contraction is off.
+    """
+    if _version() >= (3, 7) or torch.version.hip:
+        return ""
+    if torch.cuda.get_device_capability(device) < (10, 0):
+        return ""
+    return "Triton 3.6 contracts operations on this GPU: pip install 'triton>=3.7'"
+
+
+def _interpreted() -> bool:
+    """Whether kernels are interpreted, as was decided when they were imported if they were."""
+    if _KERNELS in sys.modules:
+        return bool(sys.modules[_KERNELS].INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _kernels() -> Any:
+    return importlib.import_module(_KERNELS)
+
+
+def _as_known(read: Callable[[Any], Any], tensors: Iterable[Any], known: Iterable[Any]) -> bool:
+    """Whether a property of tensors is what it was; keeps nothing, for lists are long."""
+    return all(map(eq, map(read, tensors), known))
+
+
+def _ordered_alike(grad: torch.Tensor, param: torch.Tensor) -> bool:
+    """Whether both have one shape and their elements the same order in memory."""
+    return grad.shape == param.shape and all(
+        s == t for s, t, n in zip(grad.stride(), param.stride(), grad.shape, strict=True) if n > 1
+    )
+
+
+def _cuts(numel: int, first: int, chunk: int) -> I64:
+    """Where the chunks of an entry start, and its end: every chunk, and at multiples of 2^32."""
+    starts = np.arange(0, numel, chunk, dtype=np.int64)
+    boundaries = np.arange(_HALF - first % _HALF, numel, _HALF, dtype=np.int64)
+    return np.append(np.union1d(starts, boundaries), numel)
+
+
+class _Prepared:
+    """The entries of one device as tables: chunks, gradients, hyperparameters and counters."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.kernels = _kernels()
+        self.entries = list(entries)
+        self.device = entries[0].param.device
+        self.params = [entry.param for entry in entries]
+        self.states = [state for entry in entries for state in entry.states.values()]
+        # What is compared at every step.
+        self.addresses = list(map(torch.Tensor.data_ptr, self.params + self.states))
+        self.dtypes = [tensor.dtype for tensor in self.params]
+        self.shapes = [param.shape for param in self.params]
+        self.strides = [param.stride() for param in self.params]
+        self.sizes = [state.numel() for state in self.states]
+        # What is known from the first gradients on.
+        self.grad_dtypes: list[torch.dtype] = []
+        self.grad_addresses: I64 = np.zeros(0, np.int64)
+        self.variants: Any = None
+        self.bound = False
+
+        self.tuning = self.kernels.tuning(self.device)
+        self.table, self.owners = self._chunk_table()
+        self.chunks = torch.from_numpy(self.table.copy()).to(self.device)
+        rows = 1 + max(entry.row for entry in entries)
+        self.grads = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
+        self.numbers = torch.zeros(rows * (HYPER_WIDTH + 4), device=self.device)
+        self.hyper = self.numbers[: rows * HYPER_WIDTH].view(rows, HYPER_WIDTH)
+        self.counters = self.numbers[rows * HYPER_WIDTH :].view(torch.int64).view(rows, 2)
+
+    def _chunk_table(self) -> tuple[I64, I64]:
+        """The chunk table, but for the variants; and the entry of each of its rows."""
+        k = self.kernels
+        tables, owners = [np.zeros((0, int(k.COLUMNS)), np.int64)], [np.zeros(0, np.int64)]
+        for number, entry in enumerate(self.entries):
+            cuts = _cuts(entry.param.numel(), entry.first, self.tuning.chunk)
+            starts = cuts[:-1]
+            table = np.zeros((len(starts), int(k.COLUMNS)), np.int64)
+            table[:, k.PARAM] = _addresses(entry.param, starts)
+            for slot, state in entry.states.items():
+                table[:, k.STATES + slot] = _addresses(state, starts)
+            table[:, k.ENTRY] = number
+            table[:, k.START] = starts
+            table[:, k.COUNT] = np.diff(cuts)
+            table[:, k.ROW] = entry.row
+            table[:, k.PARAM_ID] = entry.param_id
+            table[:, k.INDEX] = entry.first + starts
+            tables.append(table)
+            owners.append(np.full(len(starts), number))
+        return np.concatenate(tables), np.concatenate(owners)
+
+    def bind_dtypes(self, grad_dtypes: list[torch.dtype]) -> None:
+        """Works out the variants, which the gradients' dtypes are part of."""
+        make = self.kernels.Variant
+        known: dict[Any, int] = {}
+        numbers = np.zeros(len(self.entries), np.int64)
+        for i, (entry, dtype) in enumerate(zip(self.entries, grad_dtypes, strict=True)):
+            code = entry.format.code
+            variant = make(
+                entry.rule.name,
+                entry.flags,
+                NATIVE[entry.param.dtype],
+                NATIVE[dtype],
+                tuple(code if slot in entry.states else ABSENT for slot in range(SLOTS)),
+            )
+            # Entries without elements have no chunk, so no part in what is compiled.
+            if entry.param.numel():
+                numbers[i] = known.setdefault(variant, len(known))
+        # In one order whatever the parameters' order is: another list may share the kernel.
+        order = sorted(known)
+        places = np.array([order.index(variant) for variant in known], np.int64)
+        if len(self.table):
+            self.table[:, self.kernels.VARIANT] = places[numbers[self.owners]]
+            self.chunks.copy_(torch.from_numpy(self.table))
+        self.variants = self.kernels.Variants(tuple(order))
+        self.grad_dtypes = grad_dtypes
+
+    def upload(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies host numbers into a table, without waiting for the device."""
+        if destination.is_cuda:
+            # A buffer of its own for each copy: torch takes it back when the copy is done.
+            source = source.pin_memory()
+        destination.copy_(source, non_blocking=True)
+
+
+def _addresses(tensor: torch.Tensor, starts: I64) -> I64:
+    return tensor.data_ptr() + starts * tensor.element_size()
+
+
+class TritonBackend(Backend):
+    """Triton kernels on CUDA and ROCm devices; on CPU tensors only by Triton's interpreter."""
+
+    name = "triton"
+
+    def unavailable(self, device: torch.device | None) -> str:
+        if device is not None and device.type not in ("cpu", "cuda"):
+            return "it serves CUDA and ROCm devices"
+        missing = _missing()
+        if missing:
+            return missing
+        interpreted = _interpreted()
+        if device is None:
+            if interpreted or torch.cuda.is_available():
+                return ""
+            return "there is no GPU here, and TRITON_INTERPRET=1 is not set"
+        if device.type == "cuda" and interpreted:
+            return "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors: unset it"
+        if device.type == "cuda":
+            return _contracts(device)
+        if not interpreted:
+            return (
+                "its kernels are compiled for GPUs; on CPU tensors they run, slowly, when "
+                "TRITON_INTERPRET=1 is set before Python starts"
+            )
+        return ""
+
+    def prepare(self, entries: Sequence[Entry]) -> _Prepared:
+        known = _kernels().FORMATS
+        for entry in entries:
+            if entry.param.dtype not in NATIVE or entry.format.code not in known:
+                raise ValueError(
+                    f"backend 'triton' has no kernel for a parameter of {entry.param.dtype} with "
+                    f"states of {entry.format}; backend='reference' serves every format"
+                )
+        return _Prepared(entries)
+
+    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor], first: int) -> bool:
+        p = prepared
+        p.bound = False
+        if len(grads) != len(p.params):
+            return False
+        ptr, size, stride = torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride
+        same = (
+            _as_known(ptr, chain(p.params, p.states), p.addresses)
+            and _as_known(attrgetter("dtype"), p.params, p.dtypes)
+            and _as_known(size, p.params, p.shapes)
+            and _as_known(stride, p.params, p.strides)
+            and _as_known(torch.Tensor.numel, p.states, p.sizes)
+            and _as_known(attrgetter("device"), grads, repeat(p.device))
+            and _as_known(attrgetter("layout"), grads, repeat(torch.strided))
+        )
+        if not same:
+            return False
+        grad_dtypes = [grad.dtype for grad in grads]
+        if grad_dtypes != p.grad_dtypes and not NATIVE.keys() >= set(grad_dtypes):
+            return False
+        # Strides of dimensions of size 1 are free, so equality is only the usual case.
+        alike = _as_known(size, grads, p.shapes) and _as_known(stride, grads, p.strides)
+        if not alike and not all(map(_ordered_alike, grads, p.params)):
+            return False
+        with _on(p.device):
+            if grad_dtypes != p.grad_dtypes:
+                p.bind_dtypes(grad_dtypes)
+            addresses = np.fromiter(map(torch.Tensor.data_ptr, grads), np.int64, len(grads))
+            if not np.array_equal(addresses, p.grad_addresses):
+                p.upload(p.grads, torch.from_numpy(addresses))
+                p.grad_addresses = addresses
+        p.bound = True
+        return True
+
+    def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
+        p = prepared
+        # Addresses are good for one step: a gradient may be freed after it.
+        if not p.bound:
+            raise RuntimeError("onepass: run without refresh")
+        p.bound = False
+        if not len(p.table):
+            return
+        rows = len(p.hyper)
+        with _on(p.device):
+            numbers = (hyper[:rows].reshape(-1), counters[:rows].reshape(-1).view(torch.float32))
+            p.upload(p.numbers, torch.cat(numbers))
+            p.kernels.launch(p.chunks, p.grads, p.hyper, p.counters, p.variants, p.tuning)
+
+
+def _on(device: torch.device) -> Any:
+    """Makes a GPU the current one: Triton launches there, on its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,204 @@
+"""The triton backend's host side: who it serves, its tables, and how often it launches."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import onepass
+from onepass import backends
+from onepass.backends import triton as host
+from onepass.backends.triton import TritonBackend
+
+from .cases import make_params, set_grads
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+WHY_NOT = backends.BACKENDS["triton"].unavailable(CPU)
+interpreted = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+
+
+def param_with_grad(*size):
+    param = torch.nn.Parameter(torch.ones(*size))
+    param.grad = torch.ones(*size)
+    return param
+
+
+# --- who it serves ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As if kernels were compiled: Triton 3.6, not interpreted, on an H100."""
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0+git1"))
+    monkeypatch.delitem(sys.modules, host._KERNELS, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+
+
+def test_missing_triton_says_what_to_install(compiled, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for device in (None, CPU, CUDA):
+        assert "pip install 'triton>=3.6'" in TritonBackend().unavailable(device)
+    with pytest.raises(RuntimeError, match=r"pip install 'triton>=3.6'.*Backends that can: .*ref"):
+        onepass.AdamW([param_with_grad(3)], backend="triton").step()
+    assert backends.choose(CUDA).name == "reference"
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.9.0", "3.5.1+rocm6"])
+def test_old_triton_says_what_to_install(compiled, monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    why_not = TritonBackend().unavailable(CUDA)
+    assert f"Triton {version} is too old: pip install 'triton>=3.6'" in why_not
+    assert backends.choose(CUDA).name == "reference"
+
+
+def test_a_cpu_tensor_without_the_interpreter(compiled):
+    param = param_with_grad(3)
+    optimizer = onepass.AdamW([param], backend="triton")
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1.*Backends that can: .*reference"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(param.detach(), torch.ones(3))
+
+
+def test_cuda_tensors_are_not_interpreted(compiled, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "unset it" in TritonBackend().unavailable(CUDA)
+    assert TritonBackend().unavailable(CPU) == ""
+
+
+def test_triton_3_6_is_refused_where_it_contracts(compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "pip install 'triton>=3.7'" in TritonBackend().unavailable(CUDA)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.7.0"))
+    assert TritonBackend().unavailable(CUDA) == ""
+
+
+def test_other_devices(compiled):
+    assert "CUDA and ROCm" in TritonBackend().unavailable(torch.device("meta"))
+
+
+def test_none_picks_triton_for_gpus_and_never_for_cpus(compiled, monkeypatch):
+    assert backends.choose(CUDA).name == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    without_cpu = {n: b for n, b in backends.BACKENDS.items() if n != "cpu"}
+    monkeypatch.setattr(backends, "BACKENDS", without_cpu)
+    assert backends.choose(CPU).name == "reference"
+    assert backends.choose(CPU, "triton").name == "triton"
+
+
+@interpreted
+def test_an_unsupported_dtype_names_what_is_needed():
+    with pytest.raises(ValueError, match=r"float32, bfloat16, float16; got torch\.float64"):
+        onepass.AdamW([torch.nn.Parameter(torch.ones(3).double())], backend="triton")
+    from onepass.formats import StateFormat
+    from onepass.rules import RULES
+
+    strange = StateFormat(99, torch.int8, 1, False)
+    entry = backends.Entry(torch.ones(3), {0: torch.ones(3)}, strange, RULES["lion"], 1, 0, 0)
+    with pytest.raises(ValueError, match=r"code=99.*backend='reference' serves every format"):
+        backends.BACKENDS["triton"].prepare([entry])
+
+
+def test_every_rule_and_format_has_a_kernel():
+    pytest.importorskip("triton")
+    from onepass.triton_kernels import formats, rules
+
+    from onepass.formats import NATIVE, STATE_FORMATS
+    from onepass.rules import RULES
+
+    assert list(rules.RULES) == list(RULES)
+    codes = {*NATIVE.values(), *(f.code for f in STATE_FORMATS.values())}
+    assert set(formats.FORMATS) == codes
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [0, 3, (1 << 32) - 10, (1 << 32) - 8192, (5 << 32) - 8193])
+@pytest.mark.parametrize("numel", [0, 1, 8191, 8192, 8193, 30000])
+def test_chunks_cover_an_entry_once_and_cross_no_multiple_of_2_to_the_32(numel, first):
+    cuts = host._cuts(numel, first, 8192)
+    assert cuts[-1] == numel
+    if numel:
+        assert cuts[0] == 0
+        assert (np.diff(cuts) > 0).all()
+        assert (np.diff(cuts) <= 8192).all()
+        assert ((first + cuts[:-1]) >> 32 == (first + cuts[1:] - 1) >> 32).all()
+
+
+def test_chunks_of_a_tensor_beyond_2_to_the_32_start_at_multiples_of_their_size():
+    """A boundary inside adds a cut; the chunks behind it stay aligned."""
+    cuts = host._cuts((1 << 32) + 100_000, 5, 8192)
+    assert (1 << 32) - 5 in cuts
+    assert (cuts[:-1] % 8192 != 0).sum() == 1
+
+
+@interpreted
+def test_run_without_refresh_is_refused():
+    params = [param_with_grad(3)]
+    optimizer = onepass.AdamW(params, backend="triton")
+    optimizer.step()
+    (part,) = optimizer._plan._parts
+    with pytest.raises(RuntimeError, match="run without refresh"):
+        part.backend.run(part.prepared, torch.zeros(1, 8), torch.zeros(1, 2, dtype=torch.int64))
+
+
+@interpreted
+def test_a_stale_plan_is_refused_and_nothing_is_changed():
+    params = make_params([(5,), (4, 3)], torch.float32, 0)
+    set_grads(params, torch.float32, 0)
+    optimizer = onepass.AdamW(params, backend="triton")
+    optimizer.step()
+    (part,) = optimizer._plan._parts
+    good = [p.grad for p in params]
+    wrong = [
+        good[:1],
+        [good[0], good[1].t()],
+        [good[0], good[1].t().contiguous().t()],
+        [good[0].double(), good[1]],
+        [good[0].to_sparse(), good[1]],
+        [good[0].to("meta"), good[1]],
+        [good[0][:3], good[1]],
+    ]
+    for grads in wrong:
+        assert not part.backend.refresh(part.prepared, grads, 0)
+    assert part.backend.refresh(part.prepared, good, 0)
+    assert part.backend.refresh(part.prepared, [good[0].to(torch.bfloat16), good[1]], 0)
+
+
+# --- launches --------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("count", [300, 20_000])
+def test_a_step_is_one_launch(count, monkeypatch):
+    """Counted where Triton launches. 20,000 programs would take the interpreter minutes: there the
+    launch's grid is compared with the tensors, one chunk each, and nothing is run."""
+    from triton.runtime.interpreter import GridExecutor
+
+    grids = []
+    original = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        grids.append(self.grid)
+        if count == 300:
+            original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    half = count // 2
+    params = [torch.nn.Parameter(torch.ones(1 + i % 3)) for i in range(half)]
+    params += [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(half)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.1, "nesterov": True}]
+    optimizer = onepass.SGD(groups, lr=0.5, momentum=0.9, backend="triton")
+    optimizer.step()
+    assert grids == [(count,)]
+    if count == 300:
+        assert all(bool((p != 1).all()) for p in params)

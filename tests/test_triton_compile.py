@@ -1,0 +1,168 @@
+"""What Triton makes of the sweep for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+TARGETS = (*NVIDIA, "gfx942")
+EVERY = ("every-sgd", "every-adagrad", "every-rmsprop", "every-adam", "every-lion")
+
+# A program is 256 threads and a multiprocessor has 65,536 registers: 64 a thread leave room for
+# four programs, 80 for three. In fp32 a thread has 4 loads of 16 bytes under way, 64 KiB a
+# multiprocessor; with 16-bit tensors and random bits 4 of 8 bytes, 24 KiB. Bandwidth times latency
+# on an H100 (3.35 TB/s over 132 multiprocessors, some 800 ns) is 20 KiB. On gfx942 the kernel may
+# have 64 before fewer than eight waves, all that a SIMD holds, fit.
+MAX_REGISTERS = {"adamw-fp32": 64, "adamw-bf16": 80, "adamw-bf16-weights": 64}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def run_compiled(script: str, cache: Path, *arguments: str) -> str:
+    """Runs a script of this folder in a process in which kernels are compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(HERE / script), *arguments]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    folder, cache = (tmp_path_factory.mktemp(name) for name in ("kernels", "cache"))
+    run_compiled("triton_compile.py", cache, str(folder))
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+ACCESS = re.compile(r"^\s*(@%p\d+ )?(ld|st)\.global(?:\.\w+)*?((?:\.v\d)?\.b\d+)\b", re.MULTILINE)
+
+
+def accesses(text: str) -> list[tuple[bool, str, int]]:
+    """(predicated, "ld" or "st", bytes) of every access to global memory in PTX."""
+    found = []
+    for predicate, kind, shape in ACCESS.findall(text):
+        numbers = [int(n) for n in re.findall(r"\d+", shape)]
+        bits = numbers[-1] * (numbers[0] if len(numbers) == 2 else 1)
+        found.append((bool(predicate), kind, bits // 8))
+    assert len(found) == len(re.findall(r"\b(?:ld|st)\.global", text))
+    return found
+
+
+def main_path(ptx: str) -> str:
+    """The basic block of the loop over whole blocks: the one that stores without a predicate."""
+    blocks = re.split(r"^\$L__BB\w+:.*$", ptx, flags=re.MULTILINE)
+    (block,) = [b for b in blocks if (False, "st") in {a[:2] for a in accesses(b)}]
+    return block
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    ("kernel", "loads", "stores"),
+    [
+        ("adamw-fp32", [16, 16, 16, 16], [16, 16, 16]),
+        ("adamw-bf16", [8, 8, 8, 8], [8, 8, 8]),
+        ("adamw-bf16-weights", [8, 8, 16, 16], [8, 16, 16]),
+    ],
+)
+def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, target):
+    """Parameter, gradient and two moments in, all but the gradient out, four elements a thread."""
+    ptx = kernels[f"{kernel}.{target}"]["text"]
+    block = accesses(main_path(ptx))
+    assert [size for _, kind, size in block if kind == "ld"] == loads
+    assert [size for _, kind, size in block if kind == "st"] == stores
+    assert not any(predicated for predicated, _, _ in block)
+    assert "shared" not in main_path(ptx)
+    # Elsewhere: masked accesses of the rest of a chunk, and the numbers of the tables.
+    rest = [size for predicated, _, size in accesses(ptx) if not predicated]
+    table = sorted(rest)[: len(rest) - len(block)]
+    assert set(table) == {4, 8}
+    assert table.count(4) == 1 + kernels[f"{kernel}.{target}"]["scalars"]
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_machine_code_has_these_accesses_too(kernels, target):
+    sass = kernels[f"adamw-fp32.{target}"]["sass"]
+    assert len(re.findall(r"\bLDG\.E\S*\.128\b", sass)) == 4
+    assert len(re.findall(r"\bSTG\.E\S*\.128\b", sass)) == 3
+
+
+def test_the_main_path_on_amd_has_wide_accesses_too(kernels):
+    text = kernels["adamw-fp32.gfx942"]["text"]
+    assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) == 4
+    assert len(re.findall(r"\bglobal_store_dwordx4\b", text)) == 3
+    text = kernels["adamw-bf16.gfx942"]["text"]
+    # The tables are read with scalar instructions: these four are the tensors.
+    assert len(re.findall(r"\bglobal_load_dwordx2\b", text)) == 4
+    assert len(re.findall(r"\bglobal_store_dwordx2\b", text)) == 3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", ["adamw-fp32", "adamw-bf16", "adamw-bf16-weights"])
+def test_registers_and_spills(kernels, kernel, target):
+    found = kernels[f"{kernel}.{target}"]
+    assert (found["spilled"], found["stack"]) == (0, 0)
+    assert not re.search(r"\b(LDL|STL)\b", found.get("sass", ""))
+    assert 0 < found["registers"] <= MAX_REGISTERS[kernel]
+
+
+@pytest.mark.parametrize(
+    "name", [f"adamw-fp32.{t}" for t in NVIDIA] + [f"{k}.sm_90" for k in EVERY]
+)
+def test_arithmetic_on_nvidia(kernels, name):
+    """No contraction, nothing flushed to zero, no approximation."""
+    text, sass = kernels[name]["text"], kernels[name]["sass"]
+    floats = re.findall(r"^\s*(?:@%p\d+ )?(\w[\w.]*\.f32[\w.]*)", text, re.MULTILINE)
+    used = {op.removesuffix("x2") for op in floats}
+    expected = {"mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
+    if not name.startswith(("every-sgd", "every-lion")):
+        expected |= {"div.rn.f32", "sqrt.rn.f32"}
+    assert expected <= used
+    # Beside arithmetic: comparisons, selections, conversions from and to fp16.
+    others = {op for op in used - expected if not op.startswith(("setp.", "selp."))}
+    assert others <= {"cvt.f32.f16", "cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}
+    assert not re.search(r"\b(fma|mad)\.\w*\.?f32|\.ftz|\.approx", text)
+    if any(op.endswith("f32x2") for op in floats):
+        assert pytest.importorskip("triton").__version__.startswith("3.6."), "see docs/triton.md"
+        pytest.skip("ptxas contracts paired operations: the backend refuses Triton 3.6 there")
+    # ptxas contracts nothing either; its own expansions of roots and divisions have additions too.
+    for op, ptx_op in (("FADD", r"(?:add|sub)\.rn\.f32"), ("FMUL", r"mul\.rn\.f32")):
+        assert len(re.findall(rf"\b{op}\b", sass)) >= len(re.findall(rf"\b{ptx_op}\b", text))
+
+
+@pytest.mark.parametrize("kernel", ["adamw-fp32", *EVERY])
+def test_arithmetic_on_amd(kernels, kernel):
+    triton = pytest.importorskip("triton")
+    if kernel not in ("every-sgd", "every-lion") and triton.__version__.startswith("3.6."):
+        pytest.skip("Triton 3.6 writes the root for AMD out itself, with fma: see docs/triton.md")
+    found = kernels[f"{kernel}.gfx942"]
+    llir, text = found["llir"], found["text"]
+    # On the instructions themselves: no fused operation, no permission to contract or approximate.
+    assert not re.search(r"llvm\.(fma|fmuladd)|!fpmath|unsafe-fp-math", llir)
+    assert not re.search(r"\bf(?:add|sub|mul|div)\s+(?:fast|contract|arcp|afn|reassoc)\b", llir)
+    assert re.search(r"\.amdhsa_float_round_mode_32 0\b", text)
+    assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", text)
+    if kernel not in ("every-sgd", "every-lion"):
+        # The last instruction of the correctly rounded division.
+        assert "v_div_fixup_f32" in text
+        assert "llvm.sqrt" in llir
+
+
+def test_numbers_that_change_compile_nothing(tmp_path):
+    """50 steps of a schedule, then other lists, are one kernel, and one launch a step."""
+    counts = [
+        tuple(map(int, line.split()))
+        for line in run_compiled("triton_schedule.py", tmp_path).splitlines()
+    ]
+    assert counts == [(1, 50), (1, 59), (2, 62)]

@@ -1,0 +1,115 @@
+"""Compiles the sweep for targets that need not be here; run by test_triton_compile.py.
+
+    python tests/triton_compile.py FOLDER
+
+It writes one JSON file per kernel: the PTX or AMD assembly, the machine's resources, and for
+NVIDIA the machine code. In a process of its own, for kernels of one process are either compiled or
+interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from onepass.triton_kernels.sweep import TUNING, Variant, Variants, sweep
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from onepass.formats import NATIVE, STATE_FORMATS
+from onepass.rules import RULES, SLOTS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FP32, BF16, _ = NATIVE.values()
+
+
+def variant(rule: str, flags: int, param: int, grad: int, states: str) -> Variant:
+    slots = {slot for slot, _ in RULES[rule].state_slots(flags)}
+    code = STATE_FORMATS[states].code
+    return Variant(
+        rule, flags, param, grad, tuple(code if s in slots else -1 for s in range(SLOTS))
+    )
+
+
+def every_flag(rule: str) -> tuple[Variant, ...]:
+    """All flags of a rule, dtypes and formats changing from one to the next."""
+    natives, states = list(NATIVE.values()), list(STATE_FORMATS)
+    return tuple(
+        variant(rule, flags, natives[i % 3], natives[(i + i // 3) % 3], states[i % 2])
+        for i, flags in enumerate(range(1 << len(RULES[rule].flags)))
+    )
+
+
+KERNELS = {
+    "adamw-fp32": (variant("adam", 1, FP32, FP32, "fp32"),),
+    "adamw-bf16": (variant("adam", 1, BF16, BF16, "bf16"),),
+    "adamw-bf16-weights": (variant("adam", 1, BF16, BF16, "fp32"),),
+    **{f"every-{rule}": every_flag(rule) for rule in RULES},
+}
+
+
+def compiled(variants: tuple[Variant, ...], target: GPUTarget) -> dict[str, object]:
+    tuned = TUNING[target.warp_size]
+    pointers = {
+        "chunks_ptr": "*i64",
+        "grads_ptr": "*i64",
+        "hyper_ptr": "*fp32",
+        "counters_ptr": "*i64",
+    }
+    source = ASTSource(
+        sweep,
+        {**pointers, "VARIANTS": "constexpr", "BLOCK": "constexpr"},
+        {"VARIANTS": Variants(variants), "BLOCK": tuned.block},
+        {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+    )
+    options = {
+        "num_warps": tuned.num_warps,
+        "enable_fp_fusion": False,
+        "sanitize_overflow": False,
+    }
+    kernel = triton.compile(source, target=target, options=options)
+    found: dict[str, object] = {"scalars": variants[0].scalars, "slots": variants[0].slots}
+    if target.backend == "hip":
+        found["text"] = text = kernel.asm["amdgcn"]
+        found["llir"] = kernel.asm["llir"]
+        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        found["spilled"] = sum(map(int, re.findall(r"_spill_count:\s+(\d+)", text)))
+        found["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        return found
+    found["text"] = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, found["sass"] = (
+            subprocess.run(
+                [TOOLS / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+    found["spilled"] = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
+    return found
+
+
+def main(folder: Path) -> None:
+    for kernel, variants in KERNELS.items():
+        for name, target in TARGETS.items():
+            if kernel.startswith("every-") and name not in ("sm_90", "gfx942"):
+                continue
+            (folder / f"{kernel}.{name}.json").write_text(json.dumps(compiled(variants, target)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,79 @@
+"""Counts what Triton compiles over a schedule; run by test_triton_compile.py.
+
+Launches go as far as Triton's own look-up of a compiled kernel, for a target that is not here, and
+stop before the device. It prints the number of compilations after each part of the schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import onepass
+from onepass.backends.triton import TritonBackend
+
+
+class NoDevice:
+    """What a launch asks a driver before it has a kernel."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def run_without_launching(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    launches.append(kwargs["grid"])
+    return run(self, *args, **{**kwargs, "warmup": True})
+
+
+launches: list[tuple[int]] = []
+compilations: list[Any] = []
+run = JITFunction.run
+JITFunction.run = run_without_launching
+driver.set_active(NoDevice())
+triton.knobs.compilation.listener = lambda **event: compilations.append(event)
+TritonBackend.unavailable = lambda self, device: ""
+
+
+def train(sizes: list[int], steps: int, cls: Any = onepass.AdamW, **options: Any) -> None:
+    """Every number changes at every step, and every gradient is a new tensor."""
+    params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
+    half = len(params) // 2
+    groups = [{"params": params[:half]}, {"params": params[half:], "states": "bf16"}]
+    optimizer = cls(groups, backend="triton", **options)
+    kept = []
+    for step in range(steps):
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = 1e-3 * (step + i)
+            group["weight_decay"] = 1e-2 / (step + 1)
+            if "betas" in group:
+                group["betas"] = (0.9 - 1e-3 * step, 0.99 + 1e-5 * step)
+            if "eps" in group:
+                group["eps"] = 1e-8 * (step + 1)
+            group["maximize"] = step % 2 == 0
+        for param in params:
+            param.grad = torch.ones_like(param)
+            kept.append(param.grad)
+        optimizer.step()
+
+
+train([5, 16, 1025, 40_000], steps=50)
+print(len(compilations), len(launches))
+# Another number of tensors, of other sizes: Triton treats 1 and multiples of 16 specially.
+train([1, 1], steps=3)
+train([16] * 32, steps=3)
+train([7] * 33 + [100_000], steps=3)
+print(len(compilations), len(launches))
+# Another variant is another kernel: the count counts.
+train([5, 5], steps=3, amsgrad=True)
+print(len(compilations), len(launches))
