@@ -83,7 +83,7 @@ ONEPASS_HD uint32_t nearest(float value) {
 }
 ONEPASS_HD uint32_t dithered(float value, uint32_t random) { return to_bits(value) + random; }
 
-template <class Rule>
+template <class Rule, bool Scaled>
 ONEPASS_HD void update_pair(
     const typename Rule::Hyper& hyper, float grad_scale, const TileRandom& random, uint32_t start0,
     uint32_t start1, uint32_t& param, uint32_t grad, uint32_t& state0, uint32_t& state1,
@@ -91,8 +91,8 @@ ONEPASS_HD void update_pair(
   constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4;
   float p = lower(param), s0 = lower(state0), s1 = lower(state1), s2 = lower(state2);
   float q = upper(param), t0 = upper(state0), t1 = upper(state1), t2 = upper(state2);
-  Rule::update(hyper, p, grad_scale * lower(grad), s0, s1, s2);
-  Rule::update(hyper, q, grad_scale * upper(grad), t0, t1, t2);
+  Rule::update(hyper, p, Scaled ? grad_scale * lower(grad) : lower(grad), s0, s1, s2);
+  Rule::update(hyper, q, Scaled ? grad_scale * upper(grad) : upper(grad), t0, t1, t2);
   param = join(nearest(p), nearest(q));
   if (kHas0 || kHas1) {
     const uint32_t a = random_mix(random.keys[0], start0);
@@ -107,8 +107,8 @@ ONEPASS_HD void update_pair(
   }
 }
 
-template <class Rule>
-void apply_bf16(
+template <class Rule, bool Scaled>
+void apply_bf16_scaled(
     const float* row, int n, void* param_ptr, const void* grad_ptr, void* const* states,
     const TileRandom& random_ref) {
   const TileRandom random = random_ref;  // a copy: the stores below could alias the original
@@ -133,7 +133,7 @@ void apply_bf16(
       if (kHas0) value0 = state0[i];
       if (kHas1) value1 = state1[i];
       if (kHas2) value2 = state2[i];
-      update_pair<Rule>(
+      update_pair<Rule, Scaled>(
           hyper, grad_scale, random, start0, start1, value, grad[i], value0, value1, value2);
       start0 += 2 * kWeyl;
       start1 += 2 * kWeyl;
@@ -154,13 +154,23 @@ void apply_bf16(
     if (kHas0) value0 = half(states[0]);
     if (kHas1) value1 = half(states[1]);
     if (kHas2) value2 = half(states[2]);
-    update_pair<Rule>(
+    update_pair<Rule, Scaled>(
         hyper, grad_scale, random, start0, start1, value, half(grad_ptr), value0, value1, value2);
     set_half(param_ptr, value);
     if (kHas0) set_half(states[0], value0);
     if (kHas1) set_half(states[1], value1);
     if (kHas2) set_half(states[2], value2);
   }
+}
+
+// The gradient's scale is nearly always one, and a multiplication by one a fiftieth of this loop.
+template <class Rule>
+void apply_bf16(
+    const float* row, int n, void* param, const void* grad, void* const* states,
+    const TileRandom& random) {
+  const auto apply =
+      row[0] == 1.0f ? apply_bf16_scaled<Rule, false> : apply_bf16_scaled<Rule, true>;
+  apply(row, n, param, grad, states, random);
 }
 
 // A rule that some flags do not go with has no kernel there.

@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
         weights: format of bf16 and fp16 weights: "native" (default), rounded to nearest.
         paged, max_grad_norm, skip_nonfinite: not available yet; only their defaults, False, None
             and False, are accepted.
-        backend: None (default) picks one per device; or "cpu" or "reference".
+        backend: None (default) picks one per device; or "cpu", "triton" or "reference".
         seed: key of the random bits that stochastic formats draw, also per group (default 0).
     """
 
