@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .results import Line
 
+
 @dataclass(frozen=True)
 class Bar:
     """One bar: the other provider's time over ours has to be at least this."""
