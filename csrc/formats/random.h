@@ -1,5 +1,5 @@
 // The counter-based generator of the random bits: onepass/reference.py specifies it, with known
-// answers in tests/test_random.py.
+// answers in tests/test_reference.py.
 #pragma once
 
 #include "../macros.h"

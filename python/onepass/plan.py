@@ -17,6 +17,7 @@ import torch
 
 from . import backends
 from .arena import Arena
+from .backends.base import same_layout
 from .formats import NATIVE, STATE_FORMATS
 from .rules import HYPER_WIDTH
 
@@ -307,13 +308,6 @@ def check_lr(lr: Any) -> None:
     if not 0 <= value <= _FP32_MAX:
         shown = f"{value}" if isinstance(lr, (int, float, torch.Tensor)) else repr(lr)
         raise ValueError(f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {shown}")
-
-
-def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have one shape and their elements the same order in memory."""
-    return a.shape == b.shape and all(
-        s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
-    )
 
 
 def fit_state(

@@ -42,6 +42,13 @@ class Entry:
         return [self.rule.code, self.flags, self.row, self.param_id, self.first, *codes]
 
 
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one shape and their elements the same order in memory."""
+    return a.shape == b.shape and all(
+        s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
+    )
+
+
 class Backend(ABC):
     """Runs a step over the entries of one device.
 

@@ -12,7 +12,7 @@ from .. import reference
 from ..formats import NATIVE, STATE_FORMATS
 from ..reference import F32, States
 from ..rules import SLOTS
-from .base import Backend, Entry
+from .base import Backend, Entry, same_layout
 
 _FP32, _BF16, _FP16 = (NATIVE[t] for t in (torch.float32, torch.bfloat16, torch.float16))
 _BF16_STOCHASTIC = STATE_FORMATS["bf16"].code
@@ -47,12 +47,6 @@ def _encode(values: F32, code: int, random: reference.U32 | None) -> torch.Tenso
     return torch.from_numpy(encode(values).view(np.int16)).view(dtype)
 
 
-def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and all(
-        s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
-    )
-
-
 class _Prepared:
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
@@ -79,7 +73,7 @@ class ReferenceBackend(Backend):
             param = entry.param
             if (param.shape, param.stride(), param.dtype) != layout or grad.dtype not in NATIVE:
                 return False
-            same = all(_same_layout(t, param) for t in (grad, *entry.states.values()))
+            same = all(same_layout(t, param) for t in (grad, *entry.states.values()))
             if not same or grad.device != param.device:
                 return False
         prepared.grads = grads

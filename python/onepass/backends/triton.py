@@ -21,7 +21,7 @@ import torch
 
 from ..formats import ABSENT, NATIVE
 from ..rules import HYPER_WIDTH, SLOTS
-from .base import Backend, Entry
+from .base import Backend, Entry, same_layout
 
 OLDEST = (3, 6)
 _KERNELS = "onepass.triton_kernels.sweep"
@@ -75,13 +75,6 @@ def _kernels() -> Any:
 def _as_known(read: Callable[[Any], Any], tensors: Iterable[Any], known: Iterable[Any]) -> bool:
     """Whether a property of tensors is what it was; keeps nothing, for lists are long."""
     return all(map(eq, map(read, tensors), known))
-
-
-def _ordered_alike(grad: torch.Tensor, param: torch.Tensor) -> bool:
-    """Whether both have one shape and their elements the same order in memory."""
-    return grad.shape == param.shape and all(
-        s == t for s, t, n in zip(grad.stride(), param.stride(), grad.shape, strict=True) if n > 1
-    )
 
 
 def _cuts(numel: int, first: int, chunk: int) -> I64:
@@ -239,7 +232,7 @@ class TritonBackend(Backend):
             return False
         # Strides of dimensions of size 1 are free, so equality is only the usual case.
         alike = _as_known(size, grads, p.shapes) and _as_known(stride, grads, p.strides)
-        if not alike and not all(map(_ordered_alike, grads, p.params)):
+        if not alike and not all(map(same_layout, grads, p.params)):
             return False
         with _on(p.device):
             if grad_dtypes != p.grad_dtypes:
