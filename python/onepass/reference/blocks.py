@@ -198,25 +198,19 @@ def unpack(packed: U8, count: int) -> U8:
 
 @cache
 def dynamic_map(signed: bool) -> F32:
-    """The 256 values of bitsandbytes' dynamic map, ascending: 0, 1, and in each of seven decades
-    the centres of 2^i (2^(i+1) unsigned) equal parts of [0.1, 1], i = 0 in the lowest decade."""
-    values = [np.array([0.0, 1.0], np.float32)]
+    """The 256 values of bitsandbytes' dynamic map, ascending.
+
+    They are 0, 1, and in each of seven decades d, the highest up to 1, the centres of 2^d (unsigned:
+    2^(d+1)) equal parts of the decade, signed with both signs; in float64, rounded once.
+    bitsandbytes has them from torch.linspace in fp32, whose last bit depends on the processor.
+    """
+    positive = []
     for decade in range(7):
         parts = 2 ** (decade if signed else decade + 1)
-        edges = _linspace(parts + 1)
-        centres = (edges[:-1] + edges[1:]) / np.float32(2)
-        scaled = np.float32(10.0 ** (decade - 6)) * centres
-        values += [scaled, -scaled] if signed else [scaled]
-    return np.sort(np.concatenate(values))
-
-
-def _linspace(count: int) -> F32:
-    """count points from 0.1 to 1 as fp32 arithmetic gives them, counted from the nearer end."""
-    start, end = np.float32(0.1), np.float32(1)
-    step = (end - start) / np.float32(count - 1)
-    i = np.arange(count, dtype=np.float32)
-    rising, falling = start + step * i, end - step * (np.float32(count - 1) - i)
-    return np.where(i < count // 2, rising, falling)
+        for j in range(parts):
+            positive.append((0.1 + 0.9 * ((j + 0.5) / parts)) * 10.0 ** (decade - 6))
+    negative = [-value for value in reversed(positive)] if signed else []
+    return np.array([*negative, 0.0, *positive, 1.0], np.float32)
 
 
 @cache
