@@ -115,6 +115,14 @@ struct Mx8 {
 struct Mx4 {
   using First = Signed<1, 3, 3>;  // E2M1; of exp_avg / sqrt(exp_avg_sq) where there is a second
   using Second = Positive<1, 8>;  // E3M1 of the root
+  template <bool IsSecond, class = void>
+  struct Of {
+    using Code = First;
+  };
+  template <class Void>
+  struct Of<true, Void> {
+    using Code = Second;
+  };
 };
 
 }  // namespace onepass

@@ -33,11 +33,25 @@ constexpr int kFormats = 14;
 // root of the rule's first second moment.
 enum Kind : uint8_t { kFirst, kSecond, kRelative, kKinds };
 
-// Elements that share a scale, and bytes of one scale; 1 and 0 for none.
+// Elements that share a scale; 1 where there is none.
 constexpr int block_of(Format format) {
-  return format == Format::kDynamic8                              ? 256
-         : format == Format::kMx8 || format == Format::kMx4 ? 32
-                                                                  : 1;
+  if (format == Format::kDynamic8) return kDynamicBlock;
+  return format == Format::kMx8 || format == Format::kMx4 ? kMxBlock : 1;
+}
+
+// The format of a weight's own dtype.
+constexpr Format native_of(Format format) {
+  switch (format) {
+    case Format::kFp32:
+      return Format::kFp32;
+    case Format::kFp16:
+    case Format::kFp16Stochastic:
+    case Format::kKahanFp16:
+    case Format::kMasterFp16:
+      return Format::kFp16;
+    default:
+      return Format::kBf16;
+  }
 }
 
 // Bytes of n elements of the tensor itself.
@@ -60,9 +74,9 @@ constexpr int64_t extra_bytes_of(Format format, int64_t n) {
   switch (format) {
     case Format::kMx8:
     case Format::kMx4:
-      return (n + 31) / 32;
+      return (n + kMxBlock - 1) / kMxBlock;
     case Format::kDynamic8:
-      return (n + 255) / 256 * 4;
+      return (n + kDynamicBlock - 1) / kDynamicBlock * 4;
     case Format::kKahanBf16:
     case Format::kKahanFp16:
     case Format::kSplit16:
