@@ -19,7 +19,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Columns of spec, a row per parameter; onepass/plan.py writes it.
-enum Column { kRule, kFlags, kRow, kParamId, kFirstElement, kWeight, kFormat0, kFormat1, kFormat2, kColumns };
+enum Column {
+  kRule,
+  kFlags,
+  kRow,
+  kParamId,
+  kFirstElement,
+  kWeight,
+  kFormat0,
+  kFormat1,
+  kFormat2,
+  kColumns
+};
 constexpr int64_t kAbsent = -1;  // a format column of a state that the rule does not have
 
 // A parameter's sizes and strides, at an offset of Plan::dims.
@@ -177,7 +188,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& s
     Entry entry{};
     STD_TORCH_CHECK(
         row[kRule] >= 0 && row[kRule] < kRules && row[kFlags] >= 0 && row[kFlags] < kMaxFlags &&
-            kernels().fp32[row[kRule]][row[kFlags]],
+            kernels().direct[0].rules[row[kRule]][row[kFlags]],
         "onepass: no rule ", row[kRule], " with flags ", row[kFlags], at(i));
     STD_TORCH_CHECK(
         row[kWeight] >= 0 && row[kWeight] < kFormats, "onepass: no format ", row[kWeight], at(i));
