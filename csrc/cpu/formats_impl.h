@@ -163,10 +163,14 @@ void store_dynamic8(
   const bool finite = largest < kInfinity;
   static_cast<float*>(dst.extra)[first / kDynamicBlock] = from_bits(finite ? largest : 0x7FC00000u);
   const float divisor = largest == 0 ? 1.0f : from_bits(largest);
-  for (int i = 0; i < n; ++i) {
-    const uint32_t code = encode_dynamic(div_rn(tile[i], divisor), Map.edges);
-    codes[i] = static_cast<uint8_t>(finite ? code : 0u);
+  if (!finite) {
+    __builtin_memset(codes, 0, n);
+    return;
   }
+  float units[kTile];
+#pragma omp simd
+  for (int i = 0; i < n; ++i) units[i] = div_rn(tile[i], divisor);
+  for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(encode_dynamic(units[i], Map));
 }
 
 }  // namespace
