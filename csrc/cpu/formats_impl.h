@@ -97,7 +97,7 @@ struct Mx4State {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       if (Of == kSecond) units[i] = sqrt_rn(values[i]);
-      if (Of == kRelative) units[i] = div_rn(values[i], root[i] == 0.0f ? 1.0f : root[i]);
+      if (Of == kRelative) units[i] = ratio(values[i], root[i]);
       if (Of == kFirst) units[i] = values[i];
     }
     const uint32_t scale = scale_of<Code>(units, n);

@@ -11,6 +11,8 @@ constexpr int kMxBlock = 32;
 constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
 constexpr uint32_t kInfinity = 0x7F800000u;
 constexpr uint32_t kNotFinite = 255;  // the scale of a block that holds a NaN or an infinity
+constexpr uint32_t kLowestRoot = 54;  // the squares of 2^-73 and above are exact, and not zero
+constexpr uint32_t kRatioLimit = 0x40E00000u;  // 7: bounds what mx4 can make of Adam's step
 
 ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
@@ -66,7 +68,7 @@ struct Positive : Minifloat<Exponent, Mantissa> {
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
   ONEPASS_HD static uint32_t scale(uint32_t largest) {
-    return largest == 0 ? 0u : Base::lowest(largest, 1);
+    return largest == 0 ? 0u : Base::lowest(largest, kLowestRoot);
   }
   ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
     const uint32_t code = Base::round(max_u32(to_bits(value), scale << 23), random16, scale);
@@ -99,6 +101,14 @@ struct Signed : Minifloat<Exponent, Mantissa> {
     return from_bits(to_bits(value) | (stored << (31 - kWidth) & 1u << 31));
   }
 };
+
+// value / root as mx4 codes it, held to the limit where it is finite.
+ONEPASS_HD float ratio(float value, float root) {
+  const uint32_t bits = to_bits(div_rn(value, root == 0.0f ? 1.0f : root));
+  const uint32_t magnitude = bits & kMagnitude;
+  const bool over = magnitude > kRatioLimit && magnitude < kInfinity;
+  return from_bits((over ? kRatioLimit : magnitude) | (bits & ~kMagnitude));
+}
 
 // The codes of each kind of moment.
 template <bool IsSecond>
