@@ -82,7 +82,7 @@ class RMSprop(Optimizer):
         check_number("momentum", group["momentum"])
         if group["centered"] and STATE_FORMATS[group["states"]].block > 1:
             raise ValueError(
-                f"centered=True needs states='fp32' or 'bf16'; got {group['states']!r}: what is left "
-                "of square_avg - grad_avg**2 when both are coarsely rounded is noise, and steps of "
-                "millions of learning rates follow"
+                f"centered=True needs states='fp32' or 'bf16'; got {group['states']!r}: what is "
+                "left of square_avg - grad_avg**2 when both are coarsely rounded is noise, and "
+                "steps of millions of learning rates follow"
             )
