@@ -1,4 +1,4 @@
-"""Compiles the sweep for targets that need not be here; run by test_triton_compile.py.
+"""Compiles the kernels for targets that need not be here; run by test_triton_compile.py.
 
     python tests/triton_compile.py FOLDER
 
@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
+from onepass.triton_kernels import norm
 from onepass.triton_kernels.sweep import TUNING, Variant, Variants, sweep
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -59,27 +61,47 @@ KERNELS = {
 }
 
 
-def compiled(variants: tuple[Variant, ...], target: GPUTarget) -> dict[str, object]:
-    tuned = TUNING[target.warp_size]
-    pointers = {
-        "chunks_ptr": "*i64",
-        "grads_ptr": "*i64",
-        "hyper_ptr": "*fp32",
-        "counters_ptr": "*i64",
-    }
+SWEEP = {
+    "chunks_ptr": "*i64",
+    "grads_ptr": "*i64",
+    "hyper_ptr": "*fp32",
+    "counters_ptr": "*i64",
+    "VARIANTS": "constexpr",
+    "BLOCK": "constexpr",
+}
+# Numbers are not specialised: no divisibility is given for them.
+NORM = {
+    "norm": (
+        norm.partial_norms,
+        {
+            "chunks_ptr": "*i64",
+            "grads_ptr": "*i64",
+            "formats_ptr": "*i32",
+            "num_chunks": "i32",
+            "partials_ptr": "*fp64",
+        },
+    ),
+    "norm-total": (
+        norm.total_norm,
+        {"partials_ptr": "*fp64", "num_partials": "i32", "norm_ptr": "*fp64"},
+    ),
+}
+
+
+def compiled(
+    function: Any, signature: dict[str, str], constants: dict[str, Any], target: GPUTarget
+) -> dict[str, object]:
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(
-        sweep,
-        {**pointers, "VARIANTS": "constexpr", "BLOCK": "constexpr"},
-        {"VARIANTS": Variants(variants), "BLOCK": tuned.block},
-        {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+        function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
     )
     options = {
-        "num_warps": tuned.num_warps,
+        "num_warps": TUNING[target.warp_size].num_warps,
         "enable_fp_fusion": False,
         "sanitize_overflow": False,
     }
     kernel = triton.compile(source, target=target, options=options)
-    found: dict[str, object] = {"scalars": variants[0].scalars, "slots": variants[0].slots}
+    found: dict[str, object] = {}
     if target.backend == "hip":
         found["text"] = text = kernel.asm["amdgcn"]
         found["llir"] = kernel.asm["llir"]
@@ -104,11 +126,17 @@ def compiled(variants: tuple[Variant, ...], target: GPUTarget) -> dict[str, obje
 
 
 def main(folder: Path) -> None:
-    for kernel, variants in KERNELS.items():
-        for name, target in TARGETS.items():
+    for name, target in TARGETS.items():
+        found = {k: compiled(*kernel, {}, target) for k, kernel in NORM.items()}
+        for kernel, variants in KERNELS.items():
             if kernel.startswith("every-") and name not in ("sm_90", "gfx942"):
                 continue
-            (folder / f"{kernel}.{name}.json").write_text(json.dumps(compiled(variants, target)))
+            block = TUNING[target.warp_size].block
+            constants = {"VARIANTS": Variants(variants), "BLOCK": block}
+            found[kernel] = compiled(sweep, SWEEP, constants, target)
+            found[kernel]["scalars"] = variants[0].scalars
+        for kernel, what in found.items():
+            (folder / f"{kernel}.{name}.json").write_text(json.dumps(what))
 
 
 if __name__ == "__main__":

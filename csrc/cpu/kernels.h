@@ -26,6 +26,18 @@ using DecodeFn = void (*)(const void* src, int64_t first, int n, float* tile);
 using EncodeFn = void (*)(
     const float* tile, int64_t first, int n, void* dst, const TileRandom& random, int slot);
 
+// What a norm needs to know of some gradients.
+struct Norm {
+  double squares;     // their sum
+  double largest;     // magnitude; NaN is passed over
+  int64_t nonfinite;  // infinities and NaNs
+};
+// Adds n elements of the gradient at src.
+using NormFn = void (*)(const void* src, int64_t n, Norm* norm);
+
+// Weights and gradients: the first of the formats, as torch made them.
+constexpr int kNativeFormats = 3;
+
 struct Kernels {
   RuleFn fp32[kRules][kMaxFlags];  // weight, gradient and states are fp32
   // The same update straight on bf16 tensors (stochastic states), without tiles: the division and
@@ -33,6 +45,7 @@ struct Kernels {
   RuleFn bf16[kRules][kMaxFlags];
   DecodeFn decode[kFormats];
   EncodeFn encode[kFormats];
+  NormFn norm[kNativeFormats];
 };
 
 extern const Kernels kKernelsPlain;

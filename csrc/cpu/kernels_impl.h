@@ -5,6 +5,8 @@
 #pragma once
 
 #include "kernels.h"
+#include "norm_impl.h"
+#include "pair.h"
 
 namespace onepass::cpu {
 namespace {
@@ -66,14 +68,6 @@ void apply_fp32(
     }
   }
 }
-
-// Two neighbours in one word: taking the word apart and together again costs one operation each,
-// where widening and narrowing 16-bit vectors costs permutations.
-typedef uint32_t Pair __attribute__((aligned(2), may_alias));
-
-ONEPASS_HD float lower(uint32_t pair) { return from_bits(pair << 16); }
-ONEPASS_HD float upper(uint32_t pair) { return from_bits(pair & 0xFFFF0000u); }
-ONEPASS_HD uint32_t join(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xFFFF0000u); }
 
 // round_bf16 without its care for NaN. Here a NaN comes from a bf16 or is the processor's default
 // one: its lower half is zero, so that no addition carries out of it.
@@ -241,6 +235,9 @@ ONEPASS_HD uint16_t encode_bf16(float value) {
       {ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, bf16)},                                 \
       {nullptr, decode16<decode_bf16>, decode16<decode_fp16>, decode16<decode_bf16>},  \
       {nullptr, encode16<encode_bf16>, encode16<encode_fp16>, encode_bf16_stochastic}, \
+      {norm<int32_t, 0x7F800000, Fp32::decode, Fp32::squares>,                         \
+       norm<int16_t, 0x7F80, Bf16::decode, Bf16::squares>,                             \
+       norm<int16_t, 0x7C00, Fp16::decode, Fp16::squares>},                            \
   }
 
 }  // namespace onepass::cpu

@@ -13,7 +13,7 @@ format: CONTRIBUTING.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +103,25 @@ def decode_fp16(codes: U16) -> F32:
 def encode_fp16(values: F32) -> U16:
     """fp32 to IEEE binary16, to nearest, ties to even; from 65520 on infinity."""
     return values.astype(np.float16).view(np.uint16)
+
+
+# --- norm ------------------------------------------------------------------------------------
+
+
+def norm(grads: Iterable[F32]) -> npt.NDArray[np.float64]:
+    """Of all elements, float64 [3]: sum of squares, largest magnitude, count of non-finite ones.
+
+    Squares are exact in float64, none overflows. The largest magnitude passes over NaN. Sums are
+    the one thing in which backends may differ in their last bits.
+    """
+    found = np.zeros(3)
+    for grad in grads:
+        magnitudes = np.abs(grad.astype(np.float64))
+        largest = np.fmax.reduce(magnitudes, initial=0.0)
+        nonfinite = np.count_nonzero(~np.isfinite(magnitudes))
+        found[0] += np.sum(magnitudes * magnitudes)
+        found[1:] = max(found[1], largest), found[2] + nonfinite
+    return found
 
 
 # --- rules -----------------------------------------------------------------------------------

@@ -85,6 +85,13 @@ class ReferenceBackend(Backend):
                 self._run_entry(entry, grad, hyper[entry.row].numpy(), counters[entry.row].tolist())
         prepared.grads = []
 
+    def norm(self, prepared: _Prepared) -> torch.Tensor:
+        if len(prepared.grads) != len(prepared.entries):
+            raise RuntimeError("onepass: norm without refresh")
+        with np.errstate(all="ignore"):
+            found = reference.norm(map(_decode, prepared.grads))
+        return torch.from_numpy(found).to(prepared.entries[0].param.device)
+
     def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> None:
         states: States = tuple(
             _decode(entry.states[slot]) if slot in entry.states else None for slot in range(SLOTS)

@@ -25,6 +25,7 @@ from .base import Backend, Entry, same_layout
 
 OLDEST = (3, 6)
 _KERNELS = "onepass.triton_kernels.sweep"
+_NORM = "onepass.triton_kernels.norm"
 _HALF = 1 << 32  # a chunk crosses no multiple of it: the random bits' keys change there
 
 I64 = npt.NDArray[np.int64]
@@ -110,6 +111,7 @@ class _Prepared:
         self.chunks = torch.from_numpy(self.table.copy()).to(self.device)
         rows = 1 + max(entry.row for entry in entries)
         self.grads = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
+        self.grad_formats = torch.zeros(len(entries), dtype=torch.int32, device=self.device)
         self.numbers = torch.zeros(rows * (HYPER_WIDTH + 4), device=self.device)
         self.hyper = self.numbers[: rows * HYPER_WIDTH].view(rows, HYPER_WIDTH)
         self.counters = self.numbers[rows * HYPER_WIDTH :].view(torch.int64).view(rows, 2)
@@ -159,6 +161,8 @@ class _Prepared:
             self.table[:, self.kernels.VARIANT] = places[numbers[self.owners]]
             self.chunks.copy_(torch.from_numpy(self.table))
         self.variants = self.kernels.Variants(tuple(order))
+        codes = [NATIVE[dtype] for dtype in grad_dtypes]
+        self.grad_formats.copy_(torch.tensor(codes, dtype=torch.int32))
         self.grad_dtypes = grad_dtypes
 
     def upload(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -257,6 +261,21 @@ class TritonBackend(Backend):
             numbers = (hyper[:rows].reshape(-1), counters[:rows].reshape(-1).view(torch.float32))
             p.upload(p.numbers, torch.cat(numbers))
             p.kernels.launch(p.chunks, p.grads, p.hyper, p.counters, p.variants, p.tuning)
+
+    def norm(self, prepared: _Prepared) -> torch.Tensor:
+        """Two launches: see :meth:`Backend.norm`.
+
+        The sum of squares is within 9 * 2^-24 of its value, relatively: eight squares are rounded
+        and added in fp32, all else in float64. It depends on the sizes of the list, not on the GPU.
+        """
+        p = prepared
+        if not p.bound:
+            raise RuntimeError("onepass: norm without refresh")
+        with _on(p.device):
+            found: torch.Tensor = importlib.import_module(_NORM).launch(
+                p.chunks, p.grads, p.grad_formats, p.tuning
+            )
+        return found
 
 
 def _on(device: torch.device) -> Any:
