@@ -10,7 +10,7 @@ import torch
 
 import onepass
 from onepass.backends import BACKENDS, Entry
-from onepass.formats import STATE_FORMATS
+from onepass.formats import NATIVE, STATE_FORMATS
 from onepass.rules import HYPER_WIDTH, RULES
 
 from .cases import DTYPES, SIZES, same_bits
@@ -29,13 +29,14 @@ def backend(request):
     return found
 
 
+def stateless(params):
+    form, rule = STATE_FORMATS["fp32"], RULES["sgd"]
+    return [Entry(p, {}, form, NATIVE[p.dtype], rule, 1, 0, i) for i, p in enumerate(params)]
+
+
 def prepare(backend, grads):
     """A plan that has taken the gradients, which the caller keeps alive."""
-    entries = [
-        Entry(torch.zeros_like(grad), {}, STATE_FORMATS["fp32"], RULES["sgd"], 1, 0, i)
-        for i, grad in enumerate(grads)
-    ]
-    prepared = backend.prepare(entries)
+    prepared = backend.prepare(stateless([torch.zeros_like(grad) for grad in grads]))
     assert backend.refresh(prepared, grads, 0)
     return prepared
 
@@ -124,10 +125,7 @@ def test_nothing_is_changed_and_the_plan_stays_ready(backend):
     for asked in (False, True):
         params, grads = mixed([(300,), (7,), (0,)], seed=2), mixed([(300,), (7,), (0,)], seed=3)
         before = [grad.clone() for grad in grads]
-        entries = [
-            Entry(p, {}, STATE_FORMATS["fp32"], RULES["sgd"], 1, 0, i) for i, p in enumerate(params)
-        ]
-        prepared = backend.prepare(entries)
+        prepared = backend.prepare(stateless(params))
         with pytest.raises(RuntimeError, match="norm without refresh"):
             backend.norm(prepared)
         assert backend.refresh(prepared, grads, 0)

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 import onepass
 from onepass.backends import Entry
 from onepass.backends.triton import TritonBackend
-from onepass.formats import STATE_FORMATS
+from onepass.formats import NATIVE, STATE_FORMATS
 from onepass.rules import RULES
 
 
@@ -91,9 +91,8 @@ for number, dtypes in enumerate(
     ]
 ):
     grads = [torch.ones(10_000 * number + i, dtype=dtype) for i, dtype in enumerate(dtypes, 1)]
-    entries = [
-        Entry(torch.empty_like(g), {}, STATE_FORMATS["fp32"], RULES["sgd"], 0, 0, 0) for g in grads
-    ]
+    form, rule = STATE_FORMATS["fp32"], RULES["sgd"]
+    entries = [Entry(torch.empty_like(g), {}, form, NATIVE[g.dtype], rule, 0, 0, 0) for g in grads]
     backend = TritonBackend()
     prepared = backend.prepare(entries)
     assert backend.refresh(prepared, grads, 0)

@@ -14,17 +14,25 @@ struct TileRandom {
   uint32_t low;
 };
 
+// A tensor at rest: its codes, and the scales of their blocks or the companion of a weight.
+struct Stored {
+  void* data;
+  void* extra;
+};
+
 // Applies a rule to n elements. row is the group's row of the hyperparameter table; states has a
 // pointer for each slot that the rule has.
 using RuleFn = void (*)(
     const float* row, int n, void* param, const void* grad, void* const* states,
     const TileRandom& random);
-// Reads elements [first, first + n) of the tensor at src.
-using DecodeFn = void (*)(const void* src, int64_t first, int n, float* tile);
-// Writes elements [first, first + n) of the tensor at dst; slot is the state's, for its random
-// bits.
+// Reads elements [first, first + n). roots is what mx4 measures first moments in: written with the
+// rule's first second moment, read with a relative one.
+using DecodeFn = void (*)(const Stored& src, int64_t first, int n, float* tile, float* roots);
+// Writes them. use says which 16 random bits: the slot of a state, or kWeightUse.
 using EncodeFn = void (*)(
-    const float* tile, int64_t first, int n, void* dst, const TileRandom& random, int slot);
+    const float* tile, int64_t first, int n, const Stored& dst, const TileRandom& random, int use,
+    float* roots);
+constexpr int kWeightUse = 3;
 
 // What a norm needs to know of some gradients.
 struct Norm {
@@ -43,8 +51,8 @@ struct Kernels {
   // The same update straight on bf16 tensors (stochastic states), without tiles: the division and
   // root leave the other units idle for just as long as converting takes.
   RuleFn bf16[kRules][kMaxFlags];
-  DecodeFn decode[kFormats];
-  EncodeFn encode[kFormats];
+  DecodeFn decode[kFormats][kKinds];
+  EncodeFn encode[kFormats][kKinds];
   NormFn norm[kNativeFormats];
 };
 

@@ -4,6 +4,7 @@
 // compiled here could be the copy that the linker keeps for everybody.
 #pragma once
 
+#include "formats_impl.h"
 #include "kernels.h"
 #include "norm_impl.h"
 #include "pair.h"
@@ -179,47 +180,6 @@ struct Pick<Rule, false> {
   static constexpr RuleFn bf16 = nullptr;
 };
 
-template <float (*Decode)(uint16_t)>
-void decode16(const void* src, int64_t first, int n, float* __restrict tile) {
-  // The hardware does not see a stream in the short reads of a tile: each line asks for one ahead.
-  constexpr int kLine = 32, kAhead = 512;
-  const uint16_t* __restrict codes = static_cast<const uint16_t*>(src) + first;
-  int line = 0;
-  for (; line + kLine <= n; line += kLine) {
-    __builtin_prefetch(codes + line + kAhead);
-#pragma omp simd
-    for (int i = line; i < line + kLine; ++i) tile[i] = Decode(codes[i]);
-  }
-  for (int i = line; i < n; ++i) tile[i] = Decode(codes[i]);
-}
-
-template <uint16_t (*Encode)(float)>
-void encode16(
-    const float* __restrict tile, int64_t first, int n, void* dst, const TileRandom&, int) {
-  uint16_t* __restrict codes = static_cast<uint16_t*>(dst) + first;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) codes[i] = Encode(tile[i]);
-}
-
-void encode_bf16_stochastic(
-    const float* __restrict tile, int64_t first, int n, void* dst, const TileRandom& random,
-    int slot) {
-  uint16_t* __restrict codes = static_cast<uint16_t*>(dst) + first;
-  const RandomKey key = random.keys[slot / 2];
-  const int shift = slot % 2 * 16;
-  uint32_t start = random_start(key, random.low);
-#pragma omp simd linear(start : kWeyl)
-  for (int i = 0; i < n; ++i) {
-    const uint32_t bits = random_mix(key, start) >> shift;
-    codes[i] = static_cast<uint16_t>(round_bf16_stochastic(tile[i], bits & 0xFFFFu) >> 16);
-    start += kWeyl;
-  }
-}
-
-ONEPASS_HD uint16_t encode_bf16(float value) {
-  return static_cast<uint16_t>(round_bf16(value) >> 16);
-}
-
 }  // namespace
 
 #define ONEPASS_VARIANTS(CODE, RULE, KIND)                                                 \
@@ -228,16 +188,13 @@ ONEPASS_HD uint16_t encode_bf16(float value) {
    Pick<RULE<8>>::KIND,  Pick<RULE<9>>::KIND,  Pick<RULE<10>>::KIND, Pick<RULE<11>>::KIND, \
    Pick<RULE<12>>::KIND, Pick<RULE<13>>::KIND, Pick<RULE<14>>::KIND, Pick<RULE<15>>::KIND},
 
-// In the order of Format. fp32 needs no entry: the rule works on the tensor itself.
-#define ONEPASS_KERNELS                                                                \
-  {                                                                                    \
-      {ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, fp32)},                                 \
-      {ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, bf16)},                                 \
-      {nullptr, decode16<decode_bf16>, decode16<decode_fp16>, decode16<decode_bf16>},  \
-      {nullptr, encode16<encode_bf16>, encode16<encode_fp16>, encode_bf16_stochastic}, \
-      {norm<int32_t, 0x7F800000, Fp32::decode, Fp32::squares>,                         \
-       norm<int16_t, 0x7F80, Bf16::decode, Bf16::squares>,                             \
-       norm<int16_t, 0x7C00, Fp16::decode, Fp16::squares>},                            \
+#define ONEPASS_KERNELS                                \
+  {                                                    \
+      {ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, fp32)}, \
+      {ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, bf16)}, \
+      ONEPASS_DECODERS,                                \
+      ONEPASS_ENCODERS,                                \
+      ONEPASS_NORMS,                                   \
   }
 
 }  // namespace onepass::cpu

@@ -90,4 +90,11 @@ struct Fp16 {
 };
 
 }  // namespace
+
+// In the order of Format.
+#define ONEPASS_NORMS                                      \
+  {norm<int32_t, 0x7F800000, Fp32::decode, Fp32::squares>, \
+   norm<int16_t, 0x7F80, Bf16::decode, Bf16::squares>,     \
+   norm<int16_t, 0x7C00, Fp16::decode, Fp16::squares>}
+
 }  // namespace onepass::cpu

@@ -19,19 +19,37 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Columns of spec, a row per parameter; onepass/plan.py writes it.
-enum Column { kRule, kFlags, kRow, kParamId, kFirst, kFormat0, kFormat1, kFormat2, kColumns };
+enum Column {
+  kRule,
+  kFlags,
+  kRow,
+  kParamId,
+  kFirstElement,
+  kWeight,
+  kFormat0,
+  kFormat1,
+  kFormat2,
+  kColumns
+};
 constexpr int64_t kAbsent = -1;  // a format column of a state that the rule does not have
 
 // A parameter's sizes and strides, at an offset of Plan::dims.
 struct Layout {
   size_t offset;
   int64_t dim;
-  size_t first_state;  // where its states begin in Plan::states
+  size_t first_held, end_held;  // its tensors in Plan::held
+};
+
+// A tensor that a plan reads and writes beside the parameters, and where it was.
+struct Held {
+  Tensor tensor;
+  void* address;
 };
 
 struct Plan {
   std::vector<Tensor> params;
-  std::vector<Tensor> states;   // of all entries, in order, only those that exist
+  // Of all entries, in order: of each state its codes and scales, then the weight's companion.
+  std::vector<Held> held;
   std::vector<Layout> layouts;  // of each parameter
   std::vector<int64_t> dims;    // what they point into: sizes, then strides
   std::vector<Entry> entries;
@@ -64,8 +82,8 @@ Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle
 
 void* address(AtenTensorHandle tensor) { return ask(aoti_torch_get_data_ptr, tensor); }
 
-Layout remember(std::vector<int64_t>& dims, const Tensor& tensor, size_t first_state) {
-  const Layout layout{dims.size(), tensor.dim(), first_state};
+Layout remember(std::vector<int64_t>& dims, const Tensor& tensor) {
+  const Layout layout{dims.size(), tensor.dim(), 0, 0};
   for (const int64_t size : tensor.sizes()) dims.push_back(size);
   for (const int64_t stride : tensor.strides()) dims.push_back(stride);
   return layout;
@@ -92,18 +110,59 @@ bool native_format(AtenTensorHandle tensor, Format* format) {
   return found == fp32 || found == bf16 || found == fp16;
 }
 
-ScalarType storage_type(Format format) {
+ScalarType state_type(Format format) {
+  if (format == Format::kFp32) return ScalarType::Float;
+  return format == Format::kBf16Stochastic ? ScalarType::BFloat16 : ScalarType::Byte;
+}
+
+ScalarType extra_type(Format format) {
   switch (format) {
-    case Format::kFp32:
+    case Format::kDynamic8:
+    case Format::kMasterBf16:
+    case Format::kMasterFp16:
       return ScalarType::Float;
-    case Format::kFp16:
-      return ScalarType::Half;
-    default:
+    case Format::kKahanBf16:
       return ScalarType::BFloat16;
+    case Format::kKahanFp16:
+      return ScalarType::Half;
+    case Format::kSplit16:
+      return ScalarType::Short;
+    case Format::kSplit8:
+      return ScalarType::Char;
+    default:
+      return ScalarType::Byte;
   }
 }
 
-Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor& spec) {
+bool is_state_format(Format format) {
+  return format == Format::kFp32 || format == Format::kBf16Stochastic || format == Format::kMx8 ||
+         format == Format::kMx4 || format == Format::kDynamic8;
+}
+
+bool is_weight_format(Format format) {
+  return format != Format::kMx8 && format != Format::kMx4 && format != Format::kDynamic8;
+}
+
+// The states of an entry with the first second moment in front, which mx4's others depend on.
+void put_in_order(Entry& entry) {
+  const unsigned second = kRuleKinds[entry.rule].second;
+  int next = 0, front = -1;
+  for (int k = 0; k < kMaxStates && front < 0; ++k)
+    if (second >> k & 1) front = k;
+  if (front >= 0) entry.order[next++] = static_cast<uint8_t>(front);
+  for (int k = 0; k < kMaxStates; ++k)
+    if (k != front) entry.order[next++] = static_cast<uint8_t>(k);
+}
+
+Kind kind_of(const Entry& entry, int k) {
+  const RuleKinds kinds = kRuleKinds[entry.rule];
+  // As in bitsandbytes' checkpoints: the unsigned map is only for a second state.
+  if (entry.state_formats[k] == Format::kDynamic8 && k == 0) return kFirst;
+  if (kinds.second >> k & 1) return kSecond;
+  return kinds.relative >> k & 1 ? kRelative : kFirst;
+}
+
+Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& spec) {
   Plan plan;
   const int64_t count = static_cast<int64_t>(params.size());
   STD_TORCH_CHECK(
@@ -111,7 +170,19 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
           spec.size(0) == count && spec.size(1) == kColumns,
       "onepass: spec must be a contiguous int64 tensor of ", count, " x ", int(kColumns));
   const int64_t* row = spec.const_data_ptr<int64_t>();
-  size_t next_state = 0;
+  for (Tensor& tensor : held) plan.held.push_back({tensor, tensor.mutable_data_ptr()});
+  size_t next = 0;
+  // The next of the held tensors, which must have this type and, unless it is flat, this layout.
+  const auto take = [&](ScalarType type, const Tensor& like, int64_t flat, int64_t i) {
+    STD_TORCH_CHECK(next < held.size(), "onepass: too few states", at(i));
+    const Tensor& tensor = held[next];
+    const bool fits =
+        flat < 0 ? same_layout(tensor, like) : tensor.is_contiguous() && tensor.numel() == flat;
+    STD_TORCH_CHECK(
+        fits && tensor.scalar_type() == type,
+        "onepass: a state has another shape, layout or dtype than the plan says", at(i));
+    return plan.held[next++].address;
+  };
   for (int64_t i = 0; i < count; ++i, row += kColumns) {
     const Tensor& param = params[i];
     Entry entry{};
@@ -120,37 +191,52 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor&
             kernels().fp32[row[kRule]][row[kFlags]],
         "onepass: no rule ", row[kRule], " with flags ", row[kFlags], at(i));
     STD_TORCH_CHECK(
-        native_format(param.get(), &entry.param_format),
-        "onepass: a parameter must be float32, bfloat16 or float16", at(i));
+        row[kWeight] >= 0 && row[kWeight] < kFormats, "onepass: no format ", row[kWeight], at(i));
+    entry.param_format = static_cast<Format>(row[kWeight]);
+    Format native;
+    STD_TORCH_CHECK(
+        native_format(param.get(), &native) && is_weight_format(entry.param_format) &&
+            native == native_of(entry.param_format),
+        "onepass: a parameter must be float32, bfloat16 or float16, as its format says", at(i));
     entry.rule = static_cast<uint16_t>(row[kRule]);
     entry.flags = static_cast<uint16_t>(row[kFlags]);
     entry.row = static_cast<int32_t>(row[kRow]);
     entry.param_id = row[kParamId];
-    entry.first = row[kFirst];
+    entry.first = row[kFirstElement];
     entry.numel = param.numel();
-    entry.param = param.mutable_data_ptr();
+    entry.param = {param.mutable_data_ptr(), nullptr};
     STD_TORCH_CHECK(entry.row >= 0, "onepass: negative row", at(i));
     plan.rows = std::max<int64_t>(plan.rows, entry.row + 1);
-    const size_t first_state = next_state;
+    Layout layout = remember(plan.dims, param);
+    layout.first_held = next;
+    put_in_order(entry);
     for (int k = 0; k < kMaxStates; ++k) {
       const int64_t code = row[kFormat0 + k];
       if (code == kAbsent) continue;
-      STD_TORCH_CHECK(code >= 0 && code < kFormats, "onepass: no format ", code, at(i));
-      STD_TORCH_CHECK(next_state < states.size(), "onepass: too few states", at(i));
-      const Tensor& state = states[next_state++];
-      entry.state_formats[k] = static_cast<Format>(code);
       STD_TORCH_CHECK(
-          same_layout(state, param) && state.scalar_type() == storage_type(entry.state_formats[k]),
-          "onepass: a state has another shape, layout or dtype than the plan says", at(i));
-      entry.states[k] = state.mutable_data_ptr();
+          code >= 0 && code < kFormats && is_state_format(static_cast<Format>(code)),
+          "onepass: no format ", code, " of states", at(i));
+      const Format format = entry.state_formats[k] = static_cast<Format>(code);
+      const int64_t block = block_of(format);
+      STD_TORCH_CHECK(
+          entry.first % block == 0, "onepass: element ", entry.first, " is inside a block of ",
+          block, at(i));
+      const int64_t packed = format == Format::kMx4 ? bytes_of(format, entry.numel) : -1;
+      entry.states[k].data = take(state_type(format), param, packed, i);
+      if (block > 1)
+        entry.states[k].extra =
+            take(extra_type(format), param, (entry.numel + block - 1) / block, i);
+      entry.kinds[k] = kind_of(entry, k);
       entry.slots |= 1u << k;
     }
-    plan.layouts.push_back(remember(plan.dims, param, first_state));
+    if (extra_bytes_of(entry.param_format, 1) > 0)
+      entry.param.extra = take(extra_type(entry.param_format), param, -1, i);
+    layout.end_held = next;
+    plan.layouts.push_back(layout);
     plan.entries.push_back(entry);
   }
-  STD_TORCH_CHECK(next_state == states.size(), "onepass: more states than the spec names");
+  STD_TORCH_CHECK(next == held.size(), "onepass: more states than the spec names");
   plan.params = std::move(params);
-  plan.states = std::move(states);
   plan.cuts = cut_pieces(plan.entries);
   return plan;
 }
@@ -162,15 +248,15 @@ bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad) {
   Entry& entry = plan.entries[i];
   const AtenTensorHandle param = plan.params[i].get();
   Format param_format;
-  if (address(param) != entry.param || !native_format(param, &param_format) ||
-      param_format != entry.param_format || !has_layout(param, plan.dims, plan.layouts[i]))
+  const Layout layout = plan.layouts[i];
+  if (address(param) != entry.param.data || !native_format(param, &param_format) ||
+      param_format != native_of(entry.param_format) || !has_layout(param, plan.dims, layout))
     return false;
   if (ask(aoti_torch_get_device_type, grad) != cpu || !native_format(grad, &entry.grad_format) ||
-      !has_layout(grad, plan.dims, plan.layouts[i]))
+      !has_layout(grad, plan.dims, layout))
     return false;
-  size_t state = plan.layouts[i].first_state;
-  for (int k = 0; k < kMaxStates; ++k)
-    if (entry.has(k) && address(plan.states[state++].get()) != entry.states[k]) return false;
+  for (size_t h = layout.first_held; h < layout.end_held; ++h)
+    if (address(plan.held[h].tensor.get()) != plan.held[h].address) return false;
   entry.grad = address(grad);
   return true;
 }

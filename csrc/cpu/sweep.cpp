@@ -11,13 +11,14 @@ namespace {
 
 // Fp32 copies of what is not fp32, small enough that a tile's reads, update and writes overlap.
 struct Tiles {
-  alignas(64) float param[kTile], grad[kTile], states[kMaxStates][kTile];
+  alignas(64) float param[kTile], grad[kTile], states[kMaxStates][kTile], roots[kTile];
 };
 
 bool needs_random(const Entry& entry) {
+  bool needs = is_stochastic(entry.param_format);
   for (int k = 0; k < kMaxStates; ++k)
-    if (entry.has(k) && entry.state_formats[k] == Format::kBf16Stochastic) return true;
-  return false;
+    needs = needs || (entry.has(k) && is_stochastic(entry.state_formats[k]));
+  return needs;
 }
 
 // The kernel that works on the entry's tensors as they are, if there is one.
@@ -34,32 +35,36 @@ RuleFn direct_kernel(const Kernels& kernels, const Entry& entry) {
 }
 
 void* element(void* base, Format format, int64_t index) {
-  return static_cast<char*>(base) + index * (format == Format::kFp32 ? 4 : 2);
+  return static_cast<char*>(base) + bytes_of(format, index);
 }
 
 // n elements from first on: decode, rule, encode. fp32 tensors are worked on where they are.
 void sweep_tile(
     const Kernels& kernels, const Entry& entry, int64_t first, int n, const float* row,
     const TileRandom& random, Tiles& tiles) {
-  const auto open = [&](Format format, void* base, float* tile) {
-    if (format == Format::kFp32) return static_cast<float*>(base) + first;
-    kernels.decode[static_cast<int>(format)](base, first, n, tile);
+  const auto open = [&](Format format, Kind kind, const Stored& from, float* tile) {
+    if (format == Format::kFp32) return static_cast<float*>(from.data) + first;
+    kernels.decode[static_cast<int>(format)][kind](from, first, n, tile, tiles.roots);
     return tile;
   };
-  const auto close = [&](Format format, const float* tile, void* base, int slot) {
+  const auto close = [&](Format format, Kind kind, const float* tile, const Stored& to, int use) {
     if (format != Format::kFp32)
-      kernels.encode[static_cast<int>(format)](tile, first, n, base, random, slot);
+      kernels.encode[static_cast<int>(format)][kind](tile, first, n, to, random, use, tiles.roots);
   };
-  float* param = open(entry.param_format, entry.param, tiles.param);
-  const float* grad = open(entry.grad_format, const_cast<void*>(entry.grad), tiles.grad);
+  const Stored grad_at{const_cast<void*>(entry.grad), nullptr};
+  float* param = open(entry.param_format, kFirst, entry.param, tiles.param);
+  const float* grad = open(entry.grad_format, kFirst, grad_at, tiles.grad);
   void* states[kMaxStates] = {};
-  for (int k = 0; k < kMaxStates; ++k)
-    if (entry.has(k)) states[k] = open(entry.state_formats[k], entry.states[k], tiles.states[k]);
-  kernels.fp32[entry.rule][entry.flags](row, n, param, grad, states, random);
-  close(entry.param_format, param, entry.param, 0);
-  for (int k = 0; k < kMaxStates; ++k)
+  for (const int k : entry.order)
     if (entry.has(k))
-      close(entry.state_formats[k], static_cast<float*>(states[k]), entry.states[k], k);
+      states[k] = open(entry.state_formats[k], entry.kinds[k], entry.states[k], tiles.states[k]);
+  kernels.fp32[entry.rule][entry.flags](row, n, param, grad, states, random);
+  close(entry.param_format, kFirst, param, entry.param, kWeightUse);
+  for (const int k : entry.order)
+    if (entry.has(k))
+      close(
+          entry.state_formats[k], entry.kinds[k], static_cast<float*>(states[k]), entry.states[k],
+          k);
 }
 
 // Elements [begin, end) of one entry.
@@ -87,9 +92,9 @@ void sweep_entry(
     if (direct) {
       void* states[kMaxStates] = {};
       for (int k = 0; k < kMaxStates; ++k)
-        if (entry.has(k)) states[k] = element(entry.states[k], entry.state_formats[k], first);
+        if (entry.has(k)) states[k] = element(entry.states[k].data, entry.state_formats[k], first);
       direct(
-          row, static_cast<int>(n), element(entry.param, entry.param_format, first),
+          row, static_cast<int>(n), element(entry.param.data, entry.param_format, first),
           element(const_cast<void*>(entry.grad), entry.grad_format, first), states, random);
     } else {
       sweep_tile(kernels, entry, first, static_cast<int>(n), row, random, tiles);
@@ -103,15 +108,18 @@ constexpr int64_t kEntriesAhead = 4;
 
 void prefetch_entry(const Entry& entry) {
   if (entry.numel > kTile) return;
-  const auto lines = [&](const void* base, Format format) {
-    const int64_t bytes = entry.numel * (format == Format::kFp32 ? 4 : 2);
+  const auto lines = [](const void* base, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64)
       __builtin_prefetch(static_cast<const char*>(base) + line);
   };
-  lines(entry.param, entry.param_format);
-  lines(entry.grad, entry.grad_format);
+  const auto stored = [&](const Stored& tensor, Format format) {
+    lines(tensor.data, bytes_of(format, entry.numel));
+    lines(tensor.extra, extra_bytes_of(format, entry.numel));
+  };
+  stored(entry.param, entry.param_format);
+  lines(entry.grad, bytes_of(entry.grad_format, entry.numel));
   for (int k = 0; k < kMaxStates; ++k)
-    if (entry.has(k)) lines(entry.states[k], entry.state_formats[k]);
+    if (entry.has(k)) stored(entry.states[k], entry.state_formats[k]);
 }
 
 }  // namespace

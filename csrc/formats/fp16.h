@@ -28,4 +28,19 @@ ONEPASS_HD uint16_t encode_fp16(float value) {
   return static_cast<uint16_t>(sign | code);
 }
 
+// Up with the probability of the 13 bits that are dropped; below 2^-14 those of the sum with 2^-14,
+// which has the spacing of fp16's denormals. random is below 2^13; what rounds beyond 65504 is
+// infinity.
+ONEPASS_HD uint16_t encode_fp16_stochastic(float value, uint32_t random) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const bool small = magnitude < 0x38800000u;
+  const uint32_t lifted = to_bits(from_bits(magnitude) + 0x1p-14f) - (113u << 23);
+  uint32_t code = ((small ? lifted : magnitude - (112u << 23)) + random) >> 13;
+  code = magnitude >= 0x47800000u ? 0x7C00u : code;
+  code = magnitude > 0x7F800000u ? 0x7E00u : code;
+  return static_cast<uint16_t>(sign | code);
+}
+
 }  // namespace onepass

@@ -1,4 +1,4 @@
-// The counter-based generator of the random bits: onepass/reference.py specifies it, with known
+// The counter-based generator of the random bits: onepass/reference/ specifies it, with known
 // answers in tests/test_reference.py.
 #pragma once
 

@@ -11,6 +11,7 @@ struct Adagrad {
   static constexpr bool kEpsInSqrt = Flags & 2;
   static constexpr bool kValid = Flags < 4;
   static constexpr unsigned kSlots = 0b001;
+  static constexpr unsigned kSecond = 0b001, kRelative = 0;  // kinds of its states
 
   struct Hyper {
     float lr, weight_decay, eps;

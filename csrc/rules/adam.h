@@ -12,6 +12,7 @@ struct Adam {
   static constexpr bool kAmsgrad = Flags & 2;
   static constexpr bool kValid = Flags < 4;
   static constexpr unsigned kSlots = kAmsgrad ? 0b111 : 0b011;
+  static constexpr unsigned kSecond = 0b110, kRelative = 0b001;  // kinds of its states
 
   // The bias corrections are folded in on the host, which leaves one division and one root:
   // step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t), eps = eps * sqrt(1 - beta2^t).

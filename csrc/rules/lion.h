@@ -10,6 +10,7 @@ struct Lion {
   static constexpr bool kDecoupled = Flags & 1;
   static constexpr bool kValid = Flags < 2;
   static constexpr unsigned kSlots = 0b001;
+  static constexpr unsigned kSecond = 0, kRelative = 0;  // kinds of its states
 
   struct Hyper {
     float lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2;

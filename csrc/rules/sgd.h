@@ -13,6 +13,7 @@ struct Sgd {
   static constexpr bool kNesterov = Flags & 4;
   static constexpr bool kValid = Flags < 8 && (kMomentum || !kNesterov);
   static constexpr unsigned kSlots = kMomentum ? 0b001 : 0;
+  static constexpr unsigned kSecond = 0, kRelative = 0;  // kinds of its states
 
   struct Hyper {
     float lr, weight_decay, momentum, one_minus_dampening;

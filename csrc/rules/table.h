@@ -22,4 +22,12 @@ constexpr int kMaxFlags = 16;   // a rule has at most four booleans
 constexpr int kMaxStates = 3;   // and at most three states
 constexpr int kHyperWidth = 8;  // floats in a row of the hyperparameter table: grad_scale, Hyper
 
+// Bit k: what state k of a rule is (Kind in formats/table.h); first moments are neither.
+struct RuleKinds {
+  uint8_t second, relative;
+};
+#define ONEPASS_RULE_KINDS(CODE, RULE, ARG) {RULE<0>::kSecond, RULE<0>::kRelative},
+constexpr RuleKinds kRuleKinds[kRules] = {ONEPASS_FOR_EACH_RULE(ONEPASS_RULE_KINDS, )};
+#undef ONEPASS_RULE_KINDS
+
 }  // namespace onepass

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .states import Layout
+
 SMALL = 1 << 14  # elements; a larger state has a storage of its own
 ALIGNMENT = 16  # bytes: what a vector access of a GPU needs
 
@@ -20,30 +22,28 @@ class Arena:
         self._slabs: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._used: dict[tuple[torch.device, torch.dtype], int] = {}
 
-    def want(self, param: torch.Tensor, dtype: torch.dtype) -> None:
-        """Announces a state of this parameter; every :meth:`take` needs one before the first."""
-        if param.numel() <= SMALL:
-            key = (param.device, dtype)
-            self._wanted[key] = self._wanted.get(key, 0) + _room(param.numel(), dtype)
+    def want(self, layout: Layout, device: torch.device) -> None:
+        """Announces a tensor; every :meth:`take` needs one before the first."""
+        if layout.numel <= SMALL:
+            key = (device, layout.dtype)
+            self._wanted[key] = self._wanted.get(key, 0) + _room(layout)
 
-    def take(self, param: torch.Tensor, dtype: torch.dtype, value: float) -> torch.Tensor:
-        """A state with the parameter's shape and strides, filled with the value."""
-        if param.numel() > SMALL:
-            return torch.full_like(
-                param.detach(), value, dtype=dtype, memory_format=torch.preserve_format
-            )
-        key = (param.device, dtype)
+    def take(self, layout: Layout, device: torch.device) -> torch.Tensor:
+        """A tensor of this layout, filled with zeros."""
+        if layout.numel > SMALL:
+            return layout.empty(device).zero_()
+        key = (device, layout.dtype)
         if key not in self._slabs:
-            self._slabs[key] = torch.zeros(self._wanted[key], dtype=dtype, device=param.device)
+            self._slabs[key] = torch.zeros(self._wanted[key], dtype=layout.dtype, device=device)
             self._used[key] = 0
         # Not a view: its version counter, and what it keeps alive, are its own storage's alone.
-        state = torch.empty(0, dtype=dtype, device=param.device).set_(
-            self._slabs[key].untyped_storage(), self._used[key], param.shape, param.stride()
+        state = torch.empty(0, dtype=layout.dtype, device=device).set_(
+            self._slabs[key].untyped_storage(), self._used[key], layout.shape, layout.stride
         )
-        self._used[key] += _room(param.numel(), dtype)
-        return state.fill_(value) if value else state
+        self._used[key] += _room(layout)
+        return state
 
 
-def _room(numel: int, dtype: torch.dtype) -> int:
-    unit = ALIGNMENT // dtype.itemsize
-    return -(-numel // unit) * unit
+def _room(layout: Layout) -> int:
+    unit = ALIGNMENT // layout.dtype.itemsize
+    return -(-layout.numel // unit) * unit

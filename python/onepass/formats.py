@@ -6,28 +6,99 @@ The numbers are those of ``csrc/formats/table.h``; the codes themselves are spec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 ABSENT = -1  # in place of a format's number: the rule has no such state
 
+# Written into every checkpoint; one more whenever the codes of a format change their meaning.
+VERSION = 1
+
 
 @dataclass(frozen=True)
 class StateFormat:
-    """A format of optimizer states: code for the kernels, dtype and bytes of a stored value."""
+    """A format of optimizer states.
 
+    Attributes:
+        name: what users ask for.
+        code: its number.
+        dtype: of the tensor of codes, which has the parameter's shape and strides unless codes are
+            packed.
+        stochastic: whether it draws random bits.
+        block: elements, in memory order, that share a scale; 1 for none.
+        scale: dtype of the scales, a tensor [ceil(numel / block)] beside the codes.
+        packed: codes in one byte; with more than one the codes are [ceil(numel / packed)].
+    """
+
+    name: str
     code: int
     dtype: torch.dtype
-    bytes: float
-    stochastic: bool
+    stochastic: bool = False
+    block: int = 1
+    scale: torch.dtype | None = None
+    packed: int = 1
 
+    @property
+    def bytes(self) -> float:
+        """Bytes of a stored value, its share of a scale included, in a long tensor."""
+        scale = self.scale.itemsize / self.block if self.scale else 0.0
+        return self.dtype.itemsize / self.packed + scale
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight of 16 bits keeps its precision.
+
+    Attributes:
+        name: what users ask for.
+        codes: its number for each dtype of a weight that it serves.
+        key: of the companion tensor in the parameter's state, of the parameter's shape and strides;
+            empty for none.
+        companion: dtype of it, None for the weight's own.
+        stochastic: whether it draws random bits.
+    """
+
+    name: str
+    codes: dict[torch.dtype, int] = field(hash=False)
+    key: str = ""
+    companion: torch.dtype | None = None
+    stochastic: bool = False
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the companion of one weight."""
+        return (self.companion or dtype).itemsize if self.key else 0
+
+
+NATIVE: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Weights and gradients as torch made them, rounded to nearest."""
+
+_BF16, _FP16 = torch.bfloat16, torch.float16
 
 STATE_FORMATS: dict[str, StateFormat] = {
-    "fp32": StateFormat(0, torch.float32, 4, False),
-    "bf16": StateFormat(3, torch.bfloat16, 2, True),
+    f.name: f
+    for f in (
+        StateFormat("fp32", 0, torch.float32),
+        StateFormat("bf16", 3, torch.bfloat16, stochastic=True),
+        StateFormat("mx8", 5, torch.uint8, stochastic=True, block=32, scale=torch.uint8),
+        StateFormat("mx4", 6, torch.uint8, stochastic=True, block=32, scale=torch.uint8, packed=2),
+        StateFormat("dynamic8", 7, torch.uint8, block=256, scale=torch.float32),
+    )
 }
 
-# Weights and gradients rest as torch made them, rounded to nearest.
-WEIGHT_FORMATS: tuple[str, ...] = ("native",)
-NATIVE: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    f.name: f
+    for f in (
+        WeightFormat("native", NATIVE),
+        WeightFormat("stochastic", {_BF16: 3, _FP16: 4}, stochastic=True),
+        WeightFormat("kahan", {_BF16: 8, _FP16: 9}, "weight_compensation"),
+        WeightFormat("master", {_BF16: 10, _FP16: 11}, "weight_master", torch.float32),
+        WeightFormat("split16", {_BF16: 12}, "weight_low", torch.int16),
+        WeightFormat("split8", {_BF16: 13}, "weight_low", torch.int8, stochastic=True),
+    )
+}
+
+
+def scale_key(key: str) -> str:
+    """The state key of the scales of a state."""
+    return f"{key}_scale"

@@ -7,7 +7,6 @@ gradient, a replaced state, a moved tensor, another option of a group), the plan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from operator import is_
@@ -18,13 +17,13 @@ import torch
 from . import backends
 from .arena import Arena
 from .backends.base import same_layout
-from .formats import NATIVE, STATE_FORMATS
+from .checks import check_tensors, check_weight_format
+from .formats import STATE_FORMATS, WEIGHT_FORMATS, scale_key
 from .rules import HYPER_WIDTH
+from .states import fill, fit_companion, fit_states, stale_keys, state_layouts
 
 if TYPE_CHECKING:
     from .optim.base import Optimizer
-
-_FP32_MAX = torch.finfo(torch.float32).max
 
 
 class Watch:
@@ -160,17 +159,20 @@ class Plan:
         number = -1
         for group in groups:
             optimizer.check_options(group)
-            dtype = STATE_FORMATS[group["states"]].dtype
+            form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
             slots = rule.state_slots(rule.flag_bits(group))
             for param in group["params"]:
                 number += 1
                 if param.grad is None:
                     continue
-                check_tensors(param, param.grad, number)
+                which = f"parameter {number} of shape {tuple(param.shape)}"
+                check_tensors(param, param.grad, which)
+                check_weight_format(param, group["weights"], which)
                 state = optimizer.state.get(param, {})
                 for _, name in slots:
                     if state.get(name) is None:
-                        arena.want(param, dtype)
+                        for layout in state_layouts(param, name, form):
+                            arena.want(layout, param.device)
         chosen = {
             device: backends.choose(device, optimizer.backend)
             for device in dict.fromkeys(p.device for p in self._active)
@@ -184,24 +186,28 @@ class Plan:
         number = -1
         for index, group in enumerate(groups):
             flags = rule.flag_bits(group)
-            state_format = STATE_FORMATS[group["states"]]
+            form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
             slots = rule.state_slots(flags)
             for param in group["params"]:
                 number += 1
                 if param.grad is None:
                     continue
                 state = optimizer.state.get(param, {})
-                held: dict[str, torch.Tensor] = {}
+                which = f"parameter {number} of shape {tuple(param.shape)}"
+                held = fit_states(state, param, rule, form, which)
                 first = False
                 for _, name in slots:
-                    value = state.get(name)
-                    if value is None:
-                        first = True
-                        start = rule.initial_value(name, group)
-                        held[name] = arena.take(param, state_format.dtype, start)
-                    else:
-                        which = f"{name} of parameter {number} of shape {tuple(param.shape)}"
-                        held[name] = fit_state(value, param, state_format.dtype, which)
+                    if name in held:
+                        continue
+                    first = True
+                    for layout in state_layouts(param, name, form):
+                        held[layout.key] = arena.take(layout, param.device)
+                    start = rule.initial_value(name, group)
+                    if start:
+                        fill(held, name, form, start)
+                companion = fit_companion(state, param, weight, which)
+                if companion is not None:
+                    held[weight.key] = companion
                 step = state.get("step")
                 count = 0.0 if step is None else float(step)
                 key = (index, count, first)
@@ -214,7 +220,15 @@ class Plan:
                     backends.Entry(
                         param=param,
                         states={slot: held[name] for slot, name in slots},
-                        format=state_format,
+                        scales={
+                            slot: held[scale_key(name)]
+                            for slot, name in slots
+                            if form.scale is not None
+                        },
+                        format=form,
+                        weight=weight.codes[param.dtype],
+                        draws=form.stochastic or weight.stochastic,
+                        companion=companion,
                         rule=rule,
                         flags=flags,
                         row=row_numbers[key],
@@ -231,6 +245,9 @@ class Plan:
             param_state = optimizer.state[param]
             if not isinstance(param_state, ParamState):
                 param_state = optimizer.state[param] = ParamState(param_state)
+            # Scales and companions of a format that the group no longer has.
+            for stale in stale_keys(param_state, held, rule):
+                del param_state[stale]
             param_state.update(held)
             param_state.watch = self._watch
         self._dicts = list(optimizer.state.values())
@@ -297,85 +314,3 @@ class Plan:
             self._hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
             self._counters.copy_(torch.tensor(counters, dtype=torch.int64))
         return steps
-
-
-def check_lr(lr: Any) -> None:
-    """Raises ValueError unless lr is a number, or a tensor of one, in [0, fp32's largest]."""
-    try:
-        value = float(lr)
-    except (TypeError, ValueError, RuntimeError):
-        value = math.nan
-    if not 0 <= value <= _FP32_MAX:
-        shown = f"{value}" if isinstance(lr, (int, float, torch.Tensor)) else repr(lr)
-        raise ValueError(f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {shown}")
-
-
-def fit_state(
-    value: Any, param: torch.Tensor, dtype: torch.dtype, which: str, copy: bool = False
-) -> torch.Tensor:
-    """A state in its parameter's layout, device and format; the same tensor if it is already.
-
-    A conversion rounds to nearest.
-
-    Raises:
-        ValueError: it is no tensor of the parameter's shape.
-    """
-    if not isinstance(value, torch.Tensor) or value.shape != param.shape:
-        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"{which} is {found}: it is the state of another parameter")
-    fits = (value.dtype, value.device) == (dtype, param.device) and same_layout(value, param)
-    if fits and not copy:
-        return value
-    return torch.empty_like(param.detach(), dtype=dtype, memory_format=torch.preserve_format).copy_(
-        value
-    )
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def check_tensors(param: torch.Tensor, grad: torch.Tensor, number: int) -> None:
-    """Raises unless a rule can work on the parameter and its gradient."""
-    which = f"parameter {number} of shape {tuple(param.shape)}"
-    if grad.is_sparse or grad.layout != torch.strided:
-        raise RuntimeError(
-            f"onepass does not support sparse gradients: {which} has one with layout "
-            f"{grad.layout}; use a dense gradient (for embeddings: sparse=False)"
-        )
-    check_param(param, which)
-    if grad.dtype not in NATIVE:
-        raise ValueError(f"{which}: its gradient must be {_dtypes()}; got {grad.dtype}")
-    if grad.shape != param.shape:
-        raise ValueError(f"{which}: its gradient has another shape, {tuple(grad.shape)}")
-    if grad.device != param.device:
-        raise ValueError(f"{which} is on {param.device}, its gradient on {grad.device}")
-    if not is_dense(param):
-        raise ValueError(
-            f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
-            "order: make it dense, for example with .contiguous()"
-        )
-
-
-def check_param(param: torch.Tensor, which: str) -> None:
-    """Raises ValueError unless the parameter's dtype is one that rules work on."""
-    if param.is_complex():
-        raise ValueError(
-            f"{which} is complex ({param.dtype}): onepass has no rule for complex numbers; "
-            "use torch.view_as_real(param)"
-        )
-    if param.dtype not in NATIVE:
-        raise ValueError(f"{which} must be {_dtypes()}; got {param.dtype}")
-
-
-def _dtypes() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in NATIVE)

@@ -28,7 +28,9 @@ class Rule:
         name: as in the support matrix.
         code: position in csrc/rules/table.h.
         flags: (name, whether a group has it), in the order of their bits.
-        slots: (state key, flag that it takes or None for always), in the order of the states.
+        slots: (state key, flag that it takes or None for always, kind), in the order of the states.
+            A kind is "first", a mean with a sign; "second", a mean of squares; "relative", a first
+            moment whose size goes with the root of the rule's first second moment.
         derive: (group, number of this step from 1, first) -> the scalars after grad_scale. first
             says that the states are new.
         scalars: how many those are.
@@ -40,7 +42,7 @@ class Rule:
     name: str
     code: int
     flags: tuple[tuple[str, Callable[[Group], bool]], ...]
-    slots: tuple[tuple[str, str | None], ...]
+    slots: tuple[tuple[str, str | None, str], ...]
     derive: Callable[[Group, int, bool], tuple[float, ...]]
     scalars: int
     update: reference.Update
@@ -58,7 +60,14 @@ class Rule:
     def state_slots(self, bits: int) -> list[tuple[int, str]]:
         """(slot, state key) of the states that a group with these flags has."""
         names = self.flag_names(bits)
-        return [(i, key) for i, (key, flag) in enumerate(self.slots) if not flag or flag in names]
+        return [
+            (i, key) for i, (key, flag, _) in enumerate(self.slots) if not flag or flag in names
+        ]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each slot."""
+        return tuple(kind for _, _, kind in self.slots)
 
     def initial_value(self, key: str, group: Group) -> float:
         """What a state starts at."""
@@ -131,7 +140,7 @@ RULES: dict[str, Rule] = {
             "sgd",
             0,
             (_DECOUPLED, _MOMENTUM, ("nesterov", _option("nesterov"))),
-            (("momentum_buffer", "momentum"),),
+            (("momentum_buffer", "momentum", "first"),),
             _derive_sgd,
             4,
             reference.sgd,
@@ -140,7 +149,7 @@ RULES: dict[str, Rule] = {
             "adagrad",
             1,
             (_DECOUPLED, _EPS_IN_SQRT),
-            (("sum", None),),
+            (("sum", None, "second"),),
             _derive_adagrad,
             3,
             reference.adagrad,
@@ -151,7 +160,11 @@ RULES: dict[str, Rule] = {
             "rmsprop",
             2,
             (_DECOUPLED, _MOMENTUM, ("centered", _option("centered")), _EPS_IN_SQRT),
-            (("square_avg", None), ("momentum_buffer", "momentum"), ("grad_avg", "centered")),
+            (
+                ("square_avg", None, "second"),
+                ("momentum_buffer", "momentum", "first"),
+                ("grad_avg", "centered", "relative"),
+            ),
             _derive_rmsprop,
             6,
             reference.rmsprop,
@@ -160,7 +173,11 @@ RULES: dict[str, Rule] = {
             "adam",
             3,
             (_DECOUPLED, ("amsgrad", _option("amsgrad"))),
-            (("exp_avg", None), ("exp_avg_sq", None), ("max_exp_avg_sq", "amsgrad")),
+            (
+                ("exp_avg", None, "relative"),
+                ("exp_avg_sq", None, "second"),
+                ("max_exp_avg_sq", "amsgrad", "second"),
+            ),
             _derive_adam,
             7,
             reference.adam,
@@ -170,7 +187,7 @@ RULES: dict[str, Rule] = {
             "lion",
             4,
             (_DECOUPLED,),
-            (("exp_avg", None),),
+            (("exp_avg", None, "first"),),
             _derive_lion,
             6,
             reference.lion,

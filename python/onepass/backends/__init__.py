@@ -77,7 +77,7 @@ def support_matrix() -> str:
     ]
     for rule in RULES.values():
         options = ", ".join(flag for flag, _ in rule.flags)
-        held = ", ".join(key for key, _ in rule.slots)
+        held = ", ".join(key for key, _, _ in rule.slots)
         served = " | ".join("yes" if rule.name in b.rules else "no" for b in BACKENDS.values())
         lines.append(f"| {rule.name} | {options} | {held}: {formats} | {dtypes} | {served} |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,27 +19,46 @@ class Entry:
 
     Attributes:
         param: the parameter's tensor, dense and non-overlapping; updated in place.
-        states: state tensors of the parameter's shape and strides by slot; updated in place.
+        states: the codes of its states by slot, in the parameter's order in memory; updated in
+            place.
         format: of all its states.
+        weight: number of the parameter's format.
+        draws: whether any of its formats draws random bits.
         rule, flags: the variant of the algorithm.
         row: of the hyperparameter table.
         param_id: position of the parameter in the optimizer, which keys its random bits.
         first: index of its first element in the whole parameter, likewise.
+        scales: of the states by slot, where the format has them; updated in place.
+        companion: of the weight, where its format has one; updated in place.
     """
 
     param: torch.Tensor
     states: dict[int, torch.Tensor]
     format: StateFormat
+    weight: int
     rule: Rule
     flags: int
     row: int
     param_id: int
+    draws: bool = True
     first: int = 0
+    scales: dict[int, torch.Tensor] = field(default_factory=dict)
+    companion: torch.Tensor | None = None
 
     def spec(self) -> list[int]:
         """The entry's row of the spec that compiled backends read (csrc/cpu/plan.cpp)."""
         codes = [self.format.code if slot in self.states else ABSENT for slot in range(SLOTS)]
-        return [self.rule.code, self.flags, self.row, self.param_id, self.first, *codes]
+        named = [self.rule.code, self.flags, self.row, self.param_id, self.first]
+        return [*named, self.weight, *codes]
+
+    def held(self) -> list[torch.Tensor]:
+        """Its tensors as compiled backends take them: of each slot codes and scales, companion."""
+        tensors = []
+        for slot in sorted(self.states):
+            tensors.append(self.states[slot])
+            if slot in self.scales:
+                tensors.append(self.scales[slot])
+        return tensors if self.companion is None else [*tensors, self.companion]
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ class _Prepared:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         params = [entry.param for entry in entries]
-        states = [entry.states[slot] for entry in entries for slot in sorted(entry.states)]
+        states = [tensor for entry in entries for tensor in entry.held()]
         spec = torch.tensor([entry.spec() for entry in entries], dtype=torch.int64)
         self.plan: torch.Tensor = torch.ops.onepass.make_plan(params, states, spec)
         weakref.finalize(self, torch.ops.onepass.free_plan, self.plan)

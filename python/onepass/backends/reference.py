@@ -5,52 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from .. import reference
-from ..formats import NATIVE, STATE_FORMATS
-from ..reference import F32, States
-from ..rules import SLOTS
+from .. import codec, reference
+from ..formats import NATIVE
+from ..reference import F32, U32
 from .base import Backend, Entry, same_layout
 
-_FP32, _BF16, _FP16 = (NATIVE[t] for t in (torch.float32, torch.bfloat16, torch.float16))
-_BF16_STOCHASTIC = STATE_FORMATS["bf16"].code
 
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a dense tensor in memory order, as a view."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def _decode(tensor: torch.Tensor) -> F32:
-    flat = _flat(tensor).cpu()
-    if tensor.dtype == torch.float32:
-        return flat.numpy().copy()
-    codes: npt.NDArray[np.uint16] = flat.view(torch.int16).numpy().view(np.uint16)
-    decode = reference.decode_bf16 if tensor.dtype == torch.bfloat16 else reference.decode_fp16
-    return decode(codes)
-
-
-def _encode(values: F32, code: int, random: reference.U32 | None) -> torch.Tensor:
-    if code == _FP32:
-        return torch.from_numpy(values)
-    if code == _BF16_STOCHASTIC:
-        assert random is not None
-        return torch.from_numpy(
-            reference.encode_bf16_stochastic(values, random).view(np.int16)
-        ).view(torch.bfloat16)
-    encode, dtype = {
-        _BF16: (reference.encode_bf16, torch.bfloat16),
-        _FP16: (reference.encode_fp16, torch.float16),
-    }[code]
-    return torch.from_numpy(encode(values).view(np.int16)).view(dtype)
+def _layouts(entry: Entry) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
+    return [(t.shape, t.stride(), t.dtype) for t in (entry.param, *entry.held())]
 
 
 class _Prepared:
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
-        self.layouts = [(e.param.shape, e.param.stride(), e.param.dtype) for e in entries]
+        self.layouts = [_layouts(entry) for entry in entries]
         self.grads: list[torch.Tensor] = []
 
 
@@ -69,12 +39,10 @@ class ReferenceBackend(Backend):
         prepared.grads = []
         if len(grads) != len(prepared.entries):
             return False
-        for entry, layout, grad in zip(prepared.entries, prepared.layouts, grads, strict=True):
-            param = entry.param
-            if (param.shape, param.stride(), param.dtype) != layout or grad.dtype not in NATIVE:
+        for entry, layouts, grad in zip(prepared.entries, prepared.layouts, grads, strict=True):
+            if _layouts(entry) != layouts or grad.dtype not in NATIVE:
                 return False
-            same = all(same_layout(t, param) for t in (grad, *entry.states.values()))
-            if not same or grad.device != param.device:
+            if not same_layout(grad, entry.param) or grad.device != entry.param.device:
                 return False
         prepared.grads = grads
         return True
@@ -89,30 +57,25 @@ class ReferenceBackend(Backend):
         if len(prepared.grads) != len(prepared.entries):
             raise RuntimeError("onepass: norm without refresh")
         with np.errstate(all="ignore"):
-            found = reference.norm(map(_decode, prepared.grads))
+            grads = (codec.read_weight(NATIVE[grad.dtype], grad) for grad in prepared.grads)
+            found = reference.norm(grads)
         return torch.from_numpy(found).to(prepared.entries[0].param.device)
 
     def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> None:
-        states: States = tuple(
-            _decode(entry.states[slot]) if slot in entry.states else None for slot in range(SLOTS)
-        )
-        rule = entry.rule
+        rule, kinds, count = entry.rule, entry.rule.kinds, entry.param.numel()
+        states = codec.read_states(entry.format, kinds, entry.states, entry.scales, count)
         param, states = rule.update(
-            _decode(entry.param),
-            row[0] * _decode(grad),
-            states[: len(rule.slots)],
+            codec.read_weight(entry.weight, entry.param, entry.companion),
+            row[0] * codec.read_weight(NATIVE[grad.dtype], grad),
+            states,
             list(row[1 : 1 + rule.scalars]),
             rule.flag_names(entry.flags),
         )
-        _flat(entry.param).copy_(_encode(param, NATIVE[entry.param.dtype], None))
-        seed, step = counters
-        for slot, tensor in entry.states.items():
-            values = states[slot]
-            assert values is not None
-            random = None
-            if entry.format.stochastic:
-                bits = reference.random_bits(
-                    seed, step, entry.param_id, entry.first, len(values), slot // 2
-                )
-                random = bits >> np.uint32(slot % 2 * 16) & np.uint32(0xFFFF)
-            _flat(tensor).copy_(_encode(values, entry.format.code, random))
+        # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and the weight.
+        halves: list[U32 | None] = [None] * 4
+        for word in range(2) if entry.draws else ():
+            seed, step = counters
+            bits = reference.random_bits(seed, step, entry.param_id, entry.first, count, word)
+            halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
+        codec.write_weight(entry.weight, param, entry.param, entry.companion, halves[3])
+        codec.write_states(entry.format, kinds, states, entry.states, entry.scales, halves[:3])

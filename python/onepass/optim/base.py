@@ -12,12 +12,14 @@ import torch
 from typing_extensions import TypedDict  # torch's own dependency
 
 from .. import backends
-from ..formats import STATE_FORMATS, WEIGHT_FORMATS
-from ..plan import ParamState, Plan, check_lr, check_param, fit_state
+from ..checks import check_lr, check_param, check_weight_format
+from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
+from ..plan import ParamState, Plan
 from ..rules import RULES, Rule
+from ..states import COMPANIONS, fit_companion, fit_states
 
 # Options that describe this run, not the state of training: loading a state dict keeps them.
-_OWN_OPTIONS = ("states", "weights")
+_OWN_OPTIONS = ("states", "weights", "format_version")
 
 
 class Options(TypedDict, total=False):
@@ -27,9 +29,10 @@ class Options(TypedDict, total=False):
         maximize: ascend instead of descend (default False).
         decoupled_weight_decay: take lr * weight_decay * param off the weight instead of adding
             weight_decay * param to the gradient (default: True for AdamW and Lion).
-        states: format of the states, also per parameter group: "fp32" (default) or "bf16",
-            stochastically rounded.
-        weights: format of bf16 and fp16 weights: "native" (default), rounded to nearest.
+        states: format of the states, also per parameter group: "fp32" (default), "bf16", "mx8",
+            "mx4" or "dynamic8" (docs/formats.md).
+        weights: how bf16 and fp16 weights keep their precision, also per group: "native" (default),
+            rounded to nearest, "stochastic", "kahan", "master"; bf16 alone "split16", "split8".
         paged, max_grad_norm, skip_nonfinite: not available yet; only their defaults, False, None
             and False, are accepted.
         backend: None (default) picks one per device; or "cpu", "triton" or "reference".
@@ -51,8 +54,9 @@ class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose step is one pass over memory.
 
     Parameters are updated in place; so are the states in ``state[param]``, which have
-    torch.optim's names, the parameter's shape and strides, and the dtype of their format. They are
-    made at a parameter's first step. ``state[param]["step"]`` is one tensor shared by all
+    torch.optim's names and, but in packed formats, the parameter's shape and strides; formats in
+    blocks add ``<name>_scale``, weight formats a companion. They are made at a parameter's first
+    step. ``state[param]["step"]`` is one tensor shared by all
     parameters that took the same steps. The bits of the results do not depend on the backend, the
     number of threads or the instruction set.
 
@@ -97,6 +101,7 @@ class Optimizer(torch.optim.Optimizer):
             "states": states,
             "weights": weights,
             "seed": seed,
+            "format_version": VERSION,
         }
         super().__init__(params, {**defaults, **options})
         self.state = defaultdict(ParamState)
@@ -134,7 +139,10 @@ class Optimizer(torch.optim.Optimizer):
             for i, param in enumerate(params or ()):
                 tensor = param[1] if isinstance(param, tuple) and len(param) == 2 else param
                 if isinstance(tensor, torch.Tensor):
-                    check_param(tensor, f"parameter {i} of the group, shape {tuple(tensor.shape)},")
+                    which = f"parameter {i} of the group, shape {tuple(tensor.shape)},"
+                    check_param(tensor, which)
+                    weights = param_group.get("weights", self.defaults["weights"])
+                    check_weight_format(tensor, weights, which)
         super().add_param_group(param_group)
 
     # --- the step ---
@@ -196,12 +204,14 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class, or of its twin in torch.optim.
 
-        Tensors are copied, converted to this optimizer's own ``states`` format (to nearest) and
-        moved to the parameter's device; the other options are taken from the state dict.
+        Tensors are copied, converted to this optimizer's own ``states`` and ``weights`` formats (to
+        nearest) and moved to the parameter's device; the other options are taken from the state
+        dict. Load the model's weights first: a companion of another format than saved is made from
+        the weight as it is.
 
         Raises:
-            ValueError: it belongs to another model or another kind of optimizer; says where they
-                differ. Nothing has been changed then.
+            ValueError: it belongs to another model or another kind of optimizer, or its formats to
+                a newer onepass; says where they differ. Nothing has been changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -210,11 +220,11 @@ class Optimizer(torch.optim.Optimizer):
                 state_dict = changed
         groups = self._loaded_groups(state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        pairs = zip(groups, state_dict["param_groups"], strict=True)
+        members = [(p, g, saved.get("states", "")) for g, saved in pairs for p in g["params"]]
         owners = {
-            i: (param, number, group)
-            for number, (i, (param, group)) in enumerate(
-                zip(ids, ((p, g) for g in groups for p in g["params"]), strict=True)
-            )
+            i: (param, number, group, saved_as)
+            for number, (i, (param, group, saved_as)) in enumerate(zip(ids, members, strict=True))
         }
         state: defaultdict[Any, Any] = defaultdict(ParamState)
         for key, value in state_dict["state"].items():
@@ -239,6 +249,12 @@ class Optimizer(torch.optim.Optimizer):
                     f"parameter group {i} has {len(saved['params'])} parameters in the state dict, "
                     f"{len(group['params'])} in the optimizer"
                 )
+            version = saved.get("format_version", VERSION)
+            if version != VERSION:
+                raise ValueError(
+                    f"parameter group {i} of the state dict has formats of version {version}; this "
+                    f"onepass knows version {VERSION}: load it with the onepass that saved it"
+                )
             merged = {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
             # A state dict of torch.optim does not name states; its Adam and AdamW differ only in
             # where decay goes, and each class keeps its own way.
@@ -249,7 +265,12 @@ class Optimizer(torch.optim.Optimizer):
         return groups
 
     def _loaded_state(
-        self, saved: Mapping[str, Any], param: torch.Tensor, number: int, group: Mapping[str, Any]
+        self,
+        saved: Mapping[str, Any],
+        param: torch.Tensor,
+        number: int,
+        group: Mapping[str, Any],
+        saved_as: str,
     ) -> ParamState:
         rule = self.rule
         which = f"parameter {number} of shape {tuple(param.shape)}"
@@ -265,16 +286,21 @@ class Optimizer(torch.optim.Optimizer):
                 f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "
                 f"than {type(self).__name__}"
             )
-        dtype = STATE_FORMATS[group["states"]].dtype
-        known = {key for key, _ in rule.slots}
+        form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
+        states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as)
+        moments = {key for key, _, _ in rule.slots}
+        known = moments | {scale_key(key) for key in moments} | COMPANIONS
         state = ParamState()
         for key, value in saved.items():
             if key == "step":
                 state[key] = torch.tensor(float(value), dtype=torch.float32)
-            elif key in known:
-                state[key] = fit_state(value, param, dtype, f"{key} of {which}", copy=True)
-            else:
+            elif key not in known:
                 state[key] = deepcopy(value)
+        state.update(states)
+        if any(key in saved for key in COMPANIONS):
+            companion = fit_companion(saved, param, weight, which, copy=True)
+            if companion is not None:
+                state[weight.key] = companion
         # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
         # it then starts here.
         if state:

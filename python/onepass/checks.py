@@ -1,0 +1,83 @@
+"""The checks of options, parameters and gradients; each raises before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .formats import NATIVE, WEIGHT_FORMATS
+
+_FP32_MAX = torch.finfo(torch.float32).max
+
+
+def check_lr(lr: Any) -> None:
+    """Raises ValueError unless lr is a number, or a tensor of one, in [0, fp32's largest]."""
+    try:
+        value = float(lr)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not 0 <= value <= _FP32_MAX:
+        shown = f"{value}" if isinstance(lr, (int, float, torch.Tensor)) else repr(lr)
+        raise ValueError(f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {shown}")
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
+    """Raises unless a rule can work on the parameter and its gradient."""
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"onepass does not support sparse gradients: {which} has one with layout "
+            f"{grad.layout}; use a dense gradient (for embeddings: sparse=False)"
+        )
+    check_param(param, which)
+    if grad.dtype not in NATIVE:
+        raise ValueError(f"{which}: its gradient must be {_dtypes()}; got {grad.dtype}")
+    if grad.shape != param.shape:
+        raise ValueError(f"{which}: its gradient has another shape, {tuple(grad.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{which} is on {param.device}, its gradient on {grad.device}")
+    if not is_dense(param):
+        raise ValueError(
+            f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
+            "order: make it dense, for example with .contiguous()"
+        )
+
+
+def check_param(param: torch.Tensor, which: str) -> None:
+    """Raises ValueError unless the parameter's dtype is one that rules work on."""
+    if param.is_complex():
+        raise ValueError(
+            f"{which} is complex ({param.dtype}): onepass has no rule for complex numbers; "
+            "use torch.view_as_real(param)"
+        )
+    if param.dtype not in NATIVE:
+        raise ValueError(f"{which} must be {_dtypes()}; got {param.dtype}")
+
+
+def check_weight_format(param: torch.Tensor, weights: str, which: str) -> None:
+    """Raises ValueError unless the weight format serves the parameter's dtype."""
+    served = WEIGHT_FORMATS[weights].codes
+    if param.dtype not in served:
+        raise ValueError(
+            f"weights={weights!r} is for {_dtypes(served)} weights; {which} is {param.dtype}: give "
+            "it a group with weights='native' (onepass.parameter_groups makes such groups)"
+        )
+
+
+def _dtypes(dtypes: Iterable[torch.dtype] = NATIVE) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

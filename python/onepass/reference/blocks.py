@@ -1,0 +1,235 @@
+"""The block formats of states, in NumPy: a block of elements in memory order shares one scale.
+
+mx8 and mx4 take Microscaling's idea (OCP, "Microscaling formats (MX) specification", 2023): blocks
+of 32 with a power of two as scale. All of it is integer arithmetic on the bits of fp32: a code is
+the upper part of the float, its exponent counted from the scale byte, and the bits below are
+rounded stochastically. dynamic8 is the map and block size of bitsandbytes (Dettmers et al., "8-bit
+optimizers via block-wise quantization", 2022).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from .arrays import F32, U8, U32
+
+MX_BLOCK = 32
+DYNAMIC_BLOCK = 256
+NOT_FINITE = np.uint8(255)  # the scale of a block that holds a NaN or an infinity
+
+_INFINITY = np.uint32(0x7F800000)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+@dataclass(frozen=True)
+class Minifloat:
+    """A small float, its exponent counted from the scale of its block.
+
+    Attributes:
+        mantissa: bits of it.
+        binades: how many powers of two the normal codes span.
+    """
+
+    mantissa: int
+    binades: int
+
+    @property
+    def dropped(self) -> int:
+        """Bits of an fp32 below the code's last."""
+        return 23 - self.mantissa
+
+
+E4M3 = Minifloat(3, 15)  # with a sign and denormals
+E5M3 = Minifloat(3, 32)  # the code 0 is zero, all others are normal
+E2M1 = Minifloat(1, 3)  # with a sign and denormals
+E3M1 = Minifloat(1, 8)  # no zero
+
+
+def _blocks(values: F32, size: int) -> F32:
+    """[blocks, size], the last block filled up with zeros."""
+    count = -(-len(values) // size)
+    padded = np.zeros(count * size, np.float32)
+    padded[: len(values)] = values
+    return padded.reshape(count, size)
+
+
+def _largest(values: F32) -> U32:
+    """The bits of the largest magnitude of each block."""
+    blocks = _blocks(values, MX_BLOCK).view(np.uint32) & _MAGNITUDE
+    return np.asarray(blocks.max(axis=1, initial=0), np.uint32)
+
+
+def _top(largest: U32, small: Minifloat) -> U32:
+    """The exponent that the largest value of a block can be rounded up to."""
+    return (largest + np.uint32((1 << small.dropped) - 1)) >> np.uint32(23)
+
+
+def _spread(random: U32, small: Minifloat) -> U32:
+    """16 random bits as the upper bits of those that are dropped."""
+    return random << np.uint32(small.dropped - 16)
+
+
+def _each(scale: U8, count: int) -> U32:
+    """The scale of each element."""
+    return np.repeat(scale.astype(np.uint32), MX_BLOCK)[:count]
+
+
+def encode_unsigned(values: F32, random: U32, small: Minifloat = E5M3) -> tuple[U8, U8]:
+    """Values of at least zero to (codes, scales): 0 is 0, anything else at least 1.
+
+    The scale is the biased exponent of the lowest binade: the smallest at which the block's largest
+    value, rounded up, still has a code.
+    """
+    m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
+    largest = _largest(values)
+    top = _top(largest, small)
+    span = np.uint32(small.binades - 1)
+    scale = (np.maximum(top, span) - span).astype(np.uint8)
+    scale[largest >= _INFINITY] = NOT_FINITE
+    e = _each(scale, len(values))
+    bits = values.view(np.uint32)
+    rounded = ((bits + _spread(random, small)) >> dropped).astype(np.int64)
+    code = np.maximum(rounded - (e << m), 1)
+    code = np.where(bits & _MAGNITUDE == 0, 0, code)
+    code = np.where(e == NOT_FINITE, 1 << (small.mantissa - 1), code)
+    return code.astype(np.uint8), scale
+
+
+def decode_unsigned(codes: U8, scale: U8, small: Minifloat = E5M3) -> F32:
+    """What :func:`encode_unsigned` wrote: exact."""
+    m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
+    code = codes.astype(np.uint32)
+    bits = (code + (_each(scale, len(codes)) << m)) << dropped
+    return np.where(code == 0, np.uint32(0), bits).view(np.float32)
+
+
+def encode_positive(values: F32, random: U32, small: Minifloat = E3M1) -> tuple[U8, U8]:
+    """Values of at least zero to (codes, scales), without a code for zero.
+
+    What is below the lowest code takes that code; a block of zeros has scale 0.
+    """
+    m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
+    largest = _largest(values)
+    span = np.uint32(small.binades - 1)
+    scale = np.maximum(np.maximum(_top(largest, small), span) - span, 1).astype(np.uint8)
+    scale[largest == 0] = 0
+    scale[largest >= _INFINITY] = NOT_FINITE
+    e = _each(scale, len(values))
+    bits = np.maximum(values.view(np.uint32) & _MAGNITUDE, e << np.uint32(23))
+    code = ((bits + _spread(random, small)) >> dropped) - (e << m)
+    code = np.where(e == 0, np.uint32(0), code)
+    code = np.where(e == NOT_FINITE, np.uint32(1 << (small.mantissa - 1)), code)
+    return code.astype(np.uint8), scale
+
+
+def decode_positive(codes: U8, scale: U8, small: Minifloat = E3M1) -> F32:
+    """What :func:`encode_positive` wrote: exact."""
+    m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
+    e = _each(scale, len(codes))
+    bits = (codes.astype(np.uint32) + (e << m)) << dropped
+    return np.where(e == 0, np.uint32(0), bits).view(np.float32)
+
+
+def encode_signed(values: F32, random: U32, small: Minifloat) -> tuple[U8, U8]:
+    """Values of any sign to (codes, scales), the sign in the bit above the magnitude.
+
+    Below the lowest normal value T, magnitudes are multiples of T / 2^mantissa down to zero:
+    adding T gives them the exponent of T, whose mantissa then counts the multiples. The scale is
+    the biased exponent of T, at least 1.
+    """
+    m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
+    largest = _largest(values)
+    span = np.uint32(small.binades - 1)
+    scale = np.maximum(np.maximum(_top(largest, small), span) - span, 1).astype(np.uint8)
+    scale[largest >= _INFINITY] = NOT_FINITE
+    e = _each(scale, len(values))
+    bits = values.view(np.uint32)
+    magnitude = bits & _MAGNITUDE
+    lowest = e << np.uint32(23)
+    denormal = magnitude < lowest
+    lifted = (magnitude.view(np.float32) + lowest.view(np.float32)).view(np.uint32)
+    rounded = (np.where(denormal, lifted, magnitude) + _spread(random, small)) >> dropped
+    code = rounded - (e << m) + np.where(denormal, np.uint32(0), np.uint32(1) << m)
+    nan = np.uint32((1 << small.mantissa) + (1 << (small.mantissa - 1)))
+    code = np.where(e == NOT_FINITE, nan, code)
+    sign = bits >> np.uint32(31) << np.uint32(_magnitude_bits(small))
+    return (sign | code).astype(np.uint8), scale
+
+
+def decode_signed(codes: U8, scale: U8, small: Minifloat) -> F32:
+    """What :func:`encode_signed` wrote: exact."""
+    m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
+    width = np.uint32(_magnitude_bits(small))
+    code = codes.astype(np.uint32) & ((np.uint32(1) << width) - np.uint32(1))
+    sign = (codes.astype(np.uint32) >> width) << np.uint32(31)
+    e = _each(scale, len(codes))
+    normal = code >= (np.uint32(1) << m)
+    steps = code - np.where(normal, np.uint32(1) << m, np.uint32(0)) + (e << m)
+    value = (steps << dropped).view(np.float32)
+    lowest = (e << np.uint32(23)).view(np.float32)
+    value = np.where(normal, value, value - lowest)
+    return (value.view(np.uint32) | sign).view(np.float32)
+
+
+def _magnitude_bits(small: Minifloat) -> int:
+    return int(small.binades).bit_length() + small.mantissa
+
+
+def pack(codes: U8) -> U8:
+    """4-bit codes, two in a byte: element 2i in the lower half of byte i."""
+    even = np.zeros(-(-len(codes) // 2) * 2, np.uint8)
+    even[: len(codes)] = codes
+    return even[0::2] | (even[1::2] << np.uint8(4))
+
+
+def unpack(packed: U8, count: int) -> U8:
+    """What :func:`pack` packed."""
+    codes = np.empty(len(packed) * 2, np.uint8)
+    codes[0::2] = packed & np.uint8(15)
+    codes[1::2] = packed >> np.uint8(4)
+    return codes[:count]
+
+
+# --- dynamic8 --------------------------------------------------------------------------------
+
+
+@cache
+def dynamic_map(signed: bool) -> F32:
+    """The 256 values of bitsandbytes' dynamic map, ascending.
+
+    They are 0, 1, and in each of seven decades d, the highest up to 1, the centres of 2^d (unsigned:
+    2^(d+1)) equal parts of the decade, signed with both signs; in float64, rounded once.
+    bitsandbytes has them from torch.linspace in fp32, whose last bit depends on the processor.
+    """
+    positive = []
+    for decade in range(7):
+        parts = 2 ** (decade if signed else decade + 1)
+        for j in range(parts):
+            positive.append((0.1 + 0.9 * ((j + 0.5) / parts)) * 10.0 ** (decade - 6))
+    negative = [-value for value in reversed(positive)] if signed else []
+    return np.array([*negative, 0.0, *positive, 1.0], np.float32)
+
+
+@cache
+def dynamic_edges(signed: bool) -> F32:
+    """The 255 midpoints between the map's values: what is above the k-th has a code above k."""
+    values = dynamic_map(signed)
+    return (values[:-1] + values[1:]) * np.float32(0.5)
+
+
+def encode_dynamic(values: F32, signed: bool) -> tuple[U8, F32]:
+    """Values to (codes, largest magnitude of each block of 256): the nearest value of the map."""
+    largest = np.abs(_blocks(values, DYNAMIC_BLOCK)).max(axis=1, initial=0)
+    largest = np.where(np.isfinite(largest), largest, np.float32("nan")).astype(np.float32)
+    each = np.repeat(largest, DYNAMIC_BLOCK)[: len(values)]
+    unit = values / np.where(each == 0, np.float32(1), each)
+    codes = np.searchsorted(dynamic_edges(signed), unit, side="left")
+    return np.where(np.isnan(each), 0, codes).astype(np.uint8), largest
+
+
+def decode_dynamic(codes: U8, largest: F32, signed: bool) -> F32:
+    """What :func:`encode_dynamic` wrote."""
+    return dynamic_map(signed)[codes] * np.repeat(largest, DYNAMIC_BLOCK)[: len(codes)]
