@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .formats import decode_bf16, decode_fp16, decode_fp32
+from .floats import from_bf16, from_fp16, from_fp32
 from .sweep import COLUMNS, COUNT, ENTRY, INTERPRETED, START, Tuning
 
 # Programs of a launch, if there are so many chunks. They take chunks in turn, so that each has the
@@ -84,11 +84,11 @@ def partial_norms(chunks_ptr, grads_ptr, formats_ptr, num_chunks, partials_ptr):
         address = tl.load(grads_ptr + entry)
         code = tl.load(formats_ptr + entry)
         if code == 0:
-            sums = add_chunk(sums, address + start * 4, count, tl.float32, decode_fp32)
+            sums = add_chunk(sums, address + start * 4, count, tl.float32, from_fp32)
         elif code == 1:
-            sums = add_chunk(sums, address + start * 2, count, tl.uint16, decode_bf16)
+            sums = add_chunk(sums, address + start * 2, count, tl.uint16, from_bf16)
         else:
-            sums = add_chunk(sums, address + start * 2, count, tl.uint16, decode_fp16)
+            sums = add_chunk(sums, address + start * 2, count, tl.uint16, from_fp16)
     squares, largest, nonfinite = sums
     column = partials_ptr + tl.program_id(0)
     tl.store(column, tl.sum(squares, axis=0))
