@@ -49,29 +49,38 @@ def lowest_binade(largest, LEAST: tl.constexpr, M: tl.constexpr, SPAN: tl.conste
     return tl.where(largest >= _INFINITY, NOT_FINITE, scale)
 
 
+# The reference's arithmetic with fewer instructions: T, the bits of the lowest normal value, is the
+# same for a block, and a code shifted to the mantissa's place needs only T added. Integers are
+# signed, for minima and maxima then put exceptions right that would be comparisons and selections.
+
+
 @triton.jit
-def round_up(bits, random, e, M: tl.constexpr):
-    """Stochastically to M bits of mantissa; the exponent counted from e."""
-    return ((bits + (random << (7 - M))) >> (23 - M)) - (e << M)
+def spread(random, M: tl.constexpr):
+    """16 random bits as the upper bits of those that are dropped."""
+    return (random << (7 - M)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def to_code(code, sign, scales, M: tl.constexpr, NAN: tl.constexpr):
+    code = tl.where(each(scales, MX_BLOCK) == NOT_FINITE, NAN, code)
+    return (code.to(tl.uint32, bitcast=True) | sign).to(tl.uint8), scales.to(tl.uint8)
 
 
 @triton.jit
 def encode_unsigned(values, random, M: tl.constexpr, SPAN: tl.constexpr):
     bits = values.to(tl.uint32, bitcast=True)
     scales = lowest_binade(largest_of(bits, MX_BLOCK), 0, M, SPAN)
-    e = each(scales, MX_BLOCK)
-    code = round_up(bits, random, e, M).to(tl.int32, bitcast=True)
-    code = tl.where((bits & _MAGNITUDE) == 0, 0, tl.maximum(code, 1))
-    code = tl.where(e == NOT_FINITE, 1 << (M - 1), code)
-    return code.to(tl.uint8), scales.to(tl.uint8)
+    lowest = each(scales << 23, MX_BLOCK).to(tl.int32, bitcast=True)
+    bits = bits.to(tl.int32, bitcast=True)
+    code = tl.maximum((bits + spread(random, M) - lowest) >> (23 - M), 1)
+    # Zero is 0, and so is the low byte of minus zero; no other number is less than its code.
+    return to_code(tl.minimum(code, bits), 0, scales, M, 1 << (M - 1))
 
 
 @triton.jit
 def decode_unsigned(codes, scales, M: tl.constexpr):
-    code = codes.to(tl.uint32)
-    e = each(scales.to(tl.uint32), MX_BLOCK)
-    bits = (code + (e << M)) << (23 - M)
-    return tl.where(code == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    bits = (codes.to(tl.uint32) << (23 - M)) + each(scales.to(tl.uint32) << 23, MX_BLOCK)
+    return tl.where(codes == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -79,18 +88,17 @@ def encode_positive(values, random, M: tl.constexpr, SPAN: tl.constexpr):
     bits = values.to(tl.uint32, bitcast=True) & _MAGNITUDE
     largest = largest_of(bits, MX_BLOCK)
     scales = tl.where(largest == 0, 0, lowest_binade(largest, 1, M, SPAN)).to(tl.uint32)
-    e = each(scales, MX_BLOCK)
-    code = round_up(tl.maximum(bits, e << 23), random, e, M)
-    code = tl.where(e == 0, 0, code)
-    code = tl.where(e == NOT_FINITE, 1 << (M - 1), code)
-    return code.to(tl.uint8), scales.to(tl.uint8)
+    lowest = each(scales << 23, MX_BLOCK).to(tl.int32, bitcast=True)
+    bits = tl.maximum(bits.to(tl.int32, bitcast=True), lowest)
+    code = (bits + spread(random, M) - lowest) >> (23 - M)
+    return to_code(code, 0, scales, M, 1 << (M - 1))
 
 
 @triton.jit
 def decode_positive(codes, scales, M: tl.constexpr):
-    e = each(scales.to(tl.uint32), MX_BLOCK)
-    bits = (codes.to(tl.uint32) + (e << M)) << (23 - M)
-    return tl.where(e == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    lowest = each(scales.to(tl.uint32) << 23, MX_BLOCK)
+    bits = (codes.to(tl.uint32) << (23 - M)) + lowest
+    return tl.where(lowest == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -98,29 +106,30 @@ def encode_signed(values, random, M: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl
     """WIDTH: bits of a code below its sign."""
     bits = values.to(tl.uint32, bitcast=True)
     scales = lowest_binade(largest_of(bits, MX_BLOCK), 1, M, SPAN)
-    e = each(scales, MX_BLOCK)
+    lowest = each(scales << 23, MX_BLOCK)
     magnitude = bits & _MAGNITUDE
-    lowest = e << 23
-    denormal = magnitude < lowest
     lifted = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
-    code = round_up(
-        tl.where(denormal, lifted.to(tl.uint32, bitcast=True), magnitude), random, e, M
-    )
-    code = tl.where(denormal, code, code + (1 << M))
-    code = tl.where(e == NOT_FINITE, (1 << M) + (1 << (M - 1)), code)
-    return ((bits >> 31 << WIDTH) | code).to(tl.uint8), scales.to(tl.uint8)
+    # Steps from T as a denormal counts them and as a normal value does: below T the first are more,
+    # above it the second.
+    denormal = (lifted.to(tl.uint32, bitcast=True) - lowest).to(tl.int32, bitcast=True)
+    normal = (magnitude - (lowest - (1 << 23))).to(tl.int32, bitcast=True)
+    code = (tl.maximum(denormal, normal) + spread(random, M)) >> (23 - M)
+    sign = (bits >> (31 - WIDTH)) & (1 << WIDTH)
+    return to_code(code, sign, scales, M, (1 << M) + (1 << (M - 1)))
 
 
 @triton.jit
 def decode_signed(codes, scales, M: tl.constexpr, WIDTH: tl.constexpr):
-    code = codes.to(tl.uint32) & ((1 << WIDTH) - 1)
-    sign = codes.to(tl.uint32) >> WIDTH << 31
-    e = each(scales.to(tl.uint32), MX_BLOCK)
-    normal = code >= (1 << M)
-    steps = tl.where(normal, code - (1 << M), code) + (e << M)
-    value = (steps << (23 - M)).to(tl.float32, bitcast=True)
-    value = tl.where(normal, value, value - (e << 23).to(tl.float32, bitcast=True))
-    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    code = codes.to(tl.uint32)
+    scales = scales.to(tl.uint32) << 23
+    steps = (code & ((1 << WIDTH) - 1)) << (23 - M)
+    lowest = each(scales, MX_BLOCK)
+    denormal = (steps + lowest).to(tl.float32, bitcast=True) - lowest.to(tl.float32, bitcast=True)
+    normal = steps + each(scales - (1 << 23), MX_BLOCK)
+    # Above T the first is the greater of the two, below it the second; so it is, as integers, where
+    # T is 0, or infinite: then the second is NaN.
+    bits = tl.minimum(denormal.to(tl.uint32, bitcast=True), normal)
+    return (bits | ((code << (31 - WIDTH)) & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 # --- mx8: second moments E5M3 without a sign, first moments E4M3 with one ---------------------

@@ -20,7 +20,7 @@ import triton.language as tl
 from onepass import rules as rule_table
 
 from . import formats
-from .blocks import pack, unpack
+from .blocks import each, pack, unpack
 from .variants import Variant, Variants, has_slot, root_slot, state_format, variant_at
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -103,11 +103,28 @@ def load_stored(
     codes = load(at, first // PACKED, lanes, limit, ELEMENT, FULL)
     if PACKED == 2:
         codes = unpack(codes)
-    if EXTRA is None:
-        return codes, codes
-    lanes = tl.arange(0, BLOCK // SIZE)
-    limit = (count + (SIZE - 1)) // SIZE
-    return codes, load(extra_at, first // SIZE, lanes, limit, EXTRA, FULL and SIZE == 1)
+    extra = codes
+    if EXTRA is not None:
+        lanes = tl.arange(0, BLOCK // SIZE)
+        limit = (count + (SIZE - 1)) // SIZE
+        extra = load(extra_at, first // SIZE, lanes, limit, EXTRA, FULL and SIZE == 1)
+    return codes, extra
+
+
+@triton.jit
+def store_scales(
+    address, first, count, scales, TYPE: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr
+):
+    """The scales of whole blocks of elements.
+
+    As many values as threads, so that Triton stores each from the thread that has it: a shorter
+    tensor would go through shared memory to the first warps.
+    """
+    PER: tl.constexpr = THREADS // scales.shape[0]
+    lanes = tl.arange(0, THREADS)
+    ptr = address.to(tl.pointer_type(TYPE)) + (first + lanes // PER)
+    kept = (lanes % PER == 0) & ((first + lanes // PER) * SIZE < count)
+    tl.store(ptr, each(scales, PER), mask=kept)
 
 
 @triton.jit
@@ -119,6 +136,7 @@ def store_stored(
     PACKED: tl.constexpr = FORMAT.packed
     EXTRA: tl.constexpr = FORMAT.extra
     SIZE: tl.constexpr = FORMAT.block
+    THREADS: tl.constexpr = 256
     if PACKED == 2:
         if not FULL:
             # The unused half of a last byte is zero.
@@ -127,19 +145,18 @@ def store_stored(
     lanes = tl.arange(0, BLOCK // PACKED)
     limit = (count + (PACKED - 1)) // PACKED
     store(at, first // PACKED, lanes, limit, codes, ELEMENT, FULL)
-    if EXTRA is not None:
-        lanes = tl.arange(0, BLOCK // SIZE)
-        limit = (count + (SIZE - 1)) // SIZE
-        store(extra_at, first // SIZE, lanes, limit, extra, EXTRA, FULL and SIZE == 1)
+    if SIZE > 1:
+        store_scales(extra_at, first // SIZE, count, extra, EXTRA, SIZE, THREADS)
+    elif EXTRA is not None:
+        store(extra_at, first, lanes, count, extra, EXTRA, FULL)
 
 
 @triton.jit
 def only_elements(values, first, count, FORMAT: tl.constexpr, FULL: tl.constexpr):
     """Zeros where there is no element, so that they have no part in the scale of a block."""
-    if FULL or FORMAT.block == 1:
-        return values
-    kept = first + tl.arange(0, values.shape[0]) < count
-    return tl.where(kept, values, 0.0)
+    if not FULL and FORMAT.block > 1:
+        values = tl.where(first + tl.arange(0, values.shape[0]) < count, values, 0.0)
+    return values
 
 
 @triton.jit
