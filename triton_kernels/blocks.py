@@ -23,10 +23,9 @@ _NAN = tl.constexpr(0x7FC00000)
 
 @triton.jit
 def largest_of(bits, SIZE: tl.constexpr):
-    """The largest magnitude of each block, as bits: [elements] -> [blocks]."""
+    """The largest of each block: [elements] -> [blocks]."""
     BLOCKS: tl.constexpr = bits.shape[0] // SIZE
-    magnitudes = (bits & _MAGNITUDE).to(tl.int32, bitcast=True)
-    return tl.max(tl.reshape(magnitudes, (BLOCKS, SIZE)), axis=1).to(tl.uint32, bitcast=True)
+    return tl.max(tl.reshape(bits, (BLOCKS, SIZE)), axis=1)
 
 
 @triton.jit
@@ -38,43 +37,41 @@ def each(scales, SIZE: tl.constexpr):
 
 
 # --- minifloats ------------------------------------------------------------------------------
-# M: bits of the mantissa; SPAN: the powers of two of normal codes, less one.
+# M: bits of the mantissa; SPAN: the powers of two that codes span, less one. The reference's
+# arithmetic, with T, the bits of a block's lowest power of two, in place of its exponent: a code
+# shifted to the mantissa's place then needs only T added.
 
 
 @triton.jit
-def lowest_binade(largest, LEAST: tl.constexpr, M: tl.constexpr, SPAN: tl.constexpr):
-    """The scale: the smallest at which the block's largest value, rounded up, has a code."""
-    top = (largest + ((1 << (23 - M)) - 1)) >> 23
-    scale = tl.maximum(top.to(tl.int32) - SPAN, LEAST).to(tl.uint32)
-    return tl.where(largest >= _INFINITY, NOT_FINITE, scale)
-
-
-# The reference's arithmetic with fewer instructions: T, the bits of the lowest normal value, is the
-# same for a block, and a code shifted to the mantissa's place needs only T added. Integers are
-# signed, for minima and maxima then put exceptions right that would be comparisons and selections.
+def lowest_binade(largest, M: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.constexpr,
+                  LIFT: tl.constexpr):  # fmt: skip
+    """The scale: the smallest at which the largest value, lifted and rounded up, has a code."""
+    top = (largest + ((1 << (23 - M)) - 1 + LIFT)) >> 23
+    scale = tl.maximum(top.to(tl.int32), SPAN + LEAST) - SPAN
+    return tl.where(largest >= _INFINITY, NOT_FINITE, scale).to(tl.uint32)
 
 
 @triton.jit
-def spread(random, M: tl.constexpr):
-    """16 random bits as the upper bits of those that are dropped."""
-    return (random << (7 - M)).to(tl.int32, bitcast=True)
+def round_up(bits, random, lowest, M: tl.constexpr):
+    """Stochastically to M bits of mantissa, counted from the lowest power of two; signed."""
+    steps = bits + (random << (7 - M)) - lowest
+    return steps.to(tl.int32, bitcast=True) >> (23 - M)
 
 
 @triton.jit
-def to_code(code, sign, scales, M: tl.constexpr, NAN: tl.constexpr):
-    code = tl.where(each(scales, MX_BLOCK) == NOT_FINITE, NAN, code)
+def finish(code, sign, scales, M: tl.constexpr):
+    code = tl.where(each(scales, MX_BLOCK) == NOT_FINITE, 1 << (M - 1), code)
     return (code.to(tl.uint32, bitcast=True) | sign).to(tl.uint8), scales.to(tl.uint8)
 
 
 @triton.jit
 def encode_unsigned(values, random, M: tl.constexpr, SPAN: tl.constexpr):
     bits = values.to(tl.uint32, bitcast=True)
-    scales = lowest_binade(largest_of(bits, MX_BLOCK), 0, M, SPAN)
-    lowest = each(scales << 23, MX_BLOCK).to(tl.int32, bitcast=True)
-    bits = bits.to(tl.int32, bitcast=True)
-    code = tl.maximum((bits + spread(random, M) - lowest) >> (23 - M), 1)
-    # Zero is 0, and so is the low byte of minus zero; no other number is less than its code.
-    return to_code(tl.minimum(code, bits), 0, scales, M, 1 << (M - 1))
+    scales = lowest_binade(largest_of(bits, MX_BLOCK), M, SPAN, 0, 0)
+    code = round_up(bits, random, each(scales << 23, MX_BLOCK), M)
+    # Zero is 0; no other number is less than its code. Bits with a sign are of a block of NaN.
+    code = tl.minimum(tl.maximum(code, 1), bits.to(tl.int32, bitcast=True))
+    return finish(code, 0, scales, M)
 
 
 @triton.jit
@@ -85,13 +82,12 @@ def decode_unsigned(codes, scales, M: tl.constexpr):
 
 @triton.jit
 def encode_positive(values, random, M: tl.constexpr, SPAN: tl.constexpr):
-    bits = values.to(tl.uint32, bitcast=True) & _MAGNITUDE
+    bits = values.to(tl.uint32, bitcast=True)
     largest = largest_of(bits, MX_BLOCK)
-    scales = tl.where(largest == 0, 0, lowest_binade(largest, 1, M, SPAN)).to(tl.uint32)
-    lowest = each(scales << 23, MX_BLOCK).to(tl.int32, bitcast=True)
-    bits = tl.maximum(bits.to(tl.int32, bitcast=True), lowest)
-    code = (bits + spread(random, M) - lowest) >> (23 - M)
-    return to_code(code, 0, scales, M, 1 << (M - 1))
+    scales = tl.where(largest == 0, 0, lowest_binade(largest, M, SPAN, 1, 0)).to(tl.uint32)
+    lowest = each(scales << 23, MX_BLOCK)
+    # In a block of zeros nothing is added to 0 that would reach a code.
+    return finish(round_up(tl.maximum(bits, lowest), random, lowest, M), 0, scales, M)
 
 
 @triton.jit
@@ -105,31 +101,22 @@ def decode_positive(codes, scales, M: tl.constexpr):
 def encode_signed(values, random, M: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
     """WIDTH: bits of a code below its sign."""
     bits = values.to(tl.uint32, bitcast=True)
-    scales = lowest_binade(largest_of(bits, MX_BLOCK), 1, M, SPAN)
-    lowest = each(scales << 23, MX_BLOCK)
     magnitude = bits & _MAGNITUDE
+    scales = lowest_binade(largest_of(magnitude, MX_BLOCK), M, SPAN, 1, 1 << (23 - SPAN))
+    lowest = each(scales << 23, MX_BLOCK)
     lifted = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
-    # Steps from T as a denormal counts them and as a normal value does: below T the first are more,
-    # above it the second.
-    denormal = (lifted.to(tl.uint32, bitcast=True) - lowest).to(tl.int32, bitcast=True)
-    normal = (magnitude - (lowest - (1 << 23))).to(tl.int32, bitcast=True)
-    code = (tl.maximum(denormal, normal) + spread(random, M)) >> (23 - M)
-    sign = (bits >> (31 - WIDTH)) & (1 << WIDTH)
-    return to_code(code, sign, scales, M, (1 << M) + (1 << (M - 1)))
+    code = round_up(lifted.to(tl.uint32, bitcast=True), random, lowest, M)
+    return finish(code, (bits >> (31 - WIDTH)) & (1 << WIDTH), scales, M)
 
 
 @triton.jit
 def decode_signed(codes, scales, M: tl.constexpr, WIDTH: tl.constexpr):
     code = codes.to(tl.uint32)
-    scales = scales.to(tl.uint32) << 23
-    steps = (code & ((1 << WIDTH) - 1)) << (23 - M)
-    lowest = each(scales, MX_BLOCK)
-    denormal = (steps + lowest).to(tl.float32, bitcast=True) - lowest.to(tl.float32, bitcast=True)
-    normal = steps + each(scales - (1 << 23), MX_BLOCK)
-    # Above T the first is the greater of the two, below it the second; so it is, as integers, where
-    # T is 0, or infinite: then the second is NaN.
-    bits = tl.minimum(denormal.to(tl.uint32, bitcast=True), normal)
-    return (bits | ((code << (31 - WIDTH)) & 0x80000000)).to(tl.float32, bitcast=True)
+    lowest = each(scales.to(tl.uint32) << 23, MX_BLOCK)
+    lifted = ((code & ((1 << WIDTH) - 1)) << (23 - M)) + lowest
+    value = lifted.to(tl.float32, bitcast=True) - lowest.to(tl.float32, bitcast=True)
+    sign = (code << (31 - WIDTH)) & 0x80000000
+    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 # --- mx8: second moments E5M3 without a sign, first moments E4M3 with one ---------------------
@@ -152,7 +139,7 @@ def decode_mx8_first(codes, scales, root, maps):
 
 @triton.jit
 def encode_mx8_first(values, random, root, maps):
-    return encode_signed(values, random, 3, 14, 7)
+    return encode_signed(values, random, 3, 15, 7)
 
 
 # --- mx4: roots of second moments E3M1 without a zero, first moments E2M1 with a sign ----------
@@ -182,7 +169,7 @@ def decode_mx4_first(codes, scales, root, maps):
 
 @triton.jit
 def encode_mx4_first(values, random, root, maps):
-    return encode_signed(values, random, 1, 2, 3)
+    return encode_signed(values, random, 1, 3, 3)
 
 
 @triton.jit
@@ -192,7 +179,7 @@ def decode_mx4_relative(codes, scales, root, maps):
 
 @triton.jit
 def encode_mx4_relative(values, random, root, maps):
-    return encode_signed(tl.div_rn(values, root), random, 1, 2, 3)
+    return encode_signed(tl.div_rn(values, root), random, 1, 3, 3)
 
 
 @triton.jit
@@ -222,7 +209,8 @@ def decode_dynamic(codes, scales, values_ptr):
 @triton.jit
 def encode_dynamic(values, edges_ptr):
     """The nearest value, by a binary search of the midpoints without branches."""
-    largest = largest_of(values.to(tl.uint32, bitcast=True), DYNAMIC_BLOCK)
+    magnitudes = values.to(tl.uint32, bitcast=True) & _MAGNITUDE
+    largest = largest_of(magnitudes, DYNAMIC_BLOCK)
     largest = tl.where(largest >= _INFINITY, _NAN, largest).to(tl.uint32)
     divisor = tl.where(largest == 0, _ONE, largest).to(tl.uint32).to(tl.float32, bitcast=True)
     unit = tl.div_rn(values, each(divisor, DYNAMIC_BLOCK))

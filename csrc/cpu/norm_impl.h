@@ -70,19 +70,19 @@ void norm(const void* src, int64_t n, Norm* into) {
 
 ONEPASS_HD float square(float value) { return value * value; }
 
-struct Fp32 {
+struct WordFp32 {
   ONEPASS_HD static float decode(int32_t code) { return from_bits(static_cast<uint32_t>(code)); }
   ONEPASS_HD static float squares(uint32_t word, float scale) {
     return square(scale * from_bits(word));
   }
 };
-struct Bf16 {
+struct WordBf16 {
   ONEPASS_HD static float decode(int16_t code) { return decode_bf16(static_cast<uint16_t>(code)); }
   ONEPASS_HD static float squares(uint32_t word, float scale) {
     return square(scale * lower(word)) + square(scale * upper(word));
   }
 };
-struct Fp16 {
+struct WordFp16 {
   ONEPASS_HD static float decode(int16_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
   ONEPASS_HD static float squares(uint32_t word, float scale) {
     return square(scale * decode_fp16(word & 0xFFFFu)) + square(scale * decode_fp16(word >> 16));
@@ -92,9 +92,9 @@ struct Fp16 {
 }  // namespace
 
 // In the order of Format.
-#define ONEPASS_NORMS                                      \
-  {norm<int32_t, 0x7F800000, Fp32::decode, Fp32::squares>, \
-   norm<int16_t, 0x7F80, Bf16::decode, Bf16::squares>,     \
-   norm<int16_t, 0x7C00, Fp16::decode, Fp16::squares>}
+#define ONEPASS_NORMS                                              \
+  {norm<int32_t, 0x7F800000, WordFp32::decode, WordFp32::squares>, \
+   norm<int16_t, 0x7F80, WordBf16::decode, WordBf16::squares>,     \
+   norm<int16_t, 0x7C00, WordFp16::decode, WordFp16::squares>}
 
 }  // namespace onepass::cpu

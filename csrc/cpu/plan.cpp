@@ -188,7 +188,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& s
     Entry entry{};
     STD_TORCH_CHECK(
         row[kRule] >= 0 && row[kRule] < kRules && row[kFlags] >= 0 && row[kFlags] < kMaxFlags &&
-            kernels().fp32[row[kRule]][row[kFlags]],
+            kernels().direct[0].rules[row[kRule]][row[kFlags]],
         "onepass: no rule ", row[kRule], " with flags ", row[kFlags], at(i));
     STD_TORCH_CHECK(
         row[kWeight] >= 0 && row[kWeight] < kFormats, "onepass: no format ", row[kWeight], at(i));
