@@ -62,6 +62,16 @@ class Tuning:
 
 # By warp size: NVIDIA, AMD CDNA. Untuned: no GPU has run these yet.
 TUNING = {32: Tuning(1024, 8, 8192), 64: Tuning(1024, 4, 8192)}
+THREADS = tl.constexpr(256)  # of a program, in each of them
+
+# Two programs fit a multiprocessor of 65,536 registers; ptxas would take up to 176 for 8-bit states.
+MAX_REGISTERS = 128
+
+
+def options(tuned: Tuning, warp_size: int) -> dict[str, Any]:
+    """What a kernel is compiled with."""
+    found = {"num_warps": tuned.num_warps, "enable_fp_fusion": False, "sanitize_overflow": False}
+    return found if warp_size == 64 else {**found, "maxnreg": MAX_REGISTERS}
 
 
 def tuning(device: torch.device) -> Tuning:
@@ -112,9 +122,7 @@ def load_stored(
 
 
 @triton.jit
-def store_scales(
-    address, first, count, scales, TYPE: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr
-):
+def store_scales(address, first, count, scales, TYPE: tl.constexpr, SIZE: tl.constexpr):
     """The scales of whole blocks of elements.
 
     As many values as threads, so that Triton stores each from the thread that has it: a shorter
@@ -136,7 +144,6 @@ def store_stored(
     PACKED: tl.constexpr = FORMAT.packed
     EXTRA: tl.constexpr = FORMAT.extra
     SIZE: tl.constexpr = FORMAT.block
-    THREADS: tl.constexpr = 256
     if PACKED == 2:
         if not FULL:
             # The unused half of a last byte is zero.
@@ -146,7 +153,7 @@ def store_stored(
     limit = (count + (PACKED - 1)) // PACKED
     store(at, first // PACKED, lanes, limit, codes, ELEMENT, FULL)
     if SIZE > 1:
-        store_scales(extra_at, first // SIZE, count, extra, EXTRA, SIZE, THREADS)
+        store_scales(extra_at, first // SIZE, count, extra, EXTRA, SIZE)
     elif EXTRA is not None:
         store(extra_at, first, lanes, count, extra, EXTRA, FULL)
 
@@ -276,8 +283,8 @@ def sweep_chunk(
     whole = tl.where(misaligned % 16 == 0, count // SIZE * SIZE, 0)
     for first in range(0, whole, SIZE):
         sweep_block(at, h, stream, index, first, count, maps_ptr, V, SIZE, True)
-    for first in range(whole, count, SIZE):
-        sweep_block(at, h, stream, index, first, count, maps_ptr, V, SIZE, False)
+    for first in range(whole, count, BLOCK):
+        sweep_block(at, h, stream, index, first, count, maps_ptr, V, BLOCK, False)
 
 
 @triton.jit
