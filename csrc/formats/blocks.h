@@ -38,8 +38,8 @@ struct Minifloat {
   }
 };
 
-// What follows: encode for a finite block, not_finite for others; measure is what the scale is made
-// of the largest of.
+// encode is for a finite block; every code of others is kNan. measure is what the scale is made of
+// the largest of.
 
 // Values of at least zero; code 0 is zero and nothing else.
 template <int Exponent, int Mantissa>
@@ -54,7 +54,6 @@ struct Unsigned : Minifloat<Exponent, Mantissa> {
     const uint32_t code = static_cast<uint32_t>(steps > 1 ? steps : 1);
     return code < bits ? code : bits;
   }
-  ONEPASS_HD static uint32_t not_finite(float) { return Base::kNan; }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
     return code == 0 ? 0.0f : Base::value(code, scale);
   }
@@ -73,7 +72,6 @@ struct Positive : Minifloat<Exponent, Mantissa> {
     const uint32_t code = Base::round(max_u32(to_bits(value), scale << 23), random16, scale);
     return scale == 0 ? 0u : code;
   }
-  ONEPASS_HD static uint32_t not_finite(float) { return Base::kNan; }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
     return scale == 0 ? 0.0f : Base::value(code, scale);
   }
@@ -94,9 +92,6 @@ struct Signed : Minifloat<Exponent, Mantissa> {
     const float lifted = from_bits(bits & kMagnitude) + from_bits(scale << 23);
     const uint32_t code = Base::round(to_bits(lifted), random16, scale);
     return code | (bits >> (31 - kWidth) & 1u << kWidth);
-  }
-  ONEPASS_HD static uint32_t not_finite(float value) {
-    return Base::kNan | (to_bits(value) >> (31 - kWidth) & 1u << kWidth);
   }
   ONEPASS_HD static float decode(uint32_t stored, uint32_t scale) {
     const uint32_t code = stored & ((1u << kWidth) - 1);

@@ -146,10 +146,10 @@ def fit_states(
                 )
             found[layout.key] = value if is_dense(value) else value.contiguous()
         forms.add(source.name)
+    if len(forms) > 1 and not forms <= {"fp32", "bf16"}:
+        raise ValueError(f"the states of {which} are in different formats: {sorted(forms)}")
     if len(forms) > 1:
-        raise ValueError(
-            f"the states of {which} are in several formats: {', '.join(sorted(forms))}"
-        )
+        found, forms = {key: value.float() for key, value in found.items()}, {"fp32"}
     source = STATE_FORMATS[forms.pop()]
 
     layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]

@@ -153,9 +153,9 @@ def encode_signed(values: F32, random: U32, small: Minifloat) -> tuple[U8, U8]:
     lowest = (e << np.uint32(23)).view(np.float32)
     lifted = ((bits & _MAGNITUDE).view(np.float32) + lowest).view(np.uint32)
     code = ((lifted + _spread(random, small)) >> dropped) - (e << m)
-    code = np.where(e == NOT_FINITE, np.uint32(1 << (small.mantissa - 1)), code)
     sign = bits >> np.uint32(31) << np.uint32(small.exponent + small.mantissa)
-    return (sign | code).astype(np.uint8), scale
+    code = np.where(e == NOT_FINITE, np.uint32(1 << (small.mantissa - 1)), sign | code)
+    return code.astype(np.uint8), scale
 
 
 def decode_signed(codes: U8, scale: U8, small: Minifloat) -> F32:
