@@ -23,6 +23,9 @@ EVERY = ("every-sgd", "every-adagrad", "every-rmsprop", "every-adam", "every-lio
 # on an H100 (3.35 TB/s over 132 multiprocessors, some 800 ns) is 20 KiB. On gfx942 the kernel may
 # have 64 before fewer than eight waves, all that a SIMD holds, fit.
 MAX_REGISTERS = {"adamw-fp32": 64, "adamw-bf16": 80, "adamw-bf16-weights": 64}
+# 8-bit states take eight elements a thread, 24 KiB with two programs on a multiprocessor.
+EIGHT_BITS = ("adamw-mx8", "adamw-mx8-split8", "adamw-mx8-fp32", "adamw-mx4")
+MAX_REGISTERS |= {"adamw-split16": 96, **dict.fromkeys(EIGHT_BITS, 128)}
 # The norm has 4 loads of 16 bytes under way in every format; with 128 registers, on gfx942, four
 # waves of them fit a SIMD, 64 KiB a compute unit.
 MAX_REGISTERS |= {"norm": 80, "norm-total": 64}
@@ -96,6 +99,31 @@ def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, ta
 
 
 @pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    ("kernel", "loads", "stores"),
+    [
+        ("adamw-mx8", [8, 8, 16, 16], [8, 8, 16]),
+        ("adamw-mx8-split8", [8, 8, 8, 16, 16], [8, 8, 8, 16]),
+        ("adamw-mx8-fp32", [4, 4, 16, 16], [4, 4, 16]),
+        ("adamw-mx4", [4, 4, 16, 16], [4, 4, 16]),
+        ("adamw-split16", [8, 8, 8, 8, 8], [8, 8, 8, 8]),
+    ],
+)
+def test_formats_have_wide_accesses_and_shuffled_maxima(kernels, kernel, loads, stores, target):
+    """Eight elements a thread where no fp32 is written; beside them a byte for each scale."""
+    block = main_path(kernels[f"{kernel}.{target}"]["text"])
+    found = accesses(block)
+    for kind, expected in (("ld", loads), ("st", stores)):
+        assert sorted(size for p, k, size in found if k == kind and not p) == expected
+        scales = [size for p, k, size in found if k == kind and p]
+        assert scales == ([1, 1] if kernel in EIGHT_BITS else [])
+    assert not re.search(r"shared|bar\.sync", block)
+    # A block of 32 is four threads, or eight: two or three exchanges for each of two states.
+    exchanges = {"adamw-mx8-fp32": 6, "adamw-split16": 0}.get(kernel, 4)
+    assert len(re.findall(r"\bshfl\.sync", block)) == exchanges
+
+
+@pytest.mark.parametrize("target", NVIDIA)
 def test_the_machine_code_has_these_accesses_too(kernels, target):
     sass = kernels[f"adamw-fp32.{target}"]["sass"]
     assert len(re.findall(r"\bLDG\.E\S*\.128\b", sass)) == 4
@@ -123,7 +151,9 @@ def test_registers_and_spills(kernels, kernel, target):
 
 
 @pytest.mark.parametrize(
-    "name", [f"adamw-fp32.{t}" for t in NVIDIA] + [f"{k}.sm_90" for k in EVERY]
+    "name",
+    [f"{k}.{t}" for t in NVIDIA for k in ("adamw-fp32", "adamw-mx8", "adamw-mx4")]
+    + [f"{k}.sm_90" for k in EVERY],
 )
 def test_arithmetic_on_nvidia(kernels, name):
     """No contraction, nothing flushed to zero, no approximation."""

@@ -17,13 +17,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from onepass.triton_kernels import norm
-from onepass.triton_kernels.sweep import TUNING, Variant, Variants, sweep
+from onepass.triton_kernels.sweep import TUNING, sweep
+from onepass.triton_kernels.variants import Variant, Variants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from onepass.formats import NATIVE, STATE_FORMATS
+from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import RULES, SLOTS
 
 TARGETS = {
@@ -34,6 +36,7 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FP32, BF16, _ = NATIVE.values()
+SPLIT16, SPLIT8 = (WEIGHT_FORMATS[name].codes[torch.bfloat16] for name in ("split16", "split8"))
 
 
 def variant(rule: str, flags: int, param: int, grad: int, states: str) -> Variant:
@@ -46,9 +49,11 @@ def variant(rule: str, flags: int, param: int, grad: int, states: str) -> Varian
 
 def every_flag(rule: str) -> tuple[Variant, ...]:
     """All flags of a rule, dtypes and formats changing from one to the next."""
-    natives, states = list(NATIVE.values()), list(STATE_FORMATS)
+    natives = list(NATIVE.values())
+    weights = [c for form in WEIGHT_FORMATS.values() for c in form.codes.values()]
+    states = list(STATE_FORMATS)
     return tuple(
-        variant(rule, flags, natives[i % 3], natives[(i + i // 3) % 3], states[i % 2])
+        variant(rule, flags, weights[i % len(weights)], natives[i % 3], states[i % len(states)])
         for i, flags in enumerate(range(1 << len(RULES[rule].flags)))
     )
 
@@ -57,6 +62,11 @@ KERNELS = {
     "adamw-fp32": (variant("adam", 1, FP32, FP32, "fp32"),),
     "adamw-bf16": (variant("adam", 1, BF16, BF16, "bf16"),),
     "adamw-bf16-weights": (variant("adam", 1, BF16, BF16, "fp32"),),
+    "adamw-mx8": (variant("adam", 1, BF16, BF16, "mx8"),),
+    "adamw-mx8-split8": (variant("adam", 1, SPLIT8, BF16, "mx8"),),
+    "adamw-mx8-fp32": (variant("adam", 1, FP32, FP32, "mx8"),),
+    "adamw-mx4": (variant("adam", 1, BF16, BF16, "mx4"),),
+    "adamw-split16": (variant("adam", 1, SPLIT16, BF16, "bf16"),),
     **{f"every-{rule}": every_flag(rule) for rule in RULES},
 }
 
@@ -66,6 +76,7 @@ SWEEP = {
     "grads_ptr": "*i64",
     "hyper_ptr": "*fp32",
     "counters_ptr": "*i64",
+    "maps_ptr": "*fp32",
     "VARIANTS": "constexpr",
     "BLOCK": "constexpr",
 }
@@ -95,18 +106,16 @@ def compiled(
     source = ASTSource(
         function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
     )
-    options = {
-        "num_warps": TUNING[target.warp_size].num_warps,
-        "enable_fp_fusion": False,
-        "sanitize_overflow": False,
-    }
+    narrow = "VARIANTS" in constants and constants["VARIANTS"].narrow
+    options = TUNING[target.warp_size].options(narrow)
     kernel = triton.compile(source, target=target, options=options)
     found: dict[str, object] = {}
     if target.backend == "hip":
         found["text"] = text = kernel.asm["amdgcn"]
         found["llir"] = kernel.asm["llir"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        found["spilled"] = sum(map(int, re.findall(r"_spill_count:\s+(\d+)", text)))
+        # Scalar registers are spilled to lanes of vector registers, not to memory.
+        found["spilled"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         found["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         return found
     found["text"] = kernel.asm["ptx"]

@@ -59,9 +59,9 @@ def round_up(bits, random, lowest, M: tl.constexpr):
 
 
 @triton.jit
-def finish(code, sign, scales, M: tl.constexpr):
+def finish(code, scales, M: tl.constexpr):
     code = tl.where(each(scales, MX_BLOCK) == NOT_FINITE, 1 << (M - 1), code)
-    return (code.to(tl.uint32, bitcast=True) | sign).to(tl.uint8), scales.to(tl.uint8)
+    return code.to(tl.uint8), scales.to(tl.uint8)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def encode_unsigned(values, random, M: tl.constexpr, SPAN: tl.constexpr):
     code = round_up(bits, random, each(scales << 23, MX_BLOCK), M)
     # Zero is 0; no other number is less than its code. Bits with a sign are of a block of NaN.
     code = tl.minimum(tl.maximum(code, 1), bits.to(tl.int32, bitcast=True))
-    return finish(code, 0, scales, M)
+    return finish(code, scales, M)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def encode_positive(values, random, M: tl.constexpr, SPAN: tl.constexpr):
     scales = tl.where(largest == 0, 0, lowest_binade(largest, M, SPAN, 1, 0)).to(tl.uint32)
     lowest = each(scales << 23, MX_BLOCK)
     # In a block of zeros nothing is added to 0 that would reach a code.
-    return finish(round_up(tl.maximum(bits, lowest), random, lowest, M), 0, scales, M)
+    return finish(round_up(tl.maximum(bits, lowest), random, lowest, M), scales, M)
 
 
 @triton.jit
@@ -106,7 +106,8 @@ def encode_signed(values, random, M: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl
     lowest = each(scales << 23, MX_BLOCK)
     lifted = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
     code = round_up(lifted.to(tl.uint32, bitcast=True), random, lowest, M)
-    return finish(code, (bits >> (31 - WIDTH)) & (1 << WIDTH), scales, M)
+    sign = (bits >> (31 - WIDTH)) & (1 << WIDTH)
+    return finish(code.to(tl.uint32, bitcast=True) | sign, scales, M)
 
 
 @triton.jit

@@ -135,13 +135,8 @@ def launch(
     if not programs:
         return norm
     partials = torch.empty(3, PROGRAMS.value, dtype=torch.float64, device=chunks.device)
-    options = {
-        "num_warps": tuned.num_warps,
-        "enable_fp_fusion": False,
-        "sanitize_overflow": False,
-    }
     # NumPy, which the interpreter computes with, would warn of infinities.
     with np.errstate(all="ignore") if INTERPRETED else nullcontext():
-        partial_norms[(programs,)](chunks, grads, formats, len(chunks), partials, **options)
-        total_norm[(1,)](partials, programs, norm, **options)
+        partial_norms[(programs,)](chunks, grads, formats, len(chunks), partials, **tuned.options())
+        total_norm[(1,)](partials, programs, norm, **tuned.options())
     return norm

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from onepass import rules as rule_table
 
 from . import formats
 from .blocks import each, pack, unpack
-from .variants import Variant, Variants, has_slot, root_slot, state_format, variant_at
+from .variants import Variant as Variant
+from .variants import Variants, has_slot, root_slot, state_format, variant_at
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -44,7 +46,8 @@ HYPER_WIDTH = tl.constexpr(rule_table.HYPER_WIDTH)
 
 @dataclass(frozen=True)
 class Tuning:
-    """Elements that a program takes at once, warps of a program, elements of a chunk.
+    """Elements that a program takes at once, warps of a program, elements of a chunk, and the most
+    registers of a thread where states have 8 bits or fewer.
 
     A block is four elements a thread: one 16-byte access for fp32 and 8 bytes for 16-bit formats.
     With more, Triton would lay out fp32 and narrower tensors differently when it writes them, and
@@ -52,26 +55,24 @@ class Tuning:
     blocks at once: 8 bytes for the codes.
 
     Chunks are whole blocks, and a multiple of every format's block, so that no two programs share a
-    scale.
+    scale. With 128 registers two programs fit an NVIDIA multiprocessor; ptxas would take more for
+    8-bit states. (AMD's compiler has no such option.)
     """
 
     block: int
     num_warps: int
     chunk: int
+    registers: int | None
+
+    def options(self, narrow: bool = False) -> dict[str, Any]:
+        """What kernels are compiled with; narrow: for states of 8 bits or fewer."""
+        found = {"num_warps": self.num_warps, "enable_fp_fusion": False, "sanitize_overflow": False}
+        return {**found, "maxnreg": self.registers} if narrow and self.registers else found
 
 
 # By warp size: NVIDIA, AMD CDNA. Untuned: no GPU has run these yet.
-TUNING = {32: Tuning(1024, 8, 8192), 64: Tuning(1024, 4, 8192)}
+TUNING = {32: Tuning(1024, 8, 8192, 128), 64: Tuning(1024, 4, 8192, None)}
 THREADS = tl.constexpr(256)  # of a program, in each of them
-
-# Two programs fit a multiprocessor of 65,536 registers; ptxas would take up to 176 for 8-bit states.
-MAX_REGISTERS = 128
-
-
-def options(tuned: Tuning, warp_size: int) -> dict[str, Any]:
-    """What a kernel is compiled with."""
-    found = {"num_warps": tuned.num_warps, "enable_fp_fusion": False, "sanitize_overflow": False}
-    return found if warp_size == 64 else {**found, "maxnreg": MAX_REGISTERS}
 
 
 def tuning(device: torch.device) -> Tuning:
@@ -183,9 +184,7 @@ def store_state(
     random = (words[SLOT // 2] >> (SLOT % 2 * 16)) & 0xFFFF
     values = only_elements(states[SLOT], first, count, FORMAT, FULL)
     codes, extra = FORMAT.encode(values, random, root, maps)
-    store_stored(
-        states_at[SLOT], scales_at[SLOT], first, count, codes, extra, FORMAT, BLOCK, FULL
-    )
+    store_stored(states_at[SLOT], scales_at[SLOT], first, count, codes, extra, FORMAT, BLOCK, FULL)
     if SLOT == ROOT:
         root = unit_root(FORMAT.root(codes, extra))
     return root
@@ -210,9 +209,7 @@ def sweep_block(
     root = param
     if ROOT is not None:
         S: tl.constexpr = state_format(V, ROOT)
-        codes, extra = load_stored(
-            states_at[ROOT], scales_at[ROOT], first, count, S, BLOCK, FULL
-        )
+        codes, extra = load_stored(states_at[ROOT], scales_at[ROOT], first, count, S, BLOCK, FULL)
         root = unit_root(S.root(codes, extra))
         second = S.decode(codes, extra, root, maps)
     states = ()
@@ -340,7 +337,5 @@ def launch(
             maps,
             VARIANTS=variants,
             BLOCK=tuned.block,
-            num_warps=tuned.num_warps,
-            enable_fp_fusion=False,
-            sanitize_overflow=False,
+            **tuned.options(variants.narrow),
         )

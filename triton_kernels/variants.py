@@ -84,11 +84,16 @@ class Variant:
         return slot if found is not None and found.root else None
 
     @cached_property
+    def narrow(self) -> bool:
+        """Whether its states have 8 bits or fewer."""
+        return any(f is not None and f.element == tl.uint8 for f in self.state_formats)
+
+    @cached_property
     def blocks(self) -> int:
-        """Blocks of a program that it takes at once: see :class:`onepass.triton_kernels.sweep.Tuning`."""
-        narrow = any(f is not None and f.element == tl.uint8 for f in self.state_formats)
-        wide = any(tl.float32 in (f.element, f.extra if f.block == 1 else None) for f in self.written)
-        return 2 if narrow and not wide else 1
+        """Blocks of a program that it takes at once: see Tuning in sweep.py."""
+        companions = [f.extra for f in self.written if f.block == 1]
+        wide = tl.float32 in [*companions, *(f.element for f in self.written)]
+        return 2 if self.narrow and not wide else 1
 
     @cached_property
     def functions(self) -> list[Any]:
@@ -105,6 +110,7 @@ class Variants:
     def __init__(self, variants: tuple[Variant, ...]) -> None:
         self.variants = variants
         self.count = len(variants)
+        self.narrow = any(variant.narrow for variant in variants)
         self._hash = hash(variants)
 
     def __eq__(self, other: object) -> bool:

@@ -276,9 +276,7 @@ class TritonBackend(Backend):
         with _on(p.device):
             numbers = (hyper[:rows].reshape(-1), counters[:rows].reshape(-1).view(torch.float32))
             p.upload(p.numbers, torch.cat(numbers))
-            p.kernels.launch(
-                p.chunks, p.grads, p.hyper, p.counters, p.maps, p.variants, p.tuning
-            )
+            p.kernels.launch(p.chunks, p.grads, p.hyper, p.counters, p.maps, p.variants, p.tuning)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         """Two launches: see :meth:`Backend.norm`.
