@@ -164,9 +164,9 @@ def test_arithmetic_on_nvidia(kernels, name):
     if not name.startswith(("every-sgd", "every-lion")):
         expected |= {"div.rn.f32", "sqrt.rn.f32"}
     assert expected <= used
-    # Beside arithmetic: comparisons, selections, conversions from and to fp16.
+    # Beside arithmetic: comparisons, selections, absolute values, conversions from and to fp16.
     others = {op for op in used - expected if not op.startswith(("setp.", "selp."))}
-    assert others <= {"cvt.f32.f16", "cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}
+    assert others <= {"abs.f32", "cvt.f32.f16", "cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}
     assert not re.search(r"\b(fma|mad)\.\w*\.?f32|\.ftz|\.approx", text)
     if any(op.endswith("f32x2") for op in floats):
         assert pytest.importorskip("triton").__version__.startswith("3.6."), "see docs/triton.md"

@@ -171,7 +171,7 @@ def decode_split8(codes, companion, root, maps):
 
 @triton.jit
 def encode_split8(values, random, root, maps):
-    kept = (values.to(tl.uint32, bitcast=True) + (random >> 8)) >> 8
+    kept = (values.to(tl.uint32, bitcast=True) + (random & 0xFF)) >> 8
     codes = ((kept + 0x80) >> 8) & 0xFFFF
     low = kept - (codes << 8)
     nan = values != values

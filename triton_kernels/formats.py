@@ -59,6 +59,8 @@ class Format:
         extra: type of what is beside the elements, scales of blocks or a companion; None for none.
         block: elements that share one of these.
         packed: elements in a byte.
+        use: which 16 of the random bits a weight in this format takes; a state takes those of its
+            slot.
         root: (stored elements, scales) -> what relative first moments are measured in; None unless
             the format does so.
     """
@@ -71,6 +73,7 @@ class Format:
     extra: tl.dtype | None = None
     block: int = 1
     packed: int = 1
+    use: int = 3
     root: Any = None
 
     @property
@@ -90,9 +93,9 @@ def _dynamic(sign: str) -> Format:
     return Format(f"dynamic8-{sign}", tl.uint8, decode, encode, **scales)
 
 
-def _companion(name: str, extra: tl.dtype, stochastic: bool = False) -> Format:
+def _companion(name: str, extra: tl.dtype, **options: Any) -> Format:
     decode, encode = (getattr(floats, f"{way}_{name}") for way in ("decode", "encode"))
-    return Format(name, tl.uint16, decode, encode, stochastic, extra)
+    return Format(name, tl.uint16, decode, encode, extra=extra, **options)
 
 
 # By the code of onepass/formats.py: formats of a tensor alone.
@@ -107,7 +110,8 @@ FORMATS = {
     10: _companion("master_bf16", tl.float32),
     11: _companion("master_fp16", tl.float32),
     12: _companion("split16", tl.uint16),
-    13: _companion("split8", tl.uint8, stochastic=True),
+    # It takes the lowest 8 bits, which hardly decide how the state of slot 0 is rounded.
+    13: _companion("split8", tl.uint8, stochastic=True, use=0),
 }
 
 _DYNAMIC = {sign: _dynamic(sign) for sign in ("signed", "unsigned")}

@@ -173,6 +173,12 @@ def unit_root(root):
 
 
 @triton.jit
+def bits_of(words, USE: tl.constexpr):
+    """16 random bits for each element: word 0 has those of slots 0 and 1, word 1 the others."""
+    return (words[USE // 2] >> (USE % 2 * 16)) & 0xFFFF
+
+
+@triton.jit
 def store_state(
     at, states, words, root, first, count, maps, V: tl.constexpr, SLOT: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
@@ -181,7 +187,7 @@ def store_state(
     FORMAT: tl.constexpr = state_format(V, SLOT)
     ROOT: tl.constexpr = root_slot(V)
     _, _, _, states_at, scales_at = at
-    random = (words[SLOT // 2] >> (SLOT % 2 * 16)) & 0xFFFF
+    random = bits_of(words, SLOT)
     values = only_elements(states[SLOT], first, count, FORMAT, FULL)
     codes, extra = FORMAT.encode(values, random, root, maps)
     store_stored(states_at[SLOT], scales_at[SLOT], first, count, codes, extra, FORMAT, BLOCK, FULL)
@@ -233,7 +239,8 @@ def sweep_block(
             formats.random_bits(stream, index, offsets, 0),
             formats.random_bits(stream, index, offsets, 1),
         )
-    codes, extra = PARAM.encode(param, words[1] >> 16, 0, maps)
+    USE: tl.constexpr = PARAM.use
+    codes, extra = PARAM.encode(param, bits_of(words, USE), 0, maps)
     store_stored(param_at, companion_at, first, count, codes, extra, PARAM, BLOCK, FULL)
     if ROOT is not None:
         root = store_state(at, states, words, root, first, count, maps, V, ROOT, BLOCK, FULL)
