@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import onepass
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,16 @@ IDS = [name for _, _, name in VARIANTS]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["fp32", "bf16"]
+"""Formats of one number an element, which need no care for blocks."""
+
+EVERY_FORMAT = [
+    (states, weights, dtype)
+    for states in STATE_FORMATS
+    for weights, form in WEIGHT_FORMATS.items()
+    for dtype in form.codes
+]
+"""Every format of states with every format of weights, in each dtype of weights that it serves."""
+
 SIZES = [(0,), (), (1,), (3,), (31,), (33,), (7, 37), (1023,), (1025,)]
 
 
@@ -115,6 +126,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit for bit, two NaNs counting as equal."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
     raw = torch.int32 if a.dtype == torch.float32 else torch.int16
     equal = a.contiguous().view(raw) == b.contiguous().view(raw)
     return bool((equal | (a.isnan() & b.isnan())).all())

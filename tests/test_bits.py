@@ -12,6 +12,7 @@ import onepass
 from .cases import (
     CASES,
     DTYPES,
+    EVERY_FORMAT,
     FORMATS,
     IDS,
     SIZES,
@@ -22,9 +23,11 @@ from .cases import (
 )
 
 
-def run(case, variant, backend, dtype, grad_dtype, states, steps=3, sizes=SIZES):
+def run(case, variant, backend, dtype, grad_dtype, states, steps=3, sizes=SIZES, weights="native"):
     params = make_params(sizes, dtype, seed=1)
-    optimizer = case.ours(params, **variant, states=states, backend=backend, seed=7)
+    optimizer = case.ours(
+        params, **variant, states=states, weights=weights, backend=backend, seed=7
+    )
     for step in range(steps):
         set_grads(params, grad_dtype, seed=100 + step)
         optimizer.step()
@@ -39,6 +42,28 @@ def test_every_rule_option_dtype_format_and_odd_size(case, variant, name, every_
             onepass.ops.cpu_isa(isa)
             found = run(case, variant, "cpu", dtype, grad_dtype, states)
             assert_same(found, expected)
+
+
+# Short blocks, whole blocks, several tiles with a short block at the end.
+BLOCK_SIZES = [(0,), (), (3,), (31, 33), (256,), (1025,)]
+
+
+@pytest.mark.parametrize(
+    ("case", "variant", "name"), [v for v in VARIANTS if not v[1]["maximize"]], ids=lambda v: v
+)
+def test_every_format_of_states_and_weights(case, variant, name, every_isa):
+    for i, (states, weights, dtype) in enumerate(EVERY_FORMAT):
+        # Gradients of the weight's dtype, which the fused kernels want, or of another.
+        grad_dtype = dtype if i % 3 else DTYPES[i // 3 % 3]
+        how = (case, variant, dtype, grad_dtype, states, weights)
+        expected = run_formats("reference", *how)
+        for isa in every_isa:
+            onepass.ops.cpu_isa(isa)
+            assert_same(run_formats("cpu", *how), expected)
+
+
+def run_formats(backend, case, variant, dtype, grad_dtype, states, weights):
+    return run(case, variant, backend, dtype, grad_dtype, states, 2, BLOCK_SIZES, weights)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -63,18 +88,25 @@ def test_special_values(case, every_isa):
     values = torch.tensor(SPECIAL)
     weight = values.repeat_interleave(len(values))
     grad = values.repeat(len(values))
-    for variant, dtype, states in itertools.product(case.variants(), DTYPES, FORMATS):
-        results = []
-        for backend, isa in [("reference", "auto"), *(("cpu", isa) for isa in every_isa)]:
-            onepass.ops.cpu_isa(isa)
-            param = torch.nn.Parameter(weight.to(dtype, copy=True))
-            optimizer = case.ours([param], **variant, states=states, backend=backend)
-            for _ in range(2):
-                param.grad = grad.to(dtype)
-                optimizer.step()
-            results.append(optimizer)
-        for found in results[1:]:
-            assert_same(found, results[0])
+    plain = [(states, "native", dtype) for dtype in DTYPES for states in FORMATS]
+    for i, variant in enumerate(case.variants()):
+        formats = plain if i else EVERY_FORMAT
+        for states, weights, dtype in formats:
+            special_values(case, variant, dtype, states, weights, weight, grad, every_isa)
+
+
+def special_values(case, variant, dtype, states, weights, weight, grad, every_isa):
+    results = []
+    for backend, isa in [("reference", "auto"), *(("cpu", isa) for isa in every_isa)]:
+        onepass.ops.cpu_isa(isa)
+        param = torch.nn.Parameter(weight.to(dtype, copy=True))
+        optimizer = case.ours([param], **variant, states=states, weights=weights, backend=backend)
+        for _ in range(2):
+            param.grad = grad.to(dtype)
+            optimizer.step()
+        results.append(optimizer)
+    for found in results[1:]:
+        assert_same(found, results[0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -17,7 +17,7 @@ from .cases import same_bits
 
 pytestmark = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
 
-SPEC = [RULES["adam"].code, 1, 0, 0, 0, 0, 0, ABSENT]
+SPEC = [RULES["adam"].code, 1, 0, 0, 0, 0, 0, 0, ABSENT]
 
 
 def arguments(n=100):
@@ -88,7 +88,16 @@ def test_a_pointer_is_good_for_one_run():
         (lambda p, s, spec: spec.__setitem__((0, 0), 99), "no rule 99"),
         (lambda p, s, spec: spec.__setitem__((0, 1), 15), "no rule 3 with flags 15"),
         (lambda p, s, spec: spec.__setitem__((0, 5), 77), "no format 77"),
-        (lambda p, s, spec: spec.__setitem__((0, 7), 0), "too few states"),
+        (lambda p, s, spec: spec.__setitem__((0, 5), 5), "as its format says"),
+        (lambda p, s, spec: spec.__setitem__((0, 5), 12), "as its format says"),
+        (lambda p, s, spec: spec.__setitem__((0, 6), 77), "no format 77 of states"),
+        (lambda p, s, spec: spec.__setitem__((0, 6), 13), "no format 13 of states"),
+        (lambda p, s, spec: spec.__setitem__((0, 6), 5), "another shape"),
+        (
+            lambda p, s, spec: (spec.__setitem__((0, 6), 5), spec.__setitem__((0, 4), 16)),
+            "element 16 is inside a block of 32",
+        ),
+        (lambda p, s, spec: spec.__setitem__((0, 8), 0), "too few states"),
         (lambda p, s, spec: spec.__setitem__((0, 2), -1), "negative row"),
         (lambda p, s, spec: s.append(torch.zeros(100)), "more states than"),
         (lambda p, s, spec: s.__setitem__(0, torch.zeros(99)), "another shape"),

@@ -188,8 +188,18 @@ BAD_OPTIONS = [
     (onepass.RMSprop, {"alpha": 1.5}, r"alpha must be a number in \[0, 1\); got 1.5"),
     (onepass.Adagrad, {"lr_decay": -1}, "lr_decay must be"),
     (onepass.Adagrad, {"initial_accumulator_value": NAN}, "initial_accumulator_value must be"),
-    (onepass.AdamW, {"states": "fp8"}, "states must be one of 'fp32', 'bf16'; got 'fp8'"),
-    (onepass.AdamW, {"weights": "master"}, "weights must be one of 'native'; got 'master'"),
+    (
+        onepass.AdamW,
+        {"states": "fp8"},
+        "states must be one of 'fp32', 'bf16', 'mx8', 'mx4', 'dynamic8'; got 'fp8'",
+    ),
+    (
+        onepass.AdamW,
+        {"weights": "fp24"},
+        "weights must be one of 'native', 'stochastic', 'kahan', 'master', 'split16', 'split8'; "
+        "got 'fp24'",
+    ),
+    (onepass.AdamW, {"weights": "master"}, "weights='master' is for bfloat16, float16 weights; "),
     (
         onepass.AdamW,
         {"backend": "cudnn"},

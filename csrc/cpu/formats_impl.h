@@ -1,222 +1,11 @@
-// The formats over a strip of at most 32 elements, for one instruction set: see kernels_impl.h.
-// Strips begin at multiples of 32, so that one is a block of mx8 or mx4. A length that is a
-// constant leaves fully unrolled vector code, which works in registers where several formats meet.
+// The formats in blocks over a strip, and all formats over a tile, for one instruction set: see
+// kernels_impl.h.
 #pragma once
 
-#include "kernels.h"
+#include "floats_impl.h"
 
 namespace onepass::cpu {
 namespace {
-
-constexpr int kStrip = kMxBlock;
-
-// --- narrow codes ---
-
-// Apart from the arithmetic: a vectoriser fills its widest vectors with the narrowest type of a
-// loop, and takes everything else apart to match.
-template <class To, class From>
-ONEPASS_HD void convert(const From* __restrict from, To* __restrict to, int n) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
-}
-
-// --- random bits ---
-
-// The words of the generator for a strip that begins offset elements into the tile.
-ONEPASS_HD void draw(
-    const TileRandom& random, int word, int offset, int n, uint32_t* __restrict words) {
-  const RandomKey key = random.keys[word];
-  const uint32_t start = random_start(key, random.low + static_cast<uint32_t>(offset));
-#pragma omp simd
-  for (int i = 0; i < n; ++i) words[i] = random_mix(key, start + static_cast<uint32_t>(i) * kWeyl);
-}
-
-// The 16 bits of one use: its half of the words.
-struct Random {
-  const uint32_t* words;
-  int shift;
-  ONEPASS_HD uint32_t operator[](int i) const { return words[i] >> shift & 0xFFFFu; }
-};
-
-// --- floats ---
-
-// Every format has load and store: n elements from element first on, to and from fp32. roots is
-// what mx4 measures first moments in.
-struct Fp32 {
-  static constexpr bool kDraws = false;
-  static constexpr Format kFormat = Format::kFp32;
-  struct Code {
-    ONEPASS_HD static uint32_t measure(float) { return 0; }
-    ONEPASS_HD static uint32_t scale(uint32_t) { return 0; }
-  };
-  ONEPASS_HD static void store_scaled(
-      const float* values, const Stored& at, int64_t first, int n, Random random, uint32_t) {
-    store(values, at, first, n, random, nullptr);
-  }
-  ONEPASS_HD static void load(
-      const Stored& at, int64_t first, int n, float* __restrict out, float*) {
-    const float* __restrict values = static_cast<const float*>(at.data) + first;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = values[i];
-  }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, int n, Random, float*) {
-    float* __restrict out = static_cast<float*>(at.data) + first;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = values[i];
-  }
-};
-
-struct ToBf16 {
-  static constexpr bool kDraws = false;
-  static constexpr Format kFormat = Format::kBf16;
-  ONEPASS_HD static float decode(uint32_t code) { return from_bits(code << 16); }
-  ONEPASS_HD static uint32_t encode(float value, uint32_t) { return round_bf16(value) >> 16; }
-};
-struct DitherBf16 : ToBf16 {
-  static constexpr bool kDraws = true;
-  static constexpr Format kFormat = Format::kBf16Stochastic;
-  ONEPASS_HD static uint32_t encode(float value, uint32_t random16) {
-    return round_bf16_stochastic(value, random16) >> 16;
-  }
-};
-struct AwayBf16 : ToBf16 {
-  ONEPASS_HD static uint32_t encode(float value, uint32_t) { return round_half_away(value) >> 16; }
-};
-struct ToFp16 {
-  static constexpr bool kDraws = false;
-  ONEPASS_HD static float decode(uint32_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
-  ONEPASS_HD static uint32_t encode(float value, uint32_t) { return encode_fp16(value); }
-};
-struct DitherFp16 : ToFp16 {
-  static constexpr bool kDraws = true;
-  ONEPASS_HD static uint32_t encode(float value, uint32_t random16) {
-    return encode_fp16_stochastic(value, random16 >> 3);
-  }
-};
-
-template <class Code>
-struct Half {
-  static constexpr bool kDraws = Code::kDraws;
-  static constexpr Format kFormat = Code::kFormat;
-  ONEPASS_HD static void load(
-      const Stored& at, int64_t first, int n, float* __restrict out, float*) {
-    uint32_t codes[kStrip];
-    convert(static_cast<const uint16_t*>(at.data) + first, codes, n);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = Code::decode(codes[i]);
-  }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
-      float*) {
-    uint32_t codes[kStrip];
-#pragma omp simd
-    for (int i = 0; i < n; ++i) codes[i] = Code::encode(values[i], kDraws ? random[i] : 0);
-    convert(codes, static_cast<uint16_t*>(at.data) + first, n);
-  }
-};
-
-// --- weights with a companion ---
-
-template <class Code>
-struct Kahan {
-  static constexpr bool kDraws = false;
-  ONEPASS_HD static void load(
-      const Stored& at, int64_t first, int n, float* __restrict out, float*) {
-    float rest[kStrip];
-    Half<Code>::load(at, first, n, out, nullptr);
-    Half<Code>::load({at.extra, nullptr}, first, n, rest, nullptr);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = out[i] + rest[i];
-  }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
-      float*) {
-    float rest[kStrip];
-#pragma omp simd
-    for (int i = 0; i < n; ++i)
-      rest[i] = left_over(values[i], Code::decode(Code::encode(values[i], 0)));
-    Half<Code>::store(values, at, first, n, random, nullptr);
-    Half<Code>::store(rest, {at.extra, nullptr}, first, n, random, nullptr);
-  }
-};
-
-template <class Code>
-struct Master {
-  static constexpr bool kDraws = false;
-  ONEPASS_HD static void load(
-      const Stored& at, int64_t first, int n, float* __restrict out, float*) {
-    uint32_t codes[kStrip];
-    convert(static_cast<const uint16_t*>(at.data) + first, codes, n);
-    const float* __restrict master = static_cast<const float*>(at.extra) + first;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      // A weight that is no longer its rounded master was changed from outside, and counts.
-      const bool kept = (Code::encode(master[i], 0) & 0xFFFFu) == codes[i];
-      out[i] = kept ? master[i] : Code::decode(codes[i]);
-    }
-  }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
-      float*) {
-    Half<Code>::store(values, at, first, n, random, nullptr);
-    Fp32::store(values, {at.extra, nullptr}, first, n, random, nullptr);
-  }
-};
-
-struct Split16Weight {
-  static constexpr bool kDraws = false;
-  ONEPASS_HD static void load(
-      const Stored& at, int64_t first, int n, float* __restrict out, float*) {
-    uint32_t codes[kStrip];
-    int32_t low[kStrip];
-    convert(static_cast<const uint16_t*>(at.data) + first, codes, n);
-    convert(static_cast<const int16_t*>(at.extra) + first, low, n);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = decode_split16(codes[i], low[i]);
-  }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, int n, Random, float*) {
-    uint32_t codes[kStrip];
-    int32_t low[kStrip];
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const Split split = encode_split16(values[i]);
-      codes[i] = split.weight;
-      low[i] = static_cast<int32_t>(split.low);
-    }
-    convert(codes, static_cast<uint16_t*>(at.data) + first, n);
-    convert(low, static_cast<int16_t*>(at.extra) + first, n);
-  }
-};
-
-struct Split8Weight {
-  static constexpr bool kDraws = true;
-  static constexpr Format kFormat = Format::kSplit8;
-  ONEPASS_HD static void load(
-      const Stored& at, int64_t first, int n, float* __restrict out, float*) {
-    uint32_t codes[kStrip];
-    int32_t low[kStrip];
-    convert(static_cast<const uint16_t*>(at.data) + first, codes, n);
-    convert(static_cast<const int8_t*>(at.extra) + first, low, n);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = decode_split8(codes[i], low[i]);
-  }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
-      float*) {
-    uint32_t codes[kStrip];
-    int32_t low[kStrip];
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const Split split = encode_split8(values[i], random[i]);
-      codes[i] = split.weight;
-      low[i] = static_cast<int32_t>(split.low);
-    }
-    convert(codes, static_cast<uint16_t*>(at.data) + first, n);
-    convert(low, static_cast<int8_t*>(at.extra) + first, n);
-  }
-};
 
 // --- blocks ---
 
@@ -235,7 +24,7 @@ ONEPASS_HD void encode_block(
     const float* __restrict values, int n, Random random, uint32_t scale,
     uint32_t* __restrict codes) {
   if (__builtin_expect(scale == kNotFinite, 0)) {
-    for (int i = 0; i < n; ++i) codes[i] = Code::not_finite(values[i]);
+    for (int i = 0; i < n; ++i) codes[i] = Code::kNan;
   } else {
 #pragma omp simd
     for (int i = 0; i < n; ++i) codes[i] = Code::encode(values[i], random[i], scale);
@@ -308,7 +97,7 @@ struct Mx4State {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       if (Of == kSecond) units[i] = sqrt_rn(values[i]);
-      if (Of == kRelative) units[i] = div_rn(values[i], root[i] == 0.0f ? 1.0f : root[i]);
+      if (Of == kRelative) units[i] = ratio(values[i], root[i]);
       if (Of == kFirst) units[i] = values[i];
     }
     const uint32_t scale = scale_of<Code>(units, n);
@@ -374,10 +163,14 @@ void store_dynamic8(
   const bool finite = largest < kInfinity;
   static_cast<float*>(dst.extra)[first / kDynamicBlock] = from_bits(finite ? largest : 0x7FC00000u);
   const float divisor = largest == 0 ? 1.0f : from_bits(largest);
-  for (int i = 0; i < n; ++i) {
-    const uint32_t code = encode_dynamic(div_rn(tile[i], divisor), Map.edges);
-    codes[i] = static_cast<uint8_t>(finite ? code : 0u);
+  if (!finite) {
+    __builtin_memset(codes, 0, n);
+    return;
   }
+  float units[kTile];
+#pragma omp simd
+  for (int i = 0; i < n; ++i) units[i] = div_rn(tile[i], divisor);
+  for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(encode_dynamic(units[i], Map));
 }
 
 }  // namespace

@@ -28,9 +28,6 @@ struct Entry {
   bool has(int k) const { return slots >> k & 1; }
 };
 
-// Elements of an fp32 tile: five of them (weight, gradient, three states) are 5 KiB of L1. Measured
-// on AVX-512, two cores, 2026-11: 256 is the fastest of 64 to 2048.
-constexpr int kTile = 256;
 // A piece of work: large enough to hide the counter that hands it out, small enough that threads
 // on a busy machine end together.
 constexpr int64_t kPiece = 65536;

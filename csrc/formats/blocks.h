@@ -11,6 +11,8 @@ constexpr int kMxBlock = 32;
 constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
 constexpr uint32_t kInfinity = 0x7F800000u;
 constexpr uint32_t kNotFinite = 255;  // the scale of a block that holds a NaN or an infinity
+constexpr uint32_t kLowestRoot = 54;  // the squares of 2^-73 and above are exact, and not zero
+constexpr uint32_t kRatioLimit = 0x40E00000u;  // 7: bounds what mx4 can make of Adam's step
 
 ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
@@ -38,8 +40,8 @@ struct Minifloat {
   }
 };
 
-// What follows: encode for a finite block, not_finite for others; measure is what the scale is made
-// of the largest of.
+// encode is for a finite block; every code of others is kNan. measure is what the scale is made of
+// the largest of.
 
 // Values of at least zero; code 0 is zero and nothing else.
 template <int Exponent, int Mantissa>
@@ -54,7 +56,6 @@ struct Unsigned : Minifloat<Exponent, Mantissa> {
     const uint32_t code = static_cast<uint32_t>(steps > 1 ? steps : 1);
     return code < bits ? code : bits;
   }
-  ONEPASS_HD static uint32_t not_finite(float) { return Base::kNan; }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
     return code == 0 ? 0.0f : Base::value(code, scale);
   }
@@ -67,13 +68,12 @@ struct Positive : Minifloat<Exponent, Mantissa> {
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
   ONEPASS_HD static uint32_t scale(uint32_t largest) {
-    return largest == 0 ? 0u : Base::lowest(largest, 1);
+    return largest == 0 ? 0u : Base::lowest(largest, kLowestRoot);
   }
   ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
     const uint32_t code = Base::round(max_u32(to_bits(value), scale << 23), random16, scale);
     return scale == 0 ? 0u : code;
   }
-  ONEPASS_HD static uint32_t not_finite(float) { return Base::kNan; }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
     return scale == 0 ? 0.0f : Base::value(code, scale);
   }
@@ -95,15 +95,20 @@ struct Signed : Minifloat<Exponent, Mantissa> {
     const uint32_t code = Base::round(to_bits(lifted), random16, scale);
     return code | (bits >> (31 - kWidth) & 1u << kWidth);
   }
-  ONEPASS_HD static uint32_t not_finite(float value) {
-    return Base::kNan | (to_bits(value) >> (31 - kWidth) & 1u << kWidth);
-  }
   ONEPASS_HD static float decode(uint32_t stored, uint32_t scale) {
     const uint32_t code = stored & ((1u << kWidth) - 1);
     const float value = Base::value(code, scale) - from_bits(scale << 23);
     return from_bits(to_bits(value) | (stored << (31 - kWidth) & 1u << 31));
   }
 };
+
+// value / root as mx4 codes it, held to the limit where it is finite.
+ONEPASS_HD float ratio(float value, float root) {
+  const uint32_t bits = to_bits(div_rn(value, root == 0.0f ? 1.0f : root));
+  const uint32_t magnitude = bits & kMagnitude;
+  const bool over = magnitude > kRatioLimit && magnitude < kInfinity;
+  return from_bits((over ? kRatioLimit : magnitude) | (bits & ~kMagnitude));
+}
 
 // The codes of each kind of moment.
 template <bool IsSecond>

@@ -8,17 +8,28 @@ namespace onepass {
 
 constexpr int kDynamicBlock = 256;
 
+// Cells of the magnitudes from 2^-24 to 2: 128 in each binade.
+constexpr int kDynamicCells = 25 * 128;
+constexpr uint32_t kFirstCell = 103u << 7;  // the upper half of 2^-24
+
 struct DynamicMap {
+  bool is_signed;
   float values[256];  // ascending
-  float edges[255];   // what is above edges[k] has a code above k
+  // Above zero, the midpoint between each value and the next, then infinity. What lies above k of
+  // them has the code of zero + k; below zero it is the same mirrored.
+  float edges[256];
+  // How many edges lie below the lowest magnitude of a cell. A cell holds two at most.
+  uint8_t starts[kDynamicCells];
+
+  constexpr int zero() const { return is_signed ? 127 : 0; }
 };
 
 constexpr DynamicMap dynamic_map(bool is_signed) {
   DynamicMap map{};
+  map.is_signed = is_signed;
   constexpr double kDecades[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
-  const int zero = is_signed ? 127 : 0;
-  int code = zero;
-  map.values[code++] = 0.0f;
+  const int zero = map.zero();
+  int code = zero + 1;
   for (int decade = 0; decade < 7; ++decade) {
     const int parts = 1 << (is_signed ? decade : decade + 1);
     for (int j = 0; j < parts; ++j, ++code) {
@@ -28,15 +39,33 @@ constexpr DynamicMap dynamic_map(bool is_signed) {
     }
   }
   map.values[code] = 1.0f;
-  for (int k = 0; k < 255; ++k) map.edges[k] = (map.values[k] + map.values[k + 1]) * 0.5f;
+  int edges = 0;
+  for (int k = zero; k < code; ++k) map.edges[edges++] = (map.values[k] + map.values[k + 1]) * 0.5f;
+  for (int k = edges; k < 256; ++k) map.edges[k] = __builtin_inff();
+  int below = 0;
+  double lowest = 0x1p-24, binade = 0x1p-24;
+  for (int cell = 0; cell < kDynamicCells; ++cell) {
+    if (cell % 128 == 0 && cell) binade *= 2;
+    lowest = binade * (1.0 + (cell % 128) / 128.0);
+    while (below < edges && map.edges[below] < lowest) ++below;
+    map.starts[cell] = static_cast<uint8_t>(below);
+  }
   return map;
 }
 
-// The code of a value in [-1, 1]: a binary search without branches.
-ONEPASS_HD uint32_t encode_dynamic(float value, const float* edges) {
-  uint32_t code = 0;
-  for (uint32_t step = 128; step; step >>= 1) code += value > edges[code + step - 1] ? step : 0u;
-  return code;
+// The code of a value in [-1, 1].
+ONEPASS_HD uint32_t encode_dynamic(float value, const DynamicMap& map) {
+  const uint32_t bits = to_bits(value), upper = (bits & 0x7FFFFFFFu) >> 16;
+  const float magnitude = from_bits(bits & 0x7FFFFFFFu);
+  if (upper < kFirstCell) return map.zero();
+  const bool negative = bits >> 31;
+  uint32_t above = map.starts[upper - kFirstCell];
+  // An edge itself belongs to the lower of two codes, which below zero is the larger magnitude.
+  for (int k = 0; k < 2; ++k)
+    above += (magnitude > map.edges[above]) | (negative & (magnitude == map.edges[above]));
+  const uint32_t zero = map.zero();
+  if (!negative) return zero + above;
+  return above < zero ? zero - above : 0;  // -1 has no code: the lowest value is -0.993
 }
 
 }  // namespace onepass

@@ -143,7 +143,7 @@ def fit_states(
     if not slots:
         return {}
     found: dict[str, torch.Tensor] = {}
-    forms: dict[str, StateFormat] = {}
+    forms = set()
     for _, key in slots:
         data = _tensor(saved[key], f"{key} of {which}")
         scale = saved.get(scale_key(key))
@@ -156,17 +156,19 @@ def fit_states(
                     "parameter"
                 )
             found[layout.key] = value if is_dense(value) else value.contiguous()
-        forms[key] = source
-    if len(set(forms.values())) > 1:
-        return _fit_each(found, forms, param, rule, form, which)
-    source = next(iter(forms.values()))
-    strides = {key: found[key].stride() for key in forms}
+        forms.add(source.name)
+    if len(forms) > 1 and not forms <= {"fp32", "bf16"}:
+        raise ValueError(f"the states of {which} are in different formats: {sorted(forms)}")
+    if len(forms) > 1:
+        found, forms = {key: value.float() for key, value in found.items()}, {"fp32"}
+    source = STATE_FORMATS[forms.pop()]
+    strides = {key: found[key].stride() for _, key in slots}
     if source.packed > 1:
-        strides = dict.fromkeys(forms, _saved_stride(saved, param, which))
+        strides = dict.fromkeys(strides, _saved_stride(saved, param, which))
 
     layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
     new = {layout.key: layout for layout in layouts}
-    in_order = all(_same_order(strides[key], param.stride(), param.shape) for key in forms)
+    in_order = all(_same_order(strides[key], param.stride(), param.shape) for key in strides)
     if source is form and in_order and all(x.fits(found[x.key], param.device) for x in layouts):
         return {key: value.clone() if copy else value for key, value in found.items()}
     held = {layout.key: layout.empty(param.device) for layout in layouts}
@@ -176,28 +178,6 @@ def fit_states(
         return held
     _convert(found, source, strides, held, form, param, rule, slots)
     return held
-
-
-def _fit_each(
-    found: Mapping[str, torch.Tensor],
-    forms: Mapping[str, StateFormat],
-    param: torch.Tensor,
-    rule: Rule,
-    form: StateFormat,
-    which: str,
-) -> dict[str, torch.Tensor]:
-    """States that are not all in one format, as after one of them was replaced."""
-    if any(source.packed > 1 for source in forms.values()):
-        names = ", ".join(sorted({source.name for source in forms.values()}))
-        raise ValueError(
-            f"the states of {which} are in several formats, {names}: mx4 codes each given the "
-            "others, so it must be all of them or none"
-        )
-    wide = {}
-    for key, source in forms.items():
-        part = {k: found[k] for k in (key, scale_key(key)) if k in found}
-        wide.update(fit_states(part, param, rule, STATE_FORMATS["fp32"], which, False, source.name))
-    return fit_states(wide, param, rule, form, which)
 
 
 def _saved_stride(saved: Mapping[str, Any], param: torch.Tensor, which: str) -> tuple[int, ...]:

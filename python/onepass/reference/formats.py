@@ -67,7 +67,7 @@ def _encode_state(
         if kind == "second":
             codes, scale = blocks.encode_positive(np.sqrt(values), random)
         else:
-            unit = values if root is None else values / root
+            unit = values if root is None else blocks.ratio(values, root)
             codes, scale = blocks.encode_signed(unit, random, blocks.E2M1)
         return blocks.pack(codes), scale
     if code == DYNAMIC8:

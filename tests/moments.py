@@ -1,0 +1,79 @@
+"""Averages that rest in a state format between steps, for the tests of formats: no weights.
+
+The formats are those of :mod:`onepass.reference`; the other backends return the same bits as it
+does, which other tests see to. The random bits are the generator's, as in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onepass import reference
+from onepass.formats import STATE_FORMATS
+
+F32 = np.float32
+ADAM = ("relative", "second")  # the kinds of Adam's slots without amsgrad
+ALL_RANDOM = np.arange(1 << 16, dtype=np.uint32)  # every value that 16 random bits can have
+
+
+def random_bits(step: int, count: int, slots: int = 2, seed: int = 0) -> list[np.ndarray]:
+    """16 bits an element for each slot, as a step draws them."""
+    words = [reference.random_bits(seed, step, 0, 0, count, word) for word in range(-(-slots // 2))]
+    halves = [half for word in words for half in (word & np.uint32(0xFFFF), word >> np.uint32(16))]
+    return halves[:slots]
+
+
+def encode(name: str, values: Sequence[np.ndarray], kinds: Sequence[str], random=None):
+    """What the format stores of each slot; random: 16 bits an element, or one number for all."""
+    count = len(values[0])
+    if random is None or isinstance(random, int):
+        random = [np.full(count, random or 0, np.uint32)] * len(values)
+    return reference.encode_states(STATE_FORMATS[name].code, tuple(values), kinds, random)
+
+
+def decode(name: str, stored, kinds: Sequence[str], count: int) -> list[np.ndarray]:
+    """The fp32 values behind :func:`encode`."""
+    return list(reference.decode_states(STATE_FORMATS[name].code, stored, kinds, count))
+
+
+def there_and_back(name: str, values: Sequence[np.ndarray], kinds: Sequence[str], random=None):
+    """The values that are left of values."""
+    return decode(name, encode(name, values, kinds, random), kinds, len(values[0]))
+
+
+class Moments:
+    """The two averages of Adam: fp32 within a step, in a format between steps.
+
+    Attributes:
+        exp_avg, exp_avg_sq: of the last step, before they were encoded.
+    """
+
+    def __init__(self, name: str, count: int, betas: tuple[float, float], seed: int = 0) -> None:
+        self.name, self.count, self.betas, self.seed = name, count, betas, seed
+        self.steps = 0
+        self.put(np.zeros(count, F32), np.zeros(count, F32))
+
+    def put(self, exp_avg: np.ndarray, exp_avg_sq: np.ndarray) -> None:
+        """Stores both."""
+        self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
+        random = None
+        if STATE_FORMATS[self.name].stochastic:
+            random = random_bits(self.steps, self.count, seed=self.seed)
+        self.stored = encode(self.name, (exp_avg, exp_avg_sq), ADAM, random)
+
+    def get(self) -> list[np.ndarray]:
+        """Both as stored."""
+        return decode(self.name, self.stored, ADAM, self.count)
+
+    def add(self, grad: np.ndarray) -> np.ndarray:
+        """One step; returns Adam's step over lr, with eps = 0 and 0 where no gradient came yet."""
+        (beta1, beta2), (exp_avg, exp_avg_sq) = self.betas, self.get()
+        self.steps += 1
+        exp_avg = F32(beta1) * exp_avg + F32(1 - beta1) * grad
+        exp_avg_sq = F32(beta2) * exp_avg_sq + F32(1 - beta2) * (grad * grad)
+        self.put(exp_avg, exp_avg_sq)
+        correction = np.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        root = np.where(exp_avg_sq == 0, F32(1), np.sqrt(exp_avg_sq))
+        return F32(correction) * (exp_avg / root)
