@@ -109,10 +109,15 @@ def _tensor(value: Any, which: str) -> torch.Tensor:
 
 
 def _format_of(
-    data: torch.Tensor, scale: torch.Tensor | None, param: torch.Tensor, saved_as: str
+    data: torch.Tensor, scale: torch.Tensor | None, param: torch.Tensor, saved_as: str, which: str
 ) -> StateFormat:
     """The format that a saved state is in: by its tensors, and where those of two look alike by the
     format that it is said to be in."""
+    if (scale is None) != data.is_floating_point():
+        raise ValueError(
+            f"{which} is {data.dtype} {'without' if scale is None else 'with'} a scale: codes have "
+            "one, numbers have none"
+        )
     if scale is None:
         return STATE_FORMATS["bf16" if data.dtype == torch.bfloat16 else "fp32"]
     if scale.dtype == torch.float32:
@@ -147,7 +152,7 @@ def fit_states(
     for _, key in slots:
         data = _tensor(saved[key], f"{key} of {which}")
         scale = saved.get(scale_key(key))
-        source = _format_of(data, scale, param, saved_as or form.name)
+        source = _format_of(data, scale, param, saved_as or form.name, f"{key} of {which}")
         wanted = state_layouts(param, key, source)
         for layout, value in zip(wanted, [data] if scale is None else [data, scale], strict=True):
             if tuple(value.shape) != layout.shape:
@@ -156,6 +161,8 @@ def fit_states(
                     "parameter"
                 )
             found[layout.key] = value if is_dense(value) else value.contiguous()
+        if source.name == "fp32":
+            found[key] = found[key].float()  # torch.optim's are fp16 where the weight is
         forms.add(source.name)
     if len(forms) > 1 and not forms <= {"fp32", "bf16"}:
         raise ValueError(f"the states of {which} are in different formats: {sorted(forms)}")
