@@ -107,9 +107,8 @@ def _print(
     )
     for outcome in outcomes:
         print(f"\n{outcome.case.name}: {outcome.case.bytes / 1e6:,.3f} MB a step")
-        key = (outcome.case.rule, outcome.case.dtype, outcome.case.states, outcome.case.list.name)
         for line in found:
-            if results.case_key(line) == key:
+            if results.case_key(line) == outcome.case.key:
                 print(_row(line))
         for name, why in outcome.failed:
             print(f"{name:<16} WRONG, not timed: {why}")

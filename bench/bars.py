@@ -18,12 +18,34 @@ class Bar:
     list: str
     other: str
     needed: float
+    weights: str = "native"
 
 
 BARS = [
     Bar("fp32 no slower than torch fused", "adamw", "fp32", "fp32", "50M", "torch-fused", 1.0),
     Bar("fp32 no slower than DeepSpeed", "adamw", "fp32", "fp32", "50M", "deepspeed-cpu", 1.0),
     Bar("all bf16 1.6x torch fused", "adamw", "bf16", "bf16", "50M", "torch-fused", 1.6),
+    Bar("fp32 + mx8 1.3x torch fp32", "adamw", "fp32", "mx8", "50M", "torch-fused-fp32", 1.3),
+    Bar(
+        "bf16 + split8 + mx8 1.7x torch fp32",
+        "adamw",
+        "bf16",
+        "mx8",
+        "50M",
+        "torch-fused-fp32",
+        1.7,
+        "split8",
+    ),
+    Bar(
+        "bf16 + split8 + mx8 20x bitsandbytes",
+        "adamw",
+        "bf16",
+        "mx8",
+        "50M",
+        "bitsandbytes-8bit",
+        20.0,
+        "split8",
+    ),
     Bar("2,000 small 10x torch fused", "adamw", "fp32", "fp32", "2000x256", "torch-fused", 10.0),
     Bar("20,000 small 10x torch fused", "adamw", "fp32", "fp32", "20000x256", "torch-fused", 10.0),
 ]
@@ -54,9 +76,9 @@ def judge(lines: list[Line], ours: str = "onepass-cpu") -> list[Verdict]:
     """Every bar against the lines of one run."""
 
     def median(bar: Bar, provider: str) -> float | None:
-        wanted = (provider, bar.rule, bar.dtype, bar.states, bar.list)
+        wanted = (provider, bar.rule, bar.dtype, bar.weights, bar.states, bar.list)
         for line in lines:
-            keys = ("provider", "rule", "param_dtype", "states", "list")
+            keys = ("provider", "rule", "param_dtype", "weights", "states", "list")
             if tuple(line[key] for key in keys) == wanted:
                 return float(line["ms"]["p50"])
         return None

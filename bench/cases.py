@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+
 from .lists import ParamList, gpt2, many, one
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BYTES = {"fp32": 4, "bf16": 2}
 
 # Well beyond a shared last-level cache; what moves less per step may stay in it.
 BEYOND_CACHE = 1 << 29
@@ -33,33 +34,45 @@ STATES = {"adamw": 2, "lion": 1, "sgd": 1, "adagrad": 1, "rmsprop": 1}
 class Case:
     """One row of the benchmark; gradients have the dtype of the weights.
 
+    A provider that is there for comparison may have a dtype of its own.
+
     Attributes:
         rule: a key of OPTIONS.
         dtype: of weights and gradients, "fp32" or "bf16".
         states: format of the states.
         list: the parameters.
+        weights: how weights keep their precision.
     """
 
     rule: str
     dtype: str
     states: str
     list: ParamList
+    weights: str = "native"
 
     @property
     def name(self) -> str:
         """What --cases matches."""
-        return f"{self.rule}/{self.dtype}/states-{self.states}/{self.list.name}"
+        weights = "" if self.weights == "native" else f"-{self.weights}"
+        return f"{self.rule}/{self.dtype}{weights}/states-{self.states}/{self.list.name}"
 
     @property
-    def bytes_per_element(self) -> int:
-        """Weight read and written, gradient read, each state read and written."""
-        weight, state = BYTES[self.dtype], BYTES[self.states]
-        return 2 * weight + weight + STATES[self.rule] * 2 * state
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What tells cases apart, as in results.case_key."""
+        return self.rule, self.dtype, self.weights, self.states, self.list.name
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Weight and companion read and written, gradient read, each state read and written."""
+        dtype = DTYPES[self.dtype]
+        kept = dtype.itemsize + WEIGHT_FORMATS[self.weights].bytes(dtype)
+        return 2 * kept + dtype.itemsize + STATES[self.rule] * 2 * STATE_FORMATS[self.states].bytes
 
     @property
     def bytes(self) -> int:
-        """Bytes that a step has to move; step counters and tables are not counted."""
-        return self.list.numel * self.bytes_per_element
+        """Bytes that a step has to move, but for the step counters, the tables, and what the last
+        block of a tensor has more than its share of a scale."""
+        return round(self.list.numel * self.bytes_per_element)
 
     @property
     def beyond_cache(self) -> bool:
@@ -91,6 +104,11 @@ def all_cases(quick: bool = False) -> list[Case]:
         Case("adamw", "fp32", "fp32", big),
         Case("adamw", "bf16", "bf16", big),
         Case("adamw", "bf16", "fp32", big),
+        Case("adamw", "fp32", "mx8", big),
+        Case("adamw", "bf16", "mx8", big, "split8"),
+        Case("adamw", "bf16", "mx8", big, "stochastic"),
+        Case("adamw", "bf16", "mx4", big, "stochastic"),
+        Case("adamw", "fp32", "dynamic8", big),
         Case("lion", "fp32", "fp32", big),
         Case("sgd", "fp32", "fp32", big),
         Case("adagrad", "fp32", "fp32", big),

@@ -18,6 +18,9 @@ Update = Callable[[Tensor, Tensor, int, list[Tensor], dict[str, Any]], Tensor]
 SAMPLED = 1 << 20
 """About how many elements of a list are compared; all of them if it has no more."""
 STEPS = 2
+COARSE = {"mx8": 0.25, "dynamic8": 0.25, "mx4": 2.0}
+"""What coarse states may change of the way of a weight, as a fraction: a code of mx8 is an eighth
+of its value from the next, a code of mx4 a half, and both moments of an element are rounded."""
 SECOND = -0.5
 """The second gradient over the first, exact to form. With equal gradients Adam's update would not
 depend on its betas."""
@@ -117,7 +120,10 @@ class Expected:
         found = sample(weights)
         eps = torch.finfo(DTYPES[self.case.dtype]).eps
         unit = eps * (self.before.abs() + self.path)
-        limit = 2.0 * STEPS * unit + slack * self.path
+        # A weight that is rounded stochastically may be a whole spacing off.
+        rounding = 4.0 if self.case.weights == "stochastic" else 2.0
+        slack += COARSE.get(self.case.states, 0.0)
+        limit = rounding * STEPS * unit + slack * self.path
         wrong = ~((found - self.after).abs() <= limit)  # catches NaN too
         if not wrong.any():
             return ""

@@ -130,7 +130,10 @@ def _prepare(
     expected: Expected,
 ) -> tuple[Timed | None, str]:
     """The provider on weights of its own, checked; or None and what is wrong with it."""
-    params = [torch.nn.Parameter(t) for t in case.list.empty(DTYPES[case.dtype])]
+    dtype = DTYPES[provider.dtype_in(case)]
+    params = [torch.nn.Parameter(t) for t in case.list.empty(dtype)]
+    # Of the case's dtype they are shared by all providers.
+    grads = [grad.to(dtype) for grad in grads]
     for param, weight, grad in zip(params, weights, grads, strict=True):
         param.data.copy_(weight)
         param.grad = grad
@@ -142,7 +145,7 @@ def _prepare(
         return None, f"{type(error).__name__}: {first}"
     if problem:
         return None, problem
-    timed = Timed(provider.name, provider.version, optimizer.step, case.bytes)
+    timed = Timed(provider.name, provider.version, optimizer.step, provider.bytes_in(case))
     timed.ours, timed.own_threads = provider.ours, provider.own_threads
     return timed, ""
 

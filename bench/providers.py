@@ -33,6 +33,10 @@ class Provider:
         formats: (dtype of the weights, format of the states) that it has.
         lists: whether it is also measured on lists of many tensors.
         slack: error allowed beyond rounding, as a fraction of the update.
+        compared: states formats in whose cases it takes part for comparison, with formats of its
+            own.
+        dtype: of its weights in those cases, None for the case's own.
+        bytes: that it moves per element in those cases.
         own_threads: it brings a pool of threads besides torch's.
         ours: a wrong result is a failure of the benchmark.
     """
@@ -46,6 +50,9 @@ class Provider:
     slack: float = 0.0
     own_threads: bool = False
     ours: bool = False
+    compared: frozenset[str] = frozenset()
+    dtype: str | None = None
+    bytes: float | None = None
 
     def unavailable(self) -> str:
         """Why it cannot be measured here; empty when it can."""
@@ -60,11 +67,25 @@ class Provider:
         """Why it has no part in a case; empty when it has."""
         if case.rule not in self.rules:
             return f"has no {case.rule}" + (" of this kind" if self.module == "torch" else "")
+        if case.states in self.compared:
+            return ""
+        if case.weights != "native" and not self.ours:
+            return f"has no {case.weights} weights"
         if (case.dtype, case.states) not in self.formats:
             return f"has no {case.states} states for {case.dtype} weights"
         if not self.lists and len(case.list.shapes) > 1:
             return "measured on one tensor only"
         return ""
+
+    def dtype_in(self, case: Case) -> str:
+        """The dtype of its weights and gradients in a case."""
+        return self.dtype if self.dtype and case.states in self.compared else case.dtype
+
+    def bytes_in(self, case: Case) -> int:
+        """Bytes that a step of it has to move in a case."""
+        if self.bytes is None or case.states not in self.compared:
+            return case.bytes
+        return round(case.list.numel * self.bytes)
 
     def make(self, params: list[torch.Tensor], case: Case) -> Any:
         """A new optimizer over the parameters."""
@@ -96,7 +117,8 @@ def _named(name: str, **fixed: Any) -> Make:
 def _onepass(name: str) -> Make:
     def make(module: Any, params: list[torch.Tensor], case: Case) -> Any:
         options = OPTIONS[case.rule]
-        return getattr(module, name)(params, **options, states=case.states, backend="cpu")
+        formats = {"states": case.states, "weights": case.weights}
+        return getattr(module, name)(params, **options, **formats, backend="cpu")
 
     return make
 
@@ -122,6 +144,8 @@ def _deepspeed_adagrad(module: Any, params: list[torch.Tensor], case: Case) -> A
 # torch's states have the dtype of the weights.
 _AS_WEIGHTS = frozenset({("fp32", "fp32"), ("bf16", "bf16")})
 _EVERY = _AS_WEIGHTS | {("bf16", "fp32")}
+_BLOCKS = frozenset({"mx8", "mx4", "dynamic8"})
+_OURS = _EVERY | {(dtype, states) for dtype in ("fp32", "bf16") for states in _BLOCKS}
 _TORCH_NAMES = {"adamw": "AdamW", "sgd": "SGD", "adagrad": "Adagrad", "rmsprop": "RMSprop"}
 
 
@@ -136,8 +160,28 @@ PROVIDERS = [
         "onepass",
         "onepass",
         {rule: _onepass(name) for rule, name in {**_TORCH_NAMES, "lion": "Lion"}.items()},
-        _EVERY,
+        _OURS,
         ours=True,
+    ),
+    # What states in blocks are measured against: the fp32 step, and the 8 bits of others.
+    Provider(
+        "torch-fused-fp32",
+        "torch",
+        "torch.optim",
+        {"adamw": _named("AdamW", fused=True)},
+        frozenset(),
+        compared=_BLOCKS,
+        dtype="fp32",
+        bytes=28,
+    ),
+    Provider(
+        "bitsandbytes-8bit",
+        "bitsandbytes",
+        "bitsandbytes.optim",
+        {"adamw": _named("AdamW8bit")},
+        frozenset(),
+        slack=FP32_CORRECTION,
+        compared=_BLOCKS,
     ),
     _torch("fused", ["adamw", "sgd", "adagrad"], fused=True),
     _torch("foreach", list(_TORCH_NAMES), foreach=True),

@@ -47,11 +47,10 @@ def newest(lines: list[Line]) -> list[Line]:
 
 def _cases(lines: list[Line]) -> list[list[Line]]:
     """The lines of each case, those of a known case in the order of cases.py."""
-    groups: dict[tuple[str, str, str, str], list[Line]] = {}
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
         groups.setdefault(case_key(line), []).append(line)
-    known = [(c.rule, c.dtype, c.states, c.list.name) for c in all_cases()]
-    order = {key: i for i, key in enumerate(known)}
+    order = {case.key: i for i, case in enumerate(all_cases())}
     return [groups[key] for key in sorted(groups, key=lambda key: order.get(key, len(order)))]
 
 
@@ -61,7 +60,8 @@ def title(line: Line) -> str:
     if line["param_dtype"] == line["states"]:
         formats = line["states"] if line["states"] == "fp32" else f"all {line['states']}"
     else:
-        formats = f"{line['param_dtype']} weights, {line['states']} states"
+        kept = "" if line["weights"] == "native" else f" {line['weights']}"
+        formats = f"{line['param_dtype']}{kept} weights, {line['states']} states"
     return f"{rule}, {formats}, {line['list']}"
 
 
@@ -148,7 +148,7 @@ def markdown(lines: list[Line], sources: Sequence[str], picture: str | None) -> 
         "below 0.5 MB it is noise).",
         "- Lists are named by tensors x elements; `+1`: one element off the start of the storage.",
         "",
-        "Not measured: any GPU, `mx8`, `mx4` and `dynamic8` states, `weights` other than native, "
+        "Not measured: any GPU, `weights` other than native, stochastic and split8, "
         "gradients of another dtype than the weights.",
     ]
     for device in dict.fromkeys(line["device"] for line in lines):

@@ -80,7 +80,7 @@ def _line(env: Line, case: Case, one: Timed, copy_gbps: float) -> Line:
         "provider_version": one.version,
         "rule": case.rule,
         "states": case.states,
-        "weights": "native",
+        "weights": case.weights,
         "param_dtype": case.dtype,
         "grad_dtype": case.dtype,
         "list": case.list.name,
@@ -126,9 +126,9 @@ def read(path: Path) -> list[Line]:
     return found
 
 
-def case_key(line: Line) -> tuple[str, str, str, str]:
-    """What tells cases apart: rule, dtype of the weights, states, list."""
-    return line["rule"], line["param_dtype"], line["states"], line["list"]
+def case_key(line: Line) -> tuple[str, str, str, str, str]:
+    """What tells cases apart: rule, dtype and format of the weights, states, list."""
+    return line["rule"], line["param_dtype"], line["weights"], line["states"], line["list"]
 
 
 def _git(*arguments: str) -> str | None:

@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(onepass, m) {
   m.def("make_plan(Tensor[] params, Tensor[] states, Tensor spec) -> Tensor");
   m.def("refresh(Tensor plan, Tensor[] grads, int first) -> int");
   m.def("run(Tensor plan, Tensor hyper, Tensor counters) -> ()");
+  // Of the gradients that refresh has taken, float64 [3]: the sum of their squares, the largest
+  // magnitude, the count of those that are not finite. The plan stays ready for run.
+  m.def("norm(Tensor plan) -> Tensor");
   m.def("free_plan(Tensor plan) -> ()");
   // Selects the instruction set of the CPU sweep ("auto", "plain", "avx2", "avx512"; "" only
   // asks) and returns the name of the one in use.

@@ -96,6 +96,12 @@ EVERY_FORMAT = [
 ]
 """Every format of states with every format of weights, in each dtype of weights that it serves."""
 
+
+def served(variant: dict[str, Any], states: str) -> bool:
+    """Whether the options of a variant go with a format of states."""
+    return not (variant.get("centered") and STATE_FORMATS[states].block > 1)
+
+
 SIZES = [(0,), (), (1,), (3,), (31,), (33,), (7, 37), (1023,), (1025,)]
 
 

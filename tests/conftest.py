@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import onepass
-
-# Triton reads it when a kernel is first imported, which onepass does when the backend is used.
+# Triton reads it when it is first imported, for the functions of its own that kernels call.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import onepass
 
 
 @pytest.fixture(autouse=True)

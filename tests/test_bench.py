@@ -25,19 +25,23 @@ def _small_limits(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rule", "dtype", "states", "expected"),
+    ("rule", "dtype", "weights", "states", "expected"),
     [
-        ("adamw", "fp32", "fp32", 28),
-        ("adamw", "bf16", "bf16", 14),
-        ("adamw", "bf16", "fp32", 22),
-        ("lion", "fp32", "fp32", 20),
-        ("sgd", "fp32", "fp32", 20),
-        ("adagrad", "fp32", "fp32", 20),
-        ("rmsprop", "fp32", "fp32", 20),
+        ("adamw", "fp32", "native", "fp32", 28),
+        ("adamw", "bf16", "native", "bf16", 14),
+        ("adamw", "bf16", "native", "fp32", 22),
+        ("adamw", "fp32", "native", "mx8", 16.125),
+        ("adamw", "bf16", "split8", "mx8", 12.125),
+        ("adamw", "bf16", "stochastic", "mx4", 8.125),
+        ("adamw", "fp32", "native", "dynamic8", 16.0625),
+        ("lion", "fp32", "native", "fp32", 20),
+        ("sgd", "fp32", "native", "fp32", 20),
+        ("adagrad", "fp32", "native", "fp32", 20),
+        ("rmsprop", "fp32", "native", "fp32", 20),
     ],
 )
-def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, states, expected):
-    case = cases.Case(rule, dtype, states, many(2, 8))
+def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, weights, states, expected):
+    case = cases.Case(rule, dtype, states, many(2, 256), weights)
     params = [torch.nn.Parameter(t) for t in case.list.normal(1.0, cases.DTYPES[dtype], 0)]
     for param in params:
         param.grad = torch.ones_like(param)
@@ -48,7 +52,7 @@ def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, states, e
     for param in params:
         own = [v for k, v in optimizer.state[param].items() if k != "step"]
         moved += sum(2 * t.nbytes for t in (param, *own)) + param.grad.nbytes
-    assert case.bytes == moved == 16 * expected
+    assert case.bytes == moved == 512 * expected
 
 
 def test_lists():
@@ -67,9 +71,9 @@ def test_case_names_are_unique_and_bars_name_cases():
     assert len(set(names)) == len(names)
     assert cases.select(cases.all_cases(), "lion")[0].rule == "lion"
     assert [c.rule for c in cases.select(cases.all_cases(), "sgd/*")] == ["sgd"]
-    keys = {(c.rule, c.dtype, c.states, c.list.name) for c in cases.all_cases()}
+    keys = {case.key for case in cases.all_cases()}
     for bar in bars.BARS:
-        assert (bar.rule, bar.dtype, bar.states, bar.list) in keys
+        assert (bar.rule, bar.dtype, bar.weights, bar.states, bar.list) in keys
         assert bar.other in BY_NAME
 
 
@@ -181,6 +185,7 @@ def fake(provider, p50, date="2026-01-01", **more):
     line = dict.fromkeys(results.FIELDS)
     line |= {"provider": provider, "provider_version": "1", "date": date, "device": "cpu"}
     line |= {"rule": "adamw", "param_dtype": "fp32", "states": "fp32", "list": "50M"}
+    line["weights"] = "native"
     line |= {"ms": {"p20": p50, "p50": p50, "p80": p50}, "bytes": 1_400_000_000}
     return {**line, "gbps": 1400 / p50, "copy_gbps": 25.0, "share": 56 / p50, **more}
 

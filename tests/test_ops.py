@@ -40,6 +40,9 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.onepass.make_plan.default, (params, states, spec), test_utils=some[:2]
     )
+    plan = torch.ops.onepass.make_plan(params, states, spec)
+    assert torch.ops.onepass.refresh(plan, grads, 0) == 0
+    torch.library.opcheck(torch.ops.onepass.norm.default, (plan,), test_utils=some)
 
 
 def test_every_op_has_a_fake():
@@ -54,6 +57,8 @@ def test_every_op_has_a_fake():
         assert plan.dtype == torch.int64
         assert ops.refresh(plan, grads, 0) == 0
         assert ops.run(plan, hyper, counters) is None
+        found = ops.norm(plan)
+        assert (found.shape, found.dtype) == ((3,), torch.float64)
         assert ops.free_plan(plan) is None
 
 
@@ -78,8 +83,12 @@ def test_a_pointer_is_good_for_one_run():
     with pytest.raises(RuntimeError, match="run without refresh"):
         torch.ops.onepass.run(plan, hyper, counters)
     torch.ops.onepass.free_plan(plan)
-    with pytest.raises(RuntimeError, match="has been freed"):
-        torch.ops.onepass.refresh(plan, grads, 0)
+    for use in (
+        lambda: torch.ops.onepass.refresh(plan, grads, 0),
+        lambda: torch.ops.onepass.norm(plan),
+    ):
+        with pytest.raises(RuntimeError, match="has been freed"):
+            use()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,17 @@ from onepass.backends import BACKENDS, Entry
 from onepass.formats import STATE_FORMATS
 from onepass.rules import RULES
 
-from .cases import CASES, DTYPES, FORMATS, SIZES, assert_same, make_params, same_bits, set_grads
+from .cases import (
+    CASES,
+    DTYPES,
+    EVERY_FORMAT,
+    FORMATS,
+    SIZES,
+    assert_same,
+    make_params,
+    same_bits,
+    set_grads,
+)
 from .test_bits import SPECIAL
 from .test_reference import NEAR_TIES
 
@@ -65,6 +75,47 @@ def test_every_rule_option_dtype_and_format_in_one_mixed_launch(number, case, va
         return params, case.ours(groups, **variant, backend=backend, seed=7)
 
     step_both(build, 2, grad_dtypes)
+
+
+# Blocks of 32 and 256 that are short, whole, and of which one byte has half an element.
+BLOCK_SIZES = [(), (3,), (31,), (33,), (7, 37), (1023,), (1025,), (2049,)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("which", [0, -1])
+def test_every_format_of_states_and_weights(case, which):
+    """Two sizes of every pair of formats, in one launch; the sizes change from pair to pair."""
+    variant = list(case.variants())[which]
+    sizes = [
+        [BLOCK_SIZES[(i + which) % 8], BLOCK_SIZES[(3 * i + 5) % 8]]
+        for i in range(len(EVERY_FORMAT))
+    ]
+    grad_dtypes = [DTYPES[(i + j) % 3] for i in range(len(EVERY_FORMAT)) for j in range(2)]
+
+    def build(backend):
+        groups, params = [], []
+        for (states, weights, dtype), shapes in zip(EVERY_FORMAT, sizes, strict=True):
+            made = make_params(shapes, dtype, seed=len(params))
+            groups.append({"params": made, "states": states, "weights": weights})
+            params += made
+        return params, case.ours(groups, **variant, backend=backend, seed=7)
+
+    step_both(build, 2, grad_dtypes)
+
+
+@pytest.mark.parametrize("states", ["mx8", "mx4", "dynamic8"])
+@pytest.mark.parametrize("weights", ["native", "split8", "master"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_block_formats_over_several_chunks(states, weights, first):
+    """Whole blocks of both widths without a mask, and misaligned weights."""
+
+    def build(backend):
+        storage = make_params([(20001,)], torch.bfloat16, seed=5)[0].detach()
+        params = [storage[first:18004].requires_grad_(), storage[18008:20001].requires_grad_()]
+        options = {"states": states, "weights": weights, "amsgrad": True}
+        return params, onepass.AdamW(params, lr=0.1, **options, backend=backend)
+
+    step_both(build, 2, [torch.bfloat16, torch.float32])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -154,7 +205,7 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first):
         generator = torch.Generator().manual_seed(0)
         param, grad = (torch.randn(2500, generator=generator) for _ in range(2))
         states = {slot: torch.zeros(2500, dtype=torch.bfloat16) for slot in range(3)}
-        entry = Entry(param, states, STATE_FORMATS["bf16"], rule, 3, 1, 11, first)
+        entry = Entry(param, states, STATE_FORMATS["bf16"], 0, rule, 3, 1, 11, first=first)
         prepared = backend.prepare([entry])
         hyper = torch.zeros(2, plan.HYPER_WIDTH)
         hyper[1] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
@@ -196,6 +247,6 @@ def test_codes_of_both_16_bit_formats():
 
 def _round_trip(source_ptr, codes_ptr, decoded_ptr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    codes = FORMAT.encode(tl.load(source_ptr + offsets), 0)
+    codes, _ = FORMAT.encode(tl.load(source_ptr + offsets), 0, 0, 0)
     tl.store(codes_ptr + offsets, codes.to(tl.int16, bitcast=True))
-    tl.store(decoded_ptr + offsets, FORMAT.decode(codes))
+    tl.store(decoded_ptr + offsets, FORMAT.decode(codes, 0, 0, 0))

@@ -99,8 +99,8 @@ def test_an_unsupported_dtype_names_what_is_needed():
     from onepass.formats import StateFormat
     from onepass.rules import RULES
 
-    strange = StateFormat(99, torch.int8, 1, False)
-    entry = backends.Entry(torch.ones(3), {0: torch.ones(3)}, strange, RULES["lion"], 1, 0, 0)
+    strange = StateFormat("strange", 99, torch.int8)
+    entry = backends.Entry(torch.ones(3), {0: torch.ones(3)}, strange, 0, RULES["lion"], 1, 0, 0)
     with pytest.raises(ValueError, match=r"code=99.*backend='reference' serves every format"):
         backends.BACKENDS["triton"].prepare([entry])
 
@@ -109,12 +109,14 @@ def test_every_rule_and_format_has_a_kernel():
     pytest.importorskip("triton")
     from onepass.triton_kernels import formats, rules
 
-    from onepass.formats import NATIVE, STATE_FORMATS
+    from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
     from onepass.rules import RULES
 
     assert list(rules.RULES) == list(RULES)
-    codes = {*NATIVE.values(), *(f.code for f in STATE_FORMATS.values())}
-    assert set(formats.FORMATS) == codes
+    weights = {code for form in WEIGHT_FORMATS.values() for code in form.codes.values()}
+    states = {form.code for form in STATE_FORMATS.values()}
+    assert {*formats.FORMATS, *formats.MOMENT_FORMATS} == weights | states
+    assert weights <= set(formats.FORMATS)
 
 
 # --- tables ----------------------------------------------------------------------------------

@@ -23,6 +23,13 @@ EVERY = ("every-sgd", "every-adagrad", "every-rmsprop", "every-adam", "every-lio
 # on an H100 (3.35 TB/s over 132 multiprocessors, some 800 ns) is 20 KiB. On gfx942 the kernel may
 # have 64 before fewer than eight waves, all that a SIMD holds, fit.
 MAX_REGISTERS = {"adamw-fp32": 64, "adamw-bf16": 80, "adamw-bf16-weights": 64}
+# 8-bit states take eight elements a thread, 24 KiB with two programs on a multiprocessor.
+EIGHT_BITS = ("adamw-mx8", "adamw-mx8-split8", "adamw-mx8-fp32", "adamw-mx4")
+MAX_REGISTERS |= {"adamw-split16": 96, **dict.fromkeys(EIGHT_BITS, 128)}
+# The norm has 4 loads of 16 bytes under way in every format; with 128 registers, on gfx942, four
+# waves of them fit a SIMD, 64 KiB a compute unit.
+MAX_REGISTERS |= {"norm": 80, "norm-total": 64}
+MAX_REGISTERS_AMD = {**MAX_REGISTERS, "norm": 128}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -92,6 +99,31 @@ def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, ta
 
 
 @pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    ("kernel", "loads", "stores"),
+    [
+        ("adamw-mx8", [8, 8, 16, 16], [8, 8, 16]),
+        ("adamw-mx8-split8", [8, 8, 8, 16, 16], [8, 8, 8, 16]),
+        ("adamw-mx8-fp32", [4, 4, 16, 16], [4, 4, 16]),
+        ("adamw-mx4", [4, 4, 16, 16], [4, 4, 16]),
+        ("adamw-split16", [8, 8, 8, 8, 8], [8, 8, 8, 8]),
+    ],
+)
+def test_formats_have_wide_accesses_and_shuffled_maxima(kernels, kernel, loads, stores, target):
+    """Eight elements a thread where no fp32 is written; beside them a byte for each scale."""
+    block = main_path(kernels[f"{kernel}.{target}"]["text"])
+    found = accesses(block)
+    for kind, expected in (("ld", loads), ("st", stores)):
+        assert sorted(size for p, k, size in found if k == kind and not p) == expected
+        scales = [size for p, k, size in found if k == kind and p]
+        assert scales == ([1, 1] if kernel in EIGHT_BITS else [])
+    assert not re.search(r"shared|bar\.sync", block)
+    # A block of 32 is four threads, or eight: two or three exchanges for each of two states.
+    exchanges = {"adamw-mx8-fp32": 6, "adamw-split16": 0}.get(kernel, 4)
+    assert len(re.findall(r"\bshfl\.sync", block)) == exchanges
+
+
+@pytest.mark.parametrize("target", NVIDIA)
 def test_the_machine_code_has_these_accesses_too(kernels, target):
     sass = kernels[f"adamw-fp32.{target}"]["sass"]
     assert len(re.findall(r"\bLDG\.E\S*\.128\b", sass)) == 4
@@ -109,16 +141,19 @@ def test_the_main_path_on_amd_has_wide_accesses_too(kernels):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", ["adamw-fp32", "adamw-bf16", "adamw-bf16-weights"])
+@pytest.mark.parametrize("kernel", MAX_REGISTERS)
 def test_registers_and_spills(kernels, kernel, target):
     found = kernels[f"{kernel}.{target}"]
     assert (found["spilled"], found["stack"]) == (0, 0)
     assert not re.search(r"\b(LDL|STL)\b", found.get("sass", ""))
-    assert 0 < found["registers"] <= MAX_REGISTERS[kernel]
+    most = MAX_REGISTERS if target in NVIDIA else MAX_REGISTERS_AMD
+    assert 0 < found["registers"] <= most[kernel]
 
 
 @pytest.mark.parametrize(
-    "name", [f"adamw-fp32.{t}" for t in NVIDIA] + [f"{k}.sm_90" for k in EVERY]
+    "name",
+    [f"{k}.{t}" for t in NVIDIA for k in ("adamw-fp32", "adamw-mx8", "adamw-mx4")]
+    + [f"{k}.sm_90" for k in EVERY],
 )
 def test_arithmetic_on_nvidia(kernels, name):
     """No contraction, nothing flushed to zero, no approximation."""
@@ -159,10 +194,34 @@ def test_arithmetic_on_amd(kernels, kernel):
         assert "llvm.sqrt" in llir
 
 
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_norm_reads_16_bytes_at_a_time(kernels, target):
+    """Four accesses a thread in each of the three formats; only its three numbers are written."""
+    text = kernels[f"norm.{target}"]["text"]
+    found = accesses(text)
+    assert [(p, size) for p, kind, size in found if kind == "ld"].count((False, 16)) == 3 * 4
+    assert [size for _, kind, size in found if kind == "st"] == [8, 8, 8]
+    blocks = re.split(r"^\$L__BB\w+:.*$", text, flags=re.MULTILINE)
+    loops = [block for block in blocks if (False, "ld", 16) in accesses(block)]
+    # A group of elements rests in one thread.
+    assert not any(re.search(r"shared|shfl|bar\.sync", block) for block in loops)
+    # Float64 for a group alone: two operations and a conversion, beside the sums at the end.
+    assert max(block.count("add.rn.f64") for block in loops) == 4
+    assert sum(len(re.findall(r"\.f64\.f32", block)) for block in loops) == 3 * 4
+
+
+def test_the_norm_on_amd_reads_16_bytes_at_a_time(kernels):
+    text = kernels["norm.gfx942"]["text"]
+    assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) == 3 * 4
+
+
 def test_numbers_that_change_compile_nothing(tmp_path):
-    """50 steps of a schedule, then other lists, are one kernel, and one launch a step."""
+    """50 steps of a schedule, then other lists, are one kernel, and one launch a step.
+
+    Norms of any list and dtypes are two kernels, and two launches each.
+    """
     counts = [
         tuple(map(int, line.split()))
         for line in run_compiled("triton_schedule.py", tmp_path).splitlines()
     ]
-    assert counts == [(1, 50), (1, 59), (2, 62)]
+    assert counts == [(1, 50), (1, 59), (2, 62), (4, 72)]

@@ -226,3 +226,16 @@ def test_a_step_is_one_launch_and_a_schedule_compiles_once(count):
     ]
     assert kernels == ["sweep"] * 5
     assert sum(len(caches[0]) for caches in sweep.device_caches.values()) == known
+
+
+def test_the_norm():
+    """Two launches; the same bits each time, within the bound of tests/test_norm.py."""
+    from .test_norm import close, mixed, prepare
+
+    backend = BACKENDS["triton"]
+    for scale in (1e-38, 1.0, 5e37):
+        grads = [g.cuda() for g in mixed([*SIZES, (300_000,), (5_000_001,), (70_007,)], scale)]
+        close(backend, grads)
+        prepared = prepare(backend, grads)
+        first = backend.norm(prepared)
+        assert all(torch.equal(backend.norm(prepared), first) for _ in range(20))

@@ -15,7 +15,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import onepass
+from onepass.backends import Entry
 from onepass.backends.triton import TritonBackend
+from onepass.formats import NATIVE, STATE_FORMATS
+from onepass.rules import RULES
 
 
 class NoDevice:
@@ -76,4 +79,22 @@ train([7] * 33 + [100_000], steps=3)
 print(len(compilations), len(launches))
 # Another variant is another kernel: the count counts.
 train([5, 5], steps=3, amsgrad=True)
+print(len(compilations), len(launches))
+# Norms of lists of any length, sizes and dtypes.
+for number, dtypes in enumerate(
+    [
+        [torch.float32],
+        [torch.float16],
+        [torch.bfloat16] * 16,
+        [torch.float32] * 17,
+        [torch.half] * 9,
+    ]
+):
+    grads = [torch.ones(10_000 * number + i, dtype=dtype) for i, dtype in enumerate(dtypes, 1)]
+    form, rule = STATE_FORMATS["fp32"], RULES["sgd"]
+    entries = [Entry(torch.empty_like(g), {}, form, NATIVE[g.dtype], rule, 0, 0, 0) for g in grads]
+    backend = TritonBackend()
+    prepared = backend.prepare(entries)
+    assert backend.refresh(prepared, grads, 0)
+    backend.norm(prepared)
 print(len(compilations), len(launches))

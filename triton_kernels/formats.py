@@ -1,7 +1,7 @@
-"""The formats in Triton and the counter-based random bits, as :mod:`onepass.reference` has them.
+"""The table of formats in Triton and the counter-based random bits, as :mod:`onepass.reference` has
+them.
 
-A format decodes stored elements to fp32 blocks and encodes fp32 blocks; 16-bit floats rest as
-unsigned codes, so that rounding is integer arithmetic that the interpreter and every GPU agree on.
+A format decodes stored elements to fp32 blocks and encodes fp32 blocks: floats.py, blocks.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+
+from . import blocks, floats
 
 # --- random bits -----------------------------------------------------------------------------
 
@@ -44,44 +46,6 @@ def random_bits(stream, index, offsets, WORD: tl.constexpr):
 # --- formats ---------------------------------------------------------------------------------
 
 
-@triton.jit
-def decode_fp32(values):
-    return values
-
-
-@triton.jit
-def encode_fp32(values, random):
-    return values
-
-
-@triton.jit
-def decode_bf16(codes):
-    return (codes.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def encode_bf16(values, random):
-    bits = values.to(tl.uint32, bitcast=True)
-    rounded = bits + (0x7FFF + ((bits >> 16) & 1))
-    return tl.where(values != values, 0x7FC0, rounded >> 16).to(tl.uint16)
-
-
-@triton.jit
-def encode_bf16_stochastic(values, random):
-    rounded = values.to(tl.uint32, bitcast=True) + random
-    return tl.where(values != values, 0x7FC0, rounded >> 16).to(tl.uint16)
-
-
-@triton.jit
-def decode_fp16(codes):
-    return codes.to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def encode_fp16(values, random):
-    return values.to(tl.float16).to(tl.uint16, bitcast=True)
-
-
 @dataclass(frozen=True)
 class Format:
     """A format as the sweep takes it, a constexpr.
@@ -89,9 +53,14 @@ class Format:
     Attributes:
         name: for error messages and the names of compiled kernels.
         element: Triton's type of a stored element.
-        decode: (stored block) -> fp32 block.
-        encode: (fp32 block, random) -> stored block; random has 16 bits an element if stochastic.
-        stochastic: whether encode draws random bits.
+        decode: (stored elements, what is beside them, root, maps) -> fp32 elements.
+        encode: (fp32 elements, random, root, maps) -> (stored elements, what is beside them).
+        stochastic: whether encode reads random, 16 bits an element.
+        extra: type of what is beside the elements, scales of blocks or a companion; None for none.
+        block: elements that share one of these.
+        packed: elements in a byte.
+        root: (stored elements, scales) -> what relative first moments are measured in; None unless
+            the format does so.
     """
 
     name: str
@@ -99,12 +68,62 @@ class Format:
     decode: Any
     encode: Any
     stochastic: bool = False
+    extra: tl.dtype | None = None
+    block: int = 1
+    packed: int = 1
+    root: Any = None
+
+    @property
+    def functions(self) -> list[Any]:
+        return [self.decode, self.encode, *([self.root] if self.root else [])]
 
 
-# By the code of onepass/formats.py.
+def _mx(name: str, kind: str, **options: Any) -> Format:
+    decode, encode = (getattr(blocks, f"{way}_{name}_{kind}") for way in ("decode", "encode"))
+    scales = {"extra": tl.uint8, "block": blocks.MX_BLOCK.value}
+    return Format(f"{name}-{kind}", tl.uint8, decode, encode, stochastic=True, **scales, **options)
+
+
+def _dynamic(sign: str) -> Format:
+    decode, encode = (getattr(blocks, f"{way}_dynamic_{sign}") for way in ("decode", "encode"))
+    scales = {"extra": tl.float32, "block": blocks.DYNAMIC_BLOCK.value}
+    return Format(f"dynamic8-{sign}", tl.uint8, decode, encode, **scales)
+
+
+def _companion(name: str, extra: tl.dtype, stochastic: bool = False) -> Format:
+    decode, encode = (getattr(floats, f"{way}_{name}") for way in ("decode", "encode"))
+    return Format(name, tl.uint16, decode, encode, stochastic, extra)
+
+
+# By the code of onepass/formats.py: formats of a tensor alone.
 FORMATS = {
-    0: Format("fp32", tl.float32, decode_fp32, encode_fp32),
-    1: Format("bf16", tl.uint16, decode_bf16, encode_bf16),
-    2: Format("fp16", tl.uint16, decode_fp16, encode_fp16),
-    3: Format("bf16sr", tl.uint16, decode_bf16, encode_bf16_stochastic, stochastic=True),
+    0: Format("fp32", tl.float32, floats.decode_fp32, floats.encode_fp32),
+    1: Format("bf16", tl.uint16, floats.decode_bf16, floats.encode_bf16),
+    2: Format("fp16", tl.uint16, floats.decode_fp16, floats.encode_fp16),
+    3: Format("bf16sr", tl.uint16, floats.decode_bf16, floats.encode_bf16_stochastic, True),
+    4: Format("fp16sr", tl.uint16, floats.decode_fp16, floats.encode_fp16_stochastic, True),
+    8: _companion("kahan_bf16", tl.uint16),
+    9: _companion("kahan_fp16", tl.uint16),
+    10: _companion("master_bf16", tl.float32),
+    11: _companion("master_fp16", tl.float32),
+    12: _companion("split16", tl.uint16),
+    13: _companion("split8", tl.uint8, stochastic=True),
 }
+
+_DYNAMIC = {sign: _dynamic(sign) for sign in ("signed", "unsigned")}
+_MX8 = {kind: _mx("mx8", kind) for kind in ("first", "second")}
+_MX4 = {kind: _mx("mx4", kind, packed=2) for kind in ("first", "relative")}
+_MX4["second"] = _mx("mx4", "second", packed=2, root=blocks.root_mx4)
+
+# Formats that code a moment by what it is: (kind of the slot, slot) -> format.
+MOMENT_FORMATS = {
+    5: lambda kind, slot: _MX8["second" if kind == "second" else "first"],
+    6: lambda kind, slot: _MX4[kind],
+    # As bitsandbytes has it: Adagrad's and RMSprop's second moments, in slot 0, are signed.
+    7: lambda kind, slot: _DYNAMIC["unsigned" if kind == "second" and slot else "signed"],
+}
+
+
+def state_format(code: int, kind: str, slot: int) -> Format:
+    """The format of a rule's state."""
+    return MOMENT_FORMATS[code](kind, slot) if code in MOMENT_FORMATS else FORMATS[code]

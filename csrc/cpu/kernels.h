@@ -47,10 +47,23 @@ struct Direct {
 };
 constexpr int kDirect = 6;
 
+// What a norm needs to know of some gradients.
+struct Norm {
+  double squares;     // their sum
+  double largest;     // magnitude; NaN is passed over
+  int64_t nonfinite;  // infinities and NaNs
+};
+// Adds n elements of the gradient at src.
+using NormFn = void (*)(const void* src, int64_t n, Norm* norm);
+
+// Weights and gradients: the first of the formats, as torch made them.
+constexpr int kNativeFormats = 3;
+
 struct Kernels {
   Direct direct[kDirect];  // the first is all fp32, which tiles are as well
   DecodeFn decode[kFormats][kKinds];
   EncodeFn encode[kFormats][kKinds];
+  NormFn norm[kNativeFormats];
 };
 
 extern const Kernels kKernelsPlain;

@@ -6,6 +6,8 @@
 
 #include "formats_impl.h"
 #include "kernels.h"
+#include "norm_impl.h"
+#include "pair.h"
 
 namespace onepass::cpu {
 namespace {
@@ -68,14 +70,6 @@ void apply_fp32(
     }
   }
 }
-
-// Two neighbours in one word: taking the word apart and together again costs one operation each,
-// where widening and narrowing 16-bit vectors costs permutations.
-typedef uint32_t Pair __attribute__((aligned(2), may_alias));
-
-ONEPASS_HD float lower(uint32_t pair) { return from_bits(pair << 16); }
-ONEPASS_HD float upper(uint32_t pair) { return from_bits(pair & 0xFFFF0000u); }
-ONEPASS_HD uint32_t join(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xFFFF0000u); }
 
 // round_bf16 without its care for NaN. Here a NaN comes from a bf16 or is the processor's default
 // one: its lower half is zero, so that no addition carries out of it.
@@ -320,6 +314,7 @@ struct Pick<Rule, false> {
       },                                                                        \
       ONEPASS_FORMATS(load),                                                    \
       ONEPASS_FORMATS(store),                                                   \
+      ONEPASS_NORMS,                                                            \
   }
 
 }  // namespace onepass::cpu

@@ -350,6 +350,18 @@ void run_plan(Tensor handle, Tensor hyper, Tensor counters) {
   run(*find_plan(handle), hyper, counters);
 }
 
+Tensor norm_of_plan(Tensor handle) {
+  const std::shared_ptr<Plan> plan = find_plan(handle);
+  STD_TORCH_CHECK(plan->taken == plan->entries.size(), "onepass: norm without refresh");
+  const Norm found = norm(kernels(), plan->entries, plan->cuts);
+  Tensor result = torch::stable::new_empty(handle, {3}, ScalarType::Double);
+  double* values = result.mutable_data_ptr<double>();
+  values[0] = found.squares;
+  values[1] = found.largest;
+  values[2] = static_cast<double>(found.nonfinite);
+  return result;
+}
+
 void free_plan(Tensor handle) {
   Registry& all = registry();
   std::lock_guard<std::mutex> lock(all.mutex);
@@ -384,6 +396,7 @@ STABLE_TORCH_LIBRARY_IMPL(onepass, CPU, m) {
   m.impl("make_plan", TORCH_BOX(&make_plan));
   m.impl("refresh", &refresh_plan);
   m.impl("run", TORCH_BOX(&run_plan));
+  m.impl("norm", TORCH_BOX(&norm_of_plan));
   m.impl("free_plan", TORCH_BOX(&free_plan));
 }
 

@@ -4,24 +4,10 @@
 
 #include <algorithm>
 
-#if defined(ONEPASS_X86)
-#include <xmmintrin.h>
-#endif
+#include "rounding.h"
 
 namespace onepass::cpu {
 namespace {
-
-// The contract keeps denormals and rounds to nearest, whatever torch.set_flush_denormal says.
-class DefaultRounding {
-#if defined(ONEPASS_X86)
- public:
-  DefaultRounding() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~DefaultRounding() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
 
 // Fp32 copies of what is not fp32, small enough that a tile's reads, update and writes overlap.
 struct Tiles {
@@ -174,18 +160,14 @@ void sweep(
     DefaultRounding rounding;
     Tiles tiles;
     for (int64_t piece = next++; piece < pieces; piece = next++) {
-      const Cut from = cuts[piece], to = cuts[piece + 1];
-      for (int64_t e = from.entry; e <= to.entry && e < count; ++e) {
-        if (e + kEntriesAhead <= to.entry && e + kEntriesAhead < count)
-          prefetch_entry(entries[e + kEntriesAhead]);
+      const int64_t last = std::min(cuts[piece + 1].entry, count - 1);
+      for_each_part(entries, cuts, piece, [&](int64_t e, int64_t begin, int64_t end) {
+        if (e + kEntriesAhead <= last) prefetch_entry(entries[e + kEntriesAhead]);
         const Entry& entry = entries[e];
-        const int64_t begin = e == from.entry ? from.element : 0;
-        const int64_t end = e == to.entry ? to.element : entry.numel;
-        if (begin < end)
-          sweep_entry(
-              kernels, entry, begin, end, hyper + entry.row * kHyperWidth, counters + entry.row * 2,
-              tiles);
-      }
+        sweep_entry(
+            kernels, entry, begin, end, hyper + entry.row * kHyperWidth, counters + entry.row * 2,
+            tiles);
+      });
     }
   };
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pieces);

@@ -40,10 +40,27 @@ struct Cut {
 };
 std::vector<Cut> cut_pieces(const std::vector<Entry>& entries);
 
+// Calls body(e, begin, end) for the elements of one piece, entry by entry.
+template <class Body>
+void for_each_part(
+    const std::vector<Entry>& entries, const std::vector<Cut>& cuts, int64_t piece,
+    const Body& body) {
+  const Cut from = cuts[piece], to = cuts[piece + 1];
+  const int64_t count = static_cast<int64_t>(entries.size());
+  for (int64_t e = from.entry; e <= to.entry && e < count; ++e) {
+    const int64_t begin = e == from.entry ? from.element : 0;
+    const int64_t end = e == to.entry ? to.element : entries[e].numel;
+    if (begin < end) body(e, begin, end);
+  }
+}
+
 // hyper: kHyperWidth floats a row. counters: seed and step of each row.
 void sweep(
     const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts,
     const float* hyper, const int64_t* counters);
+
+// Of the gradients of all entries.
+Norm norm(const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts);
 
 // The kernels of the instruction set in use: the best this machine has unless select_isa asked
 // for another.

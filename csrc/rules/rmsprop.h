@@ -14,7 +14,7 @@ struct Rmsprop {
   static constexpr bool kEpsInSqrt = Flags & 8;
   static constexpr bool kValid = Flags < 16;
   static constexpr unsigned kSlots = 0b001 | (kMomentum ? 0b010 : 0) | (kCentered ? 0b100 : 0);
-  static constexpr unsigned kSecond = 0b001, kRelative = 0b100;  // kinds of its states
+  static constexpr unsigned kSecond = 0b001, kRelative = 0;  // kinds of its states
 
   struct Hyper {
     float lr, weight_decay, alpha, one_minus_alpha, eps, momentum;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-OPS = ("sweep_", "make_plan", "refresh", "run", "free_plan", "cpu_isa")
+OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "cpu_isa")
 LIBRARY = Path(__file__).with_name("libonepass_cpu.so")
 
 
@@ -64,6 +64,10 @@ if not missing:
     @torch.library.register_fake("onepass::run")
     def _run_fake(plan, hyper, counters):  # type: ignore[no-untyped-def]
         return None
+
+    @torch.library.register_fake("onepass::norm")
+    def _norm_fake(plan):  # type: ignore[no-untyped-def]
+        return plan.new_empty(3, dtype=torch.float64)
 
     @torch.library.register_fake("onepass::free_plan")
     def _free_plan_fake(plan):  # type: ignore[no-untyped-def]

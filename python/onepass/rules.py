@@ -163,7 +163,7 @@ RULES: dict[str, Rule] = {
             (
                 ("square_avg", None, "second"),
                 ("momentum_buffer", "momentum", "first"),
-                ("grad_avg", "centered", "relative"),
+                ("grad_avg", "centered", "first"),
             ),
             _derive_rmsprop,
             6,

@@ -99,3 +99,14 @@ class Backend(ABC):
     @abstractmethod
     def run(self, prepared: Any, hyper: torch.Tensor, counters: torch.Tensor) -> None:
         """The step. hyper: fp32 [rows, HYPER_WIDTH]; counters: int64 [rows, 2], seed and step."""
+
+    @abstractmethod
+    def norm(self, prepared: Any) -> torch.Tensor:
+        """What a global norm is made of, over the gradients that refresh has taken.
+
+        Returns:
+            float64 [3] on the device: the sum of squares (infinite or NaN where an element is), the
+            largest magnitude (NaN passed over), and how many elements are not finite. The same
+            run after run; squares neither overflow nor vanish. Nothing is changed, and the plan
+            stays ready for run.
+        """

@@ -47,3 +47,13 @@ class CpuBackend(Backend):
 
     def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
         torch.ops.onepass.run(prepared.plan, hyper, counters)
+
+    def norm(self, prepared: _Prepared) -> torch.Tensor:
+        """One call: see :meth:`Backend.norm`.
+
+        The sum of squares is within 20 * 2^-24 of its value, relatively: 2 KiB of a gradient are 17
+        additions of rounded squares in fp32, 18 of 16-bit elements; all else is in float64. It is
+        the same on every instruction set and for any number of threads.
+        """
+        found: torch.Tensor = torch.ops.onepass.norm(prepared.plan)
+        return found

@@ -54,6 +54,14 @@ class ReferenceBackend(Backend):
                 self._run_entry(entry, grad, hyper[entry.row].numpy(), counters[entry.row].tolist())
         prepared.grads = []
 
+    def norm(self, prepared: _Prepared) -> torch.Tensor:
+        if len(prepared.grads) != len(prepared.entries):
+            raise RuntimeError("onepass: norm without refresh")
+        with np.errstate(all="ignore"):
+            grads = (codec.read_weight(NATIVE[grad.dtype], grad) for grad in prepared.grads)
+            found = reference.norm(grads)
+        return torch.from_numpy(found).to(prepared.entries[0].param.device)
+
     def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> None:
         rule, kinds, count = entry.rule, entry.rule.kinds, entry.param.numel()
         states = codec.read_states(entry.format, kinds, entry.states, entry.scales, count)

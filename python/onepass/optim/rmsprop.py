@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
+from ..formats import STATE_FORMATS
 from .base import Optimizer, Options, check_fraction, check_number, rule_named
 
 
@@ -36,7 +37,9 @@ class RMSprop(Optimizer):
         eps: :math:`\epsilon`.
         weight_decay: :math:`\lambda`.
         momentum: :math:`\mu`, at least 0.
-        centered: divide by the deviation instead of the root mean square.
+        centered: divide by the deviation instead of the root mean square. Not with states in
+            blocks ("mx8", "mx4", "dynamic8"), whose rounding is larger than the difference that the
+            deviation is made of; with "bf16" only while gradients are mostly noise.
         eps_in_sqrt: keyword-only.
         options: keyword-only, see :class:`Options`.
 
@@ -77,3 +80,9 @@ class RMSprop(Optimizer):
         super().check_options(group)
         check_fraction("alpha", group["alpha"])
         check_number("momentum", group["momentum"])
+        if group["centered"] and STATE_FORMATS[group["states"]].block > 1:
+            raise ValueError(
+                f"centered=True needs states='fp32' or 'bf16'; got {group['states']!r}: what is "
+                "left of square_avg - grad_avg**2 when both are coarsely rounded is noise, and "
+                "steps of millions of learning rates follow"
+            )

@@ -16,6 +16,7 @@ from .floats import (
     encode_fp16_stochastic,
 )
 from .formats import decode_states, decode_weight, encode_states, encode_weight
+from .norm import norm
 from .random import random_bits, splitmix64
 from .rules import Update, adagrad, adam, lion, rmsprop, sgd
 
@@ -39,6 +40,7 @@ __all__ = [
     "encode_states",
     "encode_weight",
     "lion",
+    "norm",
     "random_bits",
     "rmsprop",
     "sgd",

@@ -1,0 +1,242 @@
+"""The block formats of states in Triton, as :mod:`onepass.reference.blocks` has them.
+
+``decode(codes, scales, root, maps) -> values`` and ``encode(values, random, root, maps) -> (codes,
+scales)`` on the elements of whole blocks, one after another. A block of 32 rests within one warp,
+so its maximum is taken by shuffles. root is what mx4 measures relative first moments in; maps holds
+the rows of :data:`DYNAMIC_TABLES`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MX_BLOCK = tl.constexpr(32)
+DYNAMIC_BLOCK = tl.constexpr(256)
+NOT_FINITE = tl.constexpr(255)  # the scale of a block that holds a NaN or an infinity
+
+_INFINITY = tl.constexpr(0x7F800000)
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_ONE = tl.constexpr(0x3F800000)
+_NAN = tl.constexpr(0x7FC00000)
+
+
+@triton.jit
+def largest_of(bits, SIZE: tl.constexpr):
+    """The largest of each block: [elements] -> [blocks]."""
+    BLOCKS: tl.constexpr = bits.shape[0] // SIZE
+    return tl.max(tl.reshape(bits, (BLOCKS, SIZE)), axis=1)
+
+
+@triton.jit
+def each(scales, SIZE: tl.constexpr):
+    """The scale of each element: [blocks] -> [elements]."""
+    BLOCKS: tl.constexpr = scales.shape[0]
+    wide = tl.broadcast_to(tl.expand_dims(scales, 1), (BLOCKS, SIZE))
+    return tl.reshape(wide, (BLOCKS * SIZE,))
+
+
+# --- minifloats ------------------------------------------------------------------------------
+# M: bits of the mantissa; SPAN: the powers of two that codes span, less one. The reference's
+# arithmetic, with T, the bits of a block's lowest power of two, in place of its exponent: a code
+# shifted to the mantissa's place then needs only T added.
+
+
+@triton.jit
+def lowest_binade(largest, M: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.constexpr,
+                  LIFT: tl.constexpr):  # fmt: skip
+    """The scale: the smallest at which the largest value, lifted and rounded up, has a code."""
+    top = (largest + ((1 << (23 - M)) - 1 + LIFT)) >> 23
+    scale = tl.maximum(top.to(tl.int32), SPAN + LEAST) - SPAN
+    return tl.where(largest >= _INFINITY, NOT_FINITE, scale).to(tl.uint32)
+
+
+@triton.jit
+def round_up(bits, random, lowest, M: tl.constexpr):
+    """Stochastically to M bits of mantissa, counted from the lowest power of two; signed."""
+    steps = bits + (random << (7 - M)) - lowest
+    return steps.to(tl.int32, bitcast=True) >> (23 - M)
+
+
+@triton.jit
+def finish(code, scales, M: tl.constexpr):
+    code = tl.where(each(scales, MX_BLOCK) == NOT_FINITE, 1 << (M - 1), code)
+    return code.to(tl.uint8), scales.to(tl.uint8)
+
+
+@triton.jit
+def encode_unsigned(values, random, M: tl.constexpr, SPAN: tl.constexpr):
+    bits = values.to(tl.uint32, bitcast=True)
+    scales = lowest_binade(largest_of(bits, MX_BLOCK), M, SPAN, 0, 0)
+    code = round_up(bits, random, each(scales << 23, MX_BLOCK), M)
+    # Zero is 0; no other number is less than its code. Bits with a sign are of a block of NaN.
+    code = tl.minimum(tl.maximum(code, 1), bits.to(tl.int32, bitcast=True))
+    return finish(code, scales, M)
+
+
+@triton.jit
+def decode_unsigned(codes, scales, M: tl.constexpr):
+    bits = (codes.to(tl.uint32) << (23 - M)) + each(scales.to(tl.uint32) << 23, MX_BLOCK)
+    return tl.where(codes == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode_positive(values, random, M: tl.constexpr, SPAN: tl.constexpr):
+    bits = values.to(tl.uint32, bitcast=True)
+    largest = largest_of(bits, MX_BLOCK)
+    scales = tl.where(largest == 0, 0, lowest_binade(largest, M, SPAN, 1, 0)).to(tl.uint32)
+    lowest = each(scales << 23, MX_BLOCK)
+    # In a block of zeros nothing is added to 0 that would reach a code.
+    return finish(round_up(tl.maximum(bits, lowest), random, lowest, M), scales, M)
+
+
+@triton.jit
+def decode_positive(codes, scales, M: tl.constexpr):
+    lowest = each(scales.to(tl.uint32) << 23, MX_BLOCK)
+    bits = (codes.to(tl.uint32) << (23 - M)) + lowest
+    return tl.where(lowest == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode_signed(values, random, M: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH: bits of a code below its sign."""
+    bits = values.to(tl.uint32, bitcast=True)
+    magnitude = bits & _MAGNITUDE
+    scales = lowest_binade(largest_of(magnitude, MX_BLOCK), M, SPAN, 1, 1 << (23 - SPAN))
+    lowest = each(scales << 23, MX_BLOCK)
+    lifted = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
+    code = round_up(lifted.to(tl.uint32, bitcast=True), random, lowest, M)
+    sign = (bits >> (31 - WIDTH)) & (1 << WIDTH)
+    return finish(code.to(tl.uint32, bitcast=True) | sign, scales, M)
+
+
+@triton.jit
+def decode_signed(codes, scales, M: tl.constexpr, WIDTH: tl.constexpr):
+    code = codes.to(tl.uint32)
+    lowest = each(scales.to(tl.uint32) << 23, MX_BLOCK)
+    lifted = ((code & ((1 << WIDTH) - 1)) << (23 - M)) + lowest
+    value = lifted.to(tl.float32, bitcast=True) - lowest.to(tl.float32, bitcast=True)
+    sign = (code << (31 - WIDTH)) & 0x80000000
+    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+# --- mx8: second moments E5M3 without a sign, first moments E4M3 with one ---------------------
+
+
+@triton.jit
+def decode_mx8_second(codes, scales, root, maps):
+    return decode_unsigned(codes, scales, 3)
+
+
+@triton.jit
+def encode_mx8_second(values, random, root, maps):
+    return encode_unsigned(values, random, 3, 31)
+
+
+@triton.jit
+def decode_mx8_first(codes, scales, root, maps):
+    return decode_signed(codes, scales, 3, 7)
+
+
+@triton.jit
+def encode_mx8_first(values, random, root, maps):
+    return encode_signed(values, random, 3, 15, 7)
+
+
+# --- mx4: roots of second moments E3M1 without a zero, first moments E2M1 with a sign ----------
+
+
+@triton.jit
+def root_mx4(codes, scales):
+    """What second moments are the squares of."""
+    return decode_positive(codes, scales, 1)
+
+
+@triton.jit
+def decode_mx4_second(codes, scales, root, maps):
+    value = decode_positive(codes, scales, 1)
+    return value * value
+
+
+@triton.jit
+def encode_mx4_second(values, random, root, maps):
+    return encode_positive(tl.sqrt_rn(values), random, 1, 7)
+
+
+@triton.jit
+def decode_mx4_first(codes, scales, root, maps):
+    return decode_signed(codes, scales, 1, 3)
+
+
+@triton.jit
+def encode_mx4_first(values, random, root, maps):
+    return encode_signed(values, random, 1, 3, 3)
+
+
+@triton.jit
+def decode_mx4_relative(codes, scales, root, maps):
+    return decode_signed(codes, scales, 1, 3) * root
+
+
+@triton.jit
+def encode_mx4_relative(values, random, root, maps):
+    return encode_signed(tl.div_rn(values, root), random, 1, 3, 3)
+
+
+@triton.jit
+def unpack(packed):
+    """4-bit codes, two in a byte, the lower half first."""
+    COUNT: tl.constexpr = packed.shape[0] * 2
+    return tl.reshape(tl.join(packed & 15, packed >> 4), (COUNT,))
+
+
+@triton.jit
+def pack(codes):
+    BYTES: tl.constexpr = codes.shape[0] // 2
+    even, odd = tl.split(tl.reshape(codes, (BYTES, 2)))
+    return even | (odd << 4)
+
+
+# --- dynamic8 --------------------------------------------------------------------------------
+
+DYNAMIC_TABLES = ("signed values", "signed edges", "unsigned values", "unsigned edges")
+
+
+@triton.jit
+def decode_dynamic(codes, scales, values_ptr):
+    return tl.load(values_ptr + codes.to(tl.int32)) * each(scales, DYNAMIC_BLOCK)
+
+
+@triton.jit
+def encode_dynamic(values, edges_ptr):
+    """The nearest value, by a binary search of the midpoints without branches."""
+    magnitudes = values.to(tl.uint32, bitcast=True) & _MAGNITUDE
+    largest = largest_of(magnitudes, DYNAMIC_BLOCK)
+    largest = tl.where(largest >= _INFINITY, _NAN, largest).to(tl.uint32)
+    divisor = tl.where(largest == 0, _ONE, largest).to(tl.uint32).to(tl.float32, bitcast=True)
+    unit = tl.div_rn(values, each(divisor, DYNAMIC_BLOCK))
+    code = tl.zeros(values.shape, tl.int32)
+    for i in tl.static_range(8):
+        step = 128 >> i
+        code += tl.where(unit > tl.load(edges_ptr + code + (step - 1)), step, 0)
+    return code.to(tl.uint8), largest.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_dynamic_signed(codes, scales, root, maps):
+    return decode_dynamic(codes, scales, maps)
+
+
+@triton.jit
+def encode_dynamic_signed(values, random, root, maps):
+    return encode_dynamic(values, maps + 256)
+
+
+@triton.jit
+def decode_dynamic_unsigned(codes, scales, root, maps):
+    return decode_dynamic(codes, scales, maps + 512)
+
+
+@triton.jit
+def encode_dynamic_unsigned(values, random, root, maps):
+    return encode_dynamic(values, maps + 768)

@@ -1,0 +1,142 @@
+"""The global norm of the gradients, for clipping: they are read once, nothing else is touched.
+
+Two launches, in an order of additions that the sizes alone decide: programs walk the chunk table of
+the sweep and leave one partial result each, one last program adds these up. No atomics, nothing on
+the host, and one compiled kernel for every list.
+
+Float64 runs at a 64th of the rate of fp32 on many GPUs, so there are three such operations for a
+group of elements, those that a thread reads with one 16-byte access: they are scaled by the power
+of two that brings their largest to between 1/2 and 4, squared and added in fp32; their sum is then
+scaled back and added to the others' in float64. So no square overflows or vanishes.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from .floats import from_bf16, from_fp16, from_fp32
+from .sweep import COLUMNS, COUNT, ENTRY, INTERPRETED, START, Tuning
+
+# Programs of a launch, if there are so many chunks. They take chunks in turn, so that each has the
+# same share; the last program reads what they leave. Untuned: no GPU has run these yet.
+PROGRAMS = tl.constexpr(8192)
+# Groups that a program reads at once: four accesses a thread of 256.
+GROUPS = tl.constexpr(1024)
+# Partial results that the last program reads at once.
+LAST = tl.constexpr(1024)
+
+_INFINITY = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def add_block(sums, ptr, offsets, mask, DECODE: tl.constexpr, FULL: tl.constexpr):
+    """Adds [GROUPS, elements of a group] to the sums; each of its rows rests in one thread."""
+    squares, largest, nonfinite = sums
+    values = DECODE(tl.load(ptr + offsets) if FULL else tl.load(ptr + offsets, mask=mask, other=0))
+    magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    nonfinite += tl.sum((magnitudes >= _INFINITY).to(tl.int32), axis=1)
+    top = tl.max(tl.where(magnitudes > _INFINITY, 0, magnitudes), axis=1)
+    largest = tl.maximum(largest, top)
+    # 2^-e of the group's largest, 1.m 2^e, halved; no lower than fp32's smallest normal number.
+    scale = tl.maximum((253 << 23) - (top & _INFINITY), 1 << 23)
+    scaled = values * scale.to(tl.float32, bitcast=True)[:, None]
+    group = tl.sum(scaled * scaled, axis=1)
+    # Its inverse squared, as float64: exponent biases are 127 and 1023.
+    unscale = (1023 + 2 * 127 - 2 * (scale >> 23)).to(tl.int64) << 52
+    squares += group.to(tl.float64) * unscale.to(tl.float64, bitcast=True)
+    return squares, largest, nonfinite
+
+
+@triton.jit
+def add_chunk(sums, address, count, ELEMENT: tl.constexpr, DECODE: tl.constexpr):
+    """One chunk: whole blocks without a mask if they are aligned, the rest with one."""
+    GROUP: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    BLOCK: tl.constexpr = GROUPS * GROUP
+    ptr = address.to(tl.pointer_type(ELEMENT))
+    aligned = tl.multiple_of(ptr, 16)
+    whole = tl.where(address % 16 == 0, count // BLOCK * BLOCK, 0)
+    offsets = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    for first in range(0, whole, BLOCK):
+        sums = add_block(sums, aligned, first + offsets, None, DECODE, True)
+    for first in range(whole, count, BLOCK):
+        sums = add_block(sums, ptr, first + offsets, first + offsets < count, DECODE, False)
+    return sums
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def partial_norms(chunks_ptr, grads_ptr, formats_ptr, num_chunks, partials_ptr):
+    """Writes a column of partials, float64 [3, PROGRAMS], for each program."""
+    sums = (
+        tl.zeros([GROUPS], tl.float64),
+        tl.zeros([GROUPS], tl.int32),
+        tl.zeros([GROUPS], tl.int32),
+    )
+    for number in range(tl.program_id(0), num_chunks, PROGRAMS):
+        chunk = chunks_ptr + number * COLUMNS
+        count = tl.load(chunk + COUNT).to(tl.int32)
+        start = tl.load(chunk + START)
+        entry = tl.load(chunk + ENTRY)
+        address = tl.load(grads_ptr + entry)
+        code = tl.load(formats_ptr + entry)
+        if code == 0:
+            sums = add_chunk(sums, address + start * 4, count, tl.float32, from_fp32)
+        elif code == 1:
+            sums = add_chunk(sums, address + start * 2, count, tl.uint16, from_bf16)
+        else:
+            sums = add_chunk(sums, address + start * 2, count, tl.uint16, from_fp16)
+    squares, largest, nonfinite = sums
+    column = partials_ptr + tl.program_id(0)
+    tl.store(column, tl.sum(squares, axis=0))
+    largest = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+    tl.store(column + PROGRAMS, largest.to(tl.float64))
+    nonfinite = tl.sum(nonfinite.to(tl.int64), axis=0)
+    tl.store(column + 2 * PROGRAMS, nonfinite.to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def total_norm(partials_ptr, num_partials, norm_ptr):
+    """Adds the partials up, in one program."""
+    squares = tl.zeros([LAST], tl.float64)
+    largest = tl.zeros([LAST], tl.float64)
+    nonfinite = tl.zeros([LAST], tl.float64)
+    for first in range(0, num_partials, LAST):
+        offsets = first + tl.arange(0, LAST)
+        mask = offsets < num_partials
+        squares += tl.load(partials_ptr + offsets, mask=mask, other=0)
+        largest = tl.maximum(
+            largest, tl.load(partials_ptr + PROGRAMS + offsets, mask=mask, other=0)
+        )
+        nonfinite += tl.load(partials_ptr + 2 * PROGRAMS + offsets, mask=mask, other=0)
+    tl.store(norm_ptr, tl.sum(squares, axis=0))
+    tl.store(norm_ptr + 1, tl.max(largest, axis=0))
+    tl.store(norm_ptr + 2, tl.sum(nonfinite, axis=0))
+
+
+def launch(
+    chunks: torch.Tensor, grads: torch.Tensor, formats: torch.Tensor, tuned: Tuning
+) -> torch.Tensor:
+    """Launches the norm over all chunks on the current device and stream.
+
+    Args:
+        chunks: int64 [chunks, COLUMNS], the sweep's.
+        grads: int64 [entries], the addresses of the gradients.
+        formats: int32 [entries], the codes of their formats.
+
+    Returns:
+        float64 [3]: sum of squares, largest magnitude, count of non-finite elements.
+    """
+    norm = torch.zeros(3, dtype=torch.float64, device=chunks.device)
+    programs = min(len(chunks), PROGRAMS.value)
+    if not programs:
+        return norm
+    partials = torch.empty(3, PROGRAMS.value, dtype=torch.float64, device=chunks.device)
+    # NumPy, which the interpreter computes with, would warn of infinities.
+    with np.errstate(all="ignore") if INTERPRETED else nullcontext():
+        partial_norms[(programs,)](chunks, grads, formats, len(chunks), partials, **tuned.options())
+        total_norm[(1,)](partials, programs, norm, **tuned.options())
+    return norm
