@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import onepass
+from onepass.formats import STATE_FORMATS, VERSION
 
 from .cases import (
     CASES,
-    FORMATS,
+    EVERY_FORMAT,
     IDS,
     SHAPES,
     VARIANTS,
@@ -35,7 +36,7 @@ def save_and_load(state_dict):
 
 
 @pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
-@pytest.mark.parametrize("states", FORMATS)
+@pytest.mark.parametrize("states", STATE_FORMATS)
 def test_a_resumed_run_is_the_uninterrupted_one(case, variant, name, states):
     params = make_params(SHAPES, torch.float32, 1)
     whole = case.ours(params, **variant, states=states, seed=3)
@@ -47,6 +48,51 @@ def test_a_resumed_run_is_the_uninterrupted_one(case, variant, name, states):
     resumed.load_state_dict(saved)
     train(resumed, weights, 5, start=5)
     assert_same(resumed, whole)
+
+
+LAYOUTS = [(33,), (), (1,), (0,), (300,), (4, 9), (2, 5, 3, 4)]
+
+
+def make_layouts(dtype):
+    """Short blocks, one element, none, no dimension; a transposed and a channels_last one."""
+    params = make_params(LAYOUTS, dtype, 1)
+    params[5].data = params[5].detach().t().contiguous().t()
+    params[6].data = params[6].detach().to(memory_format=torch.channels_last)
+    return params
+
+
+def contiguous(params):
+    return [
+        torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params
+    ]
+
+
+@pytest.mark.parametrize(("states", "weights", "dtype"), EVERY_FORMAT)
+def test_a_run_resumes_with_every_format_in_every_layout(states, weights, dtype):
+    options = {"states": states, "weights": weights, "seed": 3}
+    params = make_layouts(dtype)
+    whole = onepass.AdamW(params, **options)
+    train(whole, params, 3)
+    saved, at = save_and_load(whole.state_dict()), save_and_load([p.detach() for p in params])
+    train(whole, params, 3, start=3)
+    weights_again = [torch.nn.Parameter(p) for p in at]
+    assert [p.stride() for p in weights_again] == [p.stride() for p in params]
+    resumed = onepass.AdamW(weights_again, **options)
+    resumed.load_state_dict(saved)
+    train(resumed, weights_again, 3, start=3)
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize(("states", "weights", "dtype"), EVERY_FORMAT)
+def test_copies_hold_states_and_companions(states, weights, dtype):
+    params = make_layouts(dtype)
+    optimizer = onepass.AdamW(params, states=states, weights=weights)
+    train(optimizer, params, 2)
+    copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    train(optimizer, params, 2, start=2)
+    for copied in copies:
+        train(copied, [p for g in copied.param_groups for p in g["params"]], 2, start=2)
+        assert_same(copied, optimizer)
 
 
 @pytest.mark.parametrize(("case", "variant", "name"), TWINS, ids=TWIN_IDS)
@@ -133,12 +179,18 @@ def test_state_dicts_of_others_are_refused_before_anything_changes():
     bad_option = copy.deepcopy(held)
     bad_option["param_groups"][0]["eps"] = -1.0
     fewer = onepass.AdamW(params[:1]).state_dict()
+    newer = copy.deepcopy(held)
+    newer["param_groups"][0]["format_version"] = VERSION + 1
+    bare = copy.deepcopy(held)
+    bare["state"][1]["exp_avg"] = torch.zeros(6, 4, dtype=torch.uint8)
     two_groups = onepass.AdamW([{"params": params[:1]}, {"params": params[1:]}]).state_dict()
     for state_dict, message in [
         (another_model.state_dict(), r"exp_avg of parameter 1 of shape \(6, 4\) is \(7, 4\)"),
         (another_kind.state_dict(), "no exp_avg_sq for parameter 0"),
         (lost, "no exp_avg_sq for parameter 1"),
         (bad_option, "eps must be"),
+        (newer, f"has formats of version {VERSION + 1}; this onepass knows version {VERSION}"),
+        (bare, "exp_avg of parameter 1 .* is torch.uint8 without a scale"),
         (fewer, "parameter group 0 has 1 parameters in the state dict, 2 in the optimizer"),
         (two_groups, "has 2 parameter groups, the optimizer 1"),
     ]:

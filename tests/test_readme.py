@@ -1,4 +1,4 @@
-"""The README keeps its word: its example runs as it stands, its table is the code's."""
+"""The README keeps its word: its examples run as they stand, its table is the code's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import onepass
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_as_it_stands():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 2
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_runs_as_it_stands(example):
     result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     loss = float(re.fullmatch(r"loss (\d+\.\d+)\n", result.stdout).group(1))

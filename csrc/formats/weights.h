@@ -31,9 +31,13 @@ ONEPASS_HD Split encode_split16(float value) {
   const bool nan = value != value;
   return {round_half_away(value) >> 16, nan ? 0u : to_bits(value)};
 }
-ONEPASS_HD float decode_split16(uint32_t weight, int32_t low) {
-  return from_bits((weight << 16) + static_cast<uint32_t>(low));
+// Less than nothing below a weight of zero is left of a weight that was set to zero since: the sum
+// would be a NaN.
+ONEPASS_HD float joined(uint32_t weight, int32_t low) {
+  const bool stale = (weight & 0x7FFFu) == 0 && low < 0;
+  return from_bits((weight << 16) + static_cast<uint32_t>(stale ? 0 : low));
 }
+ONEPASS_HD float decode_split16(uint32_t weight, int32_t low) { return joined(weight, low); }
 
 // The upper 24 bits, the lowest of them rounded stochastically by the lower 8 of 16 random bits.
 ONEPASS_HD Split encode_split8(float value, uint32_t random16) {
@@ -41,8 +45,6 @@ ONEPASS_HD Split encode_split8(float value, uint32_t random16) {
   const bool nan = value != value;
   return {nan ? kBf16Nan >> 16 : (kept + 0x80u) >> 8, nan ? 0u : kept};
 }
-ONEPASS_HD float decode_split8(uint32_t weight, int32_t low) {
-  return from_bits((weight << 16) + (static_cast<uint32_t>(low) << 8));
-}
+ONEPASS_HD float decode_split8(uint32_t weight, int32_t low) { return joined(weight, low * 256); }
 
 }  // namespace onepass

@@ -3,18 +3,51 @@
 from importlib.metadata import version
 
 from . import backends, ops
-from .optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
+from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from .checkpoints import convert_state_dict, full_precision_state_dict
+from .optim import (
+    SGD,
+    Adagrad,
+    Adagrad8bit,
+    Adam,
+    Adam8bit,
+    AdamW,
+    AdamW4bit,
+    AdamW8bit,
+    Lion,
+    Lion8bit,
+    Optimizer,
+    RMSprop,
+    RMSprop8bit,
+    SGD8bit,
+)
+from .precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
 
 __version__ = version("onepass")
 
 __all__ = [
+    "EMBEDDINGS",
+    "NORMS",
     "SGD",
     "Adagrad",
+    "Adagrad8bit",
     "Adam",
+    "Adam8bit",
     "AdamW",
+    "AdamW4bit",
+    "AdamW8bit",
     "Lion",
+    "Lion8bit",
     "Optimizer",
     "RMSprop",
+    "RMSprop8bit",
+    "SGD8bit",
     "backends",
+    "cast_model",
+    "convert_state_dict",
+    "from_bitsandbytes",
+    "full_precision_state_dict",
     "ops",
+    "parameter_groups",
+    "to_bitsandbytes",
 ]

@@ -73,9 +73,13 @@ def check_weight_format(param: torch.Tensor, weights: str, which: str) -> None:
     """Raises ValueError unless the weight format serves the parameter's dtype."""
     served = WEIGHT_FORMATS[weights].codes
     if param.dtype not in served:
+        known = [name for name, form in WEIGHT_FORMATS.items() if param.dtype in form.codes]
+        helper = ""
+        if param.dtype == torch.float32:
+            helper = " (onepass.parameter_groups makes such groups)"
         raise ValueError(
             f"weights={weights!r} is for {_dtypes(served)} weights; {which} is {param.dtype}: give "
-            "it a group with weights='native' (onepass.parameter_groups makes such groups)"
+            f"it a group with weights={' or '.join(map(repr, known))}{helper}"
         )
 
 

@@ -18,9 +18,9 @@ from . import backends
 from .arena import Arena
 from .backends.base import same_layout
 from .checks import check_tensors, check_weight_format
-from .formats import STATE_FORMATS, WEIGHT_FORMATS, scale_key
+from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
 from .rules import HYPER_WIDTH
-from .states import fill, fit_companion, fit_states, stale_keys, state_layouts
+from .states import fill, fit_companion, fit_states, packed_order, stale_keys, state_layouts
 
 if TYPE_CHECKING:
     from .optim.base import Optimizer
@@ -40,9 +40,13 @@ class ParamState(dict[str, Any]):
 
     Comparing every state of every parameter at every step would be a quarter of the host's time.
     Copies and pickles are plain dictionaries.
+
+    Attributes:
+        form: name of the format of the states, where their tensors do not tell.
     """
 
-    __slots__ = ("watch",)
+    __slots__ = ("form", "watch")
+    form: str
     watch: Watch
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -179,7 +183,7 @@ class Plan:
         }
 
         # New states are gathered first: nothing is kept of them if memory runs out on the way.
-        fresh: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any]]] = []
         rows: dict[tuple[int, float, bool], Row] = {}
         row_numbers: dict[tuple[int, float, bool], int] = {}
         entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
@@ -194,7 +198,8 @@ class Plan:
                     continue
                 state = optimizer.state.get(param, {})
                 which = f"parameter {number} of shape {tuple(param.shape)}"
-                held = fit_states(state, param, rule, form, which)
+                saved_as = getattr(state, "form", "")
+                held = fit_states(state, param, rule, form, which, saved_as=saved_as)
                 first = False
                 for _, name in slots:
                     if name in held:
@@ -215,7 +220,8 @@ class Plan:
                     shared = torch.tensor(count, dtype=torch.float32)
                     row_numbers[key] = len(rows)
                     rows[key] = Row(group, shared, first)
-                fresh.append((param, {**held, "step": rows[key].step}))
+                order = packed_order(param, form) if slots else {}
+                fresh.append((param, form, {**held, **order, "step": rows[key].step}))
                 entries[param.device].append(
                     backends.Entry(
                         param=param,
@@ -241,7 +247,7 @@ class Plan:
         self._parts = [_Part(backend, entries[device]) for device, backend in chosen.items()]
 
         self._watch = Watch()
-        for param, held in fresh:
+        for param, form, held in fresh:
             param_state = optimizer.state[param]
             if not isinstance(param_state, ParamState):
                 param_state = optimizer.state[param] = ParamState(param_state)
@@ -249,6 +255,7 @@ class Plan:
             for stale in stale_keys(param_state, held, rule):
                 del param_state[stale]
             param_state.update(held)
+            param_state.form = form.name
             param_state.watch = self._watch
         self._dicts = list(optimizer.state.values())
 

@@ -2,12 +2,13 @@
 
 ``optimizer.state[param]`` has, for each state of the rule, its codes under torch.optim's key and,
 in formats with blocks, their scales under ``<key>_scale``; the companion of the weight under the
-key of its format; and ``step``.
+key of its format; and ``step``. Packed codes do not show the order in which they lie: where that
+of the parameter is not the contiguous one, its strides are there as ``stride``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,17 @@ import numpy as np
 import torch
 
 from . import codec
-from .backends.base import same_layout
 from .checks import is_dense
-from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
+from .formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
 from .rules import Rule
 
 COMPANIONS = frozenset(form.key for form in WEIGHT_FORMATS.values() if form.key)
+STRIDE = "stride"
+
+
+def _same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether strides put the elements of a dense shape in the same order."""
+    return all(s == t for s, t, n in zip(a, b, shape, strict=True) if n > 1)
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,7 @@ class Layout:
             tensor.dtype == self.dtype
             and tensor.device == device
             and tuple(tensor.shape) == self.shape
-            and all(
-                s == t
-                for s, t, n in zip(tensor.stride(), self.stride, self.shape, strict=True)
-                if n > 1
-            )
+            and _same_order(tensor.stride(), self.stride, self.shape)
         )
 
     def empty(self, device: torch.device) -> torch.Tensor:
@@ -86,9 +88,17 @@ def fill(held: Mapping[str, torch.Tensor], key: str, form: StateFormat, value: f
     held[scale_key(key)].fill_(scale[0].item())
 
 
+def packed_order(param: torch.Tensor, form: StateFormat) -> dict[str, tuple[int, ...]]:
+    """What a parameter's state says of the order of its packed codes; nothing where it is the
+    contiguous one."""
+    if form.packed == 1 or param.is_contiguous():
+        return {}
+    return {STRIDE: param.stride()}
+
+
 def stale_keys(state: Mapping[str, Any], held: Mapping[str, Any], rule: Rule) -> list[str]:
-    """Keys of scales and companions that are not held any more."""
-    kept = COMPANIONS | {scale_key(key) for key, _, _ in rule.slots}
+    """Keys of scales, companions and orders that are not held any more."""
+    kept = COMPANIONS | {STRIDE} | {scale_key(key) for key, _, _ in rule.slots}
     return [key for key in state if key in kept and key not in held]
 
 
@@ -99,9 +109,15 @@ def _tensor(value: Any, which: str) -> torch.Tensor:
 
 
 def _format_of(
-    data: torch.Tensor, scale: torch.Tensor | None, param: torch.Tensor, saved_as: str
+    data: torch.Tensor, scale: torch.Tensor | None, param: torch.Tensor, saved_as: str, which: str
 ) -> StateFormat:
-    """The format that a saved state is in, by its tensors."""
+    """The format that a saved state is in: by its tensors, and where those of two look alike by the
+    format that it is said to be in."""
+    if (scale is None) != data.is_floating_point():
+        raise ValueError(
+            f"{which} is {data.dtype} {'without' if scale is None else 'with'} a scale: codes have "
+            "one, numbers have none"
+        )
     if scale is None:
         return STATE_FORMATS["bf16" if data.dtype == torch.bfloat16 else "fp32"]
     if scale.dtype == torch.float32:
@@ -136,7 +152,7 @@ def fit_states(
     for _, key in slots:
         data = _tensor(saved[key], f"{key} of {which}")
         scale = saved.get(scale_key(key))
-        source = _format_of(data, scale, param, saved_as or form.name)
+        source = _format_of(data, scale, param, saved_as or form.name, f"{key} of {which}")
         wanted = state_layouts(param, key, source)
         for layout, value in zip(wanted, [data] if scale is None else [data, scale], strict=True):
             if tuple(value.shape) != layout.shape:
@@ -145,29 +161,49 @@ def fit_states(
                     "parameter"
                 )
             found[layout.key] = value if is_dense(value) else value.contiguous()
+        if source.name == "fp32":
+            found[key] = found[key].float()  # torch.optim's are fp16 where the weight is
         forms.add(source.name)
     if len(forms) > 1 and not forms <= {"fp32", "bf16"}:
         raise ValueError(f"the states of {which} are in different formats: {sorted(forms)}")
     if len(forms) > 1:
         found, forms = {key: value.float() for key, value in found.items()}, {"fp32"}
     source = STATE_FORMATS[forms.pop()]
+    strides = {key: found[key].stride() for _, key in slots}
+    if source.packed > 1:
+        strides = dict.fromkeys(strides, _saved_stride(saved, param, which))
 
     layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
     new = {layout.key: layout for layout in layouts}
-    if source is form and all(x.fits(found[x.key], param.device) for x in layouts):
+    in_order = all(_same_order(strides[key], param.stride(), param.shape) for key in strides)
+    if source is form and in_order and all(x.fits(found[x.key], param.device) for x in layouts):
         return {key: value.clone() if copy else value for key, value in found.items()}
     held = {layout.key: layout.empty(param.device) for layout in layouts}
     if (source is form and source.block == 1) or (source.scale is None and form.scale is None):
         for key in new:
             held[key].copy_(found[key])
         return held
-    _convert(found, source, held, form, param, rule, slots)
+    _convert(found, source, strides, held, form, param, rule, slots)
     return held
+
+
+def _saved_stride(saved: Mapping[str, Any], param: torch.Tensor, which: str) -> tuple[int, ...]:
+    """The order in which packed codes lie, as strides of the parameter's shape."""
+    stride = saved.get(STRIDE)
+    if stride is None:
+        return torch.empty(param.shape, device="meta").stride()
+    stride = tuple(stride)
+    if len(stride) != param.dim() or not is_dense(
+        torch.empty_strided(param.shape, stride, device="meta")
+    ):
+        raise ValueError(f"{STRIDE} of {which} is {stride}: it is the state of another parameter")
+    return stride
 
 
 def _convert(
     found: Mapping[str, torch.Tensor],
     source: StateFormat,
+    strides: Mapping[str, tuple[int, ...]],
     held: Mapping[str, torch.Tensor],
     form: StateFormat,
     param: torch.Tensor,
@@ -187,8 +223,8 @@ def _convert(
     for i, key in slots:
         value = values[i]
         assert value is not None
-        if source.packed == 1 and not same_layout(found[key], param):
-            logical = torch.empty(param.numel()).as_strided(param.shape, found[key].stride())
+        if not _same_order(strides[key], param.stride(), param.shape):
+            logical = torch.empty(param.numel()).as_strided(param.shape, strides[key])
             codec.flat(logical).copy_(torch.from_numpy(value))
             moved = torch.empty_strided(param.shape, param.stride()).copy_(logical)
             value = codec.flat(moved).numpy()
@@ -233,9 +269,25 @@ def fit_companion(
         if layout.fits(value, param.device) and not copy:
             return value
         return layout.empty(param.device).copy_(value)
-    full = full_precision(param, {key: value})
-    weight, companion = torch.empty_like(param.detach()), layout.empty(param.device)
-    codec.write_weight(form.codes[param.dtype], codec.to_array(full), weight, companion)
+    values = codec.to_array(full_precision(param, {key: value}))
+    companion = layout.empty(param.device)
+    weight, code = torch.empty_like(param.detach()), form.codes[param.dtype]
+    codec.write_weight(code, values, weight, companion)
+    # The weight stays what it is, but near the middle between two weights formats round
+    # differently: such a value moves towards the weight, by as little as the format can tell. What
+    # is farther away was left over of another weight, changed since.
+    bits, kept = values.view(np.uint32), codec.to_array(param)
+    for ulps in (1, 256, None):
+        found = codec.to_array(weight)
+        off = found != kept
+        if not off.any():
+            break
+        if ulps is None:
+            values[off] = codec.read_weight(NATIVE[param.dtype], param)[off]
+        else:
+            outwards = (kept & 0x7FFF) > (found & 0x7FFF)
+            bits[off] += np.where(outwards, np.uint32(ulps), np.uint32(2**32 - ulps))[off]
+        codec.write_weight(code, values, weight, companion)
     return companion
 
 

@@ -4,7 +4,32 @@ from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .base import Optimizer, Options
 from .lion import Lion
+from .named import (
+    Adagrad8bit,
+    Adam8bit,
+    AdamW4bit,
+    AdamW8bit,
+    Lion8bit,
+    RMSprop8bit,
+    SGD8bit,
+)
 from .rmsprop import RMSprop
 from .sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "Optimizer", "Options", "RMSprop"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adagrad8bit",
+    "Adam",
+    "Adam8bit",
+    "AdamW",
+    "AdamW4bit",
+    "AdamW8bit",
+    "Lion",
+    "Lion8bit",
+    "Optimizer",
+    "Options",
+    "RMSprop",
+    "RMSprop8bit",
+    "SGD8bit",
+]

@@ -16,7 +16,7 @@ from ..checks import check_lr, check_param, check_weight_format
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
 from ..plan import ParamState, Plan
 from ..rules import RULES, Rule
-from ..states import COMPANIONS, fit_companion, fit_states
+from ..states import COMPANIONS, STRIDE, fit_companion, fit_states, packed_order
 
 # Options that describe this run, not the state of training: loading a state dict keeps them.
 _OWN_OPTIONS = ("states", "weights", "format_version")
@@ -29,8 +29,8 @@ class Options(TypedDict, total=False):
         maximize: ascend instead of descend (default False).
         decoupled_weight_decay: take lr * weight_decay * param off the weight instead of adding
             weight_decay * param to the gradient (default: True for AdamW and Lion).
-        states: format of the states, also per parameter group: "fp32" (default), "bf16", "mx8",
-            "mx4" or "dynamic8" (docs/formats.md).
+        states: format of the states, also per parameter group: "fp32" (default; classes named for
+            their bits have another), "bf16", "mx8", "mx4" or "dynamic8" (docs/formats.md).
         weights: how bf16 and fp16 weights keep their precision, also per group: "native" (default),
             rounded to nearest, "stochastic", "kahan", "master"; bf16 alone "split16", "split8".
         paged, max_grad_norm, skip_nonfinite: not available yet; only their defaults, False, None
@@ -41,7 +41,7 @@ class Options(TypedDict, total=False):
 
     maximize: bool
     decoupled_weight_decay: bool | None
-    states: str
+    states: str | None
     weights: str
     paged: bool | int
     max_grad_norm: float | None
@@ -67,6 +67,8 @@ class Optimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     decoupled: ClassVar[bool] = False
     """The class's own kind of weight decay."""
+    default_states: ClassVar[str] = "fp32"
+    """The class's own format of states."""
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class Optimizer(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool | None = None,
-        states: str = "fp32",
+        states: str | None = None,
         weights: str = "native",
         paged: bool | int = False,
         max_grad_norm: float | None = None,
@@ -98,7 +100,7 @@ class Optimizer(torch.optim.Optimizer):
         options = {
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "states": states,
+            "states": self.default_states if states is None else states,
             "weights": weights,
             "seed": seed,
             "format_version": VERSION,
@@ -274,6 +276,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> ParamState:
         rule = self.rule
         which = f"parameter {number} of shape {tuple(param.shape)}"
+        check_weight_format(param, group["weights"], which)
         saved = {key: value for key, value in saved.items() if value is not None}
         keys = [key for _, key in rule.state_slots(rule.flag_bits(group))]
         missing = [key for key in keys if key not in saved]
@@ -289,14 +292,16 @@ class Optimizer(torch.optim.Optimizer):
         form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
         states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as)
         moments = {key for key, _, _ in rule.slots}
-        known = moments | {scale_key(key) for key in moments} | COMPANIONS
+        known = moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE}
         state = ParamState()
         for key, value in saved.items():
             if key == "step":
                 state[key] = torch.tensor(float(value), dtype=torch.float32)
             elif key not in known:
                 state[key] = deepcopy(value)
-        state.update(states)
+        state.form = form.name
+        if states:
+            state.update(states, **packed_order(param, form))
         if any(key in saved for key in COMPANIONS):
             companion = fit_companion(saved, param, weight, which, copy=True)
             if companion is not None:

@@ -7,6 +7,7 @@ copy. split: the bits of the fp32 value that the bfloat16 does not have, 16 or 8
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from .arrays import F32, U8, U16, U32
 from .floats import BF16_NAN, decode_bf16, decode_fp16, encode_bf16, encode_fp16
@@ -59,10 +60,20 @@ def encode_split16(values: F32) -> tuple[U16, U16]:
     return weight, np.where(np.isnan(values), np.uint16(0), low.astype(np.uint16))
 
 
+def _joined(weight: U16, low: npt.NDArray[np.int32]) -> F32:
+    """The value whose bits are those of the weight, 65536 times, plus low.
+
+    Less than nothing below a weight of zero, which no value gives, is left of a weight that was
+    set to zero since: it counts as nothing. The sum would be a NaN.
+    """
+    below = np.where(weight & np.uint16(0x7FFF) == 0, np.maximum(low, 0), low)
+    bits = (weight.astype(np.uint32) << np.uint32(16)) + below.astype(np.uint32)
+    return bits.view(np.float32)
+
+
 def decode_split16(weight: U16, low: U16) -> F32:
     """What :func:`encode_split16` wrote."""
-    bits = (weight.astype(np.uint32) << np.uint32(16)) + low.view(np.int16).astype(np.uint32)
-    return bits.view(np.float32)
+    return _joined(weight, low.view(np.int16).astype(np.int32))
 
 
 def encode_split8(values: F32, random: U32) -> tuple[U16, U8]:
@@ -78,6 +89,4 @@ def encode_split8(values: F32, random: U32) -> tuple[U16, U8]:
 
 def decode_split8(weight: U16, low: U8) -> F32:
     """What :func:`encode_split8` wrote."""
-    above = (weight.astype(np.uint32) << np.uint32(16)).astype(np.uint32)
-    bits = above + (low.view(np.int8).astype(np.uint32) << np.uint32(8))
-    return bits.view(np.float32)
+    return _joined(weight, low.view(np.int8).astype(np.int32) * np.int32(256))
