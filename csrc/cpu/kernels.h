@@ -2,8 +2,7 @@
 // are compiled apart and meet in sweep.cpp through these tables, so that they add, not multiply.
 #pragma once
 
-#include "../formats/table.h"
-#include "../rules/table.h"
+#include "../entry.h"
 
 namespace onepass::cpu {
 
@@ -12,12 +11,6 @@ namespace onepass::cpu {
 struct TileRandom {
   RandomKey keys[2];
   uint32_t low;
-};
-
-// A tensor at rest: its codes, and the scales of their blocks or the companion of a weight.
-struct Stored {
-  void* data;
-  void* extra;
 };
 
 // Applies a rule to n elements. row is the group's row of the hyperparameter table; states has a

@@ -10,24 +10,6 @@
 
 namespace onepass::cpu {
 
-// One parameter with what belongs to it, in memory order.
-struct Entry {
-  Stored param;
-  const void* grad;
-  Stored states[kMaxStates];
-  int64_t numel;
-  int64_t first;  // index of the first element in the whole tensor, for the random bits
-  int64_t param_id;
-  int32_t row;  // of the hyperparameter table
-  uint16_t rule, flags;
-  Format param_format, grad_format, state_formats[kMaxStates];
-  Kind kinds[kMaxStates];
-  uint8_t order[kMaxStates];  // of the states in a tile: the first second moment comes first
-  uint8_t slots;              // bit k: the rule has state k
-
-  bool has(int k) const { return slots >> k & 1; }
-};
-
 // Elements of an fp32 tile: five of them (weight, gradient, three states) are 5 KiB of L1. Measured
 // on AVX-512, two cores, 2026-11: 256 is the fastest of 64 to 2048.
 constexpr int kTile = 256;
