@@ -13,25 +13,31 @@ struct TileRandom {
   uint32_t low;
 };
 
-// Applies a rule to n elements. row is the group's row of the hyperparameter table; states has a
-// pointer for each slot that the rule has.
+// Applies a rule to n elements. row is the group's row of the hyperparameter table; states has an
+// entry for each slot that the rule has.
 using RuleFn = void (*)(
-    const float* row, int n, void* param, const void* grad, void* const* states,
+    const float* row, int n, const Stored& param, const void* grad, const Stored* states,
     const TileRandom& random);
 // Reads elements [first, first + n). roots is what mx4 measures first moments in: written with the
 // rule's first second moment, read with a relative one.
 using DecodeFn = void (*)(const Stored& src, int64_t first, int n, float* tile, float* roots);
-// Writes them. use says which 16 random bits: the slot of a state, or kWeightUse.
+// Writes them. use says which 16 random bits: the slot of a state, or weight_use.
 using EncodeFn = void (*)(
     const float* tile, int64_t first, int n, const Stored& dst, const TileRandom& random, int use,
     float* roots);
-constexpr int kWeightUse = 3;
+
+// Formats of weight, gradient and states whose update has a kernel of its own, which works on the
+// tensors as they are, without tiles: the division and root leave the other units idle for just as
+// long as converting takes. step is what n must be a multiple of.
+struct Direct {
+  Format weight, grad, state;
+  int step;
+  RuleFn rules[kRules][kMaxFlags];
+};
+constexpr int kDirect = 6;
 
 struct Kernels {
-  RuleFn fp32[kRules][kMaxFlags];  // weight, gradient and states are fp32
-  // The same update straight on bf16 tensors (stochastic states), without tiles: the division and
-  // root leave the other units idle for just as long as converting takes.
-  RuleFn bf16[kRules][kMaxFlags];
+  Direct direct[kDirect];  // the first is all fp32, which tiles are as well
   DecodeFn decode[kFormats][kKinds];
   EncodeFn encode[kFormats][kKinds];
 };

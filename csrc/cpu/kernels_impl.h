@@ -26,34 +26,35 @@ constexpr int kBlock = 128, kAheadBytes = 1024;
 
 // Asks for the block that lies kAheadBytes after the one at offset, in each of the rule's streams.
 template <unsigned Slots, int Block>
-ONEPASS_HD void prefetch(int64_t offset, const void* param, const void* grad, void* const* states) {
+ONEPASS_HD void prefetch(
+    int64_t offset, const void* param, const void* grad, const Stored* states) {
   const auto lines = [=](const void* base) {
     const char* from = static_cast<const char*>(base) + offset + kAheadBytes;
     for (int line = 0; line < Block; line += 64) __builtin_prefetch(from + line, 0, 3);
   };
   lines(param);
   lines(grad);
-  if (Slots & 1) lines(states[0]);
-  if (Slots & 2) lines(states[1]);
-  if (Slots & 4) lines(states[2]);
+  if (Slots & 1) lines(states[0].data);
+  if (Slots & 2) lines(states[1].data);
+  if (Slots & 4) lines(states[2].data);
 }
 
 template <class Rule>
 void apply_fp32(
-    const float* row, int n, void* param_ptr, const void* grad_ptr, void* const* states,
+    const float* row, int n, const Stored& param_at, const void* grad_ptr, const Stored* states,
     const TileRandom&) {
   constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4;
   const auto hyper = load_hyper<Rule>(row);
   const float grad_scale = row[0];
-  auto* __restrict param = static_cast<float*>(param_ptr);
+  auto* __restrict param = static_cast<float*>(param_at.data);
   auto* __restrict grad = static_cast<const float*>(grad_ptr);
-  auto* __restrict state0 = static_cast<float*>(states[0]);
-  auto* __restrict state1 = static_cast<float*>(states[1]);
-  auto* __restrict state2 = static_cast<float*>(states[2]);
+  auto* __restrict state0 = static_cast<float*>(states[0].data);
+  auto* __restrict state1 = static_cast<float*>(states[1].data);
+  auto* __restrict state2 = static_cast<float*>(states[2].data);
   for (int block = 0; block < n; block += kBlock) {
     const int end = n - block < kBlock ? n : block + kBlock;
     if (block + kAheadBytes / 4 < n)
-      prefetch<Rule::kSlots, kBlock * 4>(int64_t{4} * block, param_ptr, grad_ptr, states);
+      prefetch<Rule::kSlots, kBlock * 4>(int64_t{4} * block, param_at.data, grad_ptr, states);
 #pragma omp simd
     for (int i = block; i < end; ++i) {
       float value0 = 0, value1 = 0, value2 = 0;
@@ -110,24 +111,24 @@ ONEPASS_HD void update_pair(
 
 template <class Rule, bool Scaled>
 void apply_bf16_scaled(
-    const float* row, int n, void* param_ptr, const void* grad_ptr, void* const* states,
+    const float* row, int n, const Stored& param_at, const void* grad_ptr, const Stored* states,
     const TileRandom& random_ref) {
   const TileRandom random = random_ref;  // a copy: the stores below could alias the original
   constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4;
   const auto hyper = load_hyper<Rule>(row);
   const float grad_scale = row[0];
-  auto* __restrict param = static_cast<Pair*>(param_ptr);
+  auto* __restrict param = static_cast<Pair*>(param_at.data);
   auto* __restrict grad = static_cast<const Pair*>(grad_ptr);
-  auto* __restrict state0 = static_cast<Pair*>(states[0]);
-  auto* __restrict state1 = static_cast<Pair*>(states[1]);
-  auto* __restrict state2 = static_cast<Pair*>(states[2]);
+  auto* __restrict state0 = static_cast<Pair*>(states[0].data);
+  auto* __restrict state1 = static_cast<Pair*>(states[1].data);
+  auto* __restrict state2 = static_cast<Pair*>(states[2].data);
   const int pairs = n / 2;
   uint32_t start0 = random_start(random.keys[0], random.low);
   uint32_t start1 = random_start(random.keys[1], random.low);
   for (int block = 0; block < pairs; block += kBlock / 2) {
     const int end = pairs - block < kBlock / 2 ? pairs : block + kBlock / 2;
     if (block + kAheadBytes / 4 < pairs)
-      prefetch<Rule::kSlots, kBlock * 2>(int64_t{4} * block, param_ptr, grad_ptr, states);
+      prefetch<Rule::kSlots, kBlock * 2>(int64_t{4} * block, param_at.data, grad_ptr, states);
 #pragma omp simd linear(start0, start1 : 2 * kWeyl)
     for (int i = block; i < end; ++i) {
       uint32_t value = param[i], value0 = 0, value1 = 0, value2 = 0;
@@ -151,39 +152,145 @@ void apply_bf16_scaled(
     const auto set_half = [&](void* base, uint32_t pair) {
       static_cast<uint16_t*>(base)[n - 1] = static_cast<uint16_t>(pair);
     };
-    uint32_t value = half(param_ptr), value0 = 0, value1 = 0, value2 = 0;
-    if (kHas0) value0 = half(states[0]);
-    if (kHas1) value1 = half(states[1]);
-    if (kHas2) value2 = half(states[2]);
+    uint32_t value = half(param_at.data), value0 = 0, value1 = 0, value2 = 0;
+    if (kHas0) value0 = half(states[0].data);
+    if (kHas1) value1 = half(states[1].data);
+    if (kHas2) value2 = half(states[2].data);
     update_pair<Rule, Scaled>(
         hyper, grad_scale, random, start0, start1, value, half(grad_ptr), value0, value1, value2);
-    set_half(param_ptr, value);
-    if (kHas0) set_half(states[0], value0);
-    if (kHas1) set_half(states[1], value1);
-    if (kHas2) set_half(states[2], value2);
+    set_half(param_at.data, value);
+    if (kHas0) set_half(states[0].data, value0);
+    if (kHas1) set_half(states[1].data, value1);
+    if (kHas2) set_half(states[2].data, value2);
   }
 }
 
 // The gradient's scale is nearly always one, and a multiplication by one a fiftieth of this loop.
 template <class Rule>
 void apply_bf16(
-    const float* row, int n, void* param, const void* grad, void* const* states,
+    const float* row, int n, const Stored& param, const void* grad, const Stored* states,
     const TileRandom& random) {
   const auto apply =
       row[0] == 1.0f ? apply_bf16_scaled<Rule, false> : apply_bf16_scaled<Rule, true>;
   apply(row, n, param, grad, states, random);
 }
 
+template <class Rule>
+constexpr Kind kind_of(int slot) {
+  if (Rule::kSecond >> slot & 1) return kSecond;
+  return Rule::kRelative >> slot & 1 ? kRelative : kFirst;
+}
+
+// Asks for what a strip that lies kAheadBytes further on starts with.
+template <class Format>
+ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
+  constexpr int kBytes = static_cast<int>(bytes_of(Format::kFormat, kStrip));
+  const char* from = static_cast<const char*>(at.data) + bytes_of(Format::kFormat, first);
+  for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + kAheadBytes + line, 0, 3);
+}
+
+// A strip as fp32: in place if it rests so. (A copy would be a memcpy to the compiler, whose narrow
+// stores the wide loads after it would wait for.)
+template <class Format>
+ONEPASS_HD float* open_strip(const Stored& at, int64_t first, float* buffer) {
+  if constexpr (Format::kFormat == onepass::Format::kFp32)
+    return static_cast<float*>(at.data) + first;
+  Format::load(at, first, kStrip, buffer, nullptr);
+  return buffer;
+}
+
+// Any formats of 32 elements at a time, in registers as far as they go.
+template <class Rule, class Weight, class Grad, template <Kind> class State>
+void apply_strips(
+    const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
+    const TileRandom& random_ref) {
+  const TileRandom random = random_ref;  // copies: the stores below could alias the originals
+  const Stored weight = param, grad{const_cast<void*>(grad_ptr), nullptr};
+  const Stored states[kMaxStates] = {states_ref[0], states_ref[1], states_ref[2]};
+  const auto hyper = load_hyper<Rule>(row);
+  const float grad_scale = row[0];
+  constexpr unsigned kSlots = Rule::kSlots;
+  constexpr Kind kKind0 = kind_of<Rule>(0), kKind1 = kind_of<Rule>(1), kKind2 = kind_of<Rule>(2);
+  using State0 = State<kKind0>;
+  using State1 = State<kKind1>;
+  using State2 = State<kKind2>;
+  constexpr int kUse = weight_use(Weight::kFormat);
+  // A tile at a time: an update, a block's scale and its codes each wait for what is before them,
+  // but not for another block's.
+  constexpr int kStrips = 8;
+  for (int tile = 0; tile < n; tile += kStrips * kStrip) {
+    alignas(64) float s0[kStrips][kStrip], s1[kStrips][kStrip], s2[kStrips][kStrip];
+    uint32_t scale0[kStrips], scale1[kStrips], scale2[kStrips];
+    const int strips = n - tile < kStrips * kStrip ? (n - tile) / kStrip : kStrips;
+    for (int strip = 0; strip < strips; ++strip) {
+      const int first = tile + strip * kStrip;
+      float param_strip[kStrip], grad_strip[kStrip];
+      prefetch_strip<Weight>(weight, first);
+      prefetch_strip<Grad>(grad, first);
+      if (kSlots & 1) prefetch_strip<State0>(states[0], first);
+      if (kSlots & 2) prefetch_strip<State1>(states[1], first);
+      if (kSlots & 4) prefetch_strip<State2>(states[2], first);
+      float* __restrict p = open_strip<Weight>(weight, first, param_strip);
+      const float* __restrict g = open_strip<Grad>(grad, first, grad_strip);
+      float* __restrict t0 = nullptr, * __restrict t1 = nullptr, * __restrict t2 = nullptr;
+      if (kSlots & 1) t0 = open_strip<State0>(states[0], first, s0[strip]);
+      if (kSlots & 2) t1 = open_strip<State1>(states[1], first, s1[strip]);
+      if (kSlots & 4) t2 = open_strip<State2>(states[2], first, s2[strip]);
+#pragma omp simd
+      for (int i = 0; i < kStrip; ++i) {
+        float value0 = 0, value1 = 0, value2 = 0;
+        if (kSlots & 1) value0 = t0[i];
+        if (kSlots & 2) value1 = t1[i];
+        if (kSlots & 4) value2 = t2[i];
+        Rule::update(hyper, p[i], grad_scale * g[i], value0, value1, value2);
+        if (kSlots & 1) t0[i] = value0;
+        if (kSlots & 2) t1[i] = value1;
+        if (kSlots & 4) t2[i] = value2;
+      }
+      uint32_t words[kStrip];
+      if (Weight::kDraws) draw(random, kUse / 2, first, kStrip, words);
+      if (Weight::kFormat != Format::kFp32)
+        Weight::store(p, weight, first, kStrip, {words, kUse % 2 * 16}, nullptr);
+    }
+    if (State0::kFormat == Format::kFp32) continue;
+    for (int strip = 0; strip < strips; ++strip) {
+      if (kSlots & 1) scale0[strip] = scale_of<typename State0::Code>(s0[strip], kStrip);
+      if (kSlots & 2) scale1[strip] = scale_of<typename State1::Code>(s1[strip], kStrip);
+      if (kSlots & 4) scale2[strip] = scale_of<typename State2::Code>(s2[strip], kStrip);
+    }
+    for (int strip = 0; strip < strips; ++strip) {
+      const int first = tile + strip * kStrip;
+      uint32_t words[kStrip];
+      if ((kSlots & 3) && State0::kDraws) draw(random, 0, first, kStrip, words);
+      if (kSlots & 1)
+        State0::store_scaled(s0[strip], states[0], first, kStrip, {words, 0}, scale0[strip]);
+      if (kSlots & 2)
+        State1::store_scaled(s1[strip], states[1], first, kStrip, {words, 16}, scale1[strip]);
+      if ((kSlots & 4) && State2::kDraws) draw(random, 1, first, kStrip, words);
+      if (kSlots & 4)
+        State2::store_scaled(s2[strip], states[2], first, kStrip, {words, 0}, scale2[strip]);
+    }
+  }
+}
+
+template <Kind>
+using Fp32State = Fp32;
+using Bf16 = Half<ToBf16>;
+
 // A rule that some flags do not go with has no kernel there.
 template <class Rule, bool = Rule::kValid>
 struct Pick {
   static constexpr RuleFn fp32 = apply_fp32<Rule>;
   static constexpr RuleFn bf16 = apply_bf16<Rule>;
+  static constexpr RuleFn bf16_fp32 = apply_strips<Rule, Bf16, Bf16, Fp32State>;
+  static constexpr RuleFn fp32_mx8 = apply_strips<Rule, Fp32, Fp32, Mx8State>;
+  static constexpr RuleFn split8_mx8 = apply_strips<Rule, Split8Weight, Bf16, Mx8State>;
+  static constexpr RuleFn stochastic_mx8 = apply_strips<Rule, Half<DitherBf16>, Bf16, Mx8State>;
 };
 template <class Rule>
 struct Pick<Rule, false> {
-  static constexpr RuleFn fp32 = nullptr;
-  static constexpr RuleFn bf16 = nullptr;
+  static constexpr RuleFn fp32 = nullptr, bf16 = nullptr, bf16_fp32 = nullptr, fp32_mx8 = nullptr,
+                          split8_mx8 = nullptr, stochastic_mx8 = nullptr;
 };
 
 }  // namespace
@@ -194,12 +301,25 @@ struct Pick<Rule, false> {
    Pick<RULE<8>>::KIND,  Pick<RULE<9>>::KIND,  Pick<RULE<10>>::KIND, Pick<RULE<11>>::KIND, \
    Pick<RULE<12>>::KIND, Pick<RULE<13>>::KIND, Pick<RULE<14>>::KIND, Pick<RULE<15>>::KIND},
 
-#define ONEPASS_KERNELS                                \
-  {                                                    \
-      {ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, fp32)}, \
-      {ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, bf16)}, \
-      ONEPASS_DECODERS,                                \
-      ONEPASS_ENCODERS,                                \
+#define ONEPASS_DIRECT(WEIGHT, GRAD, STATE, STEP, KIND)  \
+  {                                                      \
+    Format::WEIGHT, Format::GRAD, Format::STATE, STEP, { \
+      ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, KIND)      \
+    }                                                    \
+  }
+
+#define ONEPASS_KERNELS                                                         \
+  {                                                                             \
+      {                                                                         \
+          ONEPASS_DIRECT(kFp32, kFp32, kFp32, 1, fp32),                         \
+          ONEPASS_DIRECT(kBf16, kBf16, kBf16Stochastic, 1, bf16),               \
+          ONEPASS_DIRECT(kBf16, kBf16, kFp32, kStrip, bf16_fp32),               \
+          ONEPASS_DIRECT(kFp32, kFp32, kMx8, kStrip, fp32_mx8),                 \
+          ONEPASS_DIRECT(kSplit8, kBf16, kMx8, kStrip, split8_mx8),             \
+          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx8, kStrip, stochastic_mx8), \
+      },                                                                        \
+      ONEPASS_FORMATS(load),                                                    \
+      ONEPASS_FORMATS(store),                                                   \
   }
 
 }  // namespace onepass::cpu

@@ -36,20 +36,20 @@ bool needs_random(const Entry& entry) {
 }
 
 // The kernel that works on the entry's tensors as they are, if there is one.
-RuleFn direct_kernel(const Kernels& kernels, const Entry& entry) {
-  const auto all = [&](Format weight, Format state) {
-    bool same = entry.param_format == weight && entry.grad_format == weight;
+const Direct* direct_kernel(const Kernels& kernels, const Entry& entry) {
+  for (const Direct& direct : kernels.direct) {
+    bool same = entry.param_format == direct.weight && entry.grad_format == direct.grad;
     for (int k = 0; k < kMaxStates; ++k)
-      same = same && (!entry.has(k) || entry.state_formats[k] == state);
-    return same;
-  };
-  if (all(Format::kFp32, Format::kFp32)) return kernels.fp32[entry.rule][entry.flags];
-  if (all(Format::kBf16, Format::kBf16Stochastic)) return kernels.bf16[entry.rule][entry.flags];
+      same = same && (!entry.has(k) || entry.state_formats[k] == direct.state);
+    if (same) return &direct;
+  }
   return nullptr;
 }
 
-void* element(void* base, Format format, int64_t index) {
-  return static_cast<char*>(base) + bytes_of(format, index);
+Stored element(const Stored& base, Format format, int64_t index) {
+  return {
+      static_cast<char*>(base.data) + bytes_of(format, index),
+      static_cast<char*>(base.extra) + extra_bytes_of(format, index)};
 }
 
 // n elements from first on: decode, rule, encode. fp32 tensors are worked on where they are.
@@ -68,33 +68,36 @@ void sweep_tile(
   const Stored grad_at{const_cast<void*>(entry.grad), nullptr};
   float* param = open(entry.param_format, kFirst, entry.param, tiles.param);
   const float* grad = open(entry.grad_format, kFirst, grad_at, tiles.grad);
-  void* states[kMaxStates] = {};
+  Stored states[kMaxStates] = {};
   for (const int k : entry.order)
     if (entry.has(k))
-      states[k] = open(entry.state_formats[k], entry.kinds[k], entry.states[k], tiles.states[k]);
-  kernels.fp32[entry.rule][entry.flags](row, n, param, grad, states, random);
-  close(entry.param_format, kFirst, param, entry.param, kWeightUse);
+      states[k].data =
+          open(entry.state_formats[k], entry.kinds[k], entry.states[k], tiles.states[k]);
+  const RuleFn rule = kernels.direct[0].rules[entry.rule][entry.flags];
+  rule(row, n, {param, nullptr}, grad, states, random);
+  close(entry.param_format, kFirst, param, entry.param, weight_use(entry.param_format));
   for (const int k : entry.order)
     if (entry.has(k))
       close(
-          entry.state_formats[k], entry.kinds[k], static_cast<float*>(states[k]), entry.states[k],
-          k);
+          entry.state_formats[k], entry.kinds[k], static_cast<float*>(states[k].data),
+          entry.states[k], k);
 }
 
 // Elements [begin, end) of one entry.
 void sweep_entry(
     const Kernels& kernels, const Entry& entry, int64_t begin, int64_t end, const float* row,
     const int64_t* counters, Tiles& tiles) {
-  const RuleFn direct = direct_kernel(kernels, entry);
+  const Direct* direct = direct_kernel(kernels, entry);
   const bool draws = needs_random(entry);
   const uint64_t stream =
       draws ? random_stream(
                   static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
                   static_cast<uint64_t>(entry.param_id))
             : 0;
-  const int64_t step = direct ? kPiece : kTile;
   for (int64_t first = begin; first < end;) {
-    int64_t n = std::min(step, end - first);
+    const bool whole = direct && end - first >= direct->step;
+    int64_t n = std::min<int64_t>(whole ? kPiece : kTile, end - first);
+    if (whole) n -= n % direct->step;
     TileRandom random{};
     if (draws) {
       const uint64_t index = static_cast<uint64_t>(entry.first + first);
@@ -103,13 +106,15 @@ void sweep_entry(
       n = std::min<int64_t>(n, (int64_t{1} << 32) - random.low);
       for (uint32_t word = 0; word < 2; ++word) random.keys[word] = random_key(stream, high, word);
     }
-    if (direct) {
-      void* states[kMaxStates] = {};
+    if (whole && n % direct->step == 0) {
+      Stored states[kMaxStates] = {};
       for (int k = 0; k < kMaxStates; ++k)
-        if (entry.has(k)) states[k] = element(entry.states[k].data, entry.state_formats[k], first);
-      direct(
-          row, static_cast<int>(n), element(entry.param.data, entry.param_format, first),
-          element(const_cast<void*>(entry.grad), entry.grad_format, first), states, random);
+        if (entry.has(k)) states[k] = element(entry.states[k], entry.state_formats[k], first);
+      const Stored grad =
+          element({const_cast<void*>(entry.grad), nullptr}, entry.grad_format, first);
+      direct->rules[entry.rule][entry.flags](
+          row, static_cast<int>(n), element(entry.param, entry.param_format, first), grad.data,
+          states, random);
     } else {
       sweep_tile(kernels, entry, first, static_cast<int>(n), row, random, tiles);
     }

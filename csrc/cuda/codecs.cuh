@@ -24,8 +24,7 @@ constexpr Kind kind_in(Format format) {
   return Rule::kRelative >> Slot & 1 ? kRelative : kFirst;
 }
 
-// The 16 random bits of each element for one use: the slot of a state, or kWeightUse.
-constexpr int kWeightUse = 3;
+// The 16 random bits of each element for one use: the slot of a state, or weight_use.
 struct Random {
   RandomKey keys[2];
   uint32_t low;  // lower half of the index of the warp's first element
@@ -63,9 +62,9 @@ ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
     case Format::kMasterFp16:
       return code_fp16(from_bits(companion)) == code ? from_bits(companion) : from_fp16(code);
     case Format::kSplit16:
-      return decode_split16(static_cast<uint16_t>(code), static_cast<int16_t>(companion));
+      return decode_split16(code, static_cast<int16_t>(companion));
     case Format::kSplit8:
-      return decode_split8(static_cast<uint16_t>(code), static_cast<int8_t>(companion));
+      return decode_split8(code, static_cast<int8_t>(companion));
     default:
       return from_bf16(code);
   }
@@ -99,12 +98,12 @@ ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
     case Format::kMasterFp16:
       return {code_fp16(value), to_bits(value)};
     case Format::kSplit16: {
-      const Split16 split = encode_split16(value);
-      return {split.weight, static_cast<uint16_t>(split.low)};
+      const Split split = encode_split16(value);
+      return {split.weight, split.low & 0xFFFFu};
     }
     case Format::kSplit8: {
-      const Split8 split = encode_split8(value, random16() >> 8);
-      return {split.weight, static_cast<uint8_t>(split.low)};
+      const Split split = encode_split8(value, random16());
+      return {split.weight, split.low & 0xFFu};
     }
     default:
       return {code_bf16(value), 0};
@@ -113,22 +112,16 @@ ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
 
 // --- states with a scale for a block of elements ---
 
+// The arithmetic of one code.
 template <Format F, Kind K>
-struct Block;  // Code, the arithmetic of one code; values go through it in units
-
-template <>
-struct Block<Format::kMx8, kFirst> {
-  using Code = Mx8::First;
+struct Block;
+template <Kind K>
+struct Block<Format::kMx8, K> {
+  using Code = Mx8<K == kSecond>;
 };
-template <>
-struct Block<Format::kMx8, kSecond> {
-  using Code = Mx8::Second;
-};
-template <>
-struct Block<Format::kMx8, kRelative> : Block<Format::kMx8, kFirst> {};
 template <Kind K>
 struct Block<Format::kMx4, K> {
-  using Code = typename Mx4::Of<K == kSecond>::Code;
+  using Code = Mx4<K == kSecond>;
 };
 
 // mx4 codes the root of a second moment, and a relative one in units of that root.
@@ -210,13 +203,13 @@ struct StateCodec {
         C::put(state.raw, j, encode_one<F>(values[j], draw).code);
       }
     } else {
-      float units[kElements];
       uint32_t largest[kScales] = {};
+      float units[kElements];
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
         units[j] = Full || lanes.has(j) ? to_units<F, K>(values[j], roots[j]) : 0.0f;
         uint32_t& most = largest[kDynamic ? 0 : j / Vector];
-        most = max_u32(most, to_bits(units[j]) & kMagnitude);
+        most = max_u32(most, measure(units[j]));
       }
 #pragma unroll
       for (int v = 0; v < kScales; ++v) largest[v] = largest_in<kLanes>(largest[v]);
@@ -235,13 +228,22 @@ struct StateCodec {
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {
           const uint32_t scale = state.scales[j / Vector];
-          const uint32_t code = Code::encode(units[j], random.draw(use, lanes.at(j)), scale);
+          const uint32_t finite = Code::encode(units[j], random.draw(use, lanes.at(j)), scale);
+          const uint32_t code = scale == kNotFinite ? Code::not_finite(units[j]) : finite;
           // mx4 shares a byte between two elements, of which the second may not be there.
           C::put(state.raw, j, Full || lanes.has(j) ? code : 0u);
           if (K == kSecond && F == Format::kMx4) roots[j] = Code::decode(code, scale);
         }
       }
     }
+  }
+
+  // What a scale is made of the largest of.
+  ONEPASS_HD static uint32_t measure(float units) {
+    if constexpr (kDynamic)
+      return to_bits(units) & kMagnitude;
+    else
+      return Block<F, K>::Code::measure(units);
   }
 
   template <bool Full>

@@ -226,7 +226,7 @@ __device__ __forceinline__ void sweep_warp(
     Companions::clear(companions);
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      const auto draw = [&] { return random.draw(kWeightUse, lanes.at(j)); };
+      const auto draw = [&] { return random.draw(weight_use(F), lanes.at(j)); };
       const Pair pair = encode_one<F>(param[j], draw);
       C::put(param_codes, j, pair.code);
       Companions::put(companions, j, pair.companion);

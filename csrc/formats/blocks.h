@@ -14,115 +14,106 @@ constexpr uint32_t kNotFinite = 255;  // the scale of a block that holds a NaN o
 
 ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-template <int Mantissa, int Binades>
+template <int Exponent, int Mantissa>
 struct Minifloat {
   static constexpr int kDropped = 23 - Mantissa;  // bits of an fp32 below the code's last
-  static constexpr uint32_t kSpan = Binades - 1;
-  static constexpr uint32_t kHalf = 1u << (Mantissa - 1);
+  static constexpr uint32_t kSpan = (1u << Exponent) - 1;
+  static constexpr uint32_t kNan = 1u
+                                   << (Mantissa - 1);  // every code of a block that is not finite
 
-  // The exponent that the largest value of a block can be rounded up to.
-  ONEPASS_HD static uint32_t top(uint32_t largest) {
-    return (largest + ((1u << kDropped) - 1)) >> 23;
-  }
-  ONEPASS_HD static uint32_t lowest(uint32_t largest, uint32_t least) {
-    const uint32_t above = top(largest);
-    const uint32_t e = max_u32(above, kSpan + least) - kSpan;
+  // The lowest exponent of a block, at least least, so that its largest value, lifted and rounded
+  // up, still has a code.
+  ONEPASS_HD static uint32_t lowest(uint32_t largest, uint32_t least, uint32_t lift = 0) {
+    const uint32_t top = (largest + ((1u << kDropped) - 1 + lift)) >> 23;
+    const uint32_t e = max_u32(top, kSpan + least) - kSpan;
     return largest >= kInfinity ? kNotFinite : e;
   }
-  // random16 as the upper of the bits that are dropped.
-  ONEPASS_HD static uint32_t round(uint32_t bits, uint32_t random16) {
-    return (bits + (random16 << (kDropped - 16))) >> kDropped;
+  // The code of bits that are at least those of the lowest exponent; random16 becomes the upper of
+  // the bits that are dropped.
+  ONEPASS_HD static uint32_t round(uint32_t bits, uint32_t random16, uint32_t scale) {
+    return ((bits + (random16 << (kDropped - 16))) >> kDropped) - (scale << Mantissa);
+  }
+  ONEPASS_HD static float value(uint32_t code, uint32_t scale) {
+    return from_bits((code + (scale << Mantissa)) << kDropped);
   }
 };
 
-// Values of at least zero; code 0 is zero and nothing else.
-template <int Mantissa, int Binades>
-struct Unsigned : Minifloat<Mantissa, Binades> {
-  using Base = Minifloat<Mantissa, Binades>;
-  static constexpr uint32_t kNan = Base::kHalf;
+// What follows: encode for a finite block, not_finite for others; measure is what the scale is made
+// of the largest of.
 
+// Values of at least zero; code 0 is zero and nothing else.
+template <int Exponent, int Mantissa>
+struct Unsigned : Minifloat<Exponent, Mantissa> {
+  using Base = Minifloat<Exponent, Mantissa>;
+
+  ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
   ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 0); }
   ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
     const uint32_t bits = to_bits(value);
-    const int32_t steps = static_cast<int32_t>(Base::round(bits, random16)) -
-                          static_cast<int32_t>(scale << Mantissa);
-    const int32_t code = steps > 1 ? steps : 1;
-    const uint32_t finite = (bits & kMagnitude) == 0 ? 0u : static_cast<uint32_t>(code);
-    return scale == kNotFinite ? kNan : finite;
+    const int32_t steps = static_cast<int32_t>(Base::round(bits, random16, scale));
+    const uint32_t code = static_cast<uint32_t>(steps > 1 ? steps : 1);
+    return code < bits ? code : bits;
   }
+  ONEPASS_HD static uint32_t not_finite(float) { return Base::kNan; }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
-    const uint32_t bits = (code + (scale << Mantissa)) << Base::kDropped;
-    return from_bits(code == 0 ? 0u : bits);
+    return code == 0 ? 0.0f : Base::value(code, scale);
   }
 };
 
 // Values of at least zero without a code for zero: only a block of zeros, of scale 0, holds any.
-template <int Mantissa, int Binades>
-struct Positive : Minifloat<Mantissa, Binades> {
-  using Base = Minifloat<Mantissa, Binades>;
-  static constexpr uint32_t kNan = Base::kHalf;
+template <int Exponent, int Mantissa>
+struct Positive : Minifloat<Exponent, Mantissa> {
+  using Base = Minifloat<Exponent, Mantissa>;
 
+  ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
   ONEPASS_HD static uint32_t scale(uint32_t largest) {
     return largest == 0 ? 0u : Base::lowest(largest, 1);
   }
   ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
-    const uint32_t bits = max_u32(to_bits(value) & kMagnitude, scale << 23);
-    const uint32_t code = Base::round(bits, random16) - (scale << Mantissa);
-    const uint32_t some = scale == 0 ? 0u : code;
-    return scale == kNotFinite ? kNan : some;
+    const uint32_t code = Base::round(max_u32(to_bits(value), scale << 23), random16, scale);
+    return scale == 0 ? 0u : code;
   }
+  ONEPASS_HD static uint32_t not_finite(float) { return Base::kNan; }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
-    const uint32_t bits = (code + (scale << Mantissa)) << Base::kDropped;
-    return from_bits(scale == 0 ? 0u : bits);
+    return scale == 0 ? 0.0f : Base::value(code, scale);
   }
 };
 
-// Values of any sign, the sign above the magnitude, with denormals: below the lowest normal value
-// T, adding T gives the exponent of T to a sum whose mantissa counts multiples of T / 2^Mantissa.
-template <int Mantissa, int Binades, int MagnitudeBits>
-struct Signed : Minifloat<Mantissa, Binades> {
-  using Base = Minifloat<Mantissa, Binades>;
-  static constexpr uint32_t kStart = 1u << Mantissa;  // the code of T
-  static constexpr uint32_t kNan = kStart + Base::kHalf;
+// Values of any sign, the sign above the magnitude. A magnitude is lifted by T, the lowest power of
+// two: its codes lie evenly below T, down to zero, and come to lie as a float's do far above.
+template <int Exponent, int Mantissa>
+struct Signed : Minifloat<Exponent, Mantissa> {
+  using Base = Minifloat<Exponent, Mantissa>;
+  static constexpr int kWidth = Exponent + Mantissa;
+  static constexpr uint32_t kLift = 1u << (23 - Base::kSpan);  // T beside the top binade
 
-  ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 1); }
+  ONEPASS_HD static uint32_t measure(float value) { return to_bits(value) & kMagnitude; }
+  ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 1, kLift); }
   ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
     const uint32_t bits = to_bits(value);
-    const uint32_t magnitude = bits & kMagnitude;
-    const uint32_t least = scale << 23;
-    const bool denormal = magnitude < least;
-    const float lifted = from_bits(magnitude) + from_bits(least);
-    const uint32_t rounded = Base::round(denormal ? to_bits(lifted) : magnitude, random16);
-    const uint32_t code = rounded - (scale << Mantissa) + (denormal ? 0u : kStart);
-    return (scale == kNotFinite ? kNan : code) | bits >> 31 << MagnitudeBits;
+    const float lifted = from_bits(bits & kMagnitude) + from_bits(scale << 23);
+    const uint32_t code = Base::round(to_bits(lifted), random16, scale);
+    return code | (bits >> (31 - kWidth) & 1u << kWidth);
+  }
+  ONEPASS_HD static uint32_t not_finite(float value) {
+    return Base::kNan | (to_bits(value) >> (31 - kWidth) & 1u << kWidth);
   }
   ONEPASS_HD static float decode(uint32_t stored, uint32_t scale) {
-    const uint32_t code = stored & ((1u << MagnitudeBits) - 1);
-    const uint32_t sign = stored >> MagnitudeBits << 31;
-    const bool normal = code >= kStart;
-    const uint32_t steps = code - (normal ? kStart : 0u) + (scale << Mantissa);
-    const float value = from_bits(steps << Base::kDropped);
-    const float least = from_bits(scale << 23);
-    return from_bits(to_bits(normal ? value : value - least) | sign);
+    const uint32_t code = stored & ((1u << kWidth) - 1);
+    const float value = Base::value(code, scale) - from_bits(scale << 23);
+    return from_bits(to_bits(value) | (stored << (31 - kWidth) & 1u << 31));
   }
 };
 
 // The codes of each kind of moment.
-struct Mx8 {
-  using First = Signed<3, 15, 7>;   // E4M3
-  using Second = Unsigned<3, 32>;   // E5M3
-};
-struct Mx4 {
-  using First = Signed<1, 3, 3>;  // E2M1; of exp_avg / sqrt(exp_avg_sq) where there is a second
-  using Second = Positive<1, 8>;  // E3M1 of the root
-  template <bool IsSecond, class = void>
-  struct Of {
-    using Code = First;
-  };
-  template <class Void>
-  struct Of<true, Void> {
-    using Code = Second;
-  };
-};
+template <bool IsSecond>
+struct Mx8 : Signed<4, 3> {};
+template <>
+struct Mx8<true> : Unsigned<5, 3> {};
+
+template <bool IsSecond>
+struct Mx4 : Signed<2, 1> {};  // of exp_avg / sqrt(exp_avg_sq) where there is a second moment
+template <>
+struct Mx4<true> : Positive<3, 1> {};  // of the root
 
 }  // namespace onepass

@@ -91,6 +91,10 @@ constexpr int64_t extra_bytes_of(Format format, int64_t n) {
   }
 }
 
+// Which 16 random bits a weight takes; a state takes those of its slot. split8 needs 8: the lowest
+// of slot 0's, which hardly decide how that state is rounded.
+constexpr int weight_use(Format format) { return format == Format::kSplit8 ? 0 : 3; }
+
 constexpr bool is_stochastic(Format format) {
   return format == Format::kBf16Stochastic || format == Format::kFp16Stochastic ||
          format == Format::kMx8 || format == Format::kMx4 || format == Format::kSplit8;

@@ -21,36 +21,28 @@ ONEPASS_HD uint32_t round_half_away(float value) {
   return value != value ? kBf16Nan : rounded;
 }
 
-// The value is the bits of the weight, 65536 times, plus low as a signed integer.
-struct Split16 {
-  uint16_t weight;
-  int16_t low;
+// A weight of 16 bits, and what the bits of the value have below it: a signed integer in as many
+// bits as are kept, whose upper bits do not matter.
+struct Split {
+  uint32_t weight, low;
 };
-ONEPASS_HD Split16 encode_split16(float value) {
-  const uint16_t weight = static_cast<uint16_t>(round_half_away(value) >> 16);
-  const int16_t low = static_cast<int16_t>(to_bits(value) & 0xFFFFu);
-  return {weight, value != value ? int16_t{0} : low};
+
+ONEPASS_HD Split encode_split16(float value) {
+  const bool nan = value != value;
+  return {round_half_away(value) >> 16, nan ? 0u : to_bits(value)};
 }
-ONEPASS_HD float decode_split16(uint16_t weight, int16_t low) {
-  return from_bits((static_cast<uint32_t>(weight) << 16) + static_cast<uint32_t>(int32_t{low}));
+ONEPASS_HD float decode_split16(uint32_t weight, int32_t low) {
+  return from_bits((weight << 16) + static_cast<uint32_t>(low));
 }
 
-// The upper 24 bits, the lowest of them rounded stochastically by 8 random bits.
-struct Split8 {
-  uint16_t weight;
-  int8_t low;
-};
-ONEPASS_HD Split8 encode_split8(float value, uint32_t random8) {
-  const uint32_t kept = (to_bits(value) + random8) >> 8;
-  const uint32_t weight = (kept + 0x80u) >> 8;
-  const uint32_t low = kept & 0xFFu;
+// The upper 24 bits, the lowest of them rounded stochastically by the lower 8 of 16 random bits.
+ONEPASS_HD Split encode_split8(float value, uint32_t random16) {
+  const uint32_t kept = (to_bits(value) + (random16 & 0xFFu)) >> 8;
   const bool nan = value != value;
-  return {
-      static_cast<uint16_t>(nan ? kBf16Nan >> 16 : weight), static_cast<int8_t>(nan ? 0u : low)};
+  return {nan ? kBf16Nan >> 16 : (kept + 0x80u) >> 8, nan ? 0u : kept};
 }
-ONEPASS_HD float decode_split8(uint16_t weight, int8_t low) {
-  const uint32_t below = static_cast<uint32_t>(int32_t{low}) << 8;
-  return from_bits((static_cast<uint32_t>(weight) << 16) + below);
+ONEPASS_HD float decode_split8(uint32_t weight, int32_t low) {
+  return from_bits((weight << 16) + (static_cast<uint32_t>(low) << 8));
 }
 
 }  // namespace onepass

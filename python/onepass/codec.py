@@ -18,8 +18,8 @@ from .reference import F32, U32, States
 _RAW = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.int16: np.uint16}
 _RAW[torch.int8] = np.uint8
 
-NEAREST = np.uint32(0x8000)
-"""In place of 16 random bits: a stochastic encoder then rounds to nearest, ties away from zero."""
+NEAREST = np.uint32(0x8080)
+"""In place of 16 random bits: a stochastic encoder then rounds to nearest, or as good as."""
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from .. import codec, reference
 from ..formats import NATIVE
 from ..reference import F32, U32
+from ..reference.formats import SPLIT8
 from .base import Backend, Entry, same_layout
 
 
@@ -69,5 +70,7 @@ class ReferenceBackend(Backend):
             seed, step = counters
             bits = reference.random_bits(seed, step, entry.param_id, entry.first, count, word)
             halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
-        codec.write_weight(entry.weight, param, entry.param, entry.companion, halves[3])
+        # split8 takes 8 bits, the lowest, which hardly decide how the state of slot 0 is rounded.
+        dither = halves[0 if entry.weight == SPLIT8 else 3]
+        codec.write_weight(entry.weight, param, entry.param, entry.companion, dither)
         codec.write_states(entry.format, kinds, states, entry.states, entry.scales, halves[:3])

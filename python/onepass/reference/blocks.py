@@ -30,11 +30,16 @@ class Minifloat:
 
     Attributes:
         mantissa: bits of it.
-        binades: how many powers of two the normal codes span.
+        exponent: bits of it; the codes span that many powers of two.
     """
 
+    exponent: int
     mantissa: int
-    binades: int
+
+    @property
+    def binades(self) -> int:
+        """Powers of two that the codes span."""
+        return 1 << self.exponent
 
     @property
     def dropped(self) -> int:
@@ -42,10 +47,10 @@ class Minifloat:
         return 23 - self.mantissa
 
 
-E4M3 = Minifloat(3, 15)  # with a sign and denormals
-E5M3 = Minifloat(3, 32)  # the code 0 is zero, all others are normal
-E2M1 = Minifloat(1, 3)  # with a sign and denormals
-E3M1 = Minifloat(1, 8)  # no zero
+E4M3 = Minifloat(4, 3)  # with a sign, lifted
+E5M3 = Minifloat(5, 3)  # the code 0 is zero
+E2M1 = Minifloat(2, 1)  # with a sign, lifted
+E3M1 = Minifloat(3, 1)  # no zero
 
 
 def _blocks(values: F32, size: int) -> F32:
@@ -56,15 +61,22 @@ def _blocks(values: F32, size: int) -> F32:
     return padded.reshape(count, size)
 
 
-def _largest(values: F32) -> U32:
-    """The bits of the largest magnitude of each block."""
-    blocks = _blocks(values, MX_BLOCK).view(np.uint32) & _MAGNITUDE
+def _largest(values: F32, signed: bool) -> U32:
+    """The bits of the largest of each block; of the largest magnitude where there are signs."""
+    blocks = _blocks(values, MX_BLOCK).view(np.uint32)
+    if signed:
+        blocks = blocks & _MAGNITUDE
     return np.asarray(blocks.max(axis=1, initial=0), np.uint32)
 
 
-def _top(largest: U32, small: Minifloat) -> U32:
-    """The exponent that the largest value of a block can be rounded up to."""
-    return (largest + np.uint32((1 << small.dropped) - 1)) >> np.uint32(23)
+def _lowest(largest: U32, small: Minifloat, least: int, lift: int = 0) -> U8:
+    """The scale of each block: the biased exponent of the lowest binade, the smallest (but at least
+    ``least``) at which the largest value, lifted and rounded up, still has a code."""
+    span = np.uint32(small.binades - 1)
+    top = (largest + np.uint32((1 << small.dropped) - 1 + lift)) >> np.uint32(23)
+    scale = (np.maximum(top, span + np.uint32(least)) - span).astype(np.uint8)
+    scale[largest >= _INFINITY] = NOT_FINITE
+    return scale
 
 
 def _spread(random: U32, small: Minifloat) -> U32:
@@ -78,22 +90,16 @@ def _each(scale: U8, count: int) -> U32:
 
 
 def encode_unsigned(values: F32, random: U32, small: Minifloat = E5M3) -> tuple[U8, U8]:
-    """Values of at least zero to (codes, scales): 0 is 0, anything else at least 1.
+    """Values of at least +0 to (codes, scales): 0 is 0, anything else at least 1.
 
-    The scale is the biased exponent of the lowest binade: the smallest at which the block's largest
-    value, rounded up, still has a code.
+    A negative value, -0 included, makes its block NaN, as a NaN or infinity does.
     """
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
-    largest = _largest(values)
-    top = _top(largest, small)
-    span = np.uint32(small.binades - 1)
-    scale = (np.maximum(top, span) - span).astype(np.uint8)
-    scale[largest >= _INFINITY] = NOT_FINITE
+    scale = _lowest(_largest(values, signed=False), small, 0)
     e = _each(scale, len(values))
     bits = values.view(np.uint32)
     rounded = ((bits + _spread(random, small)) >> dropped).astype(np.int64)
-    code = np.maximum(rounded - (e << m), 1)
-    code = np.where(bits & _MAGNITUDE == 0, 0, code)
+    code = np.minimum(np.maximum(rounded - (e << m), 1), bits)
     code = np.where(e == NOT_FINITE, 1 << (small.mantissa - 1), code)
     return code.astype(np.uint8), scale
 
@@ -107,18 +113,17 @@ def decode_unsigned(codes: U8, scale: U8, small: Minifloat = E5M3) -> F32:
 
 
 def encode_positive(values: F32, random: U32, small: Minifloat = E3M1) -> tuple[U8, U8]:
-    """Values of at least zero to (codes, scales), without a code for zero.
+    """Values of at least +0 to (codes, scales), without a code for zero.
 
-    What is below the lowest code takes that code; a block of zeros has scale 0.
+    What is below the lowest code takes that code; a block of zeros has scale 0. Negative values and
+    those that are not finite as in :func:`encode_unsigned`.
     """
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
-    largest = _largest(values)
-    span = np.uint32(small.binades - 1)
-    scale = np.maximum(np.maximum(_top(largest, small), span) - span, 1).astype(np.uint8)
+    largest = _largest(values, signed=False)
+    scale = _lowest(largest, small, 1)
     scale[largest == 0] = 0
-    scale[largest >= _INFINITY] = NOT_FINITE
     e = _each(scale, len(values))
-    bits = np.maximum(values.view(np.uint32) & _MAGNITUDE, e << np.uint32(23))
+    bits = np.maximum(values.view(np.uint32), e << np.uint32(23))
     code = ((bits + _spread(random, small)) >> dropped) - (e << m)
     code = np.where(e == 0, np.uint32(0), code)
     code = np.where(e == NOT_FINITE, np.uint32(1 << (small.mantissa - 1)), code)
@@ -136,46 +141,33 @@ def decode_positive(codes: U8, scale: U8, small: Minifloat = E3M1) -> F32:
 def encode_signed(values: F32, random: U32, small: Minifloat) -> tuple[U8, U8]:
     """Values of any sign to (codes, scales), the sign in the bit above the magnitude.
 
-    Below the lowest normal value T, magnitudes are multiples of T / 2^mantissa down to zero:
-    adding T gives them the exponent of T, whose mantissa then counts the multiples. The scale is
-    the biased exponent of T, at least 1.
+    A magnitude is lifted by T, the lowest power of two of the code, and then coded without
+    denormals: codes lie evenly below T, down to zero, and come to lie as a float's do far above.
     """
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
-    largest = _largest(values)
-    span = np.uint32(small.binades - 1)
-    scale = np.maximum(np.maximum(_top(largest, small), span) - span, 1).astype(np.uint8)
-    scale[largest >= _INFINITY] = NOT_FINITE
+    # T, in units of the last place of the largest value that shares the top binade.
+    lift = 1 << (23 - (small.binades - 1))
+    scale = _lowest(_largest(values, signed=True), small, 1, lift)
     e = _each(scale, len(values))
     bits = values.view(np.uint32)
-    magnitude = bits & _MAGNITUDE
-    lowest = e << np.uint32(23)
-    denormal = magnitude < lowest
-    lifted = (magnitude.view(np.float32) + lowest.view(np.float32)).view(np.uint32)
-    rounded = (np.where(denormal, lifted, magnitude) + _spread(random, small)) >> dropped
-    code = rounded - (e << m) + np.where(denormal, np.uint32(0), np.uint32(1) << m)
-    nan = np.uint32((1 << small.mantissa) + (1 << (small.mantissa - 1)))
-    code = np.where(e == NOT_FINITE, nan, code)
-    sign = bits >> np.uint32(31) << np.uint32(_magnitude_bits(small))
+    lowest = (e << np.uint32(23)).view(np.float32)
+    lifted = ((bits & _MAGNITUDE).view(np.float32) + lowest).view(np.uint32)
+    code = ((lifted + _spread(random, small)) >> dropped) - (e << m)
+    code = np.where(e == NOT_FINITE, np.uint32(1 << (small.mantissa - 1)), code)
+    sign = bits >> np.uint32(31) << np.uint32(small.exponent + small.mantissa)
     return (sign | code).astype(np.uint8), scale
 
 
 def decode_signed(codes: U8, scale: U8, small: Minifloat) -> F32:
     """What :func:`encode_signed` wrote: exact."""
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
-    width = np.uint32(_magnitude_bits(small))
-    code = codes.astype(np.uint32) & ((np.uint32(1) << width) - np.uint32(1))
-    sign = (codes.astype(np.uint32) >> width) << np.uint32(31)
+    width = np.uint32(small.exponent + small.mantissa)
+    stored = codes.astype(np.uint32)
+    code = stored & ((np.uint32(1) << width) - np.uint32(1))
     e = _each(scale, len(codes))
-    normal = code >= (np.uint32(1) << m)
-    steps = code - np.where(normal, np.uint32(1) << m, np.uint32(0)) + (e << m)
-    value = (steps << dropped).view(np.float32)
-    lowest = (e << np.uint32(23)).view(np.float32)
-    value = np.where(normal, value, value - lowest)
-    return (value.view(np.uint32) | sign).view(np.float32)
-
-
-def _magnitude_bits(small: Minifloat) -> int:
-    return int(small.binades).bit_length() + small.mantissa
+    lifted = ((code + (e << m)) << dropped).view(np.float32)
+    value = lifted - (e << np.uint32(23)).view(np.float32)
+    return (value.view(np.uint32) | stored >> width << np.uint32(31)).view(np.float32)
 
 
 def pack(codes: U8) -> U8:
@@ -200,8 +192,8 @@ def unpack(packed: U8, count: int) -> U8:
 def dynamic_map(signed: bool) -> F32:
     """The 256 values of bitsandbytes' dynamic map, ascending.
 
-    They are 0, 1, and in each of seven decades d, the highest up to 1, the centres of 2^d (unsigned:
-    2^(d+1)) equal parts of the decade, signed with both signs; in float64, rounded once.
+    They are 0, 1, and in each of seven decades d, the highest up to 1, the centres of 2^d equal
+    parts of the decade (unsigned: 2^(d+1)), signed with both signs; in float64, rounded once.
     bitsandbytes has them from torch.linspace in fp32, whose last bit depends on the processor.
     """
     positive = []

@@ -66,9 +66,9 @@ def decode_split16(weight: U16, low: U16) -> F32:
 
 def encode_split8(values: F32, random: U32) -> tuple[U16, U8]:
     """(weight, low): the upper 24 bits of the value, the lowest of them rounded stochastically by
-    the upper 8 of 16 random bits; low is a signed integer, as in :func:`encode_split16`."""
+    the lower 8 of 16 random bits; low is a signed integer, as in :func:`encode_split16`."""
     bits = values.view(np.uint32)
-    kept = (bits + (random >> np.uint32(8))) >> np.uint32(8)
+    kept = (bits + (random & np.uint32(0xFF))) >> np.uint32(8)
     weight = ((kept + np.uint32(0x80)) >> np.uint32(8)).astype(np.uint16)
     low = (kept - (weight.astype(np.uint32) << np.uint32(8))).astype(np.uint8)
     nan = np.isnan(values)
