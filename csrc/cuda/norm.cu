@@ -2,5 +2,5 @@
 #include "norm.cuh"
 
 namespace onepass::cuda {
-extern const NormKernels kNormKernels{norm_chunks, norm_total};
+const NormKernels kNormKernels{norm_chunks, norm_total};
 }

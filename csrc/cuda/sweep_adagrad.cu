@@ -1,5 +1,5 @@
 #include "instances.cuh"
 
 namespace onepass::cuda {
-extern const RuleKernels kAdagradKernels{find_fixed<Adagrad, 1>, sweep_any<Adagrad>};
+const RuleKernels kAdagradKernels{find_fixed<Adagrad, 1>, sweep_any<Adagrad>};
 }
