@@ -1,10 +1,10 @@
-"""Builds csrc/ into shared libraries against the LibTorch stable ABI: one for the CPU, one for CUDA.
+"""Builds csrc/ into shared libraries against the LibTorch stable ABI: for the CPU, and for CUDA.
 
 They hold no Python symbol and only stable torch symbols, so one build serves every torch >= 2.10
 and every CPython >= 3.10: the wheel is tagged py3-none-<platform>.
 
-ONEPASS_CUDA=0 leaves the CUDA library out, ONEPASS_CUDA=1 makes a missing toolkit an error; unset, a
-toolkit is used if there is one. Whether there is a GPU plays no part. ONEPASS_CUDA_ARCH, else
+ONEPASS_CUDA=0 leaves the CUDA library out, ONEPASS_CUDA=1 makes a missing toolkit an error; unset,
+a toolkit is used if there is one. Whether there is a GPU plays no part. ONEPASS_CUDA_ARCH, else
 TORCH_CUDA_ARCH_LIST, names the architectures: "9.0", or "8.0;9.0;10.0+PTX", the default.
 """
 
@@ -59,7 +59,7 @@ CUDA_FLAGS = [
     "--fmad=false",
     # csrc/formats has constexpr functions that kernels call with constants.
     "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
     "-DUSE_CUDA",  # torch's header then declares the C function for the current stream
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}ULL",
 ]
@@ -84,7 +84,8 @@ def find_nvcc() -> tuple[str | None, str]:
     if home:
         nvcc = Path(home, "bin", "nvcc")
         return (str(nvcc), "") if nvcc.exists() else (None, f"CUDA_HOME={home} has no bin/nvcc")
-    return shutil.which("nvcc"), "there is no nvcc on PATH, and CUDA_HOME is not set"
+    found = shutil.which("nvcc")
+    return found, "" if found else "there is no nvcc on PATH, and CUDA_HOME is not set"
 
 
 def architecture_flags(listed: str) -> list[str]:
@@ -146,16 +147,23 @@ class BuildLibrary(build_ext):
 
     def build_cuda(self, ext: Extension) -> None:
         wanted = os.environ.get("ONEPASS_CUDA", "")
+        compiler = find_compiler()
         nvcc, missing = find_nvcc()
-        if wanted == "0" or nvcc is None or find_compiler() is None:
-            missing = "ONEPASS_CUDA=0" if wanted == "0" else missing if nvcc is None else "no C++"
+        if wanted == "0":
+            missing = "ONEPASS_CUDA=0"
+        elif compiler is None:
+            missing = "there is no C++ compiler"
+        if missing:
             if wanted == "1":
-                sys.exit(f"onepass: ONEPASS_CUDA=1, but the CUDA library cannot be built: {missing}")
-            print(f"onepass: the CUDA library is left out: {missing}")
+                sys.exit(f"onepass: ONEPASS_CUDA=1, but there can be no CUDA library: {missing}")
+            if compiler is not None:  # the other library has said so
+                print(f"onepass: the CUDA library is left out: {missing}")
             return
+        assert compiler is not None
+        assert nvcc is not None
         torch_root = find_torch()
         listed = os.environ.get("ONEPASS_CUDA_ARCH") or os.environ.get("TORCH_CUDA_ARCH_LIST")
-        host = [nvcc, f"-ccbin={find_compiler()}"]
+        host = [nvcc, f"-ccbin={compiler}"]
         device = [*CUDA_FLAGS, *architecture_flags(listed or CUDA_ARCHITECTURES)]
         include = f"-isystem={torch_root / 'include'}"
         # The slowest first, so that the last to end are short.
@@ -173,7 +181,7 @@ class BuildLibrary(build_ext):
         # against an empty one of that name, and finds the real one that torch has loaded.
         stub = Path(self.build_temp, "libtorch_cuda.so")
         soname = f"-Wl,-soname,{stub.name}"
-        call([find_compiler() or "", "-shared", "-xc++", os.devnull, soname, "-o", str(stub)])
+        call([compiler, "-shared", "-xc++", os.devnull, soname, "-o", str(stub)])
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*host, "-shared", "-cudart=static", *map(str, objects), "-o", str(output)]

@@ -210,7 +210,9 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first, states):
 
 def norm_of(grads):
     entries = [
-        Entry(torch.zeros_like(g), {}, STATE_FORMATS["fp32"], NATIVE[g.dtype], RULES["sgd"], 0, 0, i)
+        Entry(
+            torch.zeros_like(g), {}, STATE_FORMATS["fp32"], NATIVE[g.dtype], RULES["sgd"], 0, 0, i
+        )
         for i, g in enumerate(grads)
     ]
     backend = BACKENDS[SHIM]

@@ -155,7 +155,7 @@ struct StateCodec {
   static constexpr int kBlock = block_of(F);
   static constexpr bool kScaled = kBlock > 1;
   static constexpr bool kDynamic = F == Format::kDynamic8;
-  static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;  // that share a scale
+  static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;         // that share a scale
   static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // of a thread
 
   // offset: of the warp's first element in the chunk.
@@ -170,8 +170,8 @@ struct StateCodec {
       const int block = (offset + at) / (kScaled ? kBlock : 1);
       state.scales[v] = 0;
       if (Full || at < lanes.left)
-        state.scales[v] = kDynamic ? static_cast<const uint32_t*>(from.extra)[block]
-                                   : static_cast<const uint8_t*>(from.extra)[block];
+        state.scales[v] = kDynamic ? global(static_cast<const uint32_t*>(from.extra))[block]
+                                   : global(static_cast<const uint8_t*>(from.extra))[block];
     }
   }
 
@@ -257,9 +257,9 @@ struct StateCodec {
       const int block = (offset + at) / (kScaled ? kBlock : 1);
       if (lanes.lane % kLanes == 0 && (Full || at < lanes.left)) {
         if (kDynamic)
-          static_cast<uint32_t*>(to.extra)[block] = state.scales[v];
+          global(static_cast<uint32_t*>(to.extra))[block] = state.scales[v];
         else
-          static_cast<uint8_t*>(to.extra)[block] = static_cast<uint8_t>(state.scales[v]);
+          global(static_cast<uint8_t*>(to.extra))[block] = static_cast<uint8_t>(state.scales[v]);
       }
     }
   }

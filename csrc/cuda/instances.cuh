@@ -10,8 +10,8 @@ namespace onepass::cuda {
 
 template <template <unsigned> class Rule, unsigned Flags, bool Reduced>
 SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
-#define ONEPASS_FIND(WEIGHT, GRAD, STATES)                                                   \
-  if (weight == Format::WEIGHT && grad == Format::GRAD && states == Format::STATES)          \
+#define ONEPASS_FIND(WEIGHT, GRAD, STATES)                                          \
+  if (weight == Format::WEIGHT && grad == Format::GRAD && states == Format::STATES) \
     return sweep_fixed<Rule, Flags, Fixed<Format::WEIGHT, Format::GRAD, Format::STATES>>;
   ONEPASS_FIND(kFp32, kFp32, kFp32)
   if constexpr (Reduced) {

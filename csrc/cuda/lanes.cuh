@@ -78,11 +78,19 @@ struct Access<1> {
   }
 };
 
+// Addresses come from a table, so the compiler cannot know by itself that they are of global
+// memory, and would have every access find out.
+template <class T>
+__device__ __forceinline__ T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 // Codes of Bits bits, of eight elements.
 template <int Bits, int Vector>
 struct Codes {
-  static constexpr int kBytes = Vector * Bits / 8;              // of a vector
-  static constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;    // that hold it
+  static constexpr int kBytes = Vector * Bits / 8;            // of a vector
+  static constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;  // that hold it
   static constexpr uint32_t kMask = Bits == 32 ? ~0u : (1u << (Bits % 32)) - 1;
   using L = Lanes<Vector>;
 
@@ -102,8 +110,8 @@ struct Codes {
 
   // Full: every element of the warp is there, and the address is a multiple of 16.
   template <bool Full>
-  ONEPASS_HD static void load(const void* warp, const L& lanes, Raw& raw) {
-    const char* from = static_cast<const char*>(warp);
+  __device__ __forceinline__ static void load(const void* warp, const L& lanes, Raw& raw) {
+    const char* from = global(static_cast<const char*>(warp));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
@@ -126,8 +134,8 @@ struct Codes {
     }
   }
   template <bool Full>
-  ONEPASS_HD static void store(void* warp, const L& lanes, const Raw& raw) {
-    char* to = static_cast<char*>(warp);
+  __device__ __forceinline__ static void store(void* warp, const L& lanes, const Raw& raw) {
+    char* to = global(static_cast<char*>(warp));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {

@@ -13,12 +13,12 @@
 namespace onepass::cuda {
 namespace {
 
-#define ONEPASS_CUDA(CALL)                                                                     \
-  do {                                                                                         \
-    const cudaError_t error = (CALL);                                                          \
-    STD_TORCH_CHECK(                                                                           \
-        error == cudaSuccess, "onepass: " #CALL ": ", cudaGetErrorName(error), ", ",           \
-        cudaGetErrorString(error));                                                            \
+#define ONEPASS_CUDA(CALL)                                                           \
+  do {                                                                               \
+    const cudaError_t error = (CALL);                                                \
+    STD_TORCH_CHECK(                                                                 \
+        error == cudaSuccess, "onepass: " #CALL ": ", cudaGetErrorName(error), ", ", \
+        cudaGetErrorString(error));                                                  \
   } while (0)
 
 class OnDevice {
@@ -74,8 +74,8 @@ std::vector<int64_t> cut_chunks(int64_t numel, int64_t first) {
 
 struct CudaPlan : Plan {
   std::vector<Chunk> chunks;
-  std::vector<int64_t> grads;         // addresses on the device now
-  std::vector<Format> grad_formats;   // that the chunks have now
+  std::vector<int64_t> grads;        // addresses on the device now
+  std::vector<Format> grad_formats;  // that the chunks have now
   Tensor chunk_table, grad_table, numbers;
   SweepKernel kernel = nullptr;
   void* made_on = nullptr;  // the stream whose memory the tables are
@@ -88,8 +88,8 @@ struct CudaPlan : Plan {
     cut();
     const OnDevice guard(device_index);
     made_on = stream();
-    ONEPASS_CUDA(cudaDeviceGetAttribute(
-        &multiprocessors, cudaDevAttrMultiProcessorCount, device_index));
+    ONEPASS_CUDA(
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_index));
     const auto table = [&](int64_t words) {
       return torch::stable::new_empty(like, {std::max<int64_t>(words, 1)}, ScalarType::Long);
     };
@@ -210,9 +210,9 @@ struct CudaPlan : Plan {
     if (chunks.empty()) return;
     const RuleKernels& kernels = kernels_of(entries[0].rule);
     const Chunk& first = chunks[0];
-    kernel = one ? kernels.fixed(
-                       first.flags, first.param_format, first.grad_format, first.state_format)
-                 : nullptr;
+    kernel =
+        one ? kernels.fixed(first.flags, first.param_format, first.grad_format, first.state_format)
+            : nullptr;
     if (!kernel) kernel = kernels.any;
     upload(chunk_table, static_cast<int64_t>(chunks.size()) * kChunkWords, [&](int64_t* to) {
       std::memcpy(to, chunks.data(), chunks.size() * sizeof(Chunk));

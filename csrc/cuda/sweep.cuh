@@ -240,8 +240,8 @@ __device__ __forceinline__ void sweep_warp(
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
-      using Codec = StateCodec<
-          decltype(format)::value, kind_in<Sample, k>(decltype(format)::value), kVector>;
+      using Codec =
+          StateCodec<decltype(format)::value, kind_in<Sample, k>(decltype(format)::value), kVector>;
       Codec::template encode<Full>(values[k], random, k, lanes, states[k], roots);
       Codec::template store<Full>(chunk.states[k], offset, lanes, states[k]);
     });
@@ -254,9 +254,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   const Rules rules(chunk);
   const Formats formats(chunk);
   const char* grad = static_cast<const char*>(tables.grads[chunk.entry]);
-  formats.grad([&](auto format) {
-    grad += chunk.start * bits_of(decltype(format)::value) / 8;
-  });
+  formats.grad([&](auto format) { grad += chunk.start * bits_of(decltype(format)::value) / 8; });
   float row[kHyperWidth];
 #pragma unroll
   for (int i = 0; i < kHyperWidth; ++i)
@@ -268,8 +266,9 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
         static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
         static_cast<uint64_t>(chunk.param_id));
     const uint32_t high = static_cast<uint32_t>(chunk.index >> 32);
-    keys = {{random_key(stream, high, 0), random_key(stream, high, 1)},
-            static_cast<uint32_t>(chunk.index)};
+    keys = {
+        {random_key(stream, high, 0), random_key(stream, high, 1)},
+        static_cast<uint32_t>(chunk.index)};
   }
   uintptr_t addresses = reinterpret_cast<uintptr_t>(grad) |
                         reinterpret_cast<uintptr_t>(chunk.param.data) |

@@ -20,30 +20,30 @@ constexpr uint32_t kReducedPrecision[kRules] = {
 }  // namespace onepass::cuda
 
 // COMBINATION(weight, gradient, states)
-#define ONEPASS_COMBINATIONS(COMBINATION)            \
-  COMBINATION(kFp32, kFp32, kBf16Stochastic)         \
-  COMBINATION(kFp32, kFp32, kMx8)                    \
-  COMBINATION(kBf16, kBf16, kFp32)                   \
-  COMBINATION(kBf16, kBf16, kBf16Stochastic)         \
-  COMBINATION(kBf16, kBf16, kMx8)                    \
-  COMBINATION(kBf16Stochastic, kBf16, kFp32)         \
+#define ONEPASS_COMBINATIONS(COMBINATION)              \
+  COMBINATION(kFp32, kFp32, kBf16Stochastic)           \
+  COMBINATION(kFp32, kFp32, kMx8)                      \
+  COMBINATION(kBf16, kBf16, kFp32)                     \
+  COMBINATION(kBf16, kBf16, kBf16Stochastic)           \
+  COMBINATION(kBf16, kBf16, kMx8)                      \
+  COMBINATION(kBf16Stochastic, kBf16, kFp32)           \
   COMBINATION(kBf16Stochastic, kBf16, kBf16Stochastic) \
-  COMBINATION(kBf16Stochastic, kBf16, kMx8)          \
-  COMBINATION(kMasterBf16, kBf16, kFp32)             \
-  COMBINATION(kMasterBf16, kBf16, kBf16Stochastic)   \
-  COMBINATION(kMasterBf16, kBf16, kMx8)              \
-  COMBINATION(kSplit16, kBf16, kFp32)                \
-  COMBINATION(kSplit16, kBf16, kBf16Stochastic)      \
-  COMBINATION(kSplit16, kBf16, kMx8)                 \
-  COMBINATION(kSplit8, kBf16, kFp32)                 \
-  COMBINATION(kSplit8, kBf16, kBf16Stochastic)       \
-  COMBINATION(kSplit8, kBf16, kMx8)                  \
-  COMBINATION(kFp16, kFp16, kFp32)                   \
-  COMBINATION(kFp16, kFp16, kBf16Stochastic)         \
-  COMBINATION(kFp16, kFp16, kMx8)                    \
-  COMBINATION(kFp16Stochastic, kFp16, kFp32)         \
+  COMBINATION(kBf16Stochastic, kBf16, kMx8)            \
+  COMBINATION(kMasterBf16, kBf16, kFp32)               \
+  COMBINATION(kMasterBf16, kBf16, kBf16Stochastic)     \
+  COMBINATION(kMasterBf16, kBf16, kMx8)                \
+  COMBINATION(kSplit16, kBf16, kFp32)                  \
+  COMBINATION(kSplit16, kBf16, kBf16Stochastic)        \
+  COMBINATION(kSplit16, kBf16, kMx8)                   \
+  COMBINATION(kSplit8, kBf16, kFp32)                   \
+  COMBINATION(kSplit8, kBf16, kBf16Stochastic)         \
+  COMBINATION(kSplit8, kBf16, kMx8)                    \
+  COMBINATION(kFp16, kFp16, kFp32)                     \
+  COMBINATION(kFp16, kFp16, kBf16Stochastic)           \
+  COMBINATION(kFp16, kFp16, kMx8)                      \
+  COMBINATION(kFp16Stochastic, kFp16, kFp32)           \
   COMBINATION(kFp16Stochastic, kFp16, kBf16Stochastic) \
-  COMBINATION(kFp16Stochastic, kFp16, kMx8)          \
-  COMBINATION(kMasterFp16, kFp16, kFp32)             \
-  COMBINATION(kMasterFp16, kFp16, kBf16Stochastic)   \
+  COMBINATION(kFp16Stochastic, kFp16, kMx8)            \
+  COMBINATION(kMasterFp16, kFp16, kFp32)               \
+  COMBINATION(kMasterFp16, kFp16, kBf16Stochastic)     \
   COMBINATION(kMasterFp16, kFp16, kMx8)

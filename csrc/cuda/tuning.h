@@ -4,9 +4,9 @@
 namespace onepass::cuda {
 
 struct Tuning {
-  int threads;          // of a block
-  int blocks_per_sm;    // that registers are rationed for
-  int chunk;            // elements of one parameter that a block takes, a multiple of kWarpElements
+  int threads;        // of a block
+  int blocks_per_sm;  // that registers are rationed for
+  int chunk;          // elements of one parameter that a block takes, a multiple of kWarpElements
   int norm_blocks_per_sm;
 };
 
@@ -17,8 +17,8 @@ struct Tuning {
 constexpr Tuning kTuning{256, 2, 16384, 8};
 
 constexpr int kWarp = 32;
-constexpr int kElements = 8;                         // that a thread holds at once
-constexpr int kWarpElements = kWarp * kElements;     // 256: every block of a format lies in one warp
+constexpr int kElements = 8;                      // that a thread holds at once
+constexpr int kWarpElements = kWarp * kElements;  // 256: every block of a format lies in one warp
 static_assert(kTuning.chunk % kWarpElements == 0, "chunks are whole rounds of a warp");
 
 }  // namespace onepass::cuda

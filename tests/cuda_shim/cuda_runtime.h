@@ -1,5 +1,6 @@
-// A stand-in for the CUDA header, with which g++ compiles csrc/cuda as it is: the threads of a block
-// are fibers that take turns, and give way only where they meet. Only what csrc/cuda uses is here.
+// A stand-in for the CUDA header, with which g++ compiles csrc/cuda as it is: the threads of a
+// block are fibers that take turns, and give way only where they meet. Only what csrc/cuda uses is
+// here.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __builtin_assume(condition)
 #define __shared__ static  // blocks run one after the other
 
 struct dim3 {
