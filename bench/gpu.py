@@ -65,7 +65,8 @@ def steps_of(case: Case) -> list[Timed]:
         if provider == "torch-fused":
             if case.rule not in FUSED or case.dtype != case.states:
                 continue
-            make, extra = getattr(torch.optim, NAMES[case.rule]), {"fused": True}
+            make = getattr(torch.optim, NAMES[case.rule])
+            extra: dict[str, Any] = {"fused": True}
         else:
             backend = provider.removeprefix("onepass-")
             why = onepass.backends.BACKENDS[backend].unavailable(torch.device("cuda"))
@@ -101,8 +102,9 @@ def measure(case: Case, samples: int) -> list[Timed]:
     shuffle = random.Random(0)
     for _ in range(samples):
         for one in shuffle.sample(timed, len(timed)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(1_000_000)  # the host gets ahead before the first event
+            event: Any = torch.cuda.Event
+            start, end = event(enable_timing=True), event(enable_timing=True)
+            torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]  # the host gets ahead before the first event
             start.record()
             one.step()
             end.record()

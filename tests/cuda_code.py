@@ -58,7 +58,7 @@ def why_not() -> str:
 
 
 def _readable(symbol: str) -> str:
-    """adam-1 bf16 bf16 mx8: rule, flags, formats; 'any' for a kernel that reads them."""
+    """adam-1 bf16 bf16 mx8: rule, flags, formats; "adam-1 formats" and "adam any" read the rest."""
     rule = re.search(r"INS_\d+([A-Z][a-z]+)E|sweep_anyI[^E]*?\d+([A-Z][a-z]+)E", symbol)
     if rule is None:
         return re.sub(r".*cuda\d+(norm_[a-z]+).*", r"\1", symbol)
@@ -66,6 +66,8 @@ def _readable(symbol: str) -> str:
     flags = re.search(r"Lj(\d+)E", symbol)
     if flags is None:
         return f"{name} any"
+    if "sweep_formats" in symbol:
+        return f"{name}-{flags[1]} formats"
     codes = re.findall(r"(?:FormatE|S\d?_)(\d+)E", symbol.split("Fixed", 1)[1])
     return f"{name}-{flags[1]} " + " ".join(FORMATS[int(code)] for code in codes)
 

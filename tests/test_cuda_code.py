@@ -44,6 +44,7 @@ def test_every_row_of_the_table_has_a_kernel():
     for rule, flags in (("sgd", 6), ("adagrad", 4), ("rmsprop", 16), ("adam", 4), ("lion", 2)):
         assert sum(n.startswith(rule) and n.endswith(" fp32 fp32 fp32") for n in names) == flags
         assert f"{rule} any" in names
+    assert {"sgd-2 formats", "adam-0 formats", "adam-1 formats", "lion-1 formats"} <= names
     assert {"norm_chunks", "norm_total"} <= names
 
 
@@ -56,7 +57,8 @@ def test_no_kernel_spills_or_has_local_memory():
 
 def test_registers():
     for kernel in kernels():
-        assert kernel.resources["REG"] <= MOST_OF.get(kernel.name, MOST), (kernel.name, kernel.arch)
+        most = 255 if kernel.name.endswith(" any") else MOST_OF.get(kernel.name, MOST)
+        assert kernel.resources["REG"] <= most, (kernel.name, kernel.arch)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,11 @@ def test_nothing_is_contracted():
             for start in count:
                 count[start] += number if op.split(".FTZ")[0].startswith(start) else 0
         rule = kernel.name.split("-")[0].split()[0]
-        if rule in ("sgd", "lion", "norm_chunks", "norm_total") and "any" not in kernel.name:
+        if rule in ("sgd", "lion", "norm_chunks", "norm_total") and not kernel.name.endswith(
+            (" any", " formats")
+        ):
             assert count["FFMA"] == 0, kernel.name
-        elif "any" not in kernel.name:
+        elif not kernel.name.endswith((" any", " formats")):
             key = (kernel.arch, count["MUFU.RCP"], count["MUFU.RSQ"])
             seen.setdefault(key, {}).setdefault(count["FFMA"], []).append(kernel.name)
     for key, counts in seen.items():
@@ -144,10 +148,11 @@ def test_the_library_needs_torch_and_the_system_alone():
 
 
 def test_the_library_loads_where_torch_has_a_cuda_part(tmp_path):
-    """An empty library stands for torch's; the ops are then there for CUDA tensors."""
+    """A library with nothing but that function stands for torch's part; the ops are then there."""
     stub = tmp_path / "libtorch_cuda.so"
-    command = ["g++", "-shared", "-xc++", "/dev/null", "-Wl,-soname,libtorch_cuda.so", "-o", stub]
-    subprocess.run(command, check=True)
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    command = ["g++", "-shared", "-fPIC", "-xc++", "-", f"-Wl,-soname,{stub.name}", "-o", stub]
+    subprocess.run(command, input=source, check=True, text=True)
     code = (
         "import ctypes, torch, onepass\n"
         f"if torch.version.cuda is None: ctypes.CDLL({str(stub)!r})\n"

@@ -195,7 +195,7 @@ def test_a_step_of_two_groups_is_one_launch(count):
         and not event.name.startswith(("Memcpy", "Memset"))
     ]
     assert len(kernels) == 5
-    assert all("sweep_any" in name for name in kernels)
+    assert all("sweep_formats" in name for name in kernels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,4 +35,16 @@ SweepKernel find_fixed(unsigned flags, Format weight, Format grad, Format states
   return nullptr;
 }
 
+// The kernel for a list of one set of flags, or null if the table does not have it.
+template <template <unsigned> class Rule, int Code, unsigned Flags = 0>
+SweepKernel find_formats(unsigned flags) {
+  if constexpr (Flags < kMaxFlags) {
+    if constexpr ((kReducedPrecision[Code] >> Flags & 1) != 0) {
+      if (flags == Flags) return sweep_formats<Rule, Flags>;
+    }
+    return find_formats<Rule, Code, Flags + 1>(flags);
+  }
+  return nullptr;
+}
+
 }  // namespace onepass::cuda

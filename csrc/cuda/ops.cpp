@@ -200,19 +200,20 @@ struct CudaPlan : Plan {
   void bind_grad_formats() {
     grad_formats.resize(entries.size());
     for (size_t e = 0; e < entries.size(); ++e) grad_formats[e] = entries[e].grad_format;
-    bool one = true;
+    if (chunks.empty()) return;
+    const Chunk& first = chunks[0];
+    bool one = true, one_flags = true;
     for (Chunk& chunk : chunks) {
       chunk.grad_format = grad_formats[chunk.entry];
-      const Chunk& first = chunks[0];
-      one = one && chunk.flags == first.flags && chunk.param_format == first.param_format &&
+      one_flags = one_flags && chunk.flags == first.flags;
+      one = one && one_flags && chunk.param_format == first.param_format &&
             chunk.grad_format == first.grad_format && chunk.state_format == first.state_format;
     }
-    if (chunks.empty()) return;
     const RuleKernels& kernels = kernels_of(entries[0].rule);
-    const Chunk& first = chunks[0];
     kernel =
         one ? kernels.fixed(first.flags, first.param_format, first.grad_format, first.state_format)
             : nullptr;
+    if (!kernel && one_flags) kernel = kernels.formats(first.flags);
     if (!kernel) kernel = kernels.any;
     upload(chunk_table, static_cast<int64_t>(chunks.size()) * kChunkWords, [&](int64_t* to) {
       std::memcpy(to, chunks.data(), chunks.size() * sizeof(Chunk));

@@ -250,7 +250,8 @@ __device__ __forceinline__ void sweep_warp(
 
 template <class Rules, class Formats>
 __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
-  const Chunk& chunk = tables.chunks[blockIdx.x];
+  // A copy: for all that the compiler knows, writes to a tensor could change the table.
+  const Chunk chunk = tables.chunks[blockIdx.x];
   const Rules rules(chunk);
   const Formats formats(chunk);
   const char* grad = static_cast<const char*>(tables.grads[chunk.entry]);
@@ -294,9 +295,17 @@ __global__ void __launch_bounds__(kTuning.threads, kTuning.blocks_per_sm)
   sweep_chunk<FixedRule<Rule, Flags>, Formats>(tables);
 }
 
-// Any combination of one rule, each chunk its own.
+// Any formats, each chunk its own, of a rule whose flags are all one.
+template <template <unsigned> class Rule, unsigned Flags>
+__global__ void __launch_bounds__(kTuning.threads, kTuning.blocks_per_sm)
+    sweep_formats(Tables tables) {
+  sweep_chunk<FixedRule<Rule, Flags>, Any>(tables);
+}
+
+// Any formats and flags. Not rationed: three states in any format do not fit into the registers
+// that two blocks leave each other.
 template <template <unsigned> class Rule>
-__global__ void __launch_bounds__(kTuning.threads, kTuning.blocks_per_sm) sweep_any(Tables tables) {
+__global__ void __launch_bounds__(kTuning.threads) sweep_any(Tables tables) {
   sweep_chunk<AnyRule<Rule>, Any>(tables);
 }
 

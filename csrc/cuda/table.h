@@ -1,6 +1,6 @@
 // The table of combinations that have a kernel of their own. A list that is all of one combination
-// runs it; every other list runs the kernel of its rule that reads flags and formats from each
-// chunk. Every flag of every rule has fp32 everything beside these.
+// runs it; every other list runs a kernel of its rule that reads the formats, or flags and formats,
+// from each chunk. Every flag of every rule has fp32 everything beside these.
 #pragma once
 
 #include "../formats/table.h"
@@ -8,7 +8,8 @@
 
 namespace onepass::cuda {
 
-// Bit f of a rule: its flags f have the combinations below.
+// Bit f of a rule: its flags f have the combinations below, and a kernel for lists that mix
+// formats.
 constexpr uint32_t kReducedPrecision[kRules] = {
     1u << 2,            // SGD with momentum
     0,                  // Adagrad
