@@ -3,11 +3,13 @@
 #
 #   PYTHON=...  the Python that makes .venv (default python3)
 #   CXX=...     the C++ compiler (default: the first of g++, c++, clang++)
+#   ONEPASS_CUDA_ARCH=...  what the CUDA library is built for, where nvcc is (default 9.0; wheels have more)
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 LIBRARY := python/onepass/libonepass_cpu.so
+CUDA_LIBRARY := python/onepass/libonepass_cuda.so
 # The folders too: their times change when a file comes or goes.
 CSRC := $(shell find csrc)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
@@ -16,6 +18,10 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 ifneq ($(origin CXX),default)
 export CXX
 endif
+
+# One architecture, which is quick; setup.py's own list is for wheels.
+ONEPASS_CUDA_ARCH ?= 9.0
+export ONEPASS_CUDA_ARCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -35,9 +41,8 @@ test: $(VENV)/.built ## run the tests
 bench: $(VENV)/.built ## measure the steps on this machine
 	$(RUN) -m bench
 
-gpu: ## build, check and measure the GPU kernels
-	@test -f bench/gpu.sh || { echo "make gpu: the GPU kernels and bench/gpu.sh, which checks and measures them, are not there yet"; exit 1; }
-	bash bench/gpu.sh
+gpu: ## build, check and measure the CUDA kernels on the GPU at hand
+	PYTHON="$(PYTHON)" bash bench/gpu.sh
 
 lint: $(VENV)/.built ## check style and types, changing nothing
 	$(RUN) -m ruff check .
@@ -50,12 +55,13 @@ format: $(VENV)/.built ## rewrite the sources in the style that lint checks
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+wheel: export ONEPASS_CUDA_ARCH =
 wheel: $(VENV)/.built ## build the wheel into dist/
 	rm -rf build
 	$(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean: ## delete .venv and everything that was built
-	rm -rf $(VENV) build dist python/*.egg-info $(LIBRARY) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist python/*.egg-info $(LIBRARY) $(CUDA_LIBRARY) gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.tools: requirements/dev.txt
@@ -68,6 +74,6 @@ $(VENV)/.tools: requirements/dev.txt
 
 # Not stamped as built when there was no compiler to build with: the next call tries again.
 $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(CSRC)
-	@rm -f $(LIBRARY)
+	@rm -f $(LIBRARY) $(CUDA_LIBRARY)
 	$(RUN) -m pip install --quiet --no-build-isolation -e .
 	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found: only the slow reference backend is there"; fi

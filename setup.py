@@ -1,11 +1,16 @@
-"""Builds csrc/ into one shared library against the LibTorch stable ABI.
+"""Builds csrc/ into shared libraries against the LibTorch stable ABI: for the CPU, and for CUDA.
 
-The library holds no Python symbol and only stable torch symbols, so one build serves every
-torch >= 2.10 and every CPython >= 3.10: the wheel is tagged py3-none-<platform>.
+They hold no Python symbol and only stable torch symbols, so one build serves every torch >= 2.10
+and every CPython >= 3.10: the wheel is tagged py3-none-<platform>.
+
+ONEPASS_CUDA=0 leaves the CUDA library out, ONEPASS_CUDA=1 makes a missing toolkit an error; unset,
+a toolkit is used if there is one. Whether there is a GPU plays no part. ONEPASS_CUDA_ARCH, else
+TORCH_CUDA_ARCH_LIST, names the architectures: "9.0", or "8.0;9.0;10.0+PTX", the default.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +51,23 @@ X86_FLAGS = {
 }
 
 
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    # The numerics contract: no fused multiply-add. Roots and divisions are correctly rounded and
+    # denormals kept unless --use_fast_math says otherwise.
+    "--fmad=false",
+    # csrc/formats has constexpr functions that kernels call with constants.
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
+    "-DUSE_CUDA",  # torch's header then declares the C function for the current stream
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}ULL",
+]
+CUDA_LIBRARY = "onepass.libonepass_cuda"
+CUDA_SECONDS = {"sweep_adam": 4, "sweep_rmsprop": 3, "sweep_sgd": 2, "sweep_lion": 2}
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
 def find_compiler() -> str | None:
     """The C++ compiler: $CXX if set (it must exist), else the first of the usual names."""
     asked = os.environ.get("CXX")
@@ -56,6 +78,29 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
+def find_nvcc() -> tuple[str | None, str]:
+    """(nvcc, why there is none): of CUDA_HOME if that is set, else the first on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        nvcc = Path(home, "bin", "nvcc")
+        return (str(nvcc), "") if nvcc.exists() else (None, f"CUDA_HOME={home} has no bin/nvcc")
+    found = shutil.which("nvcc")
+    return found, "" if found else "there is no nvcc on PATH, and CUDA_HOME is not set"
+
+
+def architecture_flags(listed: str) -> list[str]:
+    """nvcc's flags for a list like "8.0;9.0+PTX", separated by semicolons, commas or spaces."""
+    flags = []
+    for name in listed.replace(";", " ").replace(",", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if not match:
+            sys.exit(f'onepass: no architecture {name!r} in {listed!r}; write "9.0" or "9.0+PTX"')
+        number = match[1] + match[2]
+        codes = [f"sm_{number}", f"compute_{number}"] if match[3] else [f"sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
+    return flags
+
+
 class BuildLibrary(build_ext):
     """Compiles every source with the flags of its instruction set and links them."""
 
@@ -63,27 +108,31 @@ class BuildLibrary(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CUDA_LIBRARY:
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def objects(self, sources: list[Path]) -> list[Path]:
+        found = [Path(self.build_temp, *s.with_suffix(s.suffix + ".o").parts) for s in sources]
+        for path in found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return found
+
+    def build_cpu(self, ext: Extension) -> None:
         compiler = find_compiler()
         if compiler is None:
             print("onepass: no C++ compiler found: only the slow reference backend is installed")
             return
-        try:
-            import torch
-        except ImportError:
-            sys.exit(
-                "onepass: the build needs the torch it will run with: install torch first, then "
-                "pip install --no-build-isolation onepass"
-            )
-        torch_root = Path(torch.__file__).parent
+        torch_root = find_torch()
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         flags = [*FLAGS, f"-isystem{torch_root / 'include'}"]
         if x86:
             flags.append("-DONEPASS_X86")
         sources = [Path(s) for s in ext.sources if x86 or Path(s).name not in X86_FLAGS]
-        objects = [Path(self.build_temp, *s.with_suffix(".o").parts) for s in sources]
+        objects = self.objects(sources)
 
         def compile_one(source: Path, target: Path) -> None:
-            target.parent.mkdir(parents=True, exist_ok=True)
             extra = X86_FLAGS.get(source.name, [])
             call([compiler, *flags, *extra, "-c", str(source), "-o", str(target)])
 
@@ -95,6 +144,61 @@ class BuildLibrary(build_ext):
         link += [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
         # torch loads its libraries before ours; a run path would only record where this one was.
         call(link)
+
+    def build_cuda(self, ext: Extension) -> None:
+        wanted = os.environ.get("ONEPASS_CUDA", "")
+        compiler = find_compiler()
+        nvcc, missing = find_nvcc()
+        if wanted == "0":
+            missing = "ONEPASS_CUDA=0"
+        elif compiler is None:
+            missing = "there is no C++ compiler"
+        if missing:
+            if wanted == "1":
+                sys.exit(f"onepass: ONEPASS_CUDA=1, but there can be no CUDA library: {missing}")
+            if compiler is not None:  # the other library has said so
+                print(f"onepass: the CUDA library is left out: {missing}")
+            return
+        assert compiler is not None
+        assert nvcc is not None
+        torch_root = find_torch()
+        listed = os.environ.get("ONEPASS_CUDA_ARCH") or os.environ.get("TORCH_CUDA_ARCH_LIST")
+        host = [nvcc, f"-ccbin={compiler}"]
+        device = [*CUDA_FLAGS, *architecture_flags(listed or CUDA_ARCHITECTURES)]
+        include = f"-isystem={torch_root / 'include'}"
+        # The slowest first, so that the last to end are short.
+        sources = sorted(map(Path, ext.sources), key=lambda s: -CUDA_SECONDS.get(s.stem, 0))
+        objects = self.objects(sources)
+
+        def compile_one(source: Path, target: Path) -> None:
+            # Kernels do not see torch's headers, which nvcc takes long over.
+            flags = device if source.suffix == ".cu" else [*CUDA_FLAGS, include]
+            call([*host, *flags, "-c", str(source), "-o", str(target)])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, sources, objects))
+        # A torch without CUDA lacks the library with the current stream's function. Ours is linked
+        # against an empty one of that name, and finds the real one that torch has loaded.
+        stub = Path(self.build_temp, "libtorch_cuda.so")
+        soname = f"-Wl,-soname,{stub.name}"
+        call([compiler, "-shared", "-xc++", os.devnull, soname, "-o", str(stub)])
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        link = [*host, "-shared", "-cudart=static", *map(str, objects), "-o", str(output)]
+        link += [f"-L{stub.parent}", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
+        call([*link, f"-L{torch_root / 'lib'}", "-ltorch_cpu"])
+
+
+def find_torch() -> Path:
+    """The folder of the torch that is built against."""
+    try:
+        import torch
+    except ImportError:
+        sys.exit(
+            "onepass: the build needs the torch it will run with: install torch first, then "
+            "pip install --no-build-isolation onepass"
+        )
+    return Path(torch.__file__).parent
 
 
 def call(command: list[str]) -> None:
@@ -115,8 +219,11 @@ class BinaryDistribution(Distribution):
         return True
 
 
-def sources() -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+def sources(cuda: bool) -> list[str]:
+    """The files of one library; only csrc/cuda is the CUDA library's, and only csrc/ops.cpp, with
+    the schemas, cannot be in both."""
+    files = [p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")]
+    return sorted(str(p) for p in files if ("cuda" in p.parts) == cuda)
 
 
 setup(
@@ -124,7 +231,10 @@ setup(
     packages=[*find_packages("python"), "onepass.triton_kernels"],
     package_dir={"": "python", "onepass.triton_kernels": "triton_kernels"},
     # Optional: without a compiler there is no file to copy.
-    ext_modules=[Extension("onepass.libonepass_cpu", sources(), optional=True)],
+    ext_modules=[
+        Extension("onepass.libonepass_cpu", sources(cuda=False), optional=True),
+        Extension(CUDA_LIBRARY, sources(cuda=True), optional=True),
+    ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
     distclass=BinaryDistribution,
 )

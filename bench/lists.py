@@ -81,3 +81,21 @@ def gpt2(layers: int, width: int, vocabulary: int, context: int) -> ParamList:
     )
     shapes = ((vocabulary, width), (context, width), *block * layers, (width,), (width,))
     return ParamList(f"gpt2-{sum(map(prod, shapes)) / 1e6:.3g}M", shapes)
+
+
+def llama(width: int, layers: int, vocabulary: int) -> ParamList:
+    """The shapes of Llama 3 with tied embeddings; 2048, 16, 128256 is the one of 1.2 billion."""
+    narrow, inner = width // 4, 4 * width
+    block: Shapes = (
+        (width, width),
+        (narrow, width),
+        (narrow, width),
+        (width, width),
+        (inner, width),
+        (inner, width),
+        (width, inner),
+        (width,),
+        (width,),
+    )
+    shapes = ((vocabulary, width), *block * layers, (width,))
+    return ParamList(f"llama3-{sum(map(prod, shapes)) / 1e9:.3g}B", shapes)

@@ -47,7 +47,7 @@ def newest(lines: list[Line]) -> list[Line]:
 
 def _cases(lines: list[Line]) -> list[list[Line]]:
     """The lines of each case, those of a known case in the order of cases.py."""
-    groups: dict[tuple[str, ...], list[Line]] = {}
+    groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault(case_key(line), []).append(line)
     order = {case.key: i for i, case in enumerate(all_cases())}

@@ -148,6 +148,16 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def driver() -> str | None:
+    """Of the GPU, as nvidia-smi tells; None where it does not."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip()
+
+
 def _device() -> str:
     """The processor, its family and model (virtual machines hide the name), threads, ISA."""
     name, family, model = platform.processor() or platform.machine(), "", ""

@@ -82,6 +82,26 @@ def test_build_with_a_named_compiler_that_is_missing_fails(tmp_path):
     assert libraries(tmp_path) == []
 
 
+def test_build_without_a_toolkit_that_was_asked_for_fails(tmp_path):
+    result = build(tmp_path, ONEPASS_CUDA="1", CUDA_HOME="/nonexistent")
+    assert result.returncode != 0
+    assert "ONEPASS_CUDA=1" in result.stderr
+    assert libraries(tmp_path) == []
+
+
+def test_architectures_of_the_cuda_library():
+    code = "import runpy, sys; sys.argv = ['setup.py', '--version']; "
+    code += "print(*runpy.run_path('setup.py')['architecture_flags'](sys.stdin.read()))"
+
+    def flags(listed):
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, input=listed, capture_output=True, text=True)
+
+    assert "arch=compute_90,code=[sm_90]" in flags("9.0").stdout
+    assert "arch=compute_100,code=[sm_100,compute_100]" in flags("8.0;10.0+PTX").stdout
+    assert "no architecture 'Hopper'" in flags("9.0 Hopper").stderr
+
+
 # --- the package -----------------------------------------------------------------------------
 
 

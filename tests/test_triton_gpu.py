@@ -110,7 +110,8 @@ def test_special_values(case):
         assert_same_as_cpu(gpu, cpu)
 
 
-def test_none_picks_triton():
+def test_none_picks_triton_where_there_is_no_cuda_library(monkeypatch):
+    monkeypatch.setattr(onepass.ops, "cuda_missing", lambda: "left out")
     param = torch.nn.Parameter(torch.ones(3, device="cuda"))
     assert onepass.backends.choose(param.device).name == "triton"
 

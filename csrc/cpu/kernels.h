@@ -2,8 +2,7 @@
 // are compiled apart and meet in sweep.cpp through these tables, so that they add, not multiply.
 #pragma once
 
-#include "../formats/table.h"
-#include "../rules/table.h"
+#include "../entry.h"
 
 namespace onepass::cpu {
 
@@ -17,12 +16,6 @@ struct TileRandom {
 // Elements of an fp32 tile: five of them (weight, gradient, three states) are 5 KiB of L1. Measured
 // on AVX-512, two cores, 2026-11: 256 is the fastest of 64 to 2048. dynamic8's blocks are tiles.
 constexpr int kTile = kDynamicBlock;
-
-// A tensor at rest: its codes, and the scales of their blocks or the companion of a weight.
-struct Stored {
-  void* data;
-  void* extra;
-};
 
 // Applies a rule to n elements. row is the group's row of the hyperparameter table; states has an
 // entry for each slot that the rule has.

@@ -10,24 +10,6 @@
 
 namespace onepass::cpu {
 
-// One parameter with what belongs to it, in memory order.
-struct Entry {
-  Stored param;
-  const void* grad;
-  Stored states[kMaxStates];
-  int64_t numel;
-  int64_t first;  // index of the first element in the whole tensor, for the random bits
-  int64_t param_id;
-  int32_t row;  // of the hyperparameter table
-  uint16_t rule, flags;
-  Format param_format, grad_format, state_formats[kMaxStates];
-  Kind kinds[kMaxStates];
-  uint8_t order[kMaxStates];  // of the states in a tile: the first second moment comes first
-  uint8_t slots;              // bit k: the rule has state k
-
-  bool has(int k) const { return slots >> k & 1; }
-};
-
 // A piece of work: large enough to hide the counter that hands it out, small enough that threads
 // on a busy machine end together.
 constexpr int64_t kPiece = 65536;

@@ -1,14 +1,16 @@
-"""The compiled library: loading it, and what torch.compile needs to know of its ops."""
+"""The compiled libraries: loading them, and what torch.compile needs to know of their ops."""
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
 
 OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "cpu_isa")
 LIBRARY = Path(__file__).with_name("libonepass_cpu.so")
+CUDA_LIBRARY = Path(__file__).with_name("libonepass_cuda.so")
 
 
 def _load() -> str:
@@ -29,6 +31,28 @@ def _load() -> str:
 
 missing: str = _load()
 """Why the compiled library is not there; empty when it is."""
+
+
+@cache
+def cuda_missing() -> str:
+    """Why the CUDA library is not there; empty when it is, and then it has been loaded.
+
+    It is loaded when a CUDA device is first asked for: without CUDA nothing is read of it.
+    """
+    if missing:
+        return missing  # the schemas of all ops are in that one
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not CUDA_LIBRARY.exists():
+        return (
+            f"{CUDA_LIBRARY.name} was not built: with CUDA's nvcc on PATH or CUDA_HOME set, "
+            "pip install --no-build-isolation onepass"
+        )
+    try:
+        torch.ops.load_library(CUDA_LIBRARY)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    return ""
 
 
 def cpu_isa(name: str = "") -> str:
@@ -55,7 +79,7 @@ if not missing:
 
     @torch.library.register_fake("onepass::make_plan")
     def _make_plan_fake(params, states, spec):  # type: ignore[no-untyped-def]
-        return spec.new_empty(1)
+        return (params[0] if params else spec).new_empty(1, dtype=torch.int64)
 
     @torch.library.register_fake("onepass::refresh")
     def _refresh_fake(plan, grads, first):  # type: ignore[no-untyped-def]

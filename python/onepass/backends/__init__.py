@@ -10,6 +10,7 @@ from ..formats import NATIVE, STATE_FORMATS
 from ..rules import RULES
 from .base import Backend, Entry
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -17,7 +18,7 @@ __all__ = ["BACKENDS", "Backend", "Entry", "choose", "status", "support_matrix"]
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())
+    b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 }
 
 # Device types that a backend serves only when it is asked for by name: on the CPU, Triton's

@@ -46,7 +46,7 @@ class Entry:
     companion: torch.Tensor | None = None
 
     def spec(self) -> list[int]:
-        """The entry's row of the spec that compiled backends read (csrc/cpu/plan.cpp)."""
+        """The entry's row of the spec that compiled backends read (csrc/plan.h)."""
         codes = [self.format.code if slot in self.states else ABSENT for slot in range(SLOTS)]
         named = [self.rule.code, self.flags, self.row, self.param_id, self.first]
         return [*named, self.weight, *codes]

@@ -1,18 +1,18 @@
-// The plan of the CPU backend: the parameter list flattened once into entries; a step reads the
-// gradients' pointers and compares the rest with what it knows.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+// The host side of a plan, of every device: the parameter list flattened once into entries; a step
+// reads the gradients' pointers and compares the rest with what it knows. Included, by way of
+// plan_ops.h, by one file of each library, which adds the device's own tables and the step.
+#pragma once
+
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <memory>
-#include <mutex>
 #include <string>
-#include <unordered_map>
+#include <utility>
+#include <vector>
 
-#include "sweep.h"
+#include "entry.h"
 
-namespace onepass::cpu {
+namespace onepass {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -53,7 +53,7 @@ struct Plan {
   std::vector<Layout> layouts;  // of each parameter
   std::vector<int64_t> dims;    // what they point into: sizes, then strides
   std::vector<Entry> entries;
-  std::vector<Cut> cuts;
+  int32_t device_type = 0, device_index = 0;  // of all of these
   int64_t rows = 0;
   size_t taken = 0;  // entries whose gradient is that of the step that is about to run
 };
@@ -110,6 +110,16 @@ bool native_format(AtenTensorHandle tensor, Format* format) {
   return found == fp32 || found == bf16 || found == fp16;
 }
 
+// Bit f: the rule can have flags f.
+template <template <unsigned> class Rule, unsigned... Flags>
+constexpr uint32_t valid_flags(std::integer_sequence<unsigned, Flags...>) {
+  return ((static_cast<uint32_t>(Rule<Flags>::kValid) << Flags) | ...);
+}
+#define ONEPASS_VALID_FLAGS(CODE, RULE, ARG) \
+  valid_flags<RULE>(std::make_integer_sequence<unsigned, kMaxFlags>{}),
+constexpr uint32_t kValidFlags[kRules] = {ONEPASS_FOR_EACH_RULE(ONEPASS_VALID_FLAGS, )};
+#undef ONEPASS_VALID_FLAGS
+
 ScalarType state_type(Format format) {
   if (format == Format::kFp32) return ScalarType::Float;
   return format == Format::kBf16Stochastic ? ScalarType::BFloat16 : ScalarType::Byte;
@@ -162,14 +172,21 @@ Kind kind_of(const Entry& entry, int k) {
   return kinds.relative >> k & 1 ? kRelative : kFirst;
 }
 
-Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& spec) {
-  Plan plan;
+bool on_device(const Plan& plan, AtenTensorHandle tensor) {
+  return ask(aoti_torch_get_device_type, tensor) == plan.device_type &&
+         ask(aoti_torch_get_device_index, tensor) == plan.device_index;
+}
+
+void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& spec) {
   const int64_t count = static_cast<int64_t>(params.size());
   STD_TORCH_CHECK(
       spec.scalar_type() == ScalarType::Long && spec.is_contiguous() && spec.dim() == 2 &&
           spec.size(0) == count && spec.size(1) == kColumns,
       "onepass: spec must be a contiguous int64 tensor of ", count, " x ", int(kColumns));
   const int64_t* row = spec.const_data_ptr<int64_t>();
+  const AtenTensorHandle any = count ? params[0].get() : spec.get();
+  plan.device_type = ask(aoti_torch_get_device_type, any);
+  plan.device_index = ask(aoti_torch_get_device_index, any);
   for (Tensor& tensor : held) plan.held.push_back({tensor, tensor.mutable_data_ptr()});
   size_t next = 0;
   // The next of the held tensors, which must have this type and, unless it is flat, this layout.
@@ -179,8 +196,8 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& s
     const bool fits =
         flat < 0 ? same_layout(tensor, like) : tensor.is_contiguous() && tensor.numel() == flat;
     STD_TORCH_CHECK(
-        fits && tensor.scalar_type() == type,
-        "onepass: a state has another shape, layout or dtype than the plan says", at(i));
+        fits && tensor.scalar_type() == type && on_device(plan, tensor.get()),
+        "onepass: a state has another shape, layout, dtype or device than the plan says", at(i));
     return plan.held[next++].address;
   };
   for (int64_t i = 0; i < count; ++i, row += kColumns) {
@@ -188,7 +205,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& s
     Entry entry{};
     STD_TORCH_CHECK(
         row[kRule] >= 0 && row[kRule] < kRules && row[kFlags] >= 0 && row[kFlags] < kMaxFlags &&
-            kernels().direct[0].rules[row[kRule]][row[kFlags]],
+            kValidFlags[row[kRule]] >> row[kFlags] & 1,
         "onepass: no rule ", row[kRule], " with flags ", row[kFlags], at(i));
     STD_TORCH_CHECK(
         row[kWeight] >= 0 && row[kWeight] < kFormats, "onepass: no format ", row[kWeight], at(i));
@@ -198,6 +215,7 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& s
         native_format(param.get(), &native) && is_weight_format(entry.param_format) &&
             native == native_of(entry.param_format),
         "onepass: a parameter must be float32, bfloat16 or float16, as its format says", at(i));
+    STD_TORCH_CHECK(on_device(plan, param.get()), "onepass: parameters on two devices", at(i));
     entry.rule = static_cast<uint16_t>(row[kRule]);
     entry.flags = static_cast<uint16_t>(row[kFlags]);
     entry.row = static_cast<int32_t>(row[kRow]);
@@ -237,14 +255,11 @@ Plan build(std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& s
   }
   STD_TORCH_CHECK(next == held.size(), "onepass: more states than the spec names");
   plan.params = std::move(params);
-  plan.cuts = cut_pieces(plan.entries);
-  return plan;
 }
 
 // Takes the gradient of one entry. False, and nothing of any tensor changed, when it or one of the
 // plan's own tensors is not what the plan was made for.
 bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
   Entry& entry = plan.entries[i];
   const AtenTensorHandle param = plan.params[i].get();
   Format param_format;
@@ -252,7 +267,7 @@ bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad) {
   if (address(param) != entry.param.data || !native_format(param, &param_format) ||
       param_format != native_of(entry.param_format) || !has_layout(param, plan.dims, layout))
     return false;
-  if (ask(aoti_torch_get_device_type, grad) != cpu || !native_format(grad, &entry.grad_format) ||
+  if (!on_device(plan, grad) || !native_format(grad, &entry.grad_format) ||
       !has_layout(grad, plan.dims, layout))
     return false;
   for (size_t h = layout.first_held; h < layout.end_held; ++h)
@@ -271,7 +286,9 @@ bool take_gradients(Plan& plan, size_t first, size_t count, const Take& take) {
   return same;
 }
 
-void run(Plan& plan, const Tensor& hyper, const Tensor& counters) {
+// What every step asks of its two tables; after it, gradients have to be taken anew: a pointer is
+// good for one step, since the gradient may be freed after it.
+void check_step(Plan& plan, const Tensor& hyper, const Tensor& counters) {
   STD_TORCH_CHECK(
       hyper.is_cpu() && hyper.scalar_type() == ScalarType::Float && hyper.is_contiguous() &&
           hyper.numel() >= plan.rows * kHyperWidth,
@@ -280,128 +297,9 @@ void run(Plan& plan, const Tensor& hyper, const Tensor& counters) {
       counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
           counters.numel() >= plan.rows * 2,
       "onepass: counters must be a contiguous int64 CPU tensor of ", plan.rows, " x 2");
-  // A pointer is good for one step: the gradient may be freed after it.
   STD_TORCH_CHECK(plan.taken == plan.entries.size(), "onepass: run without refresh");
   plan.taken = 0;
-  sweep(
-      kernels(), plan.entries, plan.cuts, hyper.const_data_ptr<float>(),
-      counters.const_data_ptr<int64_t>());
-}
-
-// Plans by number: the stable ABI has no way to hand an object to Python.
-struct Registry {
-  std::mutex mutex;
-  std::unordered_map<int64_t, std::shared_ptr<Plan>> plans;
-  int64_t next = 1;
-};
-
-Registry& registry() {
-  // Never destroyed: a plan can outlive the static objects of this library when Python exits.
-  static Registry* registry = new Registry;
-  return *registry;
-}
-
-int64_t number(const Tensor& plan) {
-  STD_TORCH_CHECK(
-      plan.numel() == 1 && plan.scalar_type() == ScalarType::Long, "onepass: not a plan");
-  return *plan.const_data_ptr<int64_t>();
-}
-
-Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor spec) {
-  auto plan = std::make_shared<Plan>(build(std::move(params), std::move(states), spec));
-  Tensor handle = torch::stable::new_empty(spec, {1});
-  Registry& all = registry();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  *handle.mutable_data_ptr<int64_t>() = all.next;
-  all.plans[all.next++] = std::move(plan);
-  return handle;
-}
-
-std::shared_ptr<Plan> find_plan(const Tensor& handle) {
-  Registry& all = registry();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  const auto found = all.plans.find(number(handle));
-  STD_TORCH_CHECK(found != all.plans.end(), "onepass: this plan has been freed");
-  return found->second;
-}
-
-// refresh, boxed by hand: TORCH_BOX would make an owning Tensor of every gradient, and this is the
-// one call whose cost grows with the number of tensors at every step.
-void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
-  const auto grads = torch::stable::detail::to<StableListHandle>(stack[1]);
-  const auto first = static_cast<size_t>(torch::stable::detail::to<int64_t>(stack[2]));
-  const std::shared_ptr<Plan> plan = find_plan(handle);
-  size_t count = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
-  const bool same = take_gradients(*plan, first, count, [&](size_t i) {
-    StableIValue item;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
-    const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
-    const bool taken = take_gradient(*plan, first + i, grad);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
-    return taken;
-  });
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
-  stack[0] = torch::stable::detail::from(int64_t{same ? 0 : 1});
-}
-
-void run_plan(Tensor handle, Tensor hyper, Tensor counters) {
-  run(*find_plan(handle), hyper, counters);
-}
-
-Tensor norm_of_plan(Tensor handle) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
-  STD_TORCH_CHECK(plan->taken == plan->entries.size(), "onepass: norm without refresh");
-  const Norm found = norm(kernels(), plan->entries, plan->cuts);
-  Tensor result = torch::stable::new_empty(handle, {3}, ScalarType::Double);
-  double* values = result.mutable_data_ptr<double>();
-  values[0] = found.squares;
-  values[1] = found.largest;
-  values[2] = static_cast<double>(found.nonfinite);
-  return result;
-}
-
-void free_plan(Tensor handle) {
-  Registry& all = registry();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  all.plans.erase(number(handle));
-}
-
-void sweep_(
-    std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor spec,
-    Tensor hyper, Tensor counters) {
-  Plan plan = build(std::move(params), std::move(states), spec);
-  STD_TORCH_CHECK(
-      grads.size() == plan.entries.size() &&
-          take_gradients(
-              plan, 0, grads.size(),
-              [&](size_t i) { return take_gradient(plan, i, grads[i].get()); }),
-      "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
-      "bfloat16 or float16");
-  run(plan, hyper, counters);
-}
-
-std::string cpu_isa(std::string name) {
-  STD_TORCH_CHECK(
-      name.empty() || select_isa(name.c_str()), "onepass: no instruction set '", name,
-      "' here: 'auto', 'plain', 'avx2' or 'avx512', as far as this machine and build go");
-  return isa_name();
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(onepass, CPU, m) {
-  m.impl("sweep_", TORCH_BOX(&sweep_));
-  m.impl("make_plan", TORCH_BOX(&make_plan));
-  m.impl("refresh", &refresh_plan);
-  m.impl("run", TORCH_BOX(&run_plan));
-  m.impl("norm", TORCH_BOX(&norm_of_plan));
-  m.impl("free_plan", TORCH_BOX(&free_plan));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
-
-}  // namespace onepass::cpu
+}  // namespace onepass

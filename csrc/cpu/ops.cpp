@@ -1,0 +1,54 @@
+// The ops of the CPU library: the plan of csrc/plan.h, with the cuts between the threads' work.
+#include "../plan_ops.h"
+#include "sweep.h"
+
+namespace onepass::cpu {
+namespace {
+
+struct CpuPlan : Plan {
+  std::vector<Cut> cuts;
+
+  CpuPlan(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor& spec) {
+    build(*this, std::move(params), std::move(states), spec);
+    cuts = cut_pieces(entries);
+  }
+  void run(const float* hyper, const int64_t* counters) {
+    sweep(kernels(), entries, cuts, hyper, counters);
+  }
+};
+
+Tensor norm_of_plan(Tensor handle) {
+  const std::shared_ptr<CpuPlan> plan = Registry<CpuPlan>::find(handle);
+  STD_TORCH_CHECK(plan->taken == plan->entries.size(), "onepass: norm without refresh");
+  const Norm found = norm(kernels(), plan->entries, plan->cuts);
+  Tensor result = torch::stable::new_empty(handle, {3}, ScalarType::Double);
+  double* values = result.mutable_data_ptr<double>();
+  values[0] = found.squares;
+  values[1] = found.largest;
+  values[2] = static_cast<double>(found.nonfinite);
+  return result;
+}
+
+std::string cpu_isa(std::string name) {
+  STD_TORCH_CHECK(
+      name.empty() || select_isa(name.c_str()), "onepass: no instruction set '", name,
+      "' here: 'auto', 'plain', 'avx2' or 'avx512', as far as this machine and build go");
+  return isa_name();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(onepass, CPU, m) {
+  m.impl("sweep_", TORCH_BOX(&sweep_<CpuPlan>));
+  m.impl("make_plan", TORCH_BOX(&make_plan<CpuPlan>));
+  m.impl("refresh", &refresh_plan<CpuPlan>);
+  m.impl("run", TORCH_BOX(&run_plan<CpuPlan>));
+  m.impl("norm", TORCH_BOX(&norm_of_plan));
+  m.impl("free_plan", TORCH_BOX(&free_plan<CpuPlan>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+}  // namespace onepass::cpu

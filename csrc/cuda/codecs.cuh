@@ -1,0 +1,268 @@
+// The formats over the eight elements of a thread: the arithmetic is that of csrc/formats.
+#pragma once
+
+#include "../formats/table.h"
+#include "chunk.h"
+#include "lanes.cuh"
+
+namespace onepass::cuda {
+
+template <Format F>
+struct Tag {
+  static constexpr Format value = F;
+};
+
+constexpr int bits_of(Format format) { return static_cast<int>(bytes_of(format, 2) * 4); }
+constexpr int companion_bits_of(Format format) {
+  return block_of(format) > 1 ? 0 : static_cast<int>(extra_bytes_of(format, 1) * 8);
+}
+// What a rule's state is to a format; dynamic8's unsigned map is only for a second state.
+template <class Rule, int Slot>
+constexpr Kind kind_in(Format format) {
+  if (format == Format::kDynamic8 && Slot == 0) return kFirst;
+  if (Rule::kSecond >> Slot & 1) return kSecond;
+  return Rule::kRelative >> Slot & 1 ? kRelative : kFirst;
+}
+
+// The 16 random bits of each element for one use: the slot of a state, or weight_use.
+struct Random {
+  RandomKey keys[2];
+  uint32_t low;  // lower half of the index of the warp's first element
+
+  ONEPASS_HD uint32_t draw(int use, int at) const {
+    const RandomKey key = keys[use / 2];
+    const uint32_t start = random_start(key, low + static_cast<uint32_t>(at));
+    return random_mix(key, start) >> (use % 2 * 16) & 0xFFFFu;
+  }
+};
+
+// --- weights and gradients ---
+
+ONEPASS_HD uint32_t code_bf16(float value) { return round_bf16(value) >> 16; }
+ONEPASS_HD uint32_t code_half_away(float value) { return round_half_away(value) >> 16; }
+ONEPASS_HD uint32_t code_fp16(float value) { return encode_fp16(value); }
+ONEPASS_HD float from_bf16(uint32_t code) { return decode_bf16(static_cast<uint16_t>(code)); }
+ONEPASS_HD float from_fp16(uint32_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
+
+template <Format F>
+ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
+  switch (F) {
+    case Format::kFp32:
+      return from_bits(code);
+    case Format::kFp16:
+    case Format::kFp16Stochastic:
+      return from_fp16(code);
+    case Format::kKahanBf16:
+      return from_bf16(code) + from_bf16(companion);
+    case Format::kKahanFp16:
+      return from_fp16(code) + from_fp16(companion);
+    // A weight that is no longer its rounded master was changed from outside, and counts.
+    case Format::kMasterBf16:
+      return code_half_away(from_bits(companion)) == code ? from_bits(companion) : from_bf16(code);
+    case Format::kMasterFp16:
+      return code_fp16(from_bits(companion)) == code ? from_bits(companion) : from_fp16(code);
+    case Format::kSplit16:
+      return decode_split16(code, static_cast<int16_t>(companion));
+    case Format::kSplit8:
+      return decode_split8(code, static_cast<int8_t>(companion));
+    default:
+      return from_bf16(code);
+  }
+}
+
+struct Pair {
+  uint32_t code, companion;
+};
+
+template <Format F, class Draw>
+ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
+  switch (F) {
+    case Format::kFp32:
+      return {to_bits(value), 0};
+    case Format::kFp16:
+      return {code_fp16(value), 0};
+    case Format::kFp16Stochastic:
+      return {encode_fp16_stochastic(value, random16() >> 3), 0};
+    case Format::kBf16Stochastic:
+      return {round_bf16_stochastic(value, random16()) >> 16, 0};
+    case Format::kKahanBf16: {
+      const uint32_t code = code_bf16(value);
+      return {code, code_bf16(left_over(value, from_bf16(code)))};
+    }
+    case Format::kKahanFp16: {
+      const uint32_t code = code_fp16(value);
+      return {code, code_fp16(left_over(value, from_fp16(code)))};
+    }
+    case Format::kMasterBf16:
+      return {code_half_away(value), to_bits(value)};
+    case Format::kMasterFp16:
+      return {code_fp16(value), to_bits(value)};
+    case Format::kSplit16: {
+      const Split split = encode_split16(value);
+      return {split.weight, split.low & 0xFFFFu};
+    }
+    case Format::kSplit8: {
+      const Split split = encode_split8(value, random16());
+      return {split.weight, split.low & 0xFFu};
+    }
+    default:
+      return {code_bf16(value), 0};
+  }
+}
+
+// --- states with a scale for a block of elements ---
+
+// The arithmetic of one code.
+template <Format F, Kind K>
+struct Block;
+template <Kind K>
+struct Block<Format::kMx8, K> {
+  using Code = Mx8<K == kSecond>;
+};
+template <Kind K>
+struct Block<Format::kMx4, K> {
+  using Code = Mx4<K == kSecond>;
+};
+
+// mx4 codes the root of a second moment, and a relative one in units of that root.
+template <Format F, Kind K>
+ONEPASS_HD float to_units(float value, float root) {
+  if (F != Format::kMx4 || K == kFirst) return value;
+  return K == kSecond ? sqrt_rn(value) : ratio(value, root);
+}
+template <Format F, Kind K>
+ONEPASS_HD float from_units(float units, float* root) {
+  if (F != Format::kMx4 || K == kFirst) return units;
+  if (K == kRelative) return units * (*root == 0.0f ? 1.0f : *root);
+  *root = units;
+  return units * units;
+}
+
+// In global memory: lanes read different entries, which constant memory would serve in turn.
+__device__ const DynamicMap kDynamicMaps[2] = {dynamic_map(false), dynamic_map(true)};
+
+// A state of a thread: its codes and scales between two accesses of memory.
+template <int Vector>
+struct State {
+  Raw raw;
+  uint32_t scales[Lanes<Vector>::kVectors];
+};
+
+template <Format F, Kind K, int Vector>
+struct StateCodec {
+  using L = Lanes<Vector>;
+  using C = Codes<bits_of(F), Vector>;
+  static constexpr int kBlock = block_of(F);
+  static constexpr bool kScaled = kBlock > 1;
+  static constexpr bool kDynamic = F == Format::kDynamic8;
+  static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;         // that share a scale
+  static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // of a thread
+
+  // offset: of the warp's first element in the chunk.
+  template <bool Full>
+  __device__ __forceinline__ static void load(
+      const Stored& from, int offset, const L& lanes, State<Vector>& state) {
+    const char* codes = static_cast<const char*>(from.data) + int64_t{offset} * bits_of(F) / 8;
+    C::template load<Full>(codes, lanes, state.raw);
+#pragma unroll
+    for (int v = 0; v < kScales; ++v) {
+      const int at = lanes.at(v * Vector);
+      const int block = (offset + at) / (kScaled ? kBlock : 1);
+      state.scales[v] = 0;
+      if (Full || at < lanes.left)
+        state.scales[v] = kDynamic ? global(static_cast<const uint32_t*>(from.extra))[block]
+                                   : global(static_cast<const uint8_t*>(from.extra))[block];
+    }
+  }
+
+  __device__ __forceinline__ static void decode(
+      const State<Vector>& state, float (&values)[kElements], float (&roots)[kElements]) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const uint32_t code = C::get(state.raw, j);
+      if constexpr (kDynamic) {
+        values[j] = kDynamicMaps[K != kSecond].values[code] * from_bits(state.scales[0]);
+      } else if constexpr (kScaled) {
+        const float units = Block<F, K>::Code::decode(code, state.scales[j / Vector]);
+        values[j] = from_units<F, K>(units, &roots[j]);
+      } else {
+        values[j] = decode_one<F>(code, 0);
+      }
+    }
+  }
+
+  template <bool Full>
+  __device__ __forceinline__ static void encode(
+      const float (&values)[kElements], const Random& random, int use, const L& lanes,
+      State<Vector>& state, float (&roots)[kElements]) {
+    C::clear(state.raw);
+    if constexpr (!kScaled) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const auto draw = [&] { return random.draw(use, lanes.at(j)); };
+        C::put(state.raw, j, encode_one<F>(values[j], draw).code);
+      }
+    } else {
+      uint32_t largest[kScales] = {};
+      float units[kElements];
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        units[j] = Full || lanes.has(j) ? to_units<F, K>(values[j], roots[j]) : 0.0f;
+        uint32_t& most = largest[kDynamic ? 0 : j / Vector];
+        most = max_u32(most, measure(units[j]));
+      }
+#pragma unroll
+      for (int v = 0; v < kScales; ++v) largest[v] = largest_in<kLanes>(largest[v]);
+      if constexpr (kDynamic) {
+        const bool finite = largest[0] < kInfinity;
+        const float divisor = largest[0] == 0 ? 1.0f : from_bits(largest[0]);
+        state.scales[0] = finite ? largest[0] : 0x7FC00000u;
+        const DynamicMap& map = kDynamicMaps[K != kSecond];
+#pragma unroll
+        for (int j = 0; j < kElements; ++j)
+          C::put(state.raw, j, finite ? encode_dynamic(div_rn(units[j], divisor), map) : 0u);
+      } else {
+        using Code = typename Block<F, K>::Code;
+#pragma unroll
+        for (int v = 0; v < kScales; ++v) state.scales[v] = Code::scale(largest[v]);
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) {
+          const uint32_t scale = state.scales[j / Vector];
+          const uint32_t finite = Code::encode(units[j], random.draw(use, lanes.at(j)), scale);
+          const uint32_t code = scale == kNotFinite ? Code::kNan : finite;
+          // mx4 shares a byte between two elements, of which the second may not be there.
+          C::put(state.raw, j, Full || lanes.has(j) ? code : 0u);
+          if (K == kSecond && F == Format::kMx4) roots[j] = Code::decode(code, scale);
+        }
+      }
+    }
+  }
+
+  // What a scale is made of the largest of.
+  ONEPASS_HD static uint32_t measure(float units) {
+    if constexpr (kDynamic)
+      return to_bits(units) & kMagnitude;
+    else
+      return Block<F, K>::Code::measure(units);
+  }
+
+  template <bool Full>
+  __device__ __forceinline__ static void store(
+      const Stored& to, int offset, const L& lanes, const State<Vector>& state) {
+    char* codes = static_cast<char*>(to.data) + int64_t{offset} * bits_of(F) / 8;
+    C::template store<Full>(codes, lanes, state.raw);
+#pragma unroll
+    for (int v = 0; v < kScales; ++v) {
+      const int at = lanes.at(v * Vector);
+      const int block = (offset + at) / (kScaled ? kBlock : 1);
+      if (lanes.lane % kLanes == 0 && (Full || at < lanes.left)) {
+        if (kDynamic)
+          global(static_cast<uint32_t*>(to.extra))[block] = state.scales[v];
+        else
+          global(static_cast<uint8_t*>(to.extra))[block] = static_cast<uint8_t>(state.scales[v]);
+      }
+    }
+  }
+};
+
+}  // namespace onepass::cuda

@@ -1,0 +1,28 @@
+// Where the kernels meet the host: each file of kernels is compiled apart.
+#pragma once
+
+#include "chunk.h"
+
+namespace onepass::cuda {
+
+using SweepKernel = void (*)(Tables);
+
+// fixed: that of a list of one combination. formats: that of a list whose flags are all one. Both
+// are null where table.h has none. any: that of every list.
+struct RuleKernels {
+  SweepKernel (*fixed)(unsigned flags, Format weight, Format grad, Format states);
+  SweepKernel (*formats)(unsigned flags);
+  SweepKernel any;
+};
+
+struct NormKernels {
+  void (*chunks)(Tables, int64_t chunks, Norm* partials);
+  void (*total)(const Norm* partials, int64_t count, Norm* total);
+};
+
+#define ONEPASS_DECLARE(CODE, RULE, ARG) extern const RuleKernels k##RULE##Kernels;
+ONEPASS_FOR_EACH_RULE(ONEPASS_DECLARE, )
+#undef ONEPASS_DECLARE
+extern const NormKernels kNormKernels;
+
+}  // namespace onepass::cuda

@@ -1,0 +1,172 @@
+// How the elements of a chunk are dealt to threads, and their codes in registers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../macros.h"
+#include "tuning.h"
+
+namespace onepass::cuda {
+
+// Codes as they lie in memory, of the eight elements of a thread.
+using Raw = uint32_t[kElements];
+
+// A warp takes 256 neighbours at a time: lane l has the Vector elements from l * Vector on and,
+// where a vector is fewer than eight, as many from each of the following stretches of 32 vectors.
+// So each access of a warp is one stretch of memory, and each block of a format lies in one warp.
+template <int Vector>
+struct Lanes {
+  static constexpr int kVector = Vector;
+  static constexpr int kVectors = kElements / Vector;
+  static constexpr int kStretch = kWarp * Vector;
+
+  int lane;  // of the thread
+  int left;  // elements from the warp's first to the end of the chunk
+
+  // Where element j of this thread is, counted from the warp's first.
+  ONEPASS_HD int at(int j) const { return j / Vector * kStretch + lane * Vector + j % Vector; }
+  ONEPASS_HD bool has(int j) const { return at(j) < left; }
+};
+
+template <int Bytes>
+struct Access;
+template <>
+struct Access<16> {
+  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+    const uint4 v = *static_cast<const uint4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  }
+  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+    *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+  }
+};
+template <>
+struct Access<8> {
+  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+    const uint2 v = *static_cast<const uint2*>(from);
+    to[0] = v.x, to[1] = v.y;
+  }
+  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+    *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
+  }
+};
+template <>
+struct Access<4> {
+  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+    to[0] = *static_cast<const uint32_t*>(from);
+  }
+  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+    *static_cast<uint32_t*>(to) = from[0];
+  }
+};
+template <>
+struct Access<2> {
+  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+    to[0] = *static_cast<const uint16_t*>(from);
+  }
+  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(from[0]);
+  }
+};
+template <>
+struct Access<1> {
+  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+    to[0] = *static_cast<const uint8_t*>(from);
+  }
+  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+    *static_cast<uint8_t*>(to) = static_cast<uint8_t>(from[0]);
+  }
+};
+
+// Addresses come from a table, so the compiler cannot know by itself that they are of global
+// memory, and would have every access find out.
+template <class T>
+__device__ __forceinline__ T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
+// Codes of Bits bits, of eight elements.
+template <int Bits, int Vector>
+struct Codes {
+  static constexpr int kBytes = Vector * Bits / 8;            // of a vector
+  static constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;  // that hold it
+  static constexpr uint32_t kMask = Bits == 32 ? ~0u : (1u << (Bits % 32)) - 1;
+  using L = Lanes<Vector>;
+
+  ONEPASS_HD static uint32_t get(const Raw& raw, int j) {
+    const int bit = j % Vector * Bits;
+    return raw[j / Vector * kWords + bit / 32] >> (bit % 32) & kMask;
+  }
+  ONEPASS_HD static void clear(Raw& raw) {
+#pragma unroll
+    for (int w = 0; w < L::kVectors * kWords; ++w) raw[w] = 0;
+  }
+  // Into words that were cleared.
+  ONEPASS_HD static void put(Raw& raw, int j, uint32_t code) {
+    const int bit = j % Vector * Bits;
+    raw[j / Vector * kWords + bit / 32] |= code << (bit % 32);
+  }
+
+  // Full: every element of the warp is there, and the address is a multiple of 16.
+  template <bool Full>
+  __device__ __forceinline__ static void load(const void* warp, const L& lanes, Raw& raw) {
+    const char* from = global(static_cast<const char*>(warp));
+    if (Full) {
+#pragma unroll
+      for (int v = 0; v < L::kVectors; ++v) {
+        const char* at = from + (v * L::kStretch + lanes.lane * Vector) * Bits / 8;
+        constexpr int kWidest = kBytes < 16 ? kBytes : 16;
+#pragma unroll
+        for (int part = 0; part < kBytes; part += kWidest)
+          Access<kWidest>::load(at + part, raw + v * kWords + part / 4);
+      }
+      return;
+    }
+    clear(raw);
+    constexpr int kStep = Bits < 8 ? 8 / Bits : 1;  // elements that one byte holds
+    constexpr int kOne = Bits < 8 ? 1 : Bits / 8;
+#pragma unroll
+    for (int j = 0; j < kElements; j += kStep) {
+      uint32_t code = 0;
+      if (lanes.has(j)) Access<kOne>::load(from + lanes.at(j) * Bits / 8, &code);
+      put(raw, j, code);
+    }
+  }
+  template <bool Full>
+  __device__ __forceinline__ static void store(void* warp, const L& lanes, const Raw& raw) {
+    char* to = global(static_cast<char*>(warp));
+    if (Full) {
+#pragma unroll
+      for (int v = 0; v < L::kVectors; ++v) {
+        char* at = to + (v * L::kStretch + lanes.lane * Vector) * Bits / 8;
+        constexpr int kWidest = kBytes < 16 ? kBytes : 16;
+#pragma unroll
+        for (int part = 0; part < kBytes; part += kWidest)
+          Access<kWidest>::store(raw + v * kWords + part / 4, at + part);
+      }
+      return;
+    }
+    constexpr int kStep = Bits < 8 ? 8 / Bits : 1;
+    constexpr int kOne = Bits < 8 ? 1 : Bits / 8;
+#pragma unroll
+    for (int j = 0; j < kElements; j += kStep) {
+      uint32_t code = get(raw, j);
+      if constexpr (kStep > 1) code |= get(raw, j + kStep - 1) << Bits;
+      if (lanes.has(j)) Access<kOne>::store(&code, to + lanes.at(j) * Bits / 8);
+    }
+  }
+};
+
+// The largest of a value over groups of neighbouring lanes; all lanes of a warp take part.
+template <int Group>
+__device__ __forceinline__ uint32_t largest_in(uint32_t value) {
+#pragma unroll
+  for (int distance = Group / 2; distance; distance /= 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+}  // namespace onepass::cuda

@@ -1,0 +1,6 @@
+#include "kernels.h"
+#include "norm.cuh"
+
+namespace onepass::cuda {
+const NormKernels kNormKernels{norm_chunks, norm_total};
+}

@@ -1,0 +1,6 @@
+#include "instances.cuh"
+
+namespace onepass::cuda {
+const RuleKernels kAdagradKernels{
+    find_fixed<Adagrad, 1>, find_formats<Adagrad, 1>, sweep_any<Adagrad>};
+}

@@ -1,0 +1,33 @@
+// What a plan says of one parameter, for the sweeps of every device.
+#pragma once
+
+#include "formats/table.h"
+#include "rules/table.h"
+
+namespace onepass {
+
+// A tensor at rest: its codes, and the scales of their blocks or the companion of a weight.
+struct Stored {
+  void* data;
+  void* extra;
+};
+
+// One parameter with what belongs to it, in memory order.
+struct Entry {
+  Stored param;
+  const void* grad;
+  Stored states[kMaxStates];
+  int64_t numel;
+  int64_t first;  // index of the first element in the whole tensor, for the random bits
+  int64_t param_id;
+  int32_t row;  // of the hyperparameter table
+  uint16_t rule, flags;
+  Format param_format, grad_format, state_formats[kMaxStates];
+  Kind kinds[kMaxStates];
+  uint8_t order[kMaxStates];  // of the states in a tile: the first second moment comes first
+  uint8_t slots;              // bit k: the rule has state k
+
+  bool has(int k) const { return slots >> k & 1; }
+};
+
+}  // namespace onepass

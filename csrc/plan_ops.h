@@ -1,0 +1,115 @@
+// The ops on a plan, for a device whose plan derives from Plan: it is made from the arguments of
+// make_plan, and has run(hyper, counters).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "plan.h"
+
+namespace onepass {
+namespace {
+
+// Plans by the address of their handle: the stable ABI has no way to hand an object to Python. The
+// handle is a tensor of one element on the plan's device, so that every op on a plan is dispatched
+// to the library that made it; the plan holds it, so that no other tensor gets its address.
+template <class DevicePlan>
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<const void*, std::pair<Tensor, std::shared_ptr<DevicePlan>>> plans;
+
+  static Registry& all() {
+    // Never destroyed: a plan can outlive the static objects of this library when Python exits.
+    static Registry* registry = new Registry;
+    return *registry;
+  }
+
+  static Tensor add(const Tensor& on_device, std::shared_ptr<DevicePlan> plan) {
+    Tensor handle = torch::stable::new_empty(on_device, {1}, ScalarType::Long);
+    Registry& registry = all();
+    std::lock_guard<std::mutex> lock(registry.mutex);
+    const void* key = handle.data_ptr();
+    registry.plans.insert_or_assign(key, std::make_pair(handle, std::move(plan)));
+    return handle;
+  }
+  static std::shared_ptr<DevicePlan> find(const Tensor& handle) {
+    Registry& registry = all();
+    std::lock_guard<std::mutex> lock(registry.mutex);
+    const auto found = registry.plans.find(handle.data_ptr());
+    STD_TORCH_CHECK(found != registry.plans.end(), "onepass: this plan has been freed");
+    return found->second.second;
+  }
+  static void remove(const Tensor& handle) {
+    std::pair<Tensor, std::shared_ptr<DevicePlan>> last{handle, nullptr};
+    Registry& registry = all();
+    std::lock_guard<std::mutex> lock(registry.mutex);
+    const auto found = registry.plans.find(handle.data_ptr());
+    if (found == registry.plans.end()) return;
+    std::swap(last, found->second);  // destroyed without the lock
+    registry.plans.erase(found);
+  }
+};
+
+template <class DevicePlan>
+Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor spec) {
+  const Tensor on_device = params.empty() ? spec : params[0];
+  auto plan = std::make_shared<DevicePlan>(std::move(params), std::move(states), spec);
+  return Registry<DevicePlan>::add(on_device, std::move(plan));
+}
+
+// refresh, boxed by hand: TORCH_BOX would make an owning Tensor of every gradient, and this is the
+// one call whose cost grows with the number of tensors at every step.
+template <class DevicePlan>
+void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
+  const auto grads = torch::stable::detail::to<StableListHandle>(stack[1]);
+  const auto first = static_cast<size_t>(torch::stable::detail::to<int64_t>(stack[2]));
+  const std::shared_ptr<DevicePlan> plan = Registry<DevicePlan>::find(handle);
+  size_t count = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
+  const bool same = take_gradients(*plan, first, count, [&](size_t i) {
+    StableIValue item;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
+    const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
+    const bool taken = take_gradient(*plan, first + i, grad);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
+    return taken;
+  });
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
+  stack[0] = torch::stable::detail::from(int64_t{same ? 0 : 1});
+}
+
+template <class DevicePlan>
+void run_plan(Tensor handle, Tensor hyper, Tensor counters) {
+  const std::shared_ptr<DevicePlan> plan = Registry<DevicePlan>::find(handle);
+  check_step(*plan, hyper, counters);
+  plan->run(hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>());
+}
+
+template <class DevicePlan>
+void free_plan(Tensor handle) {
+  Registry<DevicePlan>::remove(handle);
+}
+
+template <class DevicePlan>
+void sweep_(
+    std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor spec,
+    Tensor hyper, Tensor counters) {
+  DevicePlan plan(std::move(params), std::move(states), spec);
+  STD_TORCH_CHECK(
+      grads.size() == plan.entries.size() &&
+          take_gradients(
+              plan, 0, grads.size(),
+              [&](size_t i) { return take_gradient(plan, i, grads[i].get()); }),
+      "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
+      "bfloat16 or float16");
+  check_step(plan, hyper, counters);
+  plan.run(hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>());
+}
+
+}  // namespace
+}  // namespace onepass

@@ -1,0 +1,101 @@
+"""The machine code in the built CUDA library, as cuobjdump shows it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import onepass
+
+LIBRARY = onepass.ops.CUDA_LIBRARY
+FORMATS = ("fp32", "bf16", "fp16", "bf16sr", "fp16sr", "mx8", "mx4", "dynamic8", "kahan-bf16")
+FORMATS += ("kahan-fp16", "master-bf16", "master-fp16", "split16", "split8")
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture: names as in onepass, its resources, its instructions."""
+
+    name: str
+    arch: str
+    resources: dict[str, int]
+    instructions: list[str] = field(default_factory=list)
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        return Counter(opcode(line) for line in self.instructions)
+
+
+def opcode(line: str) -> str:
+    """The opcode with its modifiers, without the predicate."""
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].rstrip(";")
+
+
+@cache
+def cuobjdump() -> str | None:
+    """Of CUDA_HOME, of PATH, or the one that Triton brings."""
+    home = os.environ.get("CUDA_HOME")
+    places = [Path(home, "bin")] if home else []
+    spec = importlib.util.find_spec("triton")
+    if spec and spec.origin:
+        places.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    found = [shutil.which("cuobjdump", path=str(p)) for p in places]
+    return next(filter(None, [*found[: bool(home)], shutil.which("cuobjdump"), *found]), None)
+
+
+def why_not() -> str:
+    """Why there is no code to look at; empty when there is."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built: there was no CUDA toolkit"
+    return "" if cuobjdump() else "cuobjdump, of a CUDA toolkit or of Triton, is not there"
+
+
+def _readable(symbol: str) -> str:
+    """adam-1 bf16 bf16 mx8: rule, flags, formats; "adam-1 formats" and "adam any" read the rest."""
+    rule = re.search(r"INS_\d+([A-Z][a-z]+)E|sweep_anyI[^E]*?\d+([A-Z][a-z]+)E", symbol)
+    if rule is None:
+        return re.sub(r".*cuda\d+(norm_[a-z]+).*", r"\1", symbol)
+    name = (rule[1] or rule[2]).lower()
+    flags = re.search(r"Lj(\d+)E", symbol)
+    if flags is None:
+        return f"{name} any"
+    if "sweep_formats" in symbol:
+        return f"{name}-{flags[1]} formats"
+    codes = re.findall(r"(?:FormatE|S\d?_)(\d+)E", symbol.split("Fixed", 1)[1])
+    return f"{name}-{flags[1]} " + " ".join(FORMATS[int(code)] for code in codes)
+
+
+def _dump(*options: str) -> str:
+    command = [cuobjdump() or "", *options, str(LIBRARY)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def kernels() -> list[Kernel]:
+    """Every kernel of the library, once for each architecture."""
+    found: dict[tuple[str, str], Kernel] = {}
+    arch = ""
+    for line in _dump("--dump-resource-usage").splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+?):$", line.strip()):
+            symbol = match[1]
+        elif "REG:" in line:
+            resources = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)}
+            found[arch, symbol] = Kernel(_readable(symbol), arch, resources)
+    kernel = None
+    for line in _dump("--dump-sass").splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            kernel = found[arch, match[1]]
+        elif kernel and (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+([^/;]+);", line)):
+            kernel.instructions.append(match[1].strip())
+    return list(found.values())

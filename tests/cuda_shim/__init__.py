@@ -1,0 +1,104 @@
+"""csrc/cuda compiled by g++ against the stand-in beside this file, as a backend for CPU tensors.
+
+Kernels, plan and launches are the sources as they are; the ops are registered for CUDA tensors, so
+they are called by that dispatch key.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import onepass
+from onepass.backends.cuda import CudaBackend
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+TORCH = Path(torch.__file__).parent
+FLAGS = [
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
+    *("-ffp-contract=off", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={2 << 56 | 10 << 48}ULL"),
+    *("-I", str(HERE), "-isystem", str(TORCH / "include")),
+]
+
+
+def why_not() -> str:
+    """Why there is no such backend here; empty when there is."""
+    if onepass.ops.missing:
+        return onepass.ops.missing
+    if torch.version.cuda and not onepass.ops.cuda_missing():
+        return "the CUDA library itself is loaded, under the same names"
+    return "" if shutil.which("g++") else "there is no g++ on PATH"
+
+
+def _build() -> Path:
+    """The library, built again only when a source has changed."""
+    sources = [*(CSRC / "cuda").glob("*.c[up]*"), HERE / "shim.cpp"]
+    sources = sorted(s for s in sources if s.suffix in (".cu", ".cpp"))
+    key = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
+    for path in sorted([*CSRC.rglob("*.*"), *HERE.glob("*.*")]):
+        key.update(path.read_bytes())
+    cache_dir = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "onepass-tests")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    library = cache_dir / f"cuda_shim-{key.hexdigest()[:20]}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+
+        def compile_one(source: Path) -> str:
+            target = f"{folder}/{source.name}.o"
+            command = ["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", target]
+            subprocess.run(command, check=True)
+            return target
+
+        # The longest first.
+        sources.sort(key=lambda s: s.stem not in ("sweep_adam", "sweep_rmsprop"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        made = f"{folder}/{library.name}"
+        link = ["g++", "-shared", *objects, "-o", made, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+        subprocess.run(link, check=True)
+        os.replace(made, library)
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = _build()
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+def launches() -> int:
+    """Kernels launched so far."""
+    return int(_library().shim_launches())
+
+
+class _Calls:
+    """torch.ops.onepass with every op dispatched as if its tensors were on a CUDA device."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.onepass, name).default
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        return lambda *args: op.redispatch(keys, *args)
+
+
+class ShimBackend(CudaBackend):
+    """The cuda backend on CPU tensors."""
+
+    def __init__(self) -> None:
+        _library()
+        self.calls = _Calls()
+
+    def unavailable(self, device: torch.device | None) -> str:
+        return "" if device is None or device.type == "cpu" else "it serves CPU tensors only"

@@ -1,0 +1,123 @@
+// A stand-in for the CUDA header, with which g++ compiles csrc/cuda as it is: the threads of a
+// block are fibers that take turns, and give way only where they meet. Only what csrc/cuda uses is
+// here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __builtin_assume(condition)
+#define __shared__ static  // blocks run one after the other
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+namespace shim {
+
+constexpr int kWarp = 32, kMostThreads = 1024;
+
+// Where threads wait for each other.
+struct Meeting {
+  int arrived = 0, round = 0;
+};
+struct Warp {
+  Meeting meeting;
+  unsigned char values[kWarp][8];
+};
+struct Block {
+  dim3 thread, block, grid, threads;
+  Meeting meeting;
+  Warp warps[kMostThreads / kWarp];
+  bool moved = false;  // whether anything happened since every thread had its turn
+};
+extern Block now;
+extern long launches;
+
+void give_way();
+void run(dim3 grid, dim3 threads, const std::function<void()>& kernel);
+
+inline void meet(Meeting& meeting, int size) {
+  const int round = meeting.round;
+  if (++meeting.arrived == size) {
+    meeting.arrived = 0;
+    ++meeting.round;
+    now.moved = true;
+    return;
+  }
+  while (meeting.round == round) give_way();
+}
+
+}  // namespace shim
+
+inline const dim3 &threadIdx = shim::now.thread, &blockIdx = shim::now.block;
+inline const dim3 &gridDim = shim::now.grid, &blockDim = shim::now.threads;
+
+inline void __syncthreads() {
+  shim::meet(shim::now.meeting, static_cast<int>(shim::now.threads.x));
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  static_assert(sizeof(T) <= 8, "one register or two");
+  if (mask != ~0u) std::abort();
+  const unsigned lane = threadIdx.x % shim::kWarp;
+  shim::Warp& warp = shim::now.warps[threadIdx.x / shim::kWarp];
+  std::memcpy(warp.values[lane], &value, sizeof value);
+  shim::meet(warp.meeting, shim::kWarp);
+  std::memcpy(&value, warp.values[lane ^ static_cast<unsigned>(distance)], sizeof value);
+  shim::meet(warp.meeting, shim::kWarp);  // nobody writes before all have read
+  return value;
+}
+
+// --- the host's side ---
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+using cudaStream_t = struct CUstream_st*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim{}, blockDim{};
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;  // so few that blocks of the norm take several chunks
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorName(cudaError_t) { return "an error of the shim"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "a launch that no device takes"; }
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
+  const unsigned threads = config->blockDim.x;
+  if (config->gridDim.x == 0 || threads == 0 || threads > shim::kMostThreads || threads % 32)
+    return cudaErrorInvalidConfiguration;
+  shim::run(config->gridDim, config->blockDim, [&] { kernel(args...); });
+  return cudaSuccess;
+}

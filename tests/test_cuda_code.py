@@ -1,0 +1,165 @@
+"""What the compiler made of csrc/cuda: read from the built library, which needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from . import cuda_code
+from .cuda_code import LIBRARY, kernels
+from .test_package import ROOT
+
+WHY_NOT = cuda_code.why_not()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+
+# A block is 256 threads and a multiprocessor has 65,536 registers: 80 a thread leave room for three
+# blocks, 128 for two, which is what __launch_bounds__ asks for. A thread of an fp32 AdamW step has
+# 128 bytes of reads under way, so two blocks 64 KiB; bandwidth times latency on an H200 (4.8 TB/s
+# over 132 multiprocessors, some 800 ns) is 29 KiB. In all bf16 it is half of each, in the three
+# blocks that 80 registers allow 48 KiB.
+MOST = 128
+MOST_OF = {"adam-1 fp32 fp32 fp32": 80, "adam-1 bf16 bf16 bf16sr": 80, "lion-1 fp32 fp32 fp32": 80}
+
+
+def architectures():
+    return sorted({kernel.arch for kernel in kernels()})
+
+
+def named(name):
+    found = [kernel for kernel in kernels() if kernel.name == name]
+    assert len(found) == len(architectures()), f"{name}: {[k.arch for k in found]}"
+    return found
+
+
+def test_every_row_of_the_table_has_a_kernel():
+    table = (ROOT / "csrc" / "cuda" / "table.h").read_text()
+    rows = re.findall(r"^\s+COMBINATION\(k\w+, k\w+, k\w+\)", table, re.MULTILINE)
+    names = {kernel.name for kernel in kernels()}
+    for rule, flags in (("sgd", 2), ("adam", 0), ("adam", 1), ("lion", 1)):
+        assert sum(n.startswith(f"{rule}-{flags} ") for n in names) == 1 + len(rows)
+    # SGD without momentum has no Nesterov: 6 of its 8 flags.
+    for rule, flags in (("sgd", 6), ("adagrad", 4), ("rmsprop", 16), ("adam", 4), ("lion", 2)):
+        assert sum(n.startswith(rule) and n.endswith(" fp32 fp32 fp32") for n in names) == flags
+        assert f"{rule} any" in names
+    assert {"sgd-2 formats", "adam-0 formats", "adam-1 formats", "lion-1 formats"} <= names
+    assert {"norm_chunks", "norm_total"} <= names
+
+
+def test_no_kernel_spills_or_has_local_memory():
+    for kernel in kernels():
+        what = (kernel.name, kernel.arch)
+        assert (kernel.resources["STACK"], kernel.resources["LOCAL"]) == (0, 0), what
+        assert not [op for op in kernel.opcodes if op.startswith(("LDL", "STL"))], what
+
+
+def test_registers():
+    for kernel in kernels():
+        most = 255 if kernel.name.endswith(" any") else MOST_OF.get(kernel.name, MOST)
+        assert kernel.resources["REG"] <= most, (kernel.name, kernel.arch)
+
+
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [
+        # Two vectors of each of the parameter, the gradient and the states, four elements each.
+        ("adam-1 fp32 fp32 fp32", 8, 6),
+        ("lion-1 fp32 fp32 fp32", 6, 4),
+        ("sgd-2 fp32 fp32 fp32", 6, 4),
+        ("adagrad-0 fp32 fp32 fp32", 6, 4),
+        ("rmsprop-0 fp32 fp32 fp32", 6, 4),
+        # One vector of each, eight elements.
+        ("adam-1 bf16 bf16 bf16sr", 4, 3),
+        ("adam-1 split16 bf16 bf16sr", 5, 4),
+        ("lion-1 bf16 bf16 bf16sr", 3, 2),
+    ],
+)
+def test_the_main_path_is_of_accesses_of_16_bytes_all_in_flight_at_once(name, loads, stores):
+    """Every read of a round comes before its first write, and no narrow one among them."""
+    for kernel in named(name):
+        ops = [cuda_code.opcode(line) for line in kernel.instructions]
+        wide = [i for i, op in enumerate(ops) if re.fullmatch(r"STG\.E(\.\w+)*\.128", op)]
+        assert len(wide) == stores
+        reads = [i for i, op in enumerate(ops) if re.fullmatch(r"LDG\.E(\.\w+)*\.128", op)]
+        before = [i for i in reads if i < wide[0]][-loads:]
+        assert len(before) == loads
+        between = ops[before[0] : wide[-1]]
+        assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
+
+
+def test_accesses_know_that_they_are_of_global_memory():
+    for kernel in kernels():
+        generic = [op for op in kernel.opcodes if re.match(r"(LD|ST)\.", op)]
+        assert not generic, (kernel.name, generic)
+
+
+def test_nothing_is_contracted():
+    """Multiply-adds belong to roots and divisions alone.
+
+    SGD and Lion have neither, so none at all. Elsewhere each root and each division brings its own
+    number, the same in all kernels: one more, or one fewer, and a formula has been contracted.
+    """
+    seen = {}
+    for kernel in kernels():
+        count = {"FFMA": 0, "MUFU.RCP": 0, "MUFU.RSQ": 0}
+        for op, number in kernel.opcodes.items():
+            for start in count:
+                count[start] += number if op.split(".FTZ")[0].startswith(start) else 0
+        rule = kernel.name.split("-")[0].split()[0]
+        if rule in ("sgd", "lion", "norm_chunks", "norm_total") and not kernel.name.endswith(
+            (" any", " formats")
+        ):
+            assert count["FFMA"] == 0, kernel.name
+        elif not kernel.name.endswith((" any", " formats")):
+            key = (kernel.arch, count["MUFU.RCP"], count["MUFU.RSQ"])
+            seen.setdefault(key, {}).setdefault(count["FFMA"], []).append(kernel.name)
+    for key, counts in seen.items():
+        assert len(counts) == 1, (key, {n: names[:3] for n, names in counts.items()})
+
+
+# --- the library -----------------------------------------------------------------------------
+
+
+def undefined():
+    command = ["nm", "-D", "--undefined-only", "--demangle", str(LIBRARY)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+
+def test_the_library_uses_only_the_stable_abi():
+    names = [name for _, name in undefined()]
+    assert "aoti_torch_get_current_cuda_stream" in names
+    assert [n for n in names if re.search(r"\b(at|c10|caffe2|torch)::", n)] == []
+    assert [n for n in names if re.match(r"_?Py", n)] == []
+    # cudart is linked in, and loads the driver when it is first called.
+    others = [name for kind, name in undefined() if "@" not in name and kind not in "wv"]
+    assert [n for n in others if not n.startswith(("aoti_torch_", "torch_"))] == []
+
+
+def test_the_library_needs_torch_and_the_system_alone():
+    text = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", text)
+    assert {"libtorch_cuda.so", "libtorch_cpu.so"} <= set(needed)
+    assert [n for n in needed if "cuda" in n] == ["libtorch_cuda.so"]
+    assert "RPATH" not in text
+    assert "RUNPATH" not in text
+
+
+def test_the_library_loads_where_torch_has_a_cuda_part(tmp_path):
+    """A library with nothing but that function stands for torch's part; the ops are then there."""
+    stub = tmp_path / "libtorch_cuda.so"
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    command = ["g++", "-shared", "-fPIC", "-xc++", "-", f"-Wl,-soname,{stub.name}", "-o", stub]
+    subprocess.run(command, input=source, check=True, text=True)
+    code = (
+        "import ctypes, torch, onepass\n"
+        f"if torch.version.cuda is None: ctypes.CDLL({str(stub)!r})\n"
+        f"torch.ops.load_library({str(LIBRARY)!r})\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "ops = ('sweep_', 'make_plan', 'refresh', 'run', 'norm', 'free_plan')\n"
+        "print([name for name in ops if not has('onepass::' + name, 'CUDA')])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr
