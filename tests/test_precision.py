@@ -13,7 +13,8 @@ from torch import nn
 import onepass
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 
-from .cases import make_params, same_bits, set_grads, train
+from .cases import assert_same, make_params, same_bits, set_grads, train
+from .test_plan import BACKENDS
 
 BF16 = torch.bfloat16
 WEIGHTS = [name for name, form in WEIGHT_FORMATS.items() if form.key]
@@ -283,27 +284,35 @@ def test_full_precision_with_several_optimizers_and_with_the_wrong_one():
 @pytest.mark.parametrize("change", ["zero", "loaded", "negated"])
 def test_a_weight_changed_from_outside_counts(weights, change):
     """What companions hold of the old weight moves the new one by half its step at most."""
-    model = nn.Linear(40, 40).to(BF16)
-    optimizer = onepass.SGD(model.parameters(), lr=1e-3, weights=weights)
-    params = list(model.parameters())
-    train(optimizer, params, 3)
-    old = [p.detach().float() for p in params]
-    new = nn.Linear(40, 40).to(BF16).state_dict()
-    if change == "zero":
-        new = {name: torch.zeros_like(value) for name, value in new.items()}
-    if change == "negated":
-        new = {name: -value for name, value in model.state_dict().items()}
-    model.load_state_dict(new)
-    full = onepass.full_precision_state_dict(model, optimizer)
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for name, p, before in zip(new, params, old, strict=True):
-        want = new[name].float()
-        # Half of the spacing of bf16; Kahan's compensation is the old weight's.
-        limit = 2**-8 * torch.maximum(want.abs(), before.abs() if weights == "kahan" else want)
-        assert ((full[name].float() - want).abs() <= limit + 1e-38).all()
-        assert ((p.detach().float() - want).abs() <= 2 * limit + 1e-38).all()
+    found = []
+    for backend in BACKENDS:
+        torch.manual_seed(0)
+        model = nn.Linear(40, 40).to(BF16)
+        options = {"lr": 1e-3, "weights": weights, "backend": backend}
+        optimizer = onepass.SGD(model.parameters(), **options)
+        params = list(model.parameters())
+        train(optimizer, params, 3)
+        old = [p.detach().float() for p in params]
+        new = nn.Linear(40, 40).to(BF16).state_dict()
+        if change == "zero":
+            new = {name: torch.zeros_like(value) for name, value in new.items()}
+        if change == "negated":
+            new = {name: -value for name, value in model.state_dict().items()}
+        model.load_state_dict(new)
+        full = onepass.full_precision_state_dict(model, optimizer)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for name, p, before in zip(new, params, old, strict=True):
+            want = new[name].float()
+            # Half of the spacing of bf16; Kahan's compensation is the old weight's.
+            size = torch.maximum(want.abs(), before.abs()) if weights == "kahan" else want.abs()
+            limit = 2**-8 * size + 1e-38
+            assert ((full[name].float() - want).abs() <= limit).all()
+            assert ((p.detach().float() - want).abs() <= 2 * limit).all()
+        found.append(optimizer)
+    for other in found[1:]:
+        assert_same(found[0], other)
 
 
 # --- bytes, and names from bitsandbytes ---

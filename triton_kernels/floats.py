@@ -151,9 +151,16 @@ def encode_master_fp16(values, random, root, maps):
 
 
 @triton.jit
-def decode_split16(codes, companion, root, maps):
-    low = companion.to(tl.int16, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True)
+def joined(codes, low):
+    """The value whose bits are those of a weight, 65536 times, plus low. Less than nothing below a
+    weight of zero is left of one that was set to zero since: the sum would be a NaN."""
+    low = tl.where(((codes & 0x7FFF) == 0) & (low < 0), 0, low).to(tl.uint32, bitcast=True)
     return ((codes.to(tl.uint32) << 16) + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_split16(codes, companion, root, maps):
+    return joined(codes, companion.to(tl.int16, bitcast=True).to(tl.int32))
 
 
 @triton.jit
@@ -165,8 +172,7 @@ def encode_split16(values, random, root, maps):
 
 @triton.jit
 def decode_split8(codes, companion, root, maps):
-    low = companion.to(tl.int8, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True)
-    return ((codes.to(tl.uint32) << 16) + (low << 8)).to(tl.float32, bitcast=True)
+    return joined(codes, companion.to(tl.int8, bitcast=True).to(tl.int32) * 256)
 
 
 @triton.jit
