@@ -105,6 +105,11 @@ def served(variant: dict[str, Any], states: str) -> bool:
 SIZES = [(0,), (), (1,), (3,), (31,), (33,), (7, 37), (1023,), (1025,)]
 
 
+def last_variant(case: Case, states: str) -> dict[str, Any]:
+    """The variant with most options on that goes with a format of states."""
+    return [variant for variant in case.variants() if served(variant, states)][-1]
+
+
 def make_params(sizes: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
     """Parameters of a spread of magnitudes."""
     generator = torch.Generator().manual_seed(seed)

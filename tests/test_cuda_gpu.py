@@ -9,7 +9,7 @@ import onepass
 from onepass import reference
 from onepass.backends import BACKENDS
 
-from .cases import CASES, SIZES, make_params, same_bits, set_grads
+from .cases import CASES, SIZES, last_variant, make_params, same_bits, set_grads
 from .test_cuda_shim import STORED, STORED_IDS, VARIANTS
 from .test_triton_gpu import assert_same_as_cpu, copy_grads, on_gpu
 
@@ -59,7 +59,7 @@ def test_every_rule_option_dtype_and_format_in_one_mixed_launch(number, case, va
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_twenty_steps_of_every_rule_and_format(case, dtype, weights, states):
     """Lists of one combination: the kernels of csrc/cuda/table.h where it has them."""
-    *_, variant = case.variants()
+    variant = last_variant(case, states)
     params = make_params([*SIZES, (20_001,)], dtype, seed=1)
     gpu_params = on_gpu(params)
     options = {**variant, "states": states, "weights": weights, "seed": 3}

@@ -203,7 +203,7 @@ BAD_OPTIONS = [
     (
         onepass.AdamW,
         {"backend": "cudnn"},
-        "backend must be None or one of cpu, triton, reference; got 'cudnn'",
+        "backend must be None or one of cpu, cuda, triton, reference; got 'cudnn'",
     ),
     (onepass.AdamW, {"seed": -1}, "seed must be an integer"),
 ]

@@ -250,8 +250,13 @@ __device__ __forceinline__ void sweep_warp(
 
 template <class Rules, class Formats>
 __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
-  // A copy: for all that the compiler knows, writes to a tensor could change the table.
-  const Chunk chunk = tables.chunks[blockIdx.x];
+  // A copy: for all that the compiler knows, writes to a tensor could change the table. In shared
+  // memory, for its addresses would take up to a third of the registers.
+  __shared__ Chunk chunk;
+  constexpr int kWords = sizeof(Chunk) / sizeof(uint32_t);
+  const auto* from = reinterpret_cast<const uint32_t*>(tables.chunks + blockIdx.x);
+  if (threadIdx.x < kWords) reinterpret_cast<uint32_t*>(&chunk)[threadIdx.x] = from[threadIdx.x];
+  __syncthreads();
   const Rules rules(chunk);
   const Formats formats(chunk);
   const char* grad = static_cast<const char*>(tables.grads[chunk.entry]);
@@ -279,6 +284,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   });
   const bool aligned = addresses % 16 == 0;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll 1
   for (int offset = warp * kWarpElements; offset < chunk.count;
        offset += kTuning.threads * kElements) {
     if (aligned && offset + kWarpElements <= chunk.count)
@@ -297,7 +303,7 @@ __global__ void __launch_bounds__(kTuning.threads, kTuning.blocks_per_sm)
 
 // Any formats, each chunk its own, of a rule whose flags are all one.
 template <template <unsigned> class Rule, unsigned Flags>
-__global__ void __launch_bounds__(kTuning.threads, kTuning.blocks_per_sm)
+__global__ void __launch_bounds__(kTuning.threads)  // as many registers as it takes not to spill
     sweep_formats(Tables tables) {
   sweep_chunk<FixedRule<Rule, Flags>, Any>(tables);
 }
