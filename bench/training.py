@@ -29,7 +29,7 @@ from onepass.cli.demo.model import Shape, count_parameters, initial_weights, par
 from onepass.cli.demo.train import MAX_GRAD_NORM, Task, backward, schedule, state_bytes, validate
 from onepass.formats import STATE_FORMATS, scale_key
 
-from . import results
+from . import results, training_report
 from .results import Line
 
 OUT = results.ROOT / "bench" / "results" / "training.jsonl"
@@ -137,25 +137,25 @@ class Watch:
                 part.append(torch.zeros(param.numel()) if value is None else torch.tensor(value))
         return [torch.cat(part) for part in parts]
 
-    def _step(self, first: Tensor, second: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, averages: list[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(step over lr, new averages)."""
-        beta1, beta2 = self._betas
+        (first, second), (beta1, beta2) = averages, self._betas
         if self._config.rule == "lion":
             u = torch.sign(beta1 * first + (1 - beta1) * grad)
-            return u, beta2 * first + (1 - beta2) * grad, second
+            return u, [beta2 * first + (1 - beta2) * grad, second]
         first = beta1 * first + (1 - beta1) * grad
         second = beta2 * second + (1 - beta2) * grad * grad
         root = (second / (1 - beta2**self._steps)).sqrt()
-        return first / (1 - beta1**self._steps) / (root + EPS), first, second
+        return first / (1 - beta1**self._steps) / (root + EPS), [first, second]
 
     def before_step(self, look: bool) -> None:
         """Follows the gradients that are in place; look: compare the coming step."""
         self._steps += 1
         grads = [p.grad for p in self._params()]
         grad = torch.cat([codec.flat(g).float() for g in grads if g is not None])
-        exact, *self._exact = self._step(*self._exact, grad)
+        exact, self._exact = self._step(self._exact, grad)
         if look:
-            taken = self._step(*self._stored(), grad)[0]
+            taken, _ = self._step(self._stored(), grad)
             u, v = taken.double(), exact.double()
             terms = (u @ u, v @ v, u @ v, (u.sign() != v.sign()).sum().double())
             self._sums += torch.stack([*terms, torch.tensor(u.numel(), dtype=torch.float64)])
@@ -254,15 +254,14 @@ def main(argv: list[str] | None = None) -> int:
     names = [config.name for config in CONFIGS]
     parser.add_argument("--report", action="store_true", help="write docs/training.md and stop")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="so many (default 5)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
     parser.add_argument("--configs", metavar="NAME", nargs="+", choices=names, help=str(names))
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="lines are kept here")
     parser.add_argument("--docs", type=Path, default=results.ROOT / "docs", metavar="DIR")
     args = parser.parse_args(argv)
     if args.report:
-        from .training_report import write
-
-        return write(args.out, args.docs)
+        return training_report.write(args.out, args.docs, names)
     if args.seeds < 1:
         parser.error(f"--seeds must be at least 1; got {args.seeds}")
     if args.quick and args.out == OUT:
@@ -282,7 +281,7 @@ def _run(args: argparse.Namespace, size: Size) -> int:
     env = results.environment() | {"python": platform.python_version()}
     known = {run_key(line) for line in results.read_lines(args.out) if "validation_loss" in line}
     # Seed by seed, so that what an interrupted run leaves can be compared.
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for config in chosen:
             start = as_read({**env, "settings": settings(config, size), "seed": seed})
             if run_key(start) in known:
