@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=root / "docs", metavar="DIR")
     args = parser.parse_args(argv)
     files = sorted(args.results.glob("*.jsonl"))
+    files = [file for file in files if results.read(file)]  # others are of other benchmarks
     lines = newest([line for file in files for line in results.read(file)])
     if not lines:
         print(f"bench.report: no result lines in {args.results}; run python -m bench first")

@@ -109,21 +109,26 @@ def append(path: Path, new: Iterable[Line]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in new)
 
 
-def read(path: Path) -> list[Line]:
-    """The benchmark's lines of a file; those of another kind are left out.
+def read_lines(path: Path) -> list[Line]:
+    """Every line of a file, of any kind; none where there is no file.
 
     Raises:
         ValueError: a line that is not JSON; names it.
     """
-    found = []
+    found: list[Line] = []
+    if not path.exists():
+        return found
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            line = json.loads(text)
+            found.append(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
-        if line.keys() >= set(FIELDS):
-            found.append(line)
     return found
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of the speed benchmark in a file; those of another kind are left out."""
+    return [line for line in read_lines(path) if line.keys() >= set(FIELDS)]
 
 
 def case_key(line: Line) -> tuple[str, str, str, str, str]:

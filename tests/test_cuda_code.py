@@ -18,10 +18,8 @@ pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 # A block is 256 threads and a multiprocessor has 65,536 registers: 80 a thread leave room for three
 # blocks, 128 for two, which is what __launch_bounds__ asks for. A thread of an fp32 AdamW step has
 # 128 bytes of reads under way, so two blocks 64 KiB; bandwidth times latency on an H200 (4.8 TB/s
-# over 132 multiprocessors, some 800 ns) is 29 KiB. In all bf16 it is half of each, in the three
-# blocks that 80 registers allow 48 KiB.
+# over 132 multiprocessors, some 800 ns) is 29 KiB. In all bf16 it is half, 32 KiB.
 MOST = 128
-MOST_OF = {"adam-1 fp32 fp32 fp32": 80, "adam-1 bf16 bf16 bf16sr": 80, "lion-1 fp32 fp32 fp32": 80}
 
 
 def architectures():
@@ -59,7 +57,8 @@ def test_no_kernel_spills_or_has_local_memory():
 
 def test_registers():
     for kernel in kernels():
-        most = 255 if kernel.name.endswith(" any") else MOST_OF.get(kernel.name, MOST)
+        # Kernels of mixed lists are not rationed: they would spill.
+        most = 255 if kernel.name.endswith((" any", " formats")) else MOST
         assert kernel.resources["REG"] <= most, (kernel.name, kernel.arch)
 
 

@@ -22,6 +22,7 @@ from .cases import (
     last_variant,
     make_params,
     same_bits,
+    served,
     set_grads,
 )
 from .test_bits import SPECIAL
@@ -75,6 +76,7 @@ def test_every_rule_option_dtype_and_format_in_one_mixed_launch(number, case, va
     def build(backend):
         groups, params = [], []
         for (dtype, weights, states), shapes in zip(STORED, sizes, strict=True):
+            states = states if served(variant, states) else "bf16"
             made = make_params(shapes, dtype, seed=number)
             groups.append({"params": made, "states": states, "weights": weights})
             params += made

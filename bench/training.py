@@ -1,0 +1,302 @@
+"""``python -m bench.training``: a small GPT trained with each format, from the same seeds.
+
+Loss alone rewards a broken format that steps too far, so the size of the step is measured as well:
+beside every run go exact fp32 averages of the gradients that the run itself sees, and the step that
+was taken is compared with the one that they would have given.
+
+One line per finished run goes to bench/results/training.jsonl; runs that are there already are left
+out, so that this can be stopped and started again. ``--report`` writes docs/training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import onepass
+from onepass import codec
+from onepass.cli.demo.data import Batches, Corpus, load
+from onepass.cli.demo.model import Shape, count_parameters, initial_weights, parameter_groups
+from onepass.cli.demo.train import MAX_GRAD_NORM, Task, backward, schedule, state_bytes, validate
+from onepass.formats import STATE_FORMATS, scale_key
+
+from . import results, training_report
+from .results import Line
+
+OUT = results.ROOT / "bench" / "results" / "training.jsonl"
+EPS = 1e-8
+# Of the demo, but for beta2: 0.999 is torch's default, and the harder case for a format.
+RULES: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 3e-3, "betas": (0.9, 0.999), "weight_decay": 0.1},
+    "lion": {"lr": 5e-4, "betas": (0.9, 0.99), "weight_decay": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained: a rule, its formats, and the run that it is compared with.
+
+    Attributes:
+        perturbed: every initial weight is moved to one of its two neighbours in fp32.
+    """
+
+    name: str
+    rule: str
+    dtype: str
+    weights: str
+    states: str
+    baseline: str
+    perturbed: bool = False
+
+
+CONFIGS = (
+    Config("fp32", "adamw", "fp32", "native", "fp32", ""),
+    Config("fp32, last bits changed", "adamw", "fp32", "native", "fp32", "fp32", perturbed=True),
+    Config("bf16 + split8 + mx8", "adamw", "bf16", "split8", "mx8", "fp32"),
+    Config("bf16 + stochastic + mx8", "adamw", "bf16", "stochastic", "mx8", "fp32"),
+    Config("bf16 + stochastic + mx4", "adamw", "bf16", "stochastic", "mx4", "fp32"),
+    Config("Lion fp32", "lion", "fp32", "native", "fp32", ""),
+    Config("Lion mx8", "lion", "fp32", "native", "mx8", "Lion fp32"),
+    # What the stochastic formats are for: the same states, weights rounded to nearest.
+    Config("bf16 + native + mx8", "adamw", "bf16", "native", "mx8", "fp32"),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a run is; ``sampled``: every so many steps, the step is looked at."""
+
+    shape: Shape
+    batch: int
+    steps: int
+    validation_batches: int
+    corpus_bytes: int
+    sampled: int
+
+
+FULL = Size(Shape(64, 96, 2, 4), 8, 500, 64, 8_000_000, 5)
+QUICK = Size(Shape(16, 16, 1, 2), 4, 6, 2, 400_000, 2)
+
+
+def settings(config: Config, size: Size) -> Line:
+    """What decides a run's result beside its seed and the machine."""
+    return {**asdict(config), **RULES[config.rule], "max_grad_norm": MAX_GRAD_NORM, **asdict(size)}
+
+
+def initial(config: Config, shape: Shape, seed: int) -> dict[str, Tensor]:
+    """The initial weights, in fp32."""
+    found = initial_weights(shape, seed)
+    if not config.perturbed:
+        return found
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in found.items():
+        up = torch.rand(weight.shape, generator=generator) < 0.5
+        found[name] = torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf))
+    return found
+
+
+class Watch:
+    """Compares the steps of an optimizer with those of exact averages of the same gradients.
+
+    A step is divided by the learning rate; decay is no part of it.
+    """
+
+    def __init__(self, config: Config, optimizer: onepass.Optimizer) -> None:
+        self._config, self._optimizer = config, optimizer
+        self._betas = RULES[config.rule]["betas"]
+        count = sum(p.numel() for p in self._params())
+        self._exact = [torch.zeros(count), torch.zeros(count)]
+        self._steps = 0
+        self._sums = torch.zeros(5, dtype=torch.float64)
+        self.largest = 0.0
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _stored(self) -> list[Tensor]:
+        """The averages as the optimizer holds them, decoded."""
+        rule, form = self._optimizer.rule, STATE_FORMATS[self._config.states]
+        parts: list[list[Tensor]] = [[], []]
+        for param in self._params():
+            state = self._optimizer.state[param]
+            keys = {i: key for i, (key, _, _) in enumerate(rule.slots) if key in state}
+            codes = {i: state[key] for i, key in keys.items()}
+            scales = {i: state[scale_key(k)] for i, k in keys.items() if scale_key(k) in state}
+            values = codec.read_states(form, rule.kinds, codes, scales, param.numel())
+            for slot, part in enumerate(parts):
+                value = values[slot] if slot < len(values) else None
+                part.append(torch.zeros(param.numel()) if value is None else torch.tensor(value))
+        return [torch.cat(part) for part in parts]
+
+    def _step(self, averages: list[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(step over lr, new averages)."""
+        (first, second), (beta1, beta2) = averages, self._betas
+        if self._config.rule == "lion":
+            u = torch.sign(beta1 * first + (1 - beta1) * grad)
+            return u, [beta2 * first + (1 - beta2) * grad, second]
+        first = beta1 * first + (1 - beta1) * grad
+        second = beta2 * second + (1 - beta2) * grad * grad
+        root = (second / (1 - beta2**self._steps)).sqrt()
+        return first / (1 - beta1**self._steps) / (root + EPS), [first, second]
+
+    def before_step(self, look: bool) -> None:
+        """Follows the gradients that are in place; look: compare the coming step."""
+        self._steps += 1
+        grads = [p.grad for p in self._params()]
+        grad = torch.cat([codec.flat(g).float() for g in grads if g is not None])
+        exact, self._exact = self._step(self._exact, grad)
+        if look:
+            taken, _ = self._step(self._stored(), grad)
+            u, v = taken.double(), exact.double()
+            terms = (u @ u, v @ v, u @ v, (u.sign() != v.sign()).sum().double())
+            self._sums += torch.stack([*terms, torch.tensor(u.numel(), dtype=torch.float64)])
+            self.largest = max(self.largest, float(u.abs().max()))
+
+    def line(self) -> Line:
+        """rms of the step; of the step that exact averages would take; the first projected on the
+        second; the share of signs that differ; the largest."""
+        own, exact, product, signs, count = self._sums.tolist()
+        return {
+            "rms_u": (own / count) ** 0.5,
+            "rms_u_exact": (exact / count) ** 0.5,
+            "projection": product / exact,
+            "signs_differ": signs / count,
+            "max_u": self.largest,
+        }
+
+
+def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
+    """One run: the final validation loss and what :class:`Watch` saw.
+
+    The model computes in fp32 with the values that the weights hold, so that formats of the
+    optimizer are all that differs; 16-bit weights get gradients of 16 bits.
+    """
+    began = time.perf_counter()
+    context = size.shape.context
+    task = Task(
+        shape=size.shape,
+        device=torch.device("cpu"),
+        weights=initial(config, size.shape, seed),
+        train=Batches(corpus.train, size.steps, size.batch, context, seed),
+        validation=Batches(corpus.validation, size.validation_batches, size.batch, context, 0),
+    )
+    model = task.model()
+    held = task.model().to(torch.bfloat16) if config.dtype == "bf16" else model
+    options = RULES[config.rule]
+    make = {"adamw": onepass.AdamW, "lion": onepass.Lion}[config.rule]
+    optimizer = make(
+        parameter_groups(held, options["weight_decay"]),
+        lr=options["lr"],
+        betas=options["betas"],
+        weights=config.weights,
+        states=config.states,
+        seed=seed,
+    )
+    scheduler = schedule(optimizer, size.steps)
+    watch = Watch(config, optimizer)
+    pairs = list(zip(model.parameters(), held.parameters(), strict=True))
+
+    @torch.no_grad()
+    def show_weights() -> None:
+        for param, own in pairs:
+            param.copy_(own)
+
+    show_weights()
+    losses = []
+    for step in range(1, size.steps + 1):
+        losses.append(float(backward(task, model, step - 1)))
+        if held is not model:
+            for param, own in pairs:
+                assert param.grad is not None
+                own.grad = param.grad.to(own.dtype)
+        watch.before_step(look=step % size.sampled == 0)
+        optimizer.step()
+        model.zero_grad()
+        if held is not model:
+            show_weights()
+        scheduler.step()
+    tail = losses[-max(1, size.steps // 10) :]
+    return {
+        "parameters": count_parameters(held),
+        "validation_loss": validate(task, model),
+        "train_loss": sum(tail) / len(tail),  # of the last tenth of the steps
+        **watch.line(),
+        "state_bytes": state_bytes(optimizer) / count_parameters(held),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def run_key(line: Line) -> tuple[str, str, int]:
+    """What tells runs apart: machine, settings, seed."""
+    return line["device"], repr(sorted(line["settings"].items())), line["seed"]
+
+
+def as_read(line: Line) -> Line:
+    """A line as it comes back from a file: JSON has no tuples."""
+    settled = {k: list(v) if isinstance(v, tuple) else v for k, v in line["settings"].items()}
+    return {**line, "settings": settled}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains what is missing, or writes the page; 0 done, 2 wrong usage or nothing to report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training", description="Trains a small GPT with each format."
+    )
+    names = [config.name for config in CONFIGS]
+    parser.add_argument("--report", action="store_true", help="write docs/training.md and stop")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="so many (default 5)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
+    parser.add_argument("--configs", metavar="NAME", nargs="+", choices=names, help=str(names))
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="lines are kept here")
+    parser.add_argument("--docs", type=Path, default=results.ROOT / "docs", metavar="DIR")
+    args = parser.parse_args(argv)
+    if args.report:
+        return training_report.write(args.out, args.docs, names)
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1; got {args.seeds}")
+    if args.quick and args.out == OUT:
+        parser.error("--quick is for trying things out: name another file with --out")
+    threads = torch.get_num_threads()
+    # One core: sums come in one order, and a small model gains nothing from more.
+    torch.set_num_threads(1)
+    try:
+        return _run(args, QUICK if args.quick else FULL)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: argparse.Namespace, size: Size) -> int:
+    chosen = [c for c in CONFIGS if not args.configs or c.name in args.configs]
+    corpus = load(size.corpus_bytes)
+    env = results.environment() | {"python": platform.python_version()}
+    known = {run_key(line) for line in results.read_lines(args.out) if "validation_loss" in line}
+    # Seed by seed, so that what an interrupted run leaves can be compared.
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for config in chosen:
+            start = as_read({**env, "settings": settings(config, size), "seed": seed})
+            if run_key(start) in known:
+                continue
+            found = train(config, size, seed, corpus)
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            results.append(args.out, [{**start, "kind": "training", **found, "date": now}])
+            print(
+                f"seed {seed}  {config.name:<26} loss {found['validation_loss']:.4f}  rms u "
+                f"{found['rms_u']:.4f}  projection {found['projection']:.4f}  "
+                f"{found['seconds']:.0f} s",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
