@@ -152,7 +152,9 @@ def test_registers_and_spills(kernels, kernel, target):
 
 @pytest.mark.parametrize(
     "name",
-    [f"{k}.{t}" for t in NVIDIA for k in ("adamw-fp32", "adamw-mx8", "adamw-mx4")]
+    # Not adamw-mx8 and adamw-mx4 for sm_100: Triton pairs operations there, see docs/triton.md.
+    [f"adamw-fp32.{t}" for t in NVIDIA]
+    + [f"{k}.{t}" for t in NVIDIA if t != "sm_100" for k in ("adamw-mx8", "adamw-mx4")]
     + [f"{k}.sm_90" for k in EVERY],
 )
 def test_arithmetic_on_nvidia(kernels, name):
