@@ -152,7 +152,7 @@ def test_registers_and_spills(kernels, kernel, target):
 
 @pytest.mark.parametrize(
     "name",
-    # Not adamw-mx8 and adamw-mx4 for sm_100: Triton pairs operations there, see docs/triton.md.
+    # Not adamw-mx8 and adamw-mx4 for sm_100: Triton pairs operations there; docs/triton.md.
     [f"adamw-fp32.{t}" for t in NVIDIA]
     + [f"{k}.{t}" for t in NVIDIA if t != "sm_100" for k in ("adamw-mx8", "adamw-mx4")]
     + [f"{k}.sm_90" for k in EVERY],
