@@ -12,11 +12,19 @@ struct Stored {
   void* extra;
 };
 
+// What a step may measure of a row, float64, in the order of a row of the telemetry table: sums of
+// squares of gradients, of weights after the step and of updates; non-finite gradients.
+struct Telemetry {
+  double grads, weights, updates, nonfinite;
+};
+constexpr int kTelemetryWidth = 4;
+
 // One parameter with what belongs to it, in memory order.
 struct Entry {
   Stored param;
-  const void* grad;
+  void* grad;
   Stored states[kMaxStates];
+  float* ema;  // the average of the weight, or null
   int64_t numel;
   int64_t first;  // index of the first element in the whole tensor, for the random bits
   int64_t param_id;

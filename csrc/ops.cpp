@@ -3,18 +3,21 @@
 
 STABLE_TORCH_LIBRARY(onepass, m) {
   // A whole step, every tensor passed: what torch.compile and opcheck see. spec is int64, a row
-  // per parameter (csrc/plan.h); hyper is fp32 [rows, 8]; counters is int64 [rows, 2]: seed
-  // and step of a row.
+  // per parameter (csrc/plan.h); hyper is fp32 [rows, 10]; counters is int64 [rows, 2]: seed
+  // and step of a row, which is left alone where that is 0.
   m.def(
       "sweep_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor spec, "
       "Tensor hyper, Tensor counters) -> ()");
   // The same in parts. make_plan flattens the list once; the plan is a tensor of one int64 on the
   // device of the parameters. refresh takes the gradients of a step, those of entry first and its
   // successors, and returns 1, with no tensor changed, when one of them or of the plan's own is not
-  // what the plan was made for. run does the step once all are taken.
+  // what the plan was made for. run does the step once all are taken; telemetry is float64
+  // [rows, 4] (csrc/entry.h).
   m.def("make_plan(Tensor[] params, Tensor[] states, Tensor spec) -> Tensor");
   m.def("refresh(Tensor plan, Tensor[] grads, int first) -> int");
-  m.def("run(Tensor plan, Tensor hyper, Tensor counters) -> ()");
+  m.def(
+      "run(Tensor plan, Tensor hyper, Tensor counters, bool zero_grads=False, "
+      "Tensor(a!)? telemetry=None) -> ()");
   // Of the gradients that refresh has taken, float64 [3]: the sum of their squares, the largest
   // magnitude, the count of those that are not finite. The plan stays ready for run.
   m.def("norm(Tensor plan) -> Tensor");

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,6 +26,7 @@ enum Column {
   kRow,
   kParamId,
   kFirstElement,
+  kEma,  // whether the weight has an average
   kWeight,
   kFormat0,
   kFormat1,
@@ -48,7 +50,8 @@ struct Held {
 
 struct Plan {
   std::vector<Tensor> params;
-  // Of all entries, in order: of each state its codes and scales, then the weight's companion.
+  // Of all entries, in order: of each state its codes and scales, then the weight's companion and
+  // average.
   std::vector<Held> held;
   std::vector<Layout> layouts;  // of each parameter
   std::vector<int64_t> dims;    // what they point into: sizes, then strides
@@ -249,6 +252,7 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     }
     if (extra_bytes_of(entry.param_format, 1) > 0)
       entry.param.extra = take(extra_type(entry.param_format), param, -1, i);
+    if (row[kEma]) entry.ema = static_cast<float*>(take(ScalarType::Float, param, -1, i));
     layout.end_held = next;
     plan.layouts.push_back(layout);
     plan.entries.push_back(entry);
@@ -286,17 +290,27 @@ bool take_gradients(Plan& plan, size_t first, size_t count, const Take& take) {
   return same;
 }
 
-// What every step asks of its two tables; after it, gradients have to be taken anew: a pointer is
+// What every step asks of its tables; after it, gradients have to be taken anew: a pointer is
 // good for one step, since the gradient may be freed after it.
-void check_step(Plan& plan, const Tensor& hyper, const Tensor& counters) {
+void check_step(
+    Plan& plan, const Tensor& hyper, const Tensor& counters,
+    const std::optional<Tensor>& telemetry) {
   STD_TORCH_CHECK(
-      hyper.is_cpu() && hyper.scalar_type() == ScalarType::Float && hyper.is_contiguous() &&
-          hyper.numel() >= plan.rows * kHyperWidth,
-      "onepass: hyper must be a contiguous float32 CPU tensor of ", plan.rows, " x ", kHyperWidth);
+      on_device(plan, hyper.get()) && hyper.scalar_type() == ScalarType::Float &&
+          hyper.is_contiguous() && hyper.numel() >= plan.rows * kHyperWidth,
+      "onepass: hyper must be a contiguous float32 tensor on the plan's device of ", plan.rows,
+      " x ", kHyperWidth);
   STD_TORCH_CHECK(
-      counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
-          counters.numel() >= plan.rows * 2,
-      "onepass: counters must be a contiguous int64 CPU tensor of ", plan.rows, " x 2");
+      on_device(plan, counters.get()) && counters.scalar_type() == ScalarType::Long &&
+          counters.is_contiguous() && counters.numel() >= plan.rows * 2,
+      "onepass: counters must be a contiguous int64 tensor on the plan's device of ", plan.rows,
+      " x 2");
+  STD_TORCH_CHECK(
+      !telemetry || (on_device(plan, telemetry->get()) && telemetry->is_contiguous() &&
+                     telemetry->scalar_type() == ScalarType::Double &&
+                     telemetry->numel() >= plan.rows * kTelemetryWidth),
+      "onepass: telemetry must be a contiguous float64 tensor on the plan's device of ", plan.rows,
+      " x ", kTelemetryWidth);
   STD_TORCH_CHECK(plan.taken == plan.entries.size(), "onepass: run without refresh");
   plan.taken = 0;
 }

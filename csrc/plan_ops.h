@@ -1,5 +1,5 @@
 // The ops on a plan, for a device whose plan derives from Plan: it is made from the arguments of
-// make_plan, and has run(hyper, counters).
+// make_plan, and has run(hyper, counters, zero_grads, telemetry).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -84,10 +84,14 @@ void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 template <class DevicePlan>
-void run_plan(Tensor handle, Tensor hyper, Tensor counters) {
+void run_plan(
+    Tensor handle, Tensor hyper, Tensor counters, bool zero_grads,
+    std::optional<Tensor> telemetry) {
   const std::shared_ptr<DevicePlan> plan = Registry<DevicePlan>::find(handle);
-  check_step(*plan, hyper, counters);
-  plan->run(hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>());
+  check_step(*plan, hyper, counters, telemetry);
+  plan->run(
+      hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>(), zero_grads,
+      telemetry ? static_cast<Telemetry*>(telemetry->mutable_data_ptr()) : nullptr);
 }
 
 template <class DevicePlan>
@@ -107,8 +111,8 @@ void sweep_(
               [&](size_t i) { return take_gradient(plan, i, grads[i].get()); }),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
       "bfloat16 or float16");
-  check_step(plan, hyper, counters);
-  plan.run(hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>());
+  check_step(plan, hyper, counters, std::nullopt);
+  plan.run(hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>(), false, nullptr);
 }
 
 }  // namespace

@@ -207,7 +207,7 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first, states):
         )
         prepared = backend.prepare([entry])
         hyper = torch.zeros(2, HYPER_WIDTH)
-        hyper[1] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
+        hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
         counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
         assert backend.refresh(prepared, [grad], 0)
         backend.run(prepared, hyper, counters)

@@ -14,7 +14,7 @@ from .moments import ALL_RANDOM, F32
 
 BF16 = torch.bfloat16
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-ADAMW |= {"decoupled_weight_decay": True, "amsgrad": False}
+ADAMW |= {"decoupled_weight_decay": True, "amsgrad": False, "maximize": False, "ema_decay": None}
 
 
 def encode(name, values, random=0, dtype=BF16):
@@ -112,7 +112,7 @@ def train(name, target, steps, lr, noise, seed=4):
         shown = decode("native", stored[0])
         grad = shown - target + F32(noise) * rng.standard_normal(count, F32)
         group = ADAMW | {"lr": lr * (1 - step / (steps + 1)), "weight_decay": 0}
-        hyper = [F32(x) for x in rule.derive(group, step, step == 1)]
+        hyper = [F32(x) for x in rule.derive(rule.options(group), step, step == 1)]
         param, states = rule.update(param, grad, states, hyper, {"decoupled"})
         random = reference.random_bits(seed, step, 0, 0, count, 1) >> np.uint32(16)
         stored = encode(name, param, random)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onepass import reference
-from onepass.rules import RULES, power
+from onepass.rules import HYPER_WIDTH, OPTIONS_WIDTH, RULES, power
 
 ALL_CODES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 # Every value with 19 significant leading bits: all rounding decisions of both 16-bit formats.
@@ -173,15 +173,21 @@ def test_derive_returns_what_the_table_says():
         "dampening": 0.0,
         "alpha": 0.9,
         "lr_decay": 0.1,
+        "maximize": False,
+        "ema_decay": None,
     }
     for rule in RULES.values():
-        assert len(rule.derive(group, 3, False)) == rule.scalars
+        options = rule.options(group)
+        assert len(options) == OPTIONS_WIDTH
+        assert len(rule.derive(options, 3, False)) == rule.scalars
+        assert len(rule.hyper(options, 3, False, 1.0)) == HYPER_WIDTH
 
 
 def test_adam_hyperparameters_fold_the_bias_corrections():
     group = {"lr": 0.1, "weight_decay": 0.0, "decoupled_weight_decay": True}
-    group |= {"betas": (0.9, 0.99), "eps": 1e-3}
-    step_size, _, _, _, _, _, eps = RULES["adam"].derive(group, 7, False)
+    group |= {"betas": (0.9, 0.99), "eps": 1e-3, "maximize": False, "ema_decay": None}
+    adam = RULES["adam"]
+    step_size, _, _, _, _, _, eps = adam.derive(adam.options(group), 7, False)
     m, v = 0.3, 0.02
     expected = 0.1 * (m / (1 - 0.9**7)) / (math.sqrt(v / (1 - 0.99**7)) + 1e-3)
     assert step_size * m / (math.sqrt(v) + eps) == pytest.approx(expected, rel=1e-14)

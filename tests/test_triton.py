@@ -12,7 +12,7 @@ import onepass
 from onepass import reference
 from onepass.backends import BACKENDS, Entry
 from onepass.formats import STATE_FORMATS
-from onepass.rules import RULES
+from onepass.rules import HYPER_WIDTH, RULES
 
 from .cases import (
     CASES,
@@ -195,7 +195,6 @@ def test_a_mixed_list_of_groups_layouts_and_missing_gradients(states):
 @pytest.mark.parametrize("first", [0, 5, (1 << 32) - 700, (7 << 32) - 1024, (1 << 40) + 3])
 def test_random_bits_of_a_shard_that_starts_anywhere(first):
     """Also across a multiple of 2^32, where the keys change."""
-    from onepass import plan
 
     rule = RULES["adam"]
     results = []
@@ -206,8 +205,8 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first):
         states = {slot: torch.zeros(2500, dtype=torch.bfloat16) for slot in range(3)}
         entry = Entry(param, states, STATE_FORMATS["bf16"], 0, rule, 3, 1, 11, first=first)
         prepared = backend.prepare([entry])
-        hyper = torch.zeros(2, plan.HYPER_WIDTH)
-        hyper[1] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
+        hyper = torch.zeros(2, HYPER_WIDTH)
+        hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
         counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
         assert backend.refresh(prepared, [grad], 0)
         backend.run(prepared, hyper, counters)

@@ -52,11 +52,19 @@ using NormFn = void (*)(const void* src, int64_t n, Norm* norm);
 // Weights and gradients: the first of the formats, as torch made them.
 constexpr int kNativeFormats = 3;
 
+// Moves the average of a weight towards it; row as for a rule.
+using AverageFn = void (*)(const float* row, const float* param, int n, float* ema);
+// Adds what n elements have to the telemetry of their row.
+using MeasureFn =
+    void (*)(const float* grad, const float* before, const float* after, int n, Telemetry* into);
+
 struct Kernels {
   Direct direct[kDirect];  // the first is all fp32, which tiles are as well
   DecodeFn decode[kFormats][kKinds];
   EncodeFn encode[kFormats][kKinds];
   NormFn norm[kNativeFormats];
+  AverageFn average;
+  MeasureFn measure;
 };
 
 extern const Kernels kKernelsPlain;

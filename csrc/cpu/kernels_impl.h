@@ -4,6 +4,7 @@
 // compiled here could be the copy that the linker keeps for everybody.
 #pragma once
 
+#include "extras_impl.h"
 #include "formats_impl.h"
 #include "kernels.h"
 #include "norm_impl.h"
@@ -14,8 +15,7 @@ namespace {
 
 template <class Rule>
 typename Rule::Hyper load_hyper(const float* row) {
-  static_assert(
-      sizeof(typename Rule::Hyper) <= (kHyperWidth - 1) * sizeof(float), "row too narrow");
+  static_assert(sizeof(typename Rule::Hyper) <= (kEmaDecay - 1) * sizeof(float), "row too narrow");
   typename Rule::Hyper hyper;
   __builtin_memcpy(&hyper, row + 1, sizeof hyper);
   return hyper;
@@ -315,6 +315,8 @@ struct Pick<Rule, false> {
       ONEPASS_FORMATS(load),                                                    \
       ONEPASS_FORMATS(store),                                                   \
       ONEPASS_NORMS,                                                            \
+      average_tile,                                                             \
+      measure_tile,                                                             \
   }
 
 }  // namespace onepass::cpu

@@ -1,4 +1,6 @@
 // The ops of the CPU library: the plan of csrc/plan.h, with the cuts between the threads' work.
+#include <algorithm>
+
 #include "../plan_ops.h"
 #include "sweep.h"
 
@@ -12,8 +14,9 @@ struct CpuPlan : Plan {
     build(*this, std::move(params), std::move(states), spec);
     cuts = cut_pieces(entries);
   }
-  void run(const float* hyper, const int64_t* counters) {
-    sweep(kernels(), entries, cuts, hyper, counters);
+  void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
+    if (telemetry) std::fill_n(telemetry, rows, Telemetry{});
+    sweep(kernels(), entries, cuts, hyper, counters, zero_grads, telemetry);
   }
 };
 

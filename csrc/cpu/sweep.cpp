@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "rounding.h"
 
@@ -12,6 +13,7 @@ namespace {
 // Fp32 copies of what is not fp32, small enough that a tile's reads, update and writes overlap.
 struct Tiles {
   alignas(64) float param[kTile], grad[kTile], states[kMaxStates][kTile], roots[kTile];
+  alignas(64) float before[kTile];  // the weight, where telemetry compares
 };
 
 bool needs_random(const Entry& entry) {
@@ -39,9 +41,10 @@ Stored element(const Stored& base, Format format, int64_t index) {
 }
 
 // n elements from first on: decode, rule, encode. fp32 tensors are worked on where they are.
+// telemetry: null, or added to; skipped: nothing else is.
 void sweep_tile(
     const Kernels& kernels, const Entry& entry, int64_t first, int n, const float* row,
-    const TileRandom& random, Tiles& tiles) {
+    const TileRandom& random, bool skipped, Telemetry* telemetry, Tiles& tiles) {
   const auto open = [&](Format format, Kind kind, const Stored& from, float* tile) {
     if (format == Format::kFp32) return static_cast<float*>(from.data) + first;
     kernels.decode[static_cast<int>(format)][kind](from, first, n, tile, tiles.roots);
@@ -51,9 +54,14 @@ void sweep_tile(
     if (format != Format::kFp32)
       kernels.encode[static_cast<int>(format)][kind](tile, first, n, to, random, use, tiles.roots);
   };
-  const Stored grad_at{const_cast<void*>(entry.grad), nullptr};
+  const Stored grad_at{entry.grad, nullptr};
   float* param = open(entry.param_format, kFirst, entry.param, tiles.param);
   const float* grad = open(entry.grad_format, kFirst, grad_at, tiles.grad);
+  if (skipped) {
+    if (telemetry) kernels.measure(grad, param, param, n, telemetry);
+    return;
+  }
+  if (telemetry) std::copy_n(param, n, tiles.before);
   Stored states[kMaxStates] = {};
   for (const int k : entry.order)
     if (entry.has(k))
@@ -61,6 +69,8 @@ void sweep_tile(
           open(entry.state_formats[k], entry.kinds[k], entry.states[k], tiles.states[k]);
   const RuleFn rule = kernels.direct[0].rules[entry.rule][entry.flags];
   rule(row, n, {param, nullptr}, grad, states, random);
+  if (telemetry) kernels.measure(grad, tiles.before, param, n, telemetry);
+  if (entry.ema) kernels.average(row, param, n, entry.ema + first);
   close(entry.param_format, kFirst, param, entry.param, weight_use(entry.param_format));
   for (const int k : entry.order)
     if (entry.has(k))
@@ -69,11 +79,18 @@ void sweep_tile(
           entry.states[k], k);
 }
 
+// Gradients are zeroed while they are in the L1 cache.
+constexpr int64_t kZeroed = 4096;
+
 // Elements [begin, end) of one entry.
 void sweep_entry(
     const Kernels& kernels, const Entry& entry, int64_t begin, int64_t end, const float* row,
-    const int64_t* counters, Tiles& tiles) {
-  const Direct* direct = direct_kernel(kernels, entry);
+    const int64_t* counters, bool zero_grads, Telemetry* telemetry, Tiles& tiles) {
+  const bool skipped = counters[1] == 0;
+  if (skipped && !zero_grads && !telemetry) return;
+  const bool plain = !skipped && !entry.ema && !telemetry;
+  const Direct* direct = plain ? direct_kernel(kernels, entry) : nullptr;
+  const int64_t most = zero_grads ? kZeroed : kPiece;
   const bool draws = needs_random(entry);
   const uint64_t stream =
       draws ? random_stream(
@@ -82,7 +99,7 @@ void sweep_entry(
             : 0;
   for (int64_t first = begin; first < end;) {
     const bool whole = direct && end - first >= direct->step;
-    int64_t n = std::min<int64_t>(whole ? kPiece : kTile, end - first);
+    int64_t n = std::min<int64_t>(whole ? most : kTile, end - first);
     if (whole) n -= n % direct->step;
     TileRandom random{};
     if (draws) {
@@ -96,14 +113,18 @@ void sweep_entry(
       Stored states[kMaxStates] = {};
       for (int k = 0; k < kMaxStates; ++k)
         if (entry.has(k)) states[k] = element(entry.states[k], entry.state_formats[k], first);
-      const Stored grad =
-          element({const_cast<void*>(entry.grad), nullptr}, entry.grad_format, first);
+      const Stored grad = element({entry.grad, nullptr}, entry.grad_format, first);
       direct->rules[entry.rule][entry.flags](
           row, static_cast<int>(n), element(entry.param, entry.param_format, first), grad.data,
           states, random);
     } else {
-      sweep_tile(kernels, entry, first, static_cast<int>(n), row, random, tiles);
+      sweep_tile(
+          kernels, entry, first, static_cast<int>(n), row, random, skipped, telemetry, tiles);
     }
+    if (zero_grads)
+      std::memset(
+          static_cast<char*>(entry.grad) + bytes_of(entry.grad_format, first), 0,
+          bytes_of(entry.grad_format, n));
     first += n;
   }
 }
@@ -151,11 +172,13 @@ std::vector<Cut> cut_pieces(const std::vector<Entry>& entries) {
 
 void sweep(
     const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts,
-    const float* hyper, const int64_t* counters) {
+    const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
   const int64_t pieces = static_cast<int64_t>(cuts.size()) - 1;
   if (pieces <= 0) return;
   const int64_t count = static_cast<int64_t>(entries.size());
   std::atomic<int64_t> next{0};
+  // Of each piece, in the order of its entries: a sum must not depend on who took which piece.
+  std::vector<std::vector<std::pair<int32_t, Telemetry>>> measured(telemetry ? pieces : 0);
   const auto work = [&](int64_t, int64_t) {
     DefaultRounding rounding;
     Tiles tiles;
@@ -164,9 +187,11 @@ void sweep(
       for_each_part(entries, cuts, piece, [&](int64_t e, int64_t begin, int64_t end) {
         if (e + kEntriesAhead <= last) prefetch_entry(entries[e + kEntriesAhead]);
         const Entry& entry = entries[e];
+        Telemetry* into = nullptr;
+        if (telemetry) into = &measured[piece].emplace_back(entry.row, Telemetry{}).second;
         sweep_entry(
             kernels, entry, begin, end, hyper + entry.row * kHyperWidth, counters + entry.row * 2,
-            tiles);
+            zero_grads, into, tiles);
       });
     }
   };
@@ -175,6 +200,13 @@ void sweep(
     work(0, 1);
   else
     torch::stable::parallel_for(0, threads, 1, work);
+  for (const auto& piece : measured)
+    for (const auto& [row, found] : piece) {
+      telemetry[row].grads += found.grads;
+      telemetry[row].weights += found.weights;
+      telemetry[row].updates += found.updates;
+      telemetry[row].nonfinite += found.nonfinite;
+    }
 }
 
 }  // namespace onepass::cpu

@@ -104,7 +104,7 @@ struct CudaPlan : Plan {
     if (elsewhere) cudaDeviceSynchronize();
   }
 
-  void run(const float* hyper, const int64_t* counters) {
+  void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
     if (chunks.empty()) return;
     const OnDevice guard(device_index);
     prepare();

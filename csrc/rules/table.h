@@ -20,7 +20,10 @@ namespace onepass {
 constexpr int kRules = 5;
 constexpr int kMaxFlags = 16;   // a rule has at most four booleans
 constexpr int kMaxStates = 3;   // and at most three states
-constexpr int kHyperWidth = 8;  // floats in a row of the hyperparameter table: grad_scale, Hyper
+// Floats in a row of the hyperparameter table: grad_scale, Hyper, and from kEmaDecay on the decay of
+// the average of the weights and one minus it.
+constexpr int kHyperWidth = 10;
+constexpr int kEmaDecay = 8;
 
 // Bit k: what state k of a rule is (Kind in formats/table.h); first moments are neither.
 struct RuleKinds {

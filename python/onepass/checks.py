@@ -85,3 +85,38 @@ def check_weight_format(param: torch.Tensor, weights: str, which: str) -> None:
 
 def _dtypes(dtypes: Iterable[torch.dtype] = NATIVE) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_number(name: str, value: Any, least: float = 0.0) -> None:
+    """Raises ValueError unless value is a finite number of at least ``least``."""
+    if not _is_number(value) or not least <= float(value) < math.inf:
+        raise ValueError(f"{name} must be a finite number >= {least:g}; got {_shown(value)}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a number in [0, 1)."""
+    if not _is_number(value) or not 0.0 <= float(value) < 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1); got {_shown(value)}")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises ValueError unless value is one of the known names."""
+    if value not in (names := list(known)):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
+
+
+def check_pair(name: str, value: Any) -> tuple[Any, Any]:
+    """The two values of a pair; raises ValueError for anything else."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair of numbers; got {value!r}")
+    return value[0], value[1]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float)) or hasattr(value, "__float__")
+
+
+def _shown(value: Any) -> str:
+    return str(float(value)) if _is_number(value) else repr(value)

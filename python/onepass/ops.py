@@ -86,7 +86,7 @@ if not missing:
         return 0
 
     @torch.library.register_fake("onepass::run")
-    def _run_fake(plan, hyper, counters):  # type: ignore[no-untyped-def]
+    def _run_fake(plan, hyper, counters, zero_grads=False, telemetry=None):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake("onepass::norm")

@@ -19,8 +19,18 @@ from .arena import Arena
 from .backends.base import same_layout
 from .checks import check_tensors, check_weight_format
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
-from .rules import HYPER_WIDTH
-from .states import fill, fit_companion, fit_states, packed_order, stale_keys, state_layouts
+from .reference.verdict import VERDICT_WIDTH
+from .rows import TELEMETRY_WIDTH, RowTable
+from .states import (
+    EMA,
+    fill,
+    fit_companion,
+    fit_ema,
+    fit_states,
+    packed_order,
+    stale_keys,
+    state_layouts,
+)
 
 if TYPE_CHECKING:
     from .optim.base import Optimizer
@@ -43,10 +53,12 @@ class ParamState(dict[str, Any]):
 
     Attributes:
         form: name of the format of the states, where their tensors do not tell.
+        fresh: see :class:`onepass.rows.Row`.
     """
 
-    __slots__ = ("form", "watch")
+    __slots__ = ("form", "fresh", "watch")
     form: str
+    fresh: torch.Tensor
     watch: Watch
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -79,26 +91,13 @@ for _name in (
     setattr(ParamState, _name, _reporting(_name))
 
 
-class Row:
-    """A row of the hyperparameter table: the parameters of one group that took the same steps.
-
-    Attributes:
-        group: the parameter group.
-        step: their step counter, fp32, one tensor that all of them share as state["step"].
-        first: their states are new.
-    """
-
-    __slots__ = ("first", "group", "step")
-
-    def __init__(self, group: dict[str, Any], step: torch.Tensor, first: bool) -> None:
-        self.group, self.step, self.first = group, step, first
-
-
 class _Part:
-    """The entries of one device."""
+    """The entries of one device, and the rows that they read."""
 
-    def __init__(self, backend: backends.Backend, entries: list[backends.Entry]) -> None:
-        self.backend = backend
+    def __init__(
+        self, backend: backends.Backend, entries: list[backends.Entry], table: RowTable
+    ) -> None:
+        self.backend, self.table = backend, table
         self.params = [entry.param for entry in entries]
         self.prepared = backend.prepare(entries)
         # Gradients that lie in memory in another order than their parameter are copied for a step.
@@ -127,9 +126,16 @@ class _Part:
                 return False
         return True
 
-    def run(self, hyper: torch.Tensor, counters: torch.Tensor) -> None:
+    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
         """The step over this device's entries."""
-        self.backend.run(self.prepared, hyper, counters)
+        table = self.table
+        self.backend.advance(table, verdict)
+        self.backend.run(self.prepared, table.hyper, table.counters, zero_grads, table.telemetry)
+        if zero_grads and self._copies:
+            for i in self.relaid:
+                grad = self.params[i].grad
+                if grad is not None:
+                    grad.zero_()
         self._copies = []
 
 
@@ -177,16 +183,17 @@ class Plan:
                     if state.get(name) is None:
                         for layout in state_layouts(param, name, form):
                             arena.want(layout, param.device)
+        extras = optimizer.measures or any(g["ema_decay"] is not None for g in groups)
         chosen = {
-            device: backends.choose(device, optimizer.backend)
+            device: backends.choose(device, optimizer.backend, extras)
             for device in dict.fromkeys(p.device for p in self._active)
         }
 
         # New states are gathered first: nothing is kept of them if memory runs out on the way.
-        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any]]] = []
-        rows: dict[tuple[int, float, bool], Row] = {}
-        row_numbers: dict[tuple[int, float, bool], int] = {}
+        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], int]] = []
+        numbers: dict[torch.device, dict[tuple[int, float, bool], int]] = {d: {} for d in chosen}
         entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
+        read = _Reader()
         number = -1
         for index, group in enumerate(groups):
             flags = rule.flag_bits(group)
@@ -200,11 +207,11 @@ class Plan:
                 which = f"parameter {number} of shape {tuple(param.shape)}"
                 saved_as = getattr(state, "form", "")
                 held = fit_states(state, param, rule, form, which, saved_as=saved_as)
-                first = False
+                first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
                 for _, name in slots:
                     if name in held:
                         continue
-                    first = True
+                    first = rule.needs_first
                     for layout in state_layouts(param, name, form):
                         held[layout.key] = arena.take(layout, param.device)
                     start = rule.initial_value(name, group)
@@ -213,15 +220,12 @@ class Plan:
                 companion = fit_companion(state, param, weight, which)
                 if companion is not None:
                     held[weight.key] = companion
-                step = state.get("step")
-                count = 0.0 if step is None else float(step)
-                key = (index, count, first)
-                if key not in rows:
-                    shared = torch.tensor(count, dtype=torch.float32)
-                    row_numbers[key] = len(rows)
-                    rows[key] = Row(group, shared, first)
+                if group["ema_decay"] is not None:
+                    held[EMA] = fit_ema(state, param, which)
+                rows = numbers[param.device]
+                row = rows.setdefault((index, read(state.get("step")), first), len(rows))
                 order = packed_order(param, form) if slots else {}
-                fresh.append((param, form, {**held, **order, "step": rows[key].step}))
+                fresh.append((param, form, {**held, **order}, row))
                 entries[param.device].append(
                     backends.Entry(
                         param=param,
@@ -235,27 +239,37 @@ class Plan:
                         weight=weight.codes[param.dtype],
                         draws=form.stochastic or weight.stochastic,
                         companion=companion,
+                        ema=held.get(EMA),
                         rule=rule,
                         flags=flags,
-                        row=row_numbers[key],
+                        row=row,
                         param_id=number,
                     )
                 )
-        self._rows = list(rows.values())
-        self._hyper = torch.zeros(max(1, len(self._rows)), HYPER_WIDTH)
-        self._counters = torch.zeros(max(1, len(self._rows)), 2, dtype=torch.int64)
-        self._parts = [_Part(backend, entries[device]) for device, backend in chosen.items()]
+        tables = {
+            device: RowTable(
+                rule,
+                [(groups[index], count, first) for index, count, first in rows],
+                device,
+                optimizer.measures,
+            )
+            for device, rows in numbers.items()
+        }
+        self._parts = [
+            _Part(backend, entries[device], tables[device]) for device, backend in chosen.items()
+        ]
 
         self._watch = Watch()
-        for param, form, held in fresh:
+        for param, form, held, index in fresh:
+            shared = tables[param.device].rows[index]
             param_state = optimizer.state[param]
             if not isinstance(param_state, ParamState):
                 param_state = optimizer.state[param] = ParamState(param_state)
             # Scales and companions of a format that the group no longer has.
             for stale in stale_keys(param_state, held, rule):
                 del param_state[stale]
-            param_state.update(held)
-            param_state.form = form.name
+            param_state.update(held, step=shared.step)
+            param_state.form, param_state.fresh = form.name, shared.fresh
             param_state.watch = self._watch
         self._dicts = list(optimizer.state.values())
 
@@ -265,6 +279,7 @@ class Plan:
             self._optimizer.rule.flag_bits(group),
             group["states"],
             group["weights"],
+            group["ema_decay"] is None,
             len(group["params"]),
         )
 
@@ -285,39 +300,76 @@ class Plan:
             return False
         return all(p.grad is None for p in self._idle)
 
-    def step(self) -> bool:
-        """Takes a step; False, with nothing changed, when the plan is no longer true.
+    def refresh(self) -> bool:
+        """Takes the gradients; False, with nothing changed, when the plan is no longer true."""
+        return self._holds() and all(part.refresh() for part in self._parts)
 
-        Raises:
-            ValueError: an option of a group is out of range.
-        """
-        if not self._holds() or not all(part.refresh() for part in self._parts):
-            return False
-        steps = self._derive()
+    def norm(self) -> torch.Tensor | None:
+        """See :meth:`Backend.norm`, over all devices and on the first; None without gradients."""
+        found = [part.backend.norm(part.prepared) for part in self._parts]
+        if len(found) < 2:
+            return found[0] if found else None
+        stacked = torch.stack([f.to(found[0].device, non_blocking=True) for f in found])
+        total = stacked.sum(0)
+        total[1] = stacked[:, 1].max()
+        return total
+
+    def judge(
+        self,
+        verdict: torch.Tensor | None,
+        found: torch.Tensor | None,
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        policy: backends.Policy,
+    ) -> torch.Tensor | None:
+        """See :meth:`Backend.judge`; verdict, made where it is None, is of the first device."""
+        if not self._parts:
+            return verdict
+        device = self._parts[0].table.steps.device
+        if verdict is None:
+            verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64, device=device)
+        verdict = verdict.to(device)
+        scale, inf = (
+            None if t is None else t.to(device, torch.float32, non_blocking=True)
+            for t in (grad_scale, found_inf)
+        )
+        self._parts[0].backend.judge(verdict, found, scale, inf, policy)
+        return verdict
+
+    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+        """The step, with the gradients that refresh has taken."""
         for part in self._parts:
-            part.run(self._hyper, self._counters)
-        for row, step in zip(self._rows, steps, strict=True):
-            row.step.fill_(step)
-            row.first = False
+            here = verdict
+            if verdict is not None:
+                here = verdict.to(part.table.steps.device, non_blocking=True)
+            part.run(here, zero_grads)
         # Kernels write behind autograd's back: it must still see that saved weights changed.
         torch.autograd.graph.increment_version(self._active)
-        return True
 
-    def _derive(self) -> list[int]:
-        """Fills the tables of this step; returns the step of each row, counted from 1."""
-        rule = self._optimizer.rule
-        for group in self._optimizer.param_groups:
-            self._optimizer.check_options(group)
-        steps, hyper, counters = [], [], []
-        for row in self._rows:
-            group = row.group
-            step = int(row.step) + 1
-            values = rule.derive(group, step, row.first)
-            scale = -1.0 if group["maximize"] else 1.0
-            hyper.append([scale, *values, *[0.0] * (HYPER_WIDTH - 1 - len(values))])
-            counters.append([int(group["seed"]), step])
-            steps.append(step)
-        if steps:
-            self._hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
-            self._counters.copy_(torch.tensor(counters, dtype=torch.int64))
-        return steps
+    def telemetry(self) -> list[torch.Tensor]:
+        """Of each group, its columns summed over rows, on the first device: see RowTable."""
+        groups = self._optimizer.param_groups
+        device = self._parts[0].table.steps.device if self._parts else torch.device("cpu")
+        sums = [torch.zeros(TELEMETRY_WIDTH, dtype=torch.float64, device=device) for _ in groups]
+        for part in self._parts:
+            found = part.table.telemetry
+            for i, row in enumerate(part.table.rows):
+                number = next(n for n, group in enumerate(groups) if group is row.group)
+                if found is not None:
+                    sums[number] = sums[number] + found[i].to(device)
+        return sums
+
+
+class _Reader:
+    """Reads counters, each tensor once: many parameters share one, and it may be on a GPU."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+
+    def __call__(self, tensor: torch.Tensor | None) -> float:
+        if tensor is None:
+            return 0.0
+        key = id(tensor)
+        if key not in self._known:
+            self._known[key] = float(tensor)
+        return self._known[key]

@@ -1,23 +1,33 @@
 """The table of rules: what every backend and optimizer class needs to know of an algorithm.
 
 A rule's number and the order of its flags and slots are those of ``csrc/rules/table.h`` and of the
-headers beside it. ``derive`` turns the options of a parameter group and the number of the step into
-the scalars that a kernel reads, in float64 by IEEE operations; they are rounded to fp32 once.
+headers beside it. ``derive`` turns a row of the options table and the number of the step into the
+scalars that a kernel reads, in float64 by IEEE operations; they are rounded to fp32 once. Where
+steps are counted on a GPU the same function is there too (csrc/rules, triton_kernels/derive.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import reference
 
 Group = Mapping[str, Any]
+Numbers = Sequence[float]
 
-HYPER_WIDTH = 8  # fp32 scalars in a row of the hyperparameter table: grad_scale, then derive's
+# fp32 scalars in a row of the hyperparameter table: grad_scale, at most seven of derive's, and the
+# decay of the average of the weights with one minus it.
+HYPER_WIDTH = 10
+EMA = 8
 SLOTS = 3  # states that a rule can have
+
+# float64 numbers in a row of the options table, from which a row of hyperparameters is derived. The
+# first ones are every rule's; OWN is where those of one rule begin.
+OPTIONS_WIDTH = 8
+SIGN, DECOUPLED, LR, WEIGHT_DECAY, OWN, EMA_DECAY = 0, 1, 2, 3, 4, 7
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,13 @@ class Rule:
         slots: (state key, flag that it takes or None for always, kind), in the order of the states.
             A kind is "first", a mean with a sign; "second", a mean of squares; "relative", a first
             moment whose size goes with the root of the rule's first second moment.
-        derive: (group, number of this step from 1, first) -> the scalars after grad_scale. first
-            says that the states are new.
+        own: group -> its own numbers in a row of the options table, at most three.
+        derive: (row of the options table, number of this step from 1, first) -> the scalars after
+            grad_scale. first says that no step has been taken with these states.
         scalars: how many those are.
         update: the specification.
         needs_step: whether derive depends on the step, so that a checkpoint must name it.
+        needs_first: whether it depends on first.
         initial: state key -> group option that it starts from; others start at zero.
     """
 
@@ -43,10 +55,12 @@ class Rule:
     code: int
     flags: tuple[tuple[str, Callable[[Group], bool]], ...]
     slots: tuple[tuple[str, str | None, str], ...]
-    derive: Callable[[Group, int, bool], tuple[float, ...]]
+    own: Callable[[Group], tuple[float, ...]]
+    derive: Callable[[Numbers, int, bool], tuple[float, ...]]
     scalars: int
     update: reference.Update
     needs_step: bool = False
+    needs_first: bool = False
     initial: Mapping[str, str] | None = None
 
     def flag_bits(self, group: Group) -> int:
@@ -63,6 +77,32 @@ class Rule:
         return [
             (i, key) for i, (key, flag, _) in enumerate(self.slots) if not flag or flag in names
         ]
+
+    def options(self, group: Group) -> tuple[float, ...]:
+        """The row of the options table of a group; a tensor's value, of lr for one, is read."""
+        own = self.own(group)
+        return (
+            -1.0 if group["maximize"] else 1.0,
+            1.0 if group["decoupled_weight_decay"] else 0.0,
+            float(group["lr"]),
+            float(group["weight_decay"]),
+            *own,
+            *[0.0] * (EMA_DECAY - OWN - len(own)),
+            float(group["ema_decay"] or 0.0),
+        )
+
+    def hyper(self, options: Numbers, step: int, first: bool, factor: float) -> list[float]:
+        """The row of hyperparameters of a step, in float64.
+
+        Args:
+            options: a row of the options table.
+            step, first: as for derive.
+            factor: what gradients are multiplied by, beside the sign of maximize.
+        """
+        values = self.derive(options, step, first)
+        spare = [0.0] * (EMA - 1 - len(values))
+        ema = options[EMA_DECAY]
+        return [options[SIGN] * factor, *values, *spare, ema, 1.0 - ema]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -90,39 +130,60 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def _decay(group: Group, lr: float) -> float:
-    decay = float(group["weight_decay"])
-    return lr * decay if group["decoupled_weight_decay"] else decay
+def _decay(o: Numbers) -> float:
+    return o[LR] * o[WEIGHT_DECAY] if o[DECOUPLED] else o[WEIGHT_DECAY]
 
 
-def _derive_sgd(group: Group, step: int, first: bool) -> tuple[float, ...]:
-    lr = float(group["lr"])
-    kept = 1.0 if first else 1.0 - float(group["dampening"])
-    return lr, _decay(group, lr), float(group["momentum"]), kept
+def _sgd(group: Group) -> tuple[float, ...]:
+    return float(group["momentum"]), float(group["dampening"])
 
 
-def _derive_adagrad(group: Group, step: int, first: bool) -> tuple[float, ...]:
-    lr = float(group["lr"]) / (1.0 + (step - 1) * float(group["lr_decay"]))
-    return lr, _decay(group, lr), float(group["eps"])
+def _derive_sgd(o: Numbers, step: int, first: bool) -> tuple[float, ...]:
+    momentum, dampening = o[OWN : OWN + 2]
+    kept = 1.0 if first else 1.0 - dampening
+    return o[LR], _decay(o), momentum, kept
 
 
-def _derive_rmsprop(group: Group, step: int, first: bool) -> tuple[float, ...]:
-    lr, alpha = float(group["lr"]), float(group["alpha"])
-    eps, momentum = float(group["eps"]), float(group["momentum"])
-    return lr, _decay(group, lr), alpha, 1.0 - alpha, eps, momentum
+def _adagrad(group: Group) -> tuple[float, ...]:
+    return float(group["eps"]), float(group["lr_decay"])
 
 
-def _derive_adam(group: Group, step: int, first: bool) -> tuple[float, ...]:
-    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+def _derive_adagrad(o: Numbers, step: int, first: bool) -> tuple[float, ...]:
+    eps, lr_decay = o[OWN : OWN + 2]
+    lr = o[LR] / (1.0 + (step - 1) * lr_decay)
+    decay = lr * o[WEIGHT_DECAY] if o[DECOUPLED] else o[WEIGHT_DECAY]
+    return lr, decay, eps
+
+
+def _rmsprop(group: Group) -> tuple[float, ...]:
+    return float(group["alpha"]), float(group["eps"]), float(group["momentum"])
+
+
+def _derive_rmsprop(o: Numbers, step: int, first: bool) -> tuple[float, ...]:
+    alpha, eps, momentum = o[OWN : OWN + 3]
+    return o[LR], _decay(o), alpha, 1.0 - alpha, eps, momentum
+
+
+def _adam(group: Group) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    return beta1, beta2, float(group["eps"])
+
+
+def _derive_adam(o: Numbers, step: int, first: bool) -> tuple[float, ...]:
+    beta1, beta2, eps = o[OWN : OWN + 3]
     root = math.sqrt(1.0 - power(beta2, step))
-    step_size = lr * root / (1.0 - power(beta1, step))
-    eps = float(group["eps"]) * root
-    return step_size, _decay(group, lr), beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps
+    step_size = o[LR] * root / (1.0 - power(beta1, step))
+    return step_size, _decay(o), beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root
 
 
-def _derive_lion(group: Group, step: int, first: bool) -> tuple[float, ...]:
-    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
-    return lr, _decay(group, lr), beta1, 1.0 - beta1, beta2, 1.0 - beta2
+def _lion(group: Group) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    return beta1, beta2
+
+
+def _derive_lion(o: Numbers, step: int, first: bool) -> tuple[float, ...]:
+    beta1, beta2 = o[OWN : OWN + 2]
+    return o[LR], _decay(o), beta1, 1.0 - beta1, beta2, 1.0 - beta2
 
 
 def _option(name: str) -> Callable[[Group], bool]:
@@ -141,15 +202,18 @@ RULES: dict[str, Rule] = {
             0,
             (_DECOUPLED, _MOMENTUM, ("nesterov", _option("nesterov"))),
             (("momentum_buffer", "momentum", "first"),),
+            _sgd,
             _derive_sgd,
             4,
             reference.sgd,
+            needs_first=True,
         ),
         Rule(
             "adagrad",
             1,
             (_DECOUPLED, _EPS_IN_SQRT),
             (("sum", None, "second"),),
+            _adagrad,
             _derive_adagrad,
             3,
             reference.adagrad,
@@ -165,6 +229,7 @@ RULES: dict[str, Rule] = {
                 ("momentum_buffer", "momentum", "first"),
                 ("grad_avg", "centered", "first"),
             ),
+            _rmsprop,
             _derive_rmsprop,
             6,
             reference.rmsprop,
@@ -178,6 +243,7 @@ RULES: dict[str, Rule] = {
                 ("exp_avg_sq", None, "second"),
                 ("max_exp_avg_sq", "amsgrad", "second"),
             ),
+            _adam,
             _derive_adam,
             7,
             reference.adam,
@@ -188,6 +254,7 @@ RULES: dict[str, Rule] = {
             4,
             (_DECOUPLED,),
             (("exp_avg", None, "first"),),
+            _lion,
             _derive_lion,
             6,
             reference.lion,

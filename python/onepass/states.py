@@ -2,8 +2,9 @@
 
 ``optimizer.state[param]`` has, for each state of the rule, its codes under torch.optim's key and,
 in formats with blocks, their scales under ``<key>_scale``; the companion of the weight under the
-key of its format; and ``step``. Packed codes do not show the order in which they lie: where that
-of the parameter is not the contiguous one, its strides are there as ``stride``.
+key of its format; the average of the weight under ``ema``; and ``step``. Packed codes do not show
+the order in which they lie: where that of the parameter is not the contiguous one, its strides are
+there as ``stride``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .rules import Rule
 
 COMPANIONS = frozenset(form.key for form in WEIGHT_FORMATS.values() if form.key)
 STRIDE = "stride"
+EMA = "ema"
 
 
 def _same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:
@@ -289,6 +291,27 @@ def fit_companion(
             bits[off] += np.where(outwards, np.uint32(ulps), np.uint32(2**32 - ulps))[off]
         codec.write_weight(code, values, weight, companion)
     return companion
+
+
+def fit_ema(
+    saved: Mapping[str, Any], param: torch.Tensor, which: str, copy: bool = False
+) -> torch.Tensor:
+    """The average that ``saved`` has of a weight, fp32; a new one is the weight as it is.
+
+    Raises:
+        ValueError: it is no tensor of the parameter's size; names it.
+    """
+    layout = Layout(EMA, tuple(param.shape), param.stride(), torch.float32)
+    if saved.get(EMA) is None:
+        return layout.empty(param.device).copy_(full_precision(param, saved))
+    value = _tensor(saved[EMA], f"{EMA} of {which}")
+    if tuple(value.shape) != layout.shape:
+        raise ValueError(
+            f"{EMA} of {which} is {tuple(value.shape)}: it is the state of another parameter"
+        )
+    if layout.fits(value, param.device) and not copy:
+        return value
+    return layout.empty(param.device).copy_(value)
 
 
 def full_precision(param: torch.Tensor, saved: Mapping[str, Any]) -> torch.Tensor:

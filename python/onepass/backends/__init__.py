@@ -8,13 +8,13 @@ import torch
 
 from ..formats import NATIVE, STATE_FORMATS
 from ..rules import RULES
-from .base import Backend, Entry
+from .base import Backend, Entry, Policy
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "Backend", "Entry", "choose", "status", "support_matrix"]
+__all__ = ["BACKENDS", "Backend", "Entry", "Policy", "choose", "status", "support_matrix"]
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
@@ -32,8 +32,9 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
 
 
-def choose(device: torch.device, name: str | None = None) -> Backend:
-    """The backend for a device: the one asked for by name, else the first that serves it.
+def choose(device: torch.device, name: str | None = None, extras: bool = False) -> Backend:
+    """The backend for a device: the one asked for by name, else the first that serves it; with
+    extras, the first that averages weights and measures telemetry in its sweep.
 
     Warns when that is the reference backend and nobody asked for it.
 
@@ -44,15 +45,18 @@ def choose(device: torch.device, name: str | None = None) -> Backend:
     check_name(name)
     if name is not None:
         why_not = BACKENDS[name].unavailable(device)
+        if extras and not why_not and not BACKENDS[name].extras:
+            why_not = "it has neither ema_decay nor telemetry"
         if why_not:
-            others = [b.name for b in BACKENDS.values() if not b.unavailable(device)]
+            able = [b for b in BACKENDS.values() if b.extras or not extras]
+            others = [b.name for b in able if not b.unavailable(device)]
             raise RuntimeError(
                 f"backend {name!r} cannot serve parameters on {device}: {why_not}. "
                 f"Backends that can: {', '.join(others) or 'none'}"
             )
         return BACKENDS[name]
     served = [b for b in BACKENDS.values() if device.type not in BY_NAME_ONLY.get(b.name, ())]
-    found = next(b for b in served if not b.unavailable(device))
+    found = next(b for b in served if (b.extras or not extras) and not b.unavailable(device))
     if found.name == "reference":
         reasons = [f"{b.name}: {b.unavailable(device)}" for b in served if b is not found]
         warnings.warn(

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..formats import ABSENT, StateFormat
+from ..reference.verdict import SKIPPED, VERDICT_WIDTH, judge
+from ..rows import RowTable
 from ..rules import RULES, SLOTS, Rule
 
 
@@ -30,6 +32,7 @@ class Entry:
         first: index of its first element in the whole parameter, likewise.
         scales: of the states by slot, where the format has them; updated in place.
         companion: of the weight, where its format has one; updated in place.
+        ema: fp32 average of the weight, in its order in memory, if it has one; updated in place.
     """
 
     param: torch.Tensor
@@ -44,21 +47,23 @@ class Entry:
     first: int = 0
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
     companion: torch.Tensor | None = None
+    ema: torch.Tensor | None = None
 
     def spec(self) -> list[int]:
         """The entry's row of the spec that compiled backends read (csrc/plan.h)."""
         codes = [self.format.code if slot in self.states else ABSENT for slot in range(SLOTS)]
         named = [self.rule.code, self.flags, self.row, self.param_id, self.first]
-        return [*named, self.weight, *codes]
+        return [*named, int(self.ema is not None), self.weight, *codes]
 
     def held(self) -> list[torch.Tensor]:
-        """Its tensors as compiled backends take them: of each slot codes and scales, companion."""
+        """Its tensors as compiled backends take them: of each slot codes and scales, companion, the
+        average."""
         tensors = []
         for slot in sorted(self.states):
             tensors.append(self.states[slot])
             if slot in self.scales:
                 tensors.append(self.scales[slot])
-        return tensors if self.companion is None else [*tensors, self.companion]
+        return [*tensors, *(t for t in (self.companion, self.ema) if t is not None)]
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -68,18 +73,40 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What may come between a gradient and the rule.
+
+    Attributes:
+        max_norm: gradients are clipped to this global norm; None for no clipping.
+        largest: that norm is the largest magnitude, else the root of the sum of squares.
+        skip_nonfinite: leave everything as it is when a gradient is not finite.
+    """
+
+    max_norm: float | None = None
+    largest: bool = False
+    skip_nonfinite: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether it asks for a norm pass."""
+        return self.max_norm is not None or self.skip_nonfinite
+
+
 class Backend(ABC):
     """Runs a step over the entries of one device.
 
     Attributes:
         name: what users ask for.
         rules: names of the rules it has.
+        extras: whether it averages weights and measures telemetry in the sweep.
         chunk: how many gradients refresh takes at a time; None takes all at once.
     """
 
     name: ClassVar[str]
     rules: ClassVar[Collection[str]] = frozenset(RULES)
     chunk: ClassVar[int | None] = None
+    extras: ClassVar[bool] = True
 
     @abstractmethod
     def unavailable(self, device: torch.device | None) -> str:
@@ -97,8 +124,25 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def run(self, prepared: Any, hyper: torch.Tensor, counters: torch.Tensor) -> None:
-        """The step. hyper: fp32 [rows, HYPER_WIDTH]; counters: int64 [rows, 2], seed and step."""
+    def run(
+        self,
+        prepared: Any,
+        hyper: torch.Tensor,
+        counters: torch.Tensor,
+        zero_grads: bool = False,
+        telemetry: torch.Tensor | None = None,
+    ) -> None:
+        """The sweep over the gradients that refresh has taken.
+
+        Args:
+            prepared: of :meth:`prepare`.
+            hyper: fp32 [rows, HYPER_WIDTH], on the device.
+            counters: int64 [rows, 2], on the device: seed and number of the step. A row whose
+                number is 0 is left alone, bit for bit.
+            zero_grads: set the gradients to zero, those of rows left alone as well.
+            telemetry: float64 [rows, TELEMETRY_WIDTH] to fill; of rows left alone too, with no
+                update.
+        """
 
     @abstractmethod
     def norm(self, prepared: Any) -> torch.Tensor:
@@ -110,3 +154,39 @@ class Backend(ABC):
             run after run; squares neither overflow nor vanish. Nothing is changed, and the plan
             stays ready for run.
         """
+
+    # What the host does with numbers that it can read. Backends whose numbers are on a GPU have
+    # kernels for both.
+
+    def judge(
+        self,
+        verdict: torch.Tensor,
+        found: torch.Tensor | None,
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        policy: Policy,
+    ) -> None:
+        """Fills verdict, float64 [VERDICT_WIDTH], which has the count of steps skipped so far.
+
+        Args:
+            verdict: see :func:`onepass.reference.verdict.judge`.
+            found: of :meth:`norm`, over all devices; None where nothing was measured.
+            grad_scale, found_inf: fp32 0-dim, on the device, or None: torch.amp.GradScaler's.
+            policy: what is asked for.
+        """
+        numbers = judge(
+            None if found is None else found.tolist(),
+            None if grad_scale is None else float(grad_scale),
+            None if found_inf is None else float(found_inf),
+            policy.max_norm,
+            policy.largest,
+            policy.skip_nonfinite,
+            float(verdict[SKIPPED]),
+        )
+        assert len(numbers) == VERDICT_WIDTH
+        verdict.copy_(torch.tensor(numbers, dtype=torch.float64))
+
+    def advance(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+        """Counts a step and derives hyper and counters of the table, as a verdict, if there is one,
+        says."""
+        table.advance_on_host(verdict)

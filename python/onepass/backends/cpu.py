@@ -45,8 +45,15 @@ class CpuBackend(Backend):
             # finds it and says which.
             return False
 
-    def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
-        torch.ops.onepass.run(prepared.plan, hyper, counters)
+    def run(
+        self,
+        prepared: _Prepared,
+        hyper: torch.Tensor,
+        counters: torch.Tensor,
+        zero_grads: bool = False,
+        telemetry: torch.Tensor | None = None,
+    ) -> None:
+        torch.ops.onepass.run(prepared.plan, hyper, counters, zero_grads, telemetry)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         """One call: see :meth:`Backend.norm`.

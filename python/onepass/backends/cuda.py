@@ -28,6 +28,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     chunk = 1024
+    extras = False
     calls: Any = torch.ops.onepass
 
     def unavailable(self, device: torch.device | None) -> str:
@@ -49,8 +50,15 @@ class CudaBackend(Backend):
             # it and says which.
             return False
 
-    def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
-        self.calls.run(prepared.plan, hyper, counters)
+    def run(
+        self,
+        prepared: _Prepared,
+        hyper: torch.Tensor,
+        counters: torch.Tensor,
+        zero_grads: bool = False,
+        telemetry: torch.Tensor | None = None,
+    ) -> None:
+        self.calls.run(prepared.plan, hyper, counters, zero_grads, telemetry)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         """float64 [3] on the device, without waiting for it: the sum of the squares of all

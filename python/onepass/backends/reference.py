@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .. import codec, reference
 from ..formats import NATIVE
 from ..reference import F32, U32
 from ..reference.formats import SPLIT8
+from ..rows import TELEMETRY_WIDTH
+from ..rules import EMA
 from .base import Backend, Entry, same_layout
+
+F64 = npt.NDArray[np.float64]
 
 
 def _layouts(entry: Entry) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
@@ -48,10 +53,23 @@ class ReferenceBackend(Backend):
         prepared.grads = grads
         return True
 
-    def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
+    def run(
+        self,
+        prepared: _Prepared,
+        hyper: torch.Tensor,
+        counters: torch.Tensor,
+        zero_grads: bool = False,
+        telemetry: torch.Tensor | None = None,
+    ) -> None:
+        sums = np.zeros((len(hyper), TELEMETRY_WIDTH))
         for entry, grad in zip(prepared.entries, prepared.grads, strict=True):
             with np.errstate(all="ignore"):
-                self._run_entry(entry, grad, hyper[entry.row].numpy(), counters[entry.row].tolist())
+                row, keys = hyper[entry.row].cpu().numpy(), counters[entry.row].tolist()
+                sums[entry.row] += self._run_entry(entry, grad, row, keys)
+            if zero_grads:
+                grad.zero_()
+        if telemetry is not None:
+            telemetry.copy_(torch.from_numpy(sums))
         prepared.grads = []
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
@@ -62,23 +80,35 @@ class ReferenceBackend(Backend):
             found = reference.norm(grads)
         return torch.from_numpy(found).to(prepared.entries[0].param.device)
 
-    def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> None:
+    def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> F64:
+        """The step of one parameter; returns its part of the telemetry."""
         rule, kinds, count = entry.rule, entry.rule.kinds, entry.param.numel()
+        before = codec.read_weight(entry.weight, entry.param, entry.companion)
+        raw = codec.read_weight(NATIVE[grad.dtype], grad)
+        seed, step = counters
+        if step == 0:
+            return _telemetry(raw, before, before)
         states = codec.read_states(entry.format, kinds, entry.states, entry.scales, count)
         param, states = rule.update(
-            codec.read_weight(entry.weight, entry.param, entry.companion),
-            row[0] * codec.read_weight(NATIVE[grad.dtype], grad),
-            states,
-            list(row[1 : 1 + rule.scalars]),
+            before, row[0] * raw, states, list(row[1 : 1 + rule.scalars]),
             rule.flag_names(entry.flags),
-        )
+        )  # fmt: skip
         # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and the weight.
         halves: list[U32 | None] = [None] * 4
         for word in range(2) if entry.draws else ():
-            seed, step = counters
             bits = reference.random_bits(seed, step, entry.param_id, entry.first, count, word)
             halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
         # split8 takes 8 bits, the lowest, which hardly decide how the state of slot 0 is rounded.
         dither = halves[0 if entry.weight == SPLIT8 else 3]
         codec.write_weight(entry.weight, param, entry.param, entry.companion, dither)
         codec.write_states(entry.format, kinds, states, entry.states, entry.scales, halves[:3])
+        if entry.ema is not None:
+            # Of the weight as it was computed, before it is rounded into its format.
+            codec.write(entry.ema, row[EMA] * codec.to_array(entry.ema) + row[EMA + 1] * param)
+        return _telemetry(raw, before, param)
+
+
+def _telemetry(grad: F32, before: F32, after: F32) -> F64:
+    """Sums of squares in float64, of fp32 values and an fp32 difference; non-finite gradients."""
+    wide = (array.astype(np.float64) for array in (grad, after, after - before))
+    return np.array([*(np.sum(w * w) for w in wide), np.count_nonzero(~np.isfinite(grad))])

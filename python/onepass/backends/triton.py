@@ -264,7 +264,14 @@ class TritonBackend(Backend):
         p.bound = True
         return True
 
-    def run(self, prepared: _Prepared, hyper: torch.Tensor, counters: torch.Tensor) -> None:
+    def run(
+        self,
+        prepared: _Prepared,
+        hyper: torch.Tensor,
+        counters: torch.Tensor,
+        zero_grads: bool = False,
+        telemetry: torch.Tensor | None = None,
+    ) -> None:
         p = prepared
         # Addresses are good for one step: a gradient may be freed after it.
         if not p.bound:

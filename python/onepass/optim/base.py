@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from typing_extensions import TypedDict  # torch's own dependency
 
 from .. import backends
-from ..checks import check_lr, check_param, check_weight_format
-from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
+from ..checks import (
+    check_choice,
+    check_fraction,
+    check_lr,
+    check_number,
+    check_pair,
+    check_param,
+    check_weight_format,
+)
+from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
 from ..plan import ParamState, Plan
+from ..reference.verdict import NORM, SCALE, SKIPPED
 from ..rules import RULES, Rule
-from ..states import COMPANIONS, STRIDE, fit_companion, fit_states, packed_order
+from ..states import EMA
+from .loading import loaded_groups, loaded_state
 
-# Options that describe this run, not the state of training: loading a state dict keeps them.
-_OWN_OPTIONS = ("states", "weights", "format_version")
+# Attributes that are the optimizer's, not a group's; they may be set between steps.
+_SETTINGS = (
+    "backend",
+    "max_grad_norm",
+    "norm_type",
+    "skip_nonfinite",
+    "zero_grads",
+    "measures",
+)
 
 
 class Options(TypedDict, total=False):
@@ -33,8 +50,17 @@ class Options(TypedDict, total=False):
             their bits have another), "bf16", "mx8", "mx4" or "dynamic8" (docs/formats.md).
         weights: how bf16 and fp16 weights keep their precision, also per group: "native" (default),
             rounded to nearest, "stochastic", "kahan", "master"; bf16 alone "split16", "split8".
-        paged, max_grad_norm, skip_nonfinite: not available yet; only their defaults, False, None
-            and False, are accepted.
+        max_grad_norm: gradients are clipped to this global norm inside the step, as
+            torch.nn.utils.clip_grad_norm_ would before it; None (default) clips nothing. Gradients
+            are read once more for it, not rewritten.
+        norm_type: of that norm: 2.0 (default) or math.inf, the largest magnitude.
+        skip_nonfinite: when a gradient is infinite or NaN, leave parameters, states and step
+            counters as they are (default False).
+        zero_grads: set gradients to zero in the step, of a skipped one too (default False).
+        ema_decay: keep an fp32 average of each weight, e <- d e + (1 - d) w, under
+            ``state[param]["ema"]``, also per group (default None: none). It starts at the weight.
+        telemetry: measure norms in the step, see :attr:`Optimizer.telemetry` (default False).
+        paged: not available yet; only its default, False, is accepted.
         backend: None (default) picks one per device; or "cpu", "triton" or "reference".
         seed: key of the random bits that stochastic formats draw, also per group (default 0).
     """
@@ -45,7 +71,11 @@ class Options(TypedDict, total=False):
     weights: str
     paged: bool | int
     max_grad_norm: float | None
+    norm_type: float
     skip_nonfinite: bool
+    zero_grads: bool
+    ema_decay: float | None
+    telemetry: bool
     backend: str | None
     seed: int
 
@@ -64,6 +94,9 @@ class Optimizer(torch.optim.Optimizer):
     likewise, not necessarily of the parameter's dtype.
     """
 
+    # torch.amp.GradScaler leaves unscaling and skipping to step().
+    _step_supports_amp_scaling = True
+
     rule: ClassVar[Rule]
     decoupled: ClassVar[bool] = False
     """The class's own kind of weight decay."""
@@ -81,20 +114,28 @@ class Optimizer(torch.optim.Optimizer):
         weights: str = "native",
         paged: bool | int = False,
         max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
         skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        ema_decay: float | None = None,
+        telemetry: bool = False,
         backend: str | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value, instead in (
-            ("paged", paged, "states stay on the parameter's device"),
-            ("max_grad_norm", max_grad_norm, "use torch.nn.utils.clip_grad_norm_ before step()"),
-            ("skip_nonfinite", skip_nonfinite, "check the gradients before step()"),
-        ):
-            if value not in (False, None):
-                raise NotImplementedError(f"{name}={value!r} is not available yet: {instead}")
+        if paged is not False:
+            raise NotImplementedError(
+                f"paged={paged!r} is not available yet: states stay on the parameter's device"
+            )
         backends.check_name(backend)
         self.backend = backend
+        self.max_grad_norm, self.norm_type = max_grad_norm, norm_type
+        self.skip_nonfinite, self.zero_grads = skip_nonfinite, zero_grads
+        self.measures = telemetry
+        self.policy()  # checks them
         self._plan: Plan | None = None
+        self._verdict: torch.Tensor | None = None
+        self._found: torch.Tensor | None = None
+        self._swapped = False
         if decoupled_weight_decay is None:
             decoupled_weight_decay = self.decoupled
         options = {
@@ -102,6 +143,7 @@ class Optimizer(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "states": self.default_states if states is None else states,
             "weights": weights,
+            "ema_decay": ema_decay,
             "seed": seed,
             "format_version": VERSION,
         }
@@ -116,10 +158,12 @@ class Optimizer(torch.optim.Optimizer):
         check_number("weight_decay", group["weight_decay"])
         if "eps" in group:
             check_number("eps", group["eps"])
-        for i, beta in enumerate(_pair("betas", group["betas"]) if "betas" in group else ()):
+        for i, beta in enumerate(check_pair("betas", group["betas"]) if "betas" in group else ()):
             check_fraction(f"betas[{i}]", beta)
         check_choice("states", group["states"], STATE_FORMATS)
         check_choice("weights", group["weights"], WEIGHT_FORMATS)
+        if group["ema_decay"] is not None:
+            check_fraction("ema_decay", group["ema_decay"])
         seed = group["seed"]
         if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
@@ -167,26 +211,140 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._planned_step()
+        self._whole_step()
         return loss
 
     # torch.compile breaks its graph here: there is nothing in a plan for it to fuse.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _planned_step(self) -> None:
-        if self._plan is None or not self._plan.step():
+    def _whole_step(self) -> None:
+        self.check_swapped()
+        policy = self.policy()
+        # torch.amp.GradScaler sets both for the time of a step.
+        scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        plan = self.planned()
+        verdict = None
+        if policy.measures or scale is not None or inf is not None:
+            found, self._found = self._found, None
+            if found is None and policy.measures:
+                found = plan.norm()
+            verdict = self._verdict = plan.judge(self._verdict, found, scale, inf, policy)
+        plan.run(verdict, self.zero_grads)
+
+    def planned(self) -> Plan:
+        """The plan, made anew if need be, with the gradients of now taken."""
+        if self._plan is None or not self._plan.refresh():
             self._plan = None
             plan = Plan(self)
-            if not plan.step():
+            if not plan.refresh():
                 raise RuntimeError("onepass: a tensor changed while the step was planned")
             self._plan = plan
+        for group in self.param_groups:
+            self.check_options(group)
+        return self._plan
+
+    def policy(self) -> backends.Policy:
+        """What may come between gradients and the rule.
+
+        Raises:
+            ValueError: max_grad_norm or norm_type out of range.
+        """
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm)
+        if self.norm_type not in (2.0, math.inf):
+            raise ValueError(f"norm_type must be 2.0 or math.inf; got {self.norm_type!r}")
+        largest = math.isinf(self.norm_type)
+        return backends.Policy(self.max_grad_norm, largest, bool(self.skip_nonfinite))
+
+    def measure(self) -> torch.Tensor | None:
+        """Reads the gradients once, for the step that follows: it will not read them again.
+
+        Returns:
+            float64 [3] on the device of the first of them, None without gradients: sum of squares,
+            largest magnitude, how many are infinite or NaN; of gradients as they are, scaled.
+        """
+        self._found = self.planned().norm()
+        return self._found
+
+    # --- what a step found ---
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The global norm of the last step's gradients, divided by the scale of the loss, before
+        clipping: fp32, 0-dim, on the device. None before a step with ``max_grad_norm`` or
+        ``skip_nonfinite``."""
+        return None if self._verdict is None else self._verdict[NORM].float()
+
+    @property
+    def skipped_steps(self) -> torch.Tensor:
+        """How many steps were skipped, int64, 0-dim, on the device: for a gradient that is not
+        finite, or because torch.amp.GradScaler found one. Not part of a state dict."""
+        return torch.tensor(0) if self._verdict is None else self._verdict[SKIPPED].long()
+
+    @property
+    def telemetry(self) -> list[dict[str, torch.Tensor]]:
+        """Of the last step, for each group, 0-dim on the device: ``grad_norm``, of gradients
+        divided by the scale of the loss, before clipping; ``weight_norm``, after the step;
+        ``update_norm``, of what the step added to the fp32 weight; ``nonfinite``, how many
+        gradients are infinite or NaN. A skipped step has no update.
+
+        Raises:
+            RuntimeError: ``telemetry=True`` was not asked for, or no step has been taken.
+        """
+        if not self.measures or self._plan is None:
+            raise RuntimeError("telemetry needs telemetry=True and a step with these parameters")
+        scale = 1.0 if self._verdict is None else self._verdict[SCALE]
+        found = []
+        for sums in self._plan.telemetry():
+            grad, weight, update = sums[:3].sqrt().unbind()
+            norms = {"grad_norm": grad / scale, "weight_norm": weight, "update_norm": update}
+            found.append(norms | {"nonfinite": sums[3].long()})
+        return found
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the weights are their averages, rounded to their dtype; after it they are, bit
+        for bit, what they were.
+
+        Weights without an average stay as they are. The values change in place; the weights
+        themselves are kept meanwhile in memory of their size.
+
+        Raises:
+            RuntimeError: no weight has an average (``ema_decay`` is None, or no step was taken);
+                or, of step() and of this method inside it, because the weights are not there.
+        """
+        self.check_swapped()
+        params = [p for p, state in self.state.items() if EMA in state]
+        if not params:
+            raise RuntimeError("no weight has an average yet: ema_decay and a step make them")
+        with torch.no_grad():
+            kept = [p.detach().clone() for p in params]
+            self._swapped = True
+            try:
+                for p in params:
+                    p.copy_(self.state[p][EMA])
+                yield
+            finally:
+                for p, value in zip(params, kept, strict=True):
+                    p.detach().copy_(value)
+                self._swapped = False
+
+    def check_swapped(self) -> None:
+        """Raises RuntimeError inside averaged_weights."""
+        if self._swapped:
+            raise RuntimeError("the weights are their averages: leave averaged_weights() first")
 
     # --- saving and loading ---
 
+    def _begin(self) -> None:
+        """Forgets what belongs to the tensors of before."""
+        self._plan = self._verdict = self._found = None
+        self._swapped = False
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _SETTINGS}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = None
+        self._begin()
         super().__setstate__(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,7 +378,7 @@ class Optimizer(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        groups = self._loaded_groups(state_dict["param_groups"])
+        groups = loaded_groups(self, state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         pairs = zip(groups, state_dict["param_groups"], strict=True)
         members = [(p, g, saved.get("states", "")) for g, saved in pairs for p in g["params"]]
@@ -231,122 +389,14 @@ class Optimizer(torch.optim.Optimizer):
         state: defaultdict[Any, Any] = defaultdict(ParamState)
         for key, value in state_dict["state"].items():
             if key in owners:
-                state[owners[key][0]] = self._loaded_state(value, *owners[key])
+                state[owners[key][0]] = loaded_state(self, value, *owners[key])
             else:
                 state[key] = value
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(
-                f"the state dict has {len(saved_groups)} parameter groups, "
-                f"the optimizer {len(self.param_groups)}"
-            )
-        groups = []
-        for i, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if len(saved["params"]) != len(group["params"]):
-                raise ValueError(
-                    f"parameter group {i} has {len(saved['params'])} parameters in the state dict, "
-                    f"{len(group['params'])} in the optimizer"
-                )
-            version = saved.get("format_version", VERSION)
-            if version != VERSION:
-                raise ValueError(
-                    f"parameter group {i} of the state dict has formats of version {version}; this "
-                    f"onepass knows version {VERSION}: load it with the onepass that saved it"
-                )
-            merged = {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
-            # A state dict of torch.optim does not name states; its Adam and AdamW differ only in
-            # where decay goes, and each class keeps its own way.
-            kept = _OWN_OPTIONS if "states" in saved else (*_OWN_OPTIONS, "decoupled_weight_decay")
-            merged.update({name: group[name] for name in kept})
-            self.check_options(merged)
-            groups.append(merged)
-        return groups
-
-    def _loaded_state(
-        self,
-        saved: Mapping[str, Any],
-        param: torch.Tensor,
-        number: int,
-        group: Mapping[str, Any],
-        saved_as: str,
-    ) -> ParamState:
-        rule = self.rule
-        which = f"parameter {number} of shape {tuple(param.shape)}"
-        check_weight_format(param, group["weights"], which)
-        saved = {key: value for key, value in saved.items() if value is not None}
-        keys = [key for _, key in rule.state_slots(rule.flag_bits(group))]
-        missing = [key for key in keys if key not in saved]
-        if rule.needs_step and "step" not in saved:
-            missing.append("step")
-        # SGD makes its buffer when momentum is first used.
-        if saved and missing and not (rule.name == "sgd" and missing == ["momentum_buffer"]):
-            raise ValueError(
-                f"the state dict has no {', '.join(missing)} for {which}, only "
-                f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "
-                f"than {type(self).__name__}"
-            )
-        form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
-        states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as)
-        moments = {key for key, _, _ in rule.slots}
-        known = moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE}
-        state = ParamState()
-        for key, value in saved.items():
-            if key == "step":
-                state[key] = torch.tensor(float(value), dtype=torch.float32)
-            elif key not in known:
-                state[key] = deepcopy(value)
-        state.form = form.name
-        if states:
-            state.update(states, **packed_order(param, form))
-        if any(key in saved for key in COMPANIONS):
-            companion = fit_companion(saved, param, weight, which, copy=True)
-            if companion is not None:
-                state[weight.key] = companion
-        # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
-        # it then starts here.
-        if state:
-            state.setdefault("step", torch.tensor(0.0))
-        return state
-
 
 def rule_named(name: str) -> Rule:
     """The rule of an optimizer class."""
     return RULES[name]
-
-
-def check_number(name: str, value: Any, least: float = 0.0) -> None:
-    """Raises ValueError unless value is a finite number of at least ``least``."""
-    if not _is_number(value) or not least <= float(value) < math.inf:
-        raise ValueError(f"{name} must be a finite number >= {least:g}; got {_shown(value)}")
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """Raises ValueError unless value is a number in [0, 1)."""
-    if not _is_number(value) or not 0.0 <= float(value) < 1.0:
-        raise ValueError(f"{name} must be a number in [0, 1); got {_shown(value)}")
-
-
-def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raises ValueError unless value is one of the known names."""
-    if value not in (names := list(known)):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
-
-
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be a pair of numbers; got {value!r}")
-    return value[0], value[1]
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, (int, float)) or hasattr(value, "__float__")
-
-
-def _shown(value: Any) -> str:
-    return str(float(value)) if _is_number(value) else repr(value)

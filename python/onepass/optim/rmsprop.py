@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
+from ..checks import check_fraction, check_number
 from ..formats import STATE_FORMATS
-from .base import Optimizer, Options, check_fraction, check_number, rule_named
+from .base import Optimizer, Options, rule_named
 
 
 class RMSprop(Optimizer):

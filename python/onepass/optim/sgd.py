@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .base import Optimizer, Options, check_number, rule_named
+from ..checks import check_number
+from .base import Optimizer, Options, rule_named
 
 
 class SGD(Optimizer):

@@ -1,0 +1,45 @@
+// What a step may do beside the rule, over a tile, for one instruction set: see kernels_impl.h.
+#pragma once
+
+#include "kernels.h"
+
+namespace onepass::cpu {
+namespace {
+
+void average_tile(const float* row, const float* __restrict param, int n, float* __restrict ema) {
+  const float decay = row[kEmaDecay], one_minus_decay = row[kEmaDecay + 1];
+#pragma omp simd
+  for (int i = 0; i < n; ++i) ema[i] = decay * ema[i] + one_minus_decay * param[i];
+}
+
+// Lanes, and so the order of additions, are the same on every instruction set.
+void measure_tile(
+    const float* __restrict grad, const float* __restrict before, const float* __restrict after,
+    int n, Telemetry* into) {
+  constexpr int kSumLanes = 16;
+  double grads[kSumLanes] = {}, weights[kSumLanes] = {}, updates[kSumLanes] = {};
+  int32_t nonfinite = 0;
+  const auto add = [&](int i, int lane) {
+    const double g = grad[i], w = after[i], u = after[i] - before[i];
+    grads[lane] += g * g;
+    weights[lane] += w * w;
+    updates[lane] += u * u;
+  };
+  int first = 0;
+  for (; first + kSumLanes <= n; first += kSumLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kSumLanes; ++lane) add(first + lane, lane);
+  }
+  for (int lane = 0; first + lane < n; ++lane) add(first + lane, lane);
+#pragma omp simd reduction(+ : nonfinite)
+  for (int i = 0; i < n; ++i) nonfinite += (to_bits(grad[i]) & kMagnitude) >= kInfinity;
+  for (int lane = 0; lane < kSumLanes; ++lane) {
+    into->grads += grads[lane];
+    into->weights += weights[lane];
+    into->updates += updates[lane];
+  }
+  into->nonfinite += nonfinite;
+}
+
+}  // namespace
+}  // namespace onepass::cpu

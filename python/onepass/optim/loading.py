@@ -1,0 +1,104 @@
+"""What a state dict says, fitted to an optimizer; nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checks import check_weight_format
+from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
+from ..plan import ParamState
+from ..states import COMPANIONS, EMA, STRIDE, fit_companion, fit_ema, fit_states, packed_order
+
+if TYPE_CHECKING:
+    from .base import Optimizer
+
+# Options that describe this run, not the state of training: loading a state dict keeps them.
+_OWN_OPTIONS = ("states", "weights", "ema_decay", "format_version")
+
+
+def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of an optimizer with the options of a state dict, checked; changes nothing."""
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the state dict has {len(saved_groups)} parameter groups, "
+            f"the optimizer {len(optimizer.param_groups)}"
+        )
+    groups = []
+    for i, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"parameter group {i} has {len(saved['params'])} parameters in the state dict, "
+                f"{len(group['params'])} in the optimizer"
+            )
+        version = saved.get("format_version", VERSION)
+        if version != VERSION:
+            raise ValueError(
+                f"parameter group {i} of the state dict has formats of version {version}; this "
+                f"onepass knows version {VERSION}: load it with the onepass that saved it"
+            )
+        merged = {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
+        # A state dict of torch.optim does not name states; its Adam and AdamW differ only in
+        # where decay goes, and each class keeps its own way.
+        kept = _OWN_OPTIONS if "states" in saved else (*_OWN_OPTIONS, "decoupled_weight_decay")
+        merged.update({name: group[name] for name in kept})
+        optimizer.check_options(merged)
+        groups.append(merged)
+    return groups
+
+
+def loaded_state(
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    param: torch.Tensor,
+    number: int,
+    group: Mapping[str, Any],
+    saved_as: str,
+) -> ParamState:
+    """What a state dict has of a parameter, in the formats of its group; changes nothing.
+
+    Raises:
+        ValueError: it belongs to another model or another kind of optimizer.
+    """
+    rule = optimizer.rule
+    which = f"parameter {number} of shape {tuple(param.shape)}"
+    check_weight_format(param, group["weights"], which)
+    saved = {key: value for key, value in saved.items() if value is not None}
+    keys = [key for _, key in rule.state_slots(rule.flag_bits(group))]
+    missing = [key for key in keys if key not in saved]
+    if rule.needs_step and "step" not in saved:
+        missing.append("step")
+    # SGD makes its buffer when momentum is first used.
+    if saved and missing and not (rule.name == "sgd" and missing == ["momentum_buffer"]):
+        raise ValueError(
+            f"the state dict has no {', '.join(missing)} for {which}, only "
+            f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "
+            f"than {type(optimizer).__name__}"
+        )
+    form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
+    states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as)
+    moments = {key for key, _, _ in rule.slots}
+    known = moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE, EMA}
+    state = ParamState()
+    for key, value in saved.items():
+        if key == "step":
+            state[key] = torch.tensor(float(value), dtype=torch.float32)
+        elif key not in known:
+            state[key] = deepcopy(value)
+    state.form = form.name
+    if states:
+        state.update(states, **packed_order(param, form))
+    if any(key in saved for key in COMPANIONS):
+        companion = fit_companion(saved, param, weight, which, copy=True)
+        if companion is not None:
+            state[weight.key] = companion
+    if EMA in saved and group["ema_decay"] is not None:
+        state[EMA] = fit_ema(saved, param, which, copy=True)
+    # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
+    # it then starts here.
+    if state:
+        state.setdefault("step", torch.tensor(0.0))
+    return state

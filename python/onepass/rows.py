@@ -1,0 +1,130 @@
+"""The rows of the hyperparameter table, on one device: parameters of a group with the same history.
+
+Options go in, as float64; the step counters are here; hyperparameters come out, as fp32, with what
+keys the random bits. Where counters are on a GPU, so is that derivation: the host never reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .reference.verdict import FACTOR, SKIP
+from .rules import HYPER_WIDTH, LR, OPTIONS_WIDTH, Rule
+
+GRAD, WEIGHT, UPDATE, NONFINITE = range(4)
+TELEMETRY_WIDTH = 4
+"""Columns of telemetry: sums of squares of gradients as they came, of weights after the step, of
+the update; how many gradients are infinite or NaN."""
+
+
+class Row:
+    """A row: the parameters of one group on one device that took the same steps.
+
+    Attributes:
+        group: the parameter group.
+        step: their step counter, fp32, one tensor that all of them share as state["step"].
+        fresh: fp32, 1 while no step has been taken with their states, else 0.
+    """
+
+    __slots__ = ("fresh", "group", "step")
+
+    def __init__(self, group: dict[str, Any], step: torch.Tensor, fresh: torch.Tensor) -> None:
+        self.group, self.step, self.fresh = group, step, fresh
+
+
+class RowTable:
+    """All rows of one device.
+
+    Attributes:
+        rule: of the optimizer.
+        rows: see :class:`Row`; their tensors are views of steps and fresh.
+        options: float64 [rows, OPTIONS_WIDTH].
+        steps, fresh: fp32 [rows].
+        hyper: fp32 [rows, HYPER_WIDTH], of the step that runs next.
+        counters: int64 [rows, 2], seed and number of that step, from 1; 0 for a step that is
+            skipped.
+        telemetry: float64 [rows, TELEMETRY_WIDTH], or None when it is not asked for.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        rows: list[tuple[dict[str, Any], float, bool]],
+        device: torch.device,
+        measured: bool = False,
+    ) -> None:
+        self.rule = rule
+        count = len(rows)
+        # Counters outlive the table: one storage for both.
+        kept = torch.tensor([[r[1] for r in rows], [float(r[2]) for r in rows]]).to(device)
+        self.steps, self.fresh = kept.reshape(2, count).unbind()
+        self.rows = [Row(r[0], self.steps[i], self.fresh[i]) for i, r in enumerate(rows)]
+        self.options = torch.zeros(count, OPTIONS_WIDTH, dtype=torch.float64, device=device)
+        self.hyper = torch.zeros(count, HYPER_WIDTH, device=device)
+        self.counters = torch.zeros(count, 2, dtype=torch.int64, device=device)
+        self.telemetry: torch.Tensor | None = None
+        if measured:
+            self.telemetry = torch.zeros(count, TELEMETRY_WIDTH, dtype=torch.float64, device=device)
+        self._options: list[tuple[float, ...]] = []
+        self._seeds: list[int] = []
+        self._captured: list[torch.Tensor] = []
+
+    def advance_on_host(self, verdict: torch.Tensor | None) -> None:
+        """Counts a step and derives its hyperparameters; nothing of it when it is skipped."""
+        factor = 1.0
+        if verdict is not None:
+            judged = verdict.tolist()
+            factor = judged[FACTOR]
+            if judged[SKIP]:
+                self.counters[:, 1] = 0
+                return
+        rule = self.rule
+        steps, fresh = self.steps.tolist(), self.fresh.tolist()
+        hyper, counters = [], []
+        for row, step, first in zip(self.rows, steps, fresh, strict=True):
+            number = int(step) + 1
+            hyper.append(rule.hyper(rule.options(row.group), number, bool(first), factor))
+            counters.append([int(row.group["seed"]), number])
+        self.hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
+        self.counters.copy_(torch.tensor(counters, dtype=torch.int64))
+        self.steps.add_(1)
+        self.fresh.zero_()
+
+    def upload(self) -> None:
+        """Brings options and seeds to the device, without waiting for it, where they have changed.
+
+        A learning rate that is a tensor on a GPU is copied there, at every step: in a captured
+        graph too, so that what is written into it between replays counts.
+        """
+        groups = [row.group for row in self.rows]
+        options = [self.rule.options(_known_to_host(group)) for group in groups]
+        seeds = [int(group["seed"]) for group in groups]
+        if options != self._options:
+            self._copy(self.options, torch.tensor(options, dtype=torch.float64))
+            self._options = options
+        if seeds != self._seeds:
+            self._copy(self.counters[:, 0], torch.tensor(seeds, dtype=torch.int64))
+            self._seeds = seeds
+        for i, group in enumerate(groups):
+            if on_gpu(group["lr"]):
+                self.options[i, LR].copy_(group["lr"], non_blocking=True)
+
+    def _copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if destination.is_cuda:
+            source = source.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                # Every replay reads it again.
+                self._captured.append(source)
+        destination.copy_(source, non_blocking=True)
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether an option is a tensor that the host cannot read without waiting for a GPU."""
+    return isinstance(value, torch.Tensor) and value.is_cuda
+
+
+def _known_to_host(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**group, "lr": 0.0} if on_gpu(group["lr"]) else group
