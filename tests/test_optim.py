@@ -223,14 +223,27 @@ def test_bad_options_name_the_argument_the_value_and_the_need(cls, options, mess
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize(
-    "option", [{"paged": True}, {"max_grad_norm": 1.0}, {"skip_nonfinite": True}]
-)
-def test_options_of_later_releases_say_so(option):
+def test_options_of_later_releases_say_so():
     param = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(NotImplementedError, match=next(iter(option))):
-        onepass.AdamW([param], **option)
+    with pytest.raises(NotImplementedError, match="paged"):
+        onepass.AdamW([param], paged=True)
     onepass.AdamW([param], paged=False, max_grad_norm=None, skip_nonfinite=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be a finite number >= 0; got -1.0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be a finite number >= 0; got nan"),
+        ({"max_grad_norm": "1"}, "max_grad_norm must be a finite number >= 0; got '1'"),
+        ({"norm_type": 1.0}, "norm_type must be 2.0 or math.inf; got 1.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be a number in \[0, 1\); got 1.0"),
+        ({"ema_decay": -0.1}, r"ema_decay must be a number in \[0, 1\); got -0.1"),
+    ],
+)
+def test_options_of_the_step_out_of_range_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        onepass.AdamW([torch.nn.Parameter(torch.ones(2))], **option)
 
 
 def test_a_mistyped_option_is_refused():

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from . import backends, ops
+from .amp import GradScaler
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .checkpoints import convert_state_dict, full_precision_state_dict
 from .optim import (
@@ -22,6 +23,7 @@ from .optim import (
     SGD8bit,
 )
 from .precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
+from .release import release_gradients
 
 __version__ = version("onepass")
 
@@ -36,6 +38,7 @@ __all__ = [
     "AdamW",
     "AdamW4bit",
     "AdamW8bit",
+    "GradScaler",
     "Lion",
     "Lion8bit",
     "Optimizer",
@@ -49,5 +52,6 @@ __all__ = [
     "full_precision_state_dict",
     "ops",
     "parameter_groups",
+    "release_gradients",
     "to_bitsandbytes",
 ]

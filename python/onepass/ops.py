@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "cpu_isa")
 LIBRARY = Path(__file__).with_name("libonepass_cpu.so")
@@ -53,6 +54,13 @@ def cuda_missing() -> str:
     except OSError as error:
         return f"{CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     return ""
+
+
+def free_plan(plan: torch.Tensor) -> None:
+    """Frees a plan of the compiled libraries, whenever Python comes to it: in the middle of a trace
+    by torch.compile, too, whose modes must not see it."""
+    with _disable_current_modes():
+        torch.ops.onepass.free_plan(plan)
 
 
 def cpu_isa(name: str = "") -> str:

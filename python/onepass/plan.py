@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -91,6 +91,28 @@ for _name in (
     setattr(ParamState, _name, _reporting(_name))
 
 
+class Member(NamedTuple):
+    """A parameter of an optimizer.
+
+    Attributes:
+        param: the tensor.
+        number: its position in the optimizer, which keys its random bits.
+        at, group: its group, and the position of that.
+    """
+
+    param: torch.Tensor
+    number: int
+    at: int
+    group: dict[str, Any]
+
+
+def add_norms(parts: torch.Tensor) -> torch.Tensor:
+    """What :meth:`Backend.norm` found of several lists, float64 [lists, 3], as of one."""
+    total = parts.sum(0)
+    total[1] = parts[:, 1].max()
+    return total
+
+
 class _Part:
     """The entries of one device, and the rows that they read."""
 
@@ -155,35 +177,35 @@ class Plan:
         RuntimeError: a sparse gradient, or no backend for a device.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, members: list[Member]) -> None:
         rule = optimizer.rule
-        groups = optimizer.param_groups
         self._optimizer = optimizer
-        self._params = [list(group["params"]) for group in groups]
-        self._active = [p for params in self._params for p in params if p.grad is not None]
-        self._idle = [p for params in self._params for p in params if p.grad is None]
+        self.members = members
+        self._active = [member.param for member in members]
+        # A plan of one parameter, of gradients that are released, does not look at the others.
+        self._whole = optimizer.released is None or len(members) != 1
+        active = set(self._active)
+        groups = optimizer.param_groups if self._whole else [members[0].group]
+        self._groups = groups
+        self._params = [list(group["params"]) for group in groups] if self._whole else []
+        self._idle = [p for params in self._params for p in params if p not in active]
         self._options = [self._group_options(group) for group in groups]
         self._state = optimizer.state
 
         arena = Arena()
-        number = -1
         for group in groups:
             optimizer.check_options(group)
-            form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
-            slots = rule.state_slots(rule.flag_bits(group))
-            for param in group["params"]:
-                number += 1
-                if param.grad is None:
-                    continue
-                which = f"parameter {number} of shape {tuple(param.shape)}"
-                check_tensors(param, param.grad, which)
-                check_weight_format(param, group["weights"], which)
-                state = optimizer.state.get(param, {})
-                for _, name in slots:
-                    if state.get(name) is None:
-                        for layout in state_layouts(param, name, form):
-                            arena.want(layout, param.device)
-        extras = optimizer.measures or any(g["ema_decay"] is not None for g in groups)
+        for param, number, _, group in members:
+            which = f"parameter {number} of shape {tuple(param.shape)}"
+            assert param.grad is not None
+            check_tensors(param, param.grad, which)
+            check_weight_format(param, group["weights"], which)
+            state, form = optimizer.state.get(param, {}), STATE_FORMATS[group["states"]]
+            for _, name in rule.state_slots(rule.flag_bits(group)):
+                if state.get(name) is None:
+                    for layout in state_layouts(param, name, form):
+                        arena.want(layout, param.device)
+        extras = optimizer.measures or any(group["ema_decay"] is not None for group in groups)
         chosen = {
             device: backends.choose(device, optimizer.backend, extras)
             for device in dict.fromkeys(p.device for p in self._active)
@@ -194,62 +216,58 @@ class Plan:
         numbers: dict[torch.device, dict[tuple[int, float, bool], int]] = {d: {} for d in chosen}
         entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
         read = _Reader()
-        number = -1
-        for index, group in enumerate(groups):
+        for param, number, index, group in members:
             flags = rule.flag_bits(group)
             form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
             slots = rule.state_slots(flags)
-            for param in group["params"]:
-                number += 1
-                if param.grad is None:
+            state = optimizer.state.get(param, {})
+            which = f"parameter {number} of shape {tuple(param.shape)}"
+            saved_as = getattr(state, "form", "")
+            held = fit_states(state, param, rule, form, which, saved_as=saved_as)
+            first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
+            for _, name in slots:
+                if name in held:
                     continue
-                state = optimizer.state.get(param, {})
-                which = f"parameter {number} of shape {tuple(param.shape)}"
-                saved_as = getattr(state, "form", "")
-                held = fit_states(state, param, rule, form, which, saved_as=saved_as)
-                first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
-                for _, name in slots:
-                    if name in held:
-                        continue
-                    first = rule.needs_first
-                    for layout in state_layouts(param, name, form):
-                        held[layout.key] = arena.take(layout, param.device)
-                    start = rule.initial_value(name, group)
-                    if start:
-                        fill(held, name, form, start)
-                companion = fit_companion(state, param, weight, which)
-                if companion is not None:
-                    held[weight.key] = companion
-                if group["ema_decay"] is not None:
-                    held[EMA] = fit_ema(state, param, which)
-                rows = numbers[param.device]
-                row = rows.setdefault((index, read(state.get("step")), first), len(rows))
-                order = packed_order(param, form) if slots else {}
-                fresh.append((param, form, {**held, **order}, row))
-                entries[param.device].append(
-                    backends.Entry(
-                        param=param,
-                        states={slot: held[name] for slot, name in slots},
-                        scales={
-                            slot: held[scale_key(name)]
-                            for slot, name in slots
-                            if form.scale is not None
-                        },
-                        format=form,
-                        weight=weight.codes[param.dtype],
-                        draws=form.stochastic or weight.stochastic,
-                        companion=companion,
-                        ema=held.get(EMA),
-                        rule=rule,
-                        flags=flags,
-                        row=row,
-                        param_id=number,
-                    )
+                first = rule.needs_first
+                for layout in state_layouts(param, name, form):
+                    held[layout.key] = arena.take(layout, param.device)
+                start = rule.initial_value(name, group)
+                if start:
+                    fill(held, name, form, start)
+            companion = fit_companion(state, param, weight, which)
+            if companion is not None:
+                held[weight.key] = companion
+            if group["ema_decay"] is not None:
+                held[EMA] = fit_ema(state, param, which)
+            rows = numbers[param.device]
+            row = rows.setdefault((index, read(state.get("step")), first), len(rows))
+            order = packed_order(param, form) if slots else {}
+            fresh.append((param, form, {**held, **order}, row))
+            entries[param.device].append(
+                backends.Entry(
+                    param=param,
+                    states={slot: held[name] for slot, name in slots},
+                    scales={
+                        slot: held[scale_key(name)]
+                        for slot, name in slots
+                        if form.scale is not None
+                    },
+                    format=form,
+                    weight=weight.codes[param.dtype],
+                    draws=form.stochastic or weight.stochastic,
+                    companion=companion,
+                    ema=held.get(EMA),
+                    rule=rule,
+                    flags=flags,
+                    row=row,
+                    param_id=number,
                 )
+            )
+        all_groups = optimizer.param_groups
         tables = {
             device: RowTable(
                 rule,
-                [(groups[index], count, first) for index, count, first in rows],
+                [(all_groups[index], count, first) for index, count, first in rows],
                 device,
                 optimizer.measures,
             )
@@ -271,7 +289,8 @@ class Plan:
             param_state.update(held, step=shared.step)
             param_state.form, param_state.fresh = form.name, shared.fresh
             param_state.watch = self._watch
-        self._dicts = list(optimizer.state.values())
+        held_by = optimizer.state.values() if self._whole else [optimizer.state[self._active[0]]]
+        self._dicts: list[Any] = list(held_by)
 
     def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What entries were made from; the other options are read at every step."""
@@ -286,17 +305,19 @@ class Plan:
     def _holds(self) -> bool:
         """Whether groups, states and the parameters without a gradient are what they were."""
         optimizer = self._optimizer
-        groups = optimizer.param_groups
-        if [self._group_options(group) for group in groups] != self._options:
+        if [self._group_options(group) for group in self._groups] != self._options:
             return False
-        if not all(
+        state = optimizer.state
+        if state is not self._state or not self._watch.same:
+            return False
+        if not self._whole:
+            return state.get(self._active[0]) is self._dicts[0]
+        groups = optimizer.param_groups
+        if len(groups) != len(self._params) or not all(
             _same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
         ):
             return False
-        state = optimizer.state
-        if state is not self._state or len(state) != len(self._dicts):
-            return False
-        if not self._watch.same or not _same(state.values(), self._dicts):
+        if len(state) != len(self._dicts) or not _same(state.values(), self._dicts):
             return False
         return all(p.grad is None for p in self._idle)
 
@@ -309,10 +330,7 @@ class Plan:
         found = [part.backend.norm(part.prepared) for part in self._parts]
         if len(found) < 2:
             return found[0] if found else None
-        stacked = torch.stack([f.to(found[0].device, non_blocking=True) for f in found])
-        total = stacked.sum(0)
-        total[1] = stacked[:, 1].max()
-        return total
+        return add_norms(torch.stack([f.to(found[0].device, non_blocking=True) for f in found]))
 
     def judge(
         self,

@@ -19,7 +19,7 @@ class _Prepared:
         states = [tensor for entry in entries for tensor in entry.held()]
         spec = torch.tensor([entry.spec() for entry in entries], dtype=torch.int64)
         self.plan: torch.Tensor = torch.ops.onepass.make_plan(params, states, spec)
-        weakref.finalize(self, torch.ops.onepass.free_plan, self.plan)
+        weakref.finalize(self, ops.free_plan, self.plan)
 
 
 class CpuBackend(Backend):

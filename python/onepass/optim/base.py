@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from typing_extensions import TypedDict  # torch's own dependency
@@ -22,11 +21,14 @@ from ..checks import (
     check_weight_format,
 )
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
-from ..plan import ParamState, Plan
-from ..reference.verdict import NORM, SCALE, SKIPPED
+from ..plan import Member, ParamState, Plan
 from ..rules import RULES, Rule
-from ..states import EMA
+from .findings import Findings
 from .loading import loaded_groups, loaded_state
+from .traced import number_of
+
+if TYPE_CHECKING:
+    from ..release import ReleasedGradients
 
 # Attributes that are the optimizer's, not a group's; they may be set between steps.
 _SETTINGS = (
@@ -80,7 +82,7 @@ class Options(TypedDict, total=False):
     seed: int
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(Findings):
     """A torch optimizer whose step is one pass over memory.
 
     Parameters are updated in place; so are the states in ``state[param]``, which have
@@ -132,10 +134,11 @@ class Optimizer(torch.optim.Optimizer):
         self.skip_nonfinite, self.zero_grads = skip_nonfinite, zero_grads
         self.measures = telemetry
         self.policy()  # checks them
-        self._plan: Plan | None = None
-        self._verdict: torch.Tensor | None = None
+        self._plan = self.verdict = None
         self._found: torch.Tensor | None = None
         self._swapped = False
+        self.released: ReleasedGradients | None = None
+        self._number = number_of(self)
         if decoupled_weight_decay is None:
             decoupled_weight_decay = self.decoupled
         options = {
@@ -211,36 +214,70 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._whole_step()
+        if torch.compiler.is_compiling():
+            params: list[torch.Tensor] = []
+            grads: list[torch.Tensor] = []
+            for group in self.param_groups:
+                self._init_group(group, params, grads)
+            zeroing = torch.ops.onepass.optimizer_step_zeroing
+            op = zeroing if self.zero_grads else torch.ops.onepass.optimizer_step
+            op(params, grads, self._number)
+        else:
+            self.whole_step()
         return loss
 
-    # torch.compile breaks its graph here: there is nothing in a plan for it to fuse.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _whole_step(self) -> None:
+    # torch.compile runs this instead of tracing it, so that states are there before the graph is.
+    def _init_group(
+        self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> None:
+        self.planned()
+        active = [p for p in group["params"] if p.grad is not None]
+        params += active
+        grads += [p.grad for p in active]
+
+    def whole_step(self) -> None:
+        """The step with the gradients of now, without closure or hooks."""
         self.check_swapped()
-        policy = self.policy()
         # torch.amp.GradScaler sets both for the time of a step.
-        scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
         plan = self.planned()
+        if self.released is not None:
+            if scaled:
+                raise RuntimeError("a GradScaler comes too late: the gradients were released")
+            # What is left: parameters of other models.
+            found = plan.norm() if self.max_grad_norm is not None else None
+            plan.run(self.verdict, False)
+            self.released.end_step(found)
+            return
         verdict = None
-        if policy.measures or scale is not None or inf is not None:
+        measures = self.policy().measures
+        if measures or scaled:
             found, self._found = self._found, None
-            if found is None and policy.measures:
-                found = plan.norm()
-            verdict = self._verdict = plan.judge(self._verdict, found, scale, inf, policy)
+            verdict = self.judge(plan, plan.norm() if found is None and measures else found)
         plan.run(verdict, self.zero_grads)
+
+    def judge(self, plan: Plan, found: torch.Tensor | None) -> torch.Tensor | None:
+        """The verdict on a step whose gradients have this norm: see Backend.judge."""
+        scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self.verdict = plan.judge(self.verdict, found, scale, inf, self.policy())
+        return self.verdict
 
     def planned(self) -> Plan:
         """The plan, made anew if need be, with the gradients of now taken."""
         if self._plan is None or not self._plan.refresh():
             self._plan = None
-            plan = Plan(self)
+            plan = Plan(self, [m for m in self.members() if m.param.grad is not None])
             if not plan.refresh():
                 raise RuntimeError("onepass: a tensor changed while the step was planned")
             self._plan = plan
         for group in self.param_groups:
             self.check_options(group)
         return self._plan
+
+    def members(self) -> list[Member]:
+        """Every parameter with its group and its number."""
+        owned = [(p, i, g) for i, g in enumerate(self.param_groups) for p in g["params"]]
+        return [Member(p, number, i, g) for number, (p, i, g) in enumerate(owned)]
 
     def policy(self) -> backends.Policy:
         """What may come between gradients and the rule.
@@ -265,79 +302,12 @@ class Optimizer(torch.optim.Optimizer):
         self._found = self.planned().norm()
         return self._found
 
-    # --- what a step found ---
-
-    @property
-    def grad_norm(self) -> torch.Tensor | None:
-        """The global norm of the last step's gradients, divided by the scale of the loss, before
-        clipping: fp32, 0-dim, on the device. None before a step with ``max_grad_norm`` or
-        ``skip_nonfinite``."""
-        return None if self._verdict is None else self._verdict[NORM].float()
-
-    @property
-    def skipped_steps(self) -> torch.Tensor:
-        """How many steps were skipped, int64, 0-dim, on the device: for a gradient that is not
-        finite, or because torch.amp.GradScaler found one. Not part of a state dict."""
-        return torch.tensor(0) if self._verdict is None else self._verdict[SKIPPED].long()
-
-    @property
-    def telemetry(self) -> list[dict[str, torch.Tensor]]:
-        """Of the last step, for each group, 0-dim on the device: ``grad_norm``, of gradients
-        divided by the scale of the loss, before clipping; ``weight_norm``, after the step;
-        ``update_norm``, of what the step added to the fp32 weight; ``nonfinite``, how many
-        gradients are infinite or NaN. A skipped step has no update.
-
-        Raises:
-            RuntimeError: ``telemetry=True`` was not asked for, or no step has been taken.
-        """
-        if not self.measures or self._plan is None:
-            raise RuntimeError("telemetry needs telemetry=True and a step with these parameters")
-        scale = 1.0 if self._verdict is None else self._verdict[SCALE]
-        found = []
-        for sums in self._plan.telemetry():
-            grad, weight, update = sums[:3].sqrt().unbind()
-            norms = {"grad_norm": grad / scale, "weight_norm": weight, "update_norm": update}
-            found.append(norms | {"nonfinite": sums[3].long()})
-        return found
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Within it the weights are their averages, rounded to their dtype; after it they are, bit
-        for bit, what they were.
-
-        Weights without an average stay as they are. The values change in place; the weights
-        themselves are kept meanwhile in memory of their size.
-
-        Raises:
-            RuntimeError: no weight has an average (``ema_decay`` is None, or no step was taken);
-                or, of step() and of this method inside it, because the weights are not there.
-        """
-        self.check_swapped()
-        params = [p for p, state in self.state.items() if EMA in state]
-        if not params:
-            raise RuntimeError("no weight has an average yet: ema_decay and a step make them")
-        with torch.no_grad():
-            kept = [p.detach().clone() for p in params]
-            self._swapped = True
-            try:
-                for p in params:
-                    p.copy_(self.state[p][EMA])
-                yield
-            finally:
-                for p, value in zip(params, kept, strict=True):
-                    p.detach().copy_(value)
-                self._swapped = False
-
-    def check_swapped(self) -> None:
-        """Raises RuntimeError inside averaged_weights."""
-        if self._swapped:
-            raise RuntimeError("the weights are their averages: leave averaged_weights() first")
-
     # --- saving and loading ---
 
     def _begin(self) -> None:
         """Forgets what belongs to the tensors of before."""
-        self._plan = self._verdict = self._found = None
+        self._number = number_of(self)
+        self._plan = self.verdict = self._found = self.released = None
         self._swapped = False
 
     def __getstate__(self) -> dict[str, Any]:

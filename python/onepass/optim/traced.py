@@ -1,0 +1,63 @@
+"""A step inside torch.compile: one opaque op on the parameters and their gradients.
+
+The op finds its optimizer by a number and takes the ordinary step. States, counters and options are
+no arguments: nothing else in a graph reads them, and an option changed later counts without
+compiling again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .base import Optimizer
+
+_numbers = itertools.count()
+_optimizers: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
+
+_library: Any = torch.library.Library("onepass", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("optimizer_step(Tensor(a!)[] params, Tensor[] grads, int optimizer) -> ()")
+_library.define(
+    "optimizer_step_zeroing(Tensor(a!)[] params, Tensor(b!)[] grads, int optimizer) -> ()"
+)
+
+
+def number_of(optimizer: Optimizer) -> int:
+    """A new number by which a graph knows the optimizer."""
+    number = next(_numbers)
+    _optimizers[number] = optimizer
+    return number
+
+
+def _step(params: list[torch.Tensor], grads: list[torch.Tensor], number: int) -> None:
+    optimizer = _optimizers[number]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    # A graph may hand in copies of both, and may have computed the gradients itself.
+    at = {p.data_ptr(): p for p in own if p.numel()}
+    active = [p for p in own if p.grad is not None]
+    if len(active) != len(params):
+        raise RuntimeError("onepass: compiled for other parameters with gradients than there are")
+    moved = [(p, q) for p, q in zip(active, params, strict=True) if at.get(q.data_ptr()) is not p]
+    kept = [p.grad for p in active]
+    with torch.no_grad():
+        for p, q in moved:
+            p.copy_(q)
+        try:
+            for p, grad in zip(active, grads, strict=True):
+                if p.grad is not grad:
+                    p.grad = grad
+            optimizer.whole_step()
+        finally:
+            for p, old in zip(active, kept, strict=True):
+                p.grad = old
+        for p, q in moved:
+            q.copy_(p)
+
+
+for _name in ("optimizer_step", "optimizer_step_zeroing"):
+    _library.impl(_name, _step, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"onepass::{_name}", lambda params, grads, number: None)
