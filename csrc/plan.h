@@ -26,11 +26,11 @@ enum Column {
   kRow,
   kParamId,
   kFirstElement,
-  kEma,  // whether the weight has an average
   kWeight,
   kFormat0,
   kFormat1,
   kFormat2,
+  kEma,  // whether the weight has an average
   kColumns
 };
 constexpr int64_t kAbsent = -1;  // a format column of a state that the rule does not have

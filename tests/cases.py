@@ -173,3 +173,35 @@ def train(
 def clone(params: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same weights as new parameters."""
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+STEP_FORMATS = [
+    {},
+    {"states": "bf16"},
+    {"states": "mx8"},
+    {"states": "mx4", "weights": "stochastic"},
+    {"states": "mx8", "weights": "split8"},
+    {"weights": "kahan"},
+    {"weights": "master", "ema_decay": 0.9},
+]
+"""Formats of each kind, for tests of what may come between gradients and the rule."""
+
+STEP_LIST = [(33,), (), (4, 5), (0,), (257,)]
+
+
+def adamw(params: list[torch.Tensor], **options: Any) -> onepass.AdamW:
+    """Steps large enough to see."""
+    return onepass.AdamW(params, lr=0.02, weight_decay=0.1, **options)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Bits of all that a skipped step must leave alone."""
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    held = [v for p in params for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
+    return [t.detach().clone() for t in (*params, *held)]
+
+
+def runs_here() -> list[str]:
+    """Names of the backends that serve CPU tensors here."""
+    cpu = torch.device("cpu")
+    return [name for name, b in onepass.backends.BACKENDS.items() if not b.unavailable(cpu)]

@@ -17,7 +17,7 @@ from .cases import same_bits
 
 pytestmark = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
 
-SPEC = [RULES["adam"].code, 1, 0, 0, 0, 0, 0, 0, ABSENT]
+SPEC = [RULES["adam"].code, 1, 0, 0, 0, 0, 0, 0, ABSENT, 0]
 
 
 def arguments(n=100):
@@ -25,7 +25,7 @@ def arguments(n=100):
     params = [torch.randn(n, generator=generator)]
     grads = [torch.randn(n, generator=generator)]
     states = [torch.zeros(n), torch.zeros(n)]
-    hyper = torch.tensor([[1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8]])
+    hyper = torch.tensor([[1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8, 0.0, 1.0]])
     assert hyper.shape[1] == HYPER_WIDTH
     return params, grads, states, torch.tensor([SPEC]), hyper, torch.tensor([[0, 1]])
 

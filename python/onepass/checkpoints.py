@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checks import check_weight_format
-from .plan import ParamState
+from .held import ParamState
 from .states import COMPANIONS, full_precision
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ gradient, a replaced state, a moved tensor, another option of a group), the plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
-from operator import is_
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from .arena import Arena
 from .backends.base import same_layout
 from .checks import check_tensors, check_weight_format
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
+from .held import OptimizerState, ParamState, Watch
 from .reference.verdict import VERDICT_WIDTH
 from .rows import TELEMETRY_WIDTH, RowTable
 from .states import (
@@ -34,61 +35,6 @@ from .states import (
 
 if TYPE_CHECKING:
     from .optim.base import Optimizer
-
-
-class Watch:
-    """What the dictionaries of a plan's states report to: same until an entry is replaced."""
-
-    __slots__ = ("same",)
-
-    def __init__(self) -> None:
-        self.same = True
-
-
-class ParamState(dict[str, Any]):
-    """A parameter's entry of ``optimizer.state``: a dictionary that reports when it changes.
-
-    Comparing every state of every parameter at every step would be a quarter of the host's time.
-    Copies and pickles are plain dictionaries.
-
-    Attributes:
-        form: name of the format of the states, where their tensors do not tell.
-        fresh: see :class:`onepass.rows.Row`.
-    """
-
-    __slots__ = ("form", "fresh", "watch")
-    form: str
-    fresh: torch.Tensor
-    watch: Watch
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
-
-
-def _reporting(name: str) -> Callable[..., Any]:
-    method = getattr(dict, name)
-
-    @wraps(method)
-    def report(self: ParamState, *args: Any, **kwargs: Any) -> Any:
-        watch = getattr(self, "watch", None)
-        if watch is not None:
-            watch.same = False
-        return method(self, *args, **kwargs)
-
-    return report
-
-
-for _name in (
-    "__setitem__",
-    "__delitem__",
-    "__ior__",
-    "clear",
-    "pop",
-    "popitem",
-    "setdefault",
-    "update",
-):
-    setattr(ParamState, _name, _reporting(_name))
 
 
 class Member(NamedTuple):
@@ -135,8 +81,8 @@ class _Part:
         self._copies = []
         for first in range(0, len(params), chunk):
             part = params[first : first + chunk]
-            grads = [grad for p in part if (grad := p.grad) is not None]
-            if len(grads) != len(part):
+            grads = list(map(_grad, part))
+            if any(map(is_, grads, _NOTHING)):
                 return False
             for i in self.relaid:
                 if first <= i < first + chunk:
@@ -159,6 +105,10 @@ class _Part:
                 if grad is not None:
                     grad.zero_()
         self._copies = []
+
+
+_grad = attrgetter("grad")
+_NOTHING = repeat(None)
 
 
 def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
@@ -190,7 +140,6 @@ class Plan:
         self._params = [list(group["params"]) for group in groups] if self._whole else []
         self._idle = [p for params in self._params for p in params if p not in active]
         self._options = [self._group_options(group) for group in groups]
-        self._state = optimizer.state
 
         arena = Arena()
         for group in groups:
@@ -289,8 +238,12 @@ class Plan:
             param_state.update(held, step=shared.step)
             param_state.form, param_state.fresh = form.name, shared.fresh
             param_state.watch = self._watch
-        held_by = optimizer.state.values() if self._whole else [optimizer.state[self._active[0]]]
-        self._dicts: list[Any] = list(held_by)
+        if self._whole:
+            if not isinstance(optimizer.state, OptimizerState):
+                optimizer.state = OptimizerState(optimizer.state)
+            optimizer.state.watch = self._watch
+        self._state = optimizer.state
+        self._own = optimizer.state[self._active[0]] if len(members) == 1 else None
 
     def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What entries were made from; the other options are read at every step."""
@@ -311,13 +264,11 @@ class Plan:
         if state is not self._state or not self._watch.same:
             return False
         if not self._whole:
-            return state.get(self._active[0]) is self._dicts[0]
+            return state.get(self._active[0]) is self._own
         groups = optimizer.param_groups
         if len(groups) != len(self._params) or not all(
             _same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
         ):
-            return False
-        if len(state) != len(self._dicts) or not _same(state.values(), self._dicts):
             return False
         return all(p.grad is None for p in self._idle)
 

@@ -68,6 +68,10 @@ class RowTable:
         self.telemetry: torch.Tensor | None = None
         if measured:
             self.telemetry = torch.zeros(count, TELEMETRY_WIDTH, dtype=torch.float64, device=device)
+        # NumPy views where the host counts: torch needs a microsecond for each small operation.
+        self._host = (
+            [t.numpy() for t in (kept, self.hyper, self.counters)] if device.type == "cpu" else None
+        )
         self._options: list[tuple[float, ...]] = []
         self._seeds: list[int] = []
         self._captured: list[torch.Tensor] = []
@@ -82,16 +86,20 @@ class RowTable:
                 self.counters[:, 1] = 0
                 return
         rule = self.rule
-        steps, fresh = self.steps.tolist(), self.fresh.tolist()
-        hyper, counters = [], []
-        for row, step, first in zip(self.rows, steps, fresh, strict=True):
+        kept, hyper, counters = self._host or (
+            t.cpu().numpy()
+            for t in (torch.stack([self.steps, self.fresh]), self.hyper, self.counters)
+        )
+        for i, (row, step, first) in enumerate(zip(self.rows, *kept.tolist(), strict=True)):
             number = int(step) + 1
-            hyper.append(rule.hyper(rule.options(row.group), number, bool(first), factor))
-            counters.append([int(row.group["seed"]), number])
-        self.hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
-        self.counters.copy_(torch.tensor(counters, dtype=torch.int64))
-        self.steps.add_(1)
-        self.fresh.zero_()
+            hyper[i] = rule.hyper(rule.options(row.group), number, bool(first), factor)
+            counters[i] = int(row.group["seed"]), number
+            kept[0, i], kept[1, i] = step + 1, 0
+        if self._host is None:
+            self.hyper.copy_(torch.from_numpy(hyper))
+            self.counters.copy_(torch.from_numpy(counters))
+            self.steps.copy_(torch.from_numpy(kept[0]))
+            self.fresh.zero_()
 
     def upload(self) -> None:
         """Brings options and seeds to the device, without waiting for it, where they have changed.

@@ -53,7 +53,7 @@ class Entry:
         """The entry's row of the spec that compiled backends read (csrc/plan.h)."""
         codes = [self.format.code if slot in self.states else ABSENT for slot in range(SLOTS)]
         named = [self.rule.code, self.flags, self.row, self.param_id, self.first]
-        return [*named, int(self.ema is not None), self.weight, *codes]
+        return [*named, self.weight, *codes, int(self.ema is not None)]
 
     def held(self) -> list[torch.Tensor]:
         """Its tensors as compiled backends take them: of each slot codes and scales, companion, the

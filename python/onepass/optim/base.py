@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.autograd import _profiler_enabled as profiler_enabled  # type: ignore[attr-defined]
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from typing_extensions import TypedDict  # torch's own dependency
 
 from .. import backends
@@ -21,7 +22,8 @@ from ..checks import (
     check_weight_format,
 )
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
-from ..plan import Member, ParamState, Plan
+from ..held import OptimizerState
+from ..plan import Member, Plan
 from ..rules import RULES, Rule
 from .findings import Findings
 from .loading import loaded_groups, loaded_state
@@ -151,7 +153,7 @@ class Optimizer(Findings):
             "format_version": VERSION,
         }
         super().__init__(params, {**defaults, **options})
-        self.state = defaultdict(ParamState)
+        self.state = OptimizerState()
 
     # --- options ---
 
@@ -196,7 +198,6 @@ class Optimizer(Findings):
 
     # --- the step ---
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step: updates parameters and states in place; gradients are only read.
 
@@ -210,6 +211,16 @@ class Optimizer(Findings):
             ValueError, RuntimeError: an option, parameter or gradient that cannot be worked on;
                 nothing has been changed then.
         """
+        if torch.compiler.is_compiling() or _watched(self):
+            return self._hooked_step(closure)
+        return self._step(closure)
+
+    # torch wraps every step() that is not marked so: in a record of its profiler, which takes as
+    # long as a small plan, and in hooks. Ours is wrapped when there is a profiler or a hook.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -225,6 +236,8 @@ class Optimizer(Findings):
         else:
             self.whole_step()
         return loss
+
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     # torch.compile runs this instead of tracing it, so that states are there before the graph is.
     def _init_group(
@@ -356,7 +369,7 @@ class Optimizer(Findings):
             i: (param, number, group, saved_as)
             for number, (i, (param, group, saved_as)) in enumerate(zip(ids, members, strict=True))
         }
-        state: defaultdict[Any, Any] = defaultdict(ParamState)
+        state = OptimizerState()
         for key, value in state_dict["state"].items():
             if key in owners:
                 state[owners[key][0]] = loaded_state(self, value, *owners[key])
@@ -365,6 +378,17 @@ class Optimizer(Findings):
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _watched(optimizer: Optimizer) -> bool:
+    """Whether a profiler runs or hooks wait for steps."""
+    return bool(
+        profiler_enabled()
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
 
 
 def rule_named(name: str) -> Rule:

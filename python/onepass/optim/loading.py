@@ -10,7 +10,7 @@ import torch
 
 from ..checks import check_weight_format
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
-from ..plan import ParamState
+from ..held import ParamState
 from ..states import COMPANIONS, EMA, STRIDE, fit_companion, fit_ema, fit_states, packed_order
 
 if TYPE_CHECKING:
