@@ -94,8 +94,8 @@ export PYTHON
 part tools 20 bash -c tools
 part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
-part code 40 bash -c 'tests tests/test_cuda_code.py'
-part bits 120 bash -c 'tests tests/test_cuda_gpu.py'
+part code 30 bash -c 'tests tests/test_cuda_code.py'
+part bits 130 bash -c 'tests tests/test_cuda_gpu.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
 part bench 70 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
