@@ -8,6 +8,7 @@ runs ahead, so it is device time unless the host is the slower of the two. host_
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import sys
 import time
@@ -27,9 +28,13 @@ from .measure import percentile
 
 SAMPLES = 25
 WARM_UP = 3
+PROVIDERS = ("onepass-cuda", "onepass-triton", "torch")
 HOST_STEPS = 50
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "adagrad": "Adagrad", "rmsprop": "RMSprop", "lion": "Lion"}
-FUSED = ("adamw", "sgd", "adagrad")
+# torch's own step of each rule: fused where it has that for CUDA, else of few launches a list.
+TORCH = {"adamw": "fused", "sgd": "fused", "adagrad": "foreach", "rmsprop": "foreach"}
+LARGEST_COPY = 1 << 33
+"""Bytes read and written by the copy at most, so that it fits beside all providers."""
 
 
 @dataclass
@@ -50,10 +55,11 @@ def cases(quick: bool) -> list[Case]:
     small = many(300, 256) if quick else many(20_000, 256)
     found = [Case(rule, "fp32", "fp32", big) for rule in OPTIONS]
     found += [Case("adamw", "bf16", states, big) for states in ("bf16", "fp32")]
+    found += [Case("adamw", "bf16", states, big, "split16") for states in ("bf16", "mx8")]
     return [*found, *(Case("adamw", "fp32", "fp32", p) for p in (many(300, 256), small))]
 
 
-def steps_of(case: Case) -> list[Timed]:
+def steps_of(case: Case, providers: Sequence[str] = PROVIDERS) -> list[Timed]:
     """Each provider on parameters of its own, gradients shared, and the copy."""
     dtype = DTYPES[case.dtype]
     generator = torch.Generator("cuda").manual_seed(1)
@@ -61,12 +67,14 @@ def steps_of(case: Case) -> list[Timed]:
     for grad in grads:
         grad.normal_(0.0, 0.01, generator=generator)
     found = []
-    for provider in ("onepass-cuda", "onepass-triton", "torch-fused"):
-        if provider == "torch-fused":
-            if case.rule not in FUSED or case.dtype != case.states:
+    for provider in providers:
+        if provider == "torch":
+            if case.rule not in TORCH or case.dtype != case.states or case.weights != "native":
                 continue
+            how = TORCH[case.rule]
+            provider = f"torch-{how}"
             make = getattr(torch.optim, NAMES[case.rule])
-            extra: dict[str, Any] = {"fused": True}
+            extra: dict[str, Any] = {how: True}
         else:
             backend = provider.removeprefix("onepass-")
             why = onepass.backends.BACKENDS[backend].unavailable(torch.device("cuda"))
@@ -74,13 +82,13 @@ def steps_of(case: Case) -> list[Timed]:
                 print(f"{provider}: {why}", file=sys.stderr)
                 continue
             make = getattr(onepass, NAMES[case.rule])
-            extra = {"states": case.states, "backend": backend}
+            extra = {"states": case.states, "weights": case.weights, "backend": backend}
         params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
         optimizer = make(params, **OPTIONS[case.rule], **extra)
         found.append(Timed(provider, optimizer.step, case.bytes))
-    half = max(case.bytes, 1 << 30) // 8
+    half = min(max(case.bytes, 1 << 30), LARGEST_COPY) // 8
     source, target = torch.ones(half, device="cuda"), torch.empty(half, device="cuda")
     found.append(Timed("copy", lambda: target.copy_(source), 8 * half))
     return found
@@ -113,6 +121,19 @@ def measure(case: Case, samples: int) -> list[Timed]:
     return timed
 
 
+def only_steps(steps: int) -> None:
+    """Steps for a profiler, which may save and restore all that a kernel writes: a list that is
+    large for a cache, small for that."""
+    for case in (
+        Case("adamw", "fp32", "fp32", llama(1024, 8, 32_000)),
+        Case("adamw", "bf16", "mx8", llama(1024, 8, 32_000), "split16"),
+    ):
+        (ours, _) = steps_of(case, ("onepass-cuda",))
+        for _ in range(steps):
+            ours.step()
+    torch.cuda.synchronize()
+
+
 def host_time(step: Callable[[], Any]) -> float:
     """Microseconds that the host spends in a step, the median of several."""
     torch.cuda.synchronize()
@@ -143,7 +164,7 @@ def lines_of(case: Case, timed: Sequence[Timed]) -> list[results.Line]:
             "provider_version": onepass_version() if ours else str(torch.__version__),
             "rule": case.rule,
             "states": case.states,
-            "weights": "native",
+            "weights": case.weights,
             "param_dtype": case.dtype,
             "grad_dtype": case.dtype,
             "list": case.list.name,
@@ -172,14 +193,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small lists; writes no file")
     parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--steps", type=int, help="take as many of onepass-cuda, time nothing")
     default = results.ROOT / "bench" / "results" / "gpu.jsonl"
     parser.add_argument("--out", type=Path, default=default, metavar="FILE")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench.gpu: there is no GPU here", file=sys.stderr)
         return 2
+    if args.steps:
+        only_steps(args.steps)
+        return 0
     for case in cases(args.quick):
         found = lines_of(case, measure(case, args.samples))
+        gc.collect()
         torch.cuda.empty_cache()
         if not args.quick:
             results.append(args.out, found)

@@ -1,47 +1,110 @@
 #!/usr/bin/env bash
 # Builds, checks and measures the CUDA kernels on the GPU at hand, in under nine minutes and without
-# a network. Every part runs whatever became of those before it; the last lines say which failed.
+# a network. Every part runs whatever became of those before it; the last lines say which failed,
+# and which could not run here.
+#
+#   bash bench/gpu.sh            every part but triton
+#   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long
 #
 #   PYTHON=...  a Python with torch for CUDA, numpy, pytest and setuptools (default python3)
-#   OUT=...     where logs go (default gpu-out)
+#   OUT=...     where gpu.log and gpu.jsonl, the result lines, go (default gpu-out)
+#   COMMIT=...  what the sources are of, for the result lines, where there is no git
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu-out}
 mkdir -p "$OUT"
+LOG=$OUT/gpu.log
+: >"$LOG"
 export PYTHONPATH="$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+wanted=" ${*:-tools build info code bits memcheck racecheck bench counters} "
 failed=()
+skipped=()
+
+say() { echo "$*" | tee -a "$LOG"; }
 
 part() { # name, seconds, command...
-  local name=$1 seconds=$2 start=$SECONDS status
+  local name=$1 seconds=$2 start=$SECONDS status log=$OUT/part.log why
   shift 2
-  echo "=== $name"
-  timeout "$seconds" "$@" >"$OUT/$name.log" 2>&1
+  [[ $wanted == *" $name "* ]] || return 0
+  say "=== $name"
+  timeout -k 5 "$seconds" "$@" >"$log" 2>&1
   status=$?
-  tail -n 25 "$OUT/$name.log"
-  echo "=== $name: exit status $status after $((SECONDS - start)) s"
-  [ "$status" = 0 ] || failed+=("$name")
+  cat "$log" >>"$LOG"
+  tail -n 25 "$log"
+  # What profilers and sanitizers say where the machine keeps the counters or the device from them.
+  why=$(grep -m 1 -E 'Device not supported|LibraryNotLoaded|ERR_NVGPUCTRPERM|^not here: ' "$log")
+  rm -f "$log"
+  say "=== $name: exit status $status after $((SECONDS - start)) s"
+  [ "$status" = 0 ] && return
+  if [ -n "$why" ]; then skipped+=("$name ($why)"); else failed+=("$name"); fi
+}
+
+tool() { # name, arguments...: of PATH or of the toolkit
+  local found
+  found=$(command -v "$1" || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/$1") ||
+    { echo "not here: $1 is neither on PATH nor in ${CUDA_HOME:-/usr/local/cuda}/bin"; return 1; }
+  "$found" "${@:2}"
+}
+
+tools() {
+  "$PYTHON" - <<'END'
+import importlib.util, sys
+need = ("torch", "numpy", "pytest", "setuptools")
+missing = [name for name in need if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}")
+import setuptools, torch
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"setuptools {setuptools.__version__} is too old to build with: 77 or later")
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} sees no GPU")
+print(torch.__version__, torch.cuda.get_device_name())
+END
 }
 
 build() {
   local arch
   arch=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return
   # setup.py names the package that a wheel would have; here it is a link to the folder.
-  ln -sfn "$PWD/triton_kernels" python/onepass/triton_kernels
+  ln -sfn ../../triton_kernels python/onepass/triton_kernels
   ONEPASS_CUDA=1 ONEPASS_CUDA_ARCH=$arch "$PYTHON" setup.py -q build_ext --inplace
 }
 
-part build 200 build
-part info 30 "$PYTHON" -m onepass info
-part code 40 "$PYTHON" -m pytest tests/test_cuda_code.py
-part bits 120 "$PYTHON" -m pytest -x tests/test_cuda_gpu.py
-sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-part memcheck 50 "$sanitizer" --error-exitcode 1 --tool memcheck "$PYTHON" tests/cuda_sanitize.py
-part racecheck 50 "$sanitizer" --error-exitcode 1 --tool racecheck "$PYTHON" tests/cuda_sanitize.py
-part bench 80 "$PYTHON" -m bench.gpu
+# Tests in four processes where pytest can: the reference, on the CPU, is what takes the time.
+tests() {
+  local workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+  "$PYTHON" -m pytest -rs --maxfail 20 ${workers[@]+"${workers[@]}"} "$@"
+}
 
+sanitize() { # --report-api-errors: torch asks the driver for functions that it may lack.
+  tool compute-sanitizer --error-exitcode 1 --report-api-errors no --tool "$1" \
+    "$PYTHON" tests/cuda_sanitize.py
+}
+
+counters() { # Clocks as they are: a container may not set them.
+  tool ncu --clock-control none --section SpeedOfLight --section LaunchStats --section Occupancy \
+    --kernel-name regex:sweep --launch-skip 2 "$PYTHON" -m bench.gpu --steps 3
+}
+
+export -f tool tools build tests sanitize counters
+export PYTHON
+
+part tools 20 bash -c tools
+part build 150 bash -c build
+part info 20 "$PYTHON" -m onepass info
+part code 30 bash -c 'tests tests/test_cuda_code.py'
+part bits 130 bash -c 'tests tests/test_cuda_gpu.py'
+part memcheck 40 bash -c 'sanitize memcheck'
+part racecheck 40 bash -c 'sanitize racecheck'
+part bench 70 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
+part counters 30 bash -c counters
+part triton 500 bash -c 'tests tests/test_triton_gpu.py'
+
+[ ${#skipped[@]} -eq 0 ] || printf 'skipped: %s\n' "${skipped[@]}" | tee -a "$LOG"
 if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]} (logs in $OUT)"
+  say "failed: ${failed[*]} (see $LOG)"
   exit 1
 fi
-echo "all parts passed"
+say "all ${skipped:+other }parts passed"

@@ -54,7 +54,7 @@ def environment() -> Line:
     """What all lines of a run share."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")),
         "device": _device(),
         "driver": None,

@@ -79,7 +79,7 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 template <class Value>
 Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle tensor) {
   Value value;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(tensor, &value));
+  TORCH_ERROR_CODE_CHECK(function(tensor, &value));
   return value;
 }
 

@@ -70,16 +70,16 @@ void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   const auto first = static_cast<size_t>(torch::stable::detail::to<int64_t>(stack[2]));
   const std::shared_ptr<DevicePlan> plan = Registry<DevicePlan>::find(handle);
   size_t count = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
+  TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
   const bool same = take_gradients(*plan, first, count, [&](size_t i) {
     StableIValue item;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
     const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
     const bool taken = take_gradient(*plan, first + i, grad);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
     return taken;
   });
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
   stack[0] = torch::stable::detail::from(int64_t{same ? 0 : 1});
 }
 

@@ -9,7 +9,8 @@ import onepass
 from onepass import reference
 from onepass.backends import BACKENDS
 
-from .cases import CASES, SIZES, last_variant, make_params, same_bits, set_grads
+from .cases import CASES, SIZES, last_variant, make_params, same_bits, served, set_grads
+from .test_bits import SPECIAL
 from .test_cuda_shim import STORED, STORED_IDS, VARIANTS
 from .test_triton_gpu import assert_same_as_cpu, copy_grads, on_gpu
 
@@ -39,6 +40,7 @@ def test_none_picks_cuda():
 def test_every_rule_option_dtype_and_format_in_one_mixed_launch(number, case, variant):
     groups, gpu_groups, lists = [], [], []
     for i, (dtype, weights, states) in enumerate(STORED):
+        states = states if served(variant, states) else "bf16"
         params = make_params([SIZES[(i + number) % len(SIZES)], (5000 + i,)], dtype, seed=i)
         gpu_params = on_gpu(params)
         groups.append({"params": params, "states": states, "weights": weights})
@@ -68,6 +70,25 @@ def test_twenty_steps_of_every_rule_and_format(case, dtype, weights, states):
     for step in range(20):
         set_grads(params, dtype, seed=step)
         copy_grads(gpu_params, params)
+        cpu.step()
+        gpu.step()
+    assert_same_as_cpu(gpu, cpu)
+
+
+@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_special_values(case, dtype, weights, states):
+    """Denormals are kept, infinities and NaN travel as in the reference: every pair of them."""
+    values = torch.tensor(SPECIAL)
+    # Each value fills blocks, or a NaN would hide the others.
+    cpu_param = torch.nn.Parameter(values.repeat_interleave(32 * len(values)).to(dtype))
+    (gpu_param,) = on_gpu([cpu_param])
+    options = {**last_variant(case, states), "states": states, "weights": weights}
+    cpu = case.ours([cpu_param], **options, backend="reference")
+    gpu = case.ours([gpu_param], **options, backend="cuda")
+    cpu_param.grad = values.repeat_interleave(32).repeat(len(values)).to(dtype)
+    copy_grads([gpu_param], [cpu_param])
+    for _ in range(2):
         cpu.step()
         gpu.step()
     assert_same_as_cpu(gpu, cpu)

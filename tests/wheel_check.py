@@ -1,6 +1,10 @@
-"""One AdamW step of an installed onepass against torch's own, in fp64: run by wheel_check.sh."""
+"""One AdamW step of an installed onepass against torch's own, in fp64: run by wheel_check.sh.
+
+With the argument "cuda" the CUDA library must load as well, and register its ops.
+"""
 
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +35,23 @@ tolerance = 2 * torch.finfo(torch.float32).eps * start.abs().clamp(min=LR)
 error = ((param.detach().double() - oracle.detach()).abs() / tolerance).max().item()
 if not error <= 1 or torch.equal(param.detach(), start):
     sys.exit(f"wheel_check: one AdamW step is off by {error:.2f} of what is allowed")
+
+if sys.argv[2:] == ["cuda"]:
+    if missing := onepass.ops.cuda_missing():
+        sys.exit(f"wheel_check: {missing}")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = [name for name in onepass.ops.OPS if name != "cpu_isa"]
+    if absent := [name for name in ops if not has(f"onepass::{name}", "CUDA")]:
+        sys.exit(f"wheel_check: the CUDA library loads, but lacks {absent}")
+    print(f"wheel_check: the CUDA library loads, with {len(ops)} ops for CUDA tensors")
+
+info = [sys.executable, "-m", "onepass", "info"]
+found = subprocess.run(info, check=True, capture_output=True, text=True).stdout
+(cuda,) = [line.split(maxsplit=1)[1] for line in found.splitlines() if line.startswith("  cuda ")]
+print(f"wheel_check: onepass info says of cuda: {cuda}")
+if sys.argv[2:] == ["cuda"] and not torch.cuda.is_available() and "no GPU" not in cuda:
+    sys.exit("wheel_check: it should say that there is no GPU")
+
 print(
     f"wheel_check: passed under Python {platform.python_version()} with torch {torch.__version__}: "
     f"error {error:.2f} of what is allowed"

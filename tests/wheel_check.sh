@@ -3,7 +3,11 @@
 # if one is named. Not part of `make test`, for it installs torch once more.
 #
 #   PYTHON_OTHER=python3.13 TORCH_OTHER=2.10.0 tests/wheel_check.sh
+#   CUDA=1 TORCH_OTHER=2.11.0 tests/wheel_check.sh
 #
+# CUDA=1: the wheel must have the CUDA library, and the other torch, one for CUDA, must load it. That
+#   takes a CUDA toolkit but no GPU, and one architecture unless ONEPASS_CUDA_ARCH names more.
+# VENV_OTHER: an environment that has the other torch already, to install into; default a new one.
 # PYTHON_OTHER: default the first of python3.13 to python3.10 that is not the version in .venv, or
 #   that version when no other one runs. TORCH_OTHER: default the version in .venv.
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) say where torch comes from.
@@ -33,19 +37,32 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 echo "wheel_check: building with Python $built_with, torch $here"
 rm -rf build
-.venv/bin/python -m pip wheel --quiet --no-build-isolation --no-deps -w "$work" .
+ONEPASS_CUDA=${CUDA:-0} ONEPASS_CUDA_ARCH=${ONEPASS_CUDA_ARCH:-9.0} \
+  .venv/bin/python -m pip wheel --quiet --no-build-isolation --no-deps -w "$work" .
 wheel=$(echo "$work"/onepass-*.whl)
 case "$wheel" in
   *-py3-none-*.whl) echo "wheel_check: $(basename "$wheel")" ;;
   *) echo "wheel_check: $(basename "$wheel") is not tagged py3-none"; exit 1 ;;
 esac
 
-echo "wheel_check: installing under Python $(version "$python") with torch $torch"
-"$python" -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet "torch==$torch" "$wheel"
+venv=${VENV_OTHER:-$work/venv}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+other=$venv/bin/python
+echo "wheel_check: installing under Python $(version "$other") with torch $torch"
+"$other" -m pip install --quiet "torch==$torch" numpy
+"$other" -m pip install --quiet --no-deps --force-reinstall "$wheel"
+
+echo "wheel_check: compiling against that torch's headers"
+headers=$("$other" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")')
+for source in csrc/ops.cpp csrc/cpu/ops.cpp csrc/cuda/ops.cpp; do
+  "${CXX:-g++}" -std=c++17 -fsyntax-only -DUSE_CUDA -DTORCH_TARGET_VERSION=$((2 << 56 | 10 << 48))ULL \
+    -Itests/cuda_shim -isystem "$headers" "$source"
+done
 
 # From another folder, so that it is the installed package that is imported; -P does not exist
 # before Python 3.11.
 cp tests/wheel_check.py "$work/"
 cd "$work"
-venv/bin/python wheel_check.py "$work/venv"
+unset PYTHONPATH
+if [ "${CUDA:-0}" = 1 ]; then cuda=cuda; fi
+"$other" wheel_check.py "$venv" ${cuda:+cuda}

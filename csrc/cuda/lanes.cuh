@@ -23,9 +23,12 @@ struct Lanes {
   int lane;  // of the thread
   int left;  // elements from the warp's first to the end of the chunk
 
-  // Where element j of this thread is, counted from the warp's first.
-  ONEPASS_HD int at(int j) const { return j / Vector * kStretch + lane * Vector + j % Vector; }
-  ONEPASS_HD bool has(int j) const { return at(j) < left; }
+  // Where element j of this thread is, counted from the thread's first. A constant, so that it
+  // goes into the instruction: an address for each element takes most registers that there are.
+  ONEPASS_HD static constexpr int step(int j) { return j / Vector * kStretch + j % Vector; }
+  // Likewise, counted from the warp's first.
+  ONEPASS_HD int at(int j) const { return lane * Vector + step(j); }
+  ONEPASS_HD bool has(int j) const { return step(j) < left - lane * Vector; }
 };
 
 template <int Bytes>
@@ -111,11 +114,11 @@ struct Codes {
   // Full: every element of the warp is there, and the address is a multiple of 16.
   template <bool Full>
   __device__ __forceinline__ static void load(const void* warp, const L& lanes, Raw& raw) {
-    const char* from = global(static_cast<const char*>(warp));
+    const char* from = global(static_cast<const char*>(warp) + lanes.lane * (Vector * Bits / 8));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
-        const char* at = from + (v * L::kStretch + lanes.lane * Vector) * Bits / 8;
+        const char* at = from + v * L::kStretch * Bits / 8;
         constexpr int kWidest = kBytes < 16 ? kBytes : 16;
 #pragma unroll
         for (int part = 0; part < kBytes; part += kWidest)
@@ -129,17 +132,17 @@ struct Codes {
 #pragma unroll
     for (int j = 0; j < kElements; j += kStep) {
       uint32_t code = 0;
-      if (lanes.has(j)) Access<kOne>::load(from + lanes.at(j) * Bits / 8, &code);
+      if (lanes.has(j)) Access<kOne>::load(from + L::step(j) * Bits / 8, &code);
       put(raw, j, code);
     }
   }
   template <bool Full>
   __device__ __forceinline__ static void store(void* warp, const L& lanes, const Raw& raw) {
-    char* to = global(static_cast<char*>(warp));
+    char* to = global(static_cast<char*>(warp) + lanes.lane * (Vector * Bits / 8));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
-        char* at = to + (v * L::kStretch + lanes.lane * Vector) * Bits / 8;
+        char* at = to + v * L::kStretch * Bits / 8;
         constexpr int kWidest = kBytes < 16 ? kBytes : 16;
 #pragma unroll
         for (int part = 0; part < kBytes; part += kWidest)
@@ -153,7 +156,7 @@ struct Codes {
     for (int j = 0; j < kElements; j += kStep) {
       uint32_t code = get(raw, j);
       if constexpr (kStep > 1) code |= get(raw, j + kStep - 1) << Bits;
-      if (lanes.has(j)) Access<kOne>::store(&code, to + lanes.at(j) * Bits / 8);
+      if (lanes.has(j)) Access<kOne>::store(&code, to + L::step(j) * Bits / 8);
     }
   }
 };

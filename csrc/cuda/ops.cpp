@@ -136,7 +136,7 @@ struct CudaPlan : Plan {
  private:
   cudaStream_t stream() const {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &current));
     return static_cast<cudaStream_t>(current);
   }
 

@@ -1,6 +1,6 @@
 """onepass: optimizers for PyTorch whose whole step is a single pass over memory."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from . import backends, ops
 from .amp import GradScaler
@@ -25,7 +25,10 @@ from .optim import (
 from .precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
 from .release import release_gradients
 
-__version__ = version("onepass")
+try:
+    __version__ = version("onepass")
+except PackageNotFoundError:  # run from the sources, as bench/gpu.sh does
+    __version__ = "0+source"
 
 __all__ = [
     "EMBEDDINGS",
