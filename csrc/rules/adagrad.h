@@ -1,7 +1,7 @@
 // Adagrad. Duchi, Hazan, Singer, "Adaptive subgradient methods" (2011).
 #pragma once
 
-#include "../macros.h"
+#include "options.h"
 
 namespace onepass {
 
@@ -16,6 +16,12 @@ struct Adagrad {
   struct Hyper {
     float lr, weight_decay, eps;
   };
+
+  ONEPASS_HD static Hyper derive(const Options& o, int64_t step, bool) {
+    const double eps = o.own[0], lr_decay = o.own[1];
+    const double lr = div_rn(o.lr, 1.0 + static_cast<double>(step - 1) * lr_decay);
+    return {rounded(lr), rounded(decay_of(o, lr)), rounded(eps)};
+  }
 
   ONEPASS_HD static void update(
       const Hyper& h, float& param, float grad, float& sum, float&, float&) {

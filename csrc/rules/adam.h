@@ -2,7 +2,7 @@
 // regularization" (2019); amsgrad: Reddi, Kale, Kumar, "On the convergence of Adam" (2018).
 #pragma once
 
-#include "../macros.h"
+#include "options.h"
 
 namespace onepass {
 
@@ -14,11 +14,20 @@ struct Adam {
   static constexpr unsigned kSlots = kAmsgrad ? 0b111 : 0b011;
   static constexpr unsigned kSecond = 0b110, kRelative = 0b001;  // kinds of its states
 
-  // The bias corrections are folded in on the host, which leaves one division and one root:
+  // derive folds the bias corrections in, which leaves one division and one root:
   // step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t), eps = eps * sqrt(1 - beta2^t).
   struct Hyper {
     float step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
   };
+
+  ONEPASS_HD static Hyper derive(const Options& o, int64_t step, bool) {
+    const double beta1 = o.own[0], beta2 = o.own[1], eps = o.own[2];
+    const double root = sqrt_rn(1.0 - power(beta2, step));
+    const double step_size = div_rn(o.lr * root, 1.0 - power(beta1, step));
+    return {
+        rounded(step_size), rounded(decay_of(o, o.lr)), rounded(beta1),     rounded(1.0 - beta1),
+        rounded(beta2),     rounded(1.0 - beta2),       rounded(eps * root)};
+  }
 
   ONEPASS_HD static void update(
       const Hyper& h, float& param, float grad, float& exp_avg, float& exp_avg_sq,

@@ -1,7 +1,7 @@
 // Lion. Chen et al., "Symbolic discovery of optimization algorithms" (2023), program 1.
 #pragma once
 
-#include "../macros.h"
+#include "options.h"
 
 namespace onepass {
 
@@ -15,6 +15,12 @@ struct Lion {
   struct Hyper {
     float lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
   };
+
+  ONEPASS_HD static Hyper derive(const Options& o, int64_t, bool) {
+    const double beta1 = o.own[0], beta2 = o.own[1];
+    return {rounded(o.lr),  rounded(decay_of(o, o.lr)), rounded(beta1), rounded(1.0 - beta1),
+            rounded(beta2), rounded(1.0 - beta2)};
+  }
 
   ONEPASS_HD static void update(
       const Hyper& h, float& param, float grad, float& exp_avg, float&, float&) {

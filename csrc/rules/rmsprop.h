@@ -2,7 +2,7 @@
 // "Generating sequences with recurrent neural networks" (2013).
 #pragma once
 
-#include "../macros.h"
+#include "options.h"
 
 namespace onepass {
 
@@ -19,6 +19,12 @@ struct Rmsprop {
   struct Hyper {
     float lr, weight_decay, alpha, one_minus_alpha, eps, momentum;
   };
+
+  ONEPASS_HD static Hyper derive(const Options& o, int64_t, bool) {
+    const double alpha = o.own[0], eps = o.own[1], momentum = o.own[2];
+    return {rounded(o.lr), rounded(decay_of(o, o.lr)), rounded(alpha), rounded(1.0 - alpha),
+            rounded(eps),  rounded(momentum)};
+  }
 
   ONEPASS_HD static void update(
       const Hyper& h, float& param, float grad, float& square_avg, float& momentum_buffer,

@@ -2,7 +2,7 @@
 // Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013).
 #pragma once
 
-#include "../macros.h"
+#include "options.h"
 
 namespace onepass {
 
@@ -18,6 +18,12 @@ struct Sgd {
   struct Hyper {
     float lr, weight_decay, momentum, one_minus_dampening;
   };
+
+  ONEPASS_HD static Hyper derive(const Options& o, int64_t, bool first) {
+    const double momentum = o.own[0], dampening = o.own[1];
+    const double kept = first ? 1.0 : 1.0 - dampening;
+    return {rounded(o.lr), rounded(decay_of(o, o.lr)), rounded(momentum), rounded(kept)};
+  }
 
   // one_minus_dampening is 1 on the step that creates the buffer: torch starts it at the gradient.
   ONEPASS_HD static void update(
