@@ -22,6 +22,17 @@ STABLE_TORCH_LIBRARY(onepass, m) {
   // magnitude, the count of those that are not finite. The plan stays ready for run.
   m.def("norm(Tensor plan) -> Tensor");
   m.def("free_plan(Tensor plan) -> ()");
+  // What comes before run where the numbers are on a GPU. judge fills verdict, float64 [6], from
+  // what norm has found and torch.amp.GradScaler's two (csrc/verdict.h); max_norm < 0 clips
+  // nothing. advance counts a step and derives hyper from options, float64 [rows, 8]; steps and
+  // fresh are fp32 [rows]; a step that is skipped has number 0 in counters and changes nothing
+  // else.
+  m.def(
+      "judge(Tensor(a!) verdict, Tensor? found, Tensor? grad_scale, Tensor? found_inf, "
+      "float max_norm, bool largest, bool skip_nonfinite) -> ()");
+  m.def(
+      "advance(int rule, Tensor options, Tensor(a!) steps, Tensor(b!) fresh, Tensor(c!) hyper, "
+      "Tensor(d!) counters, Tensor? verdict) -> ()");
   // Selects the instruction set of the CPU sweep ("auto", "plain", "avx2", "avx512"; "" only
   // asks) and returns the name of the one in use.
   m.def("cpu_isa(str name) -> str");

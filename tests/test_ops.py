@@ -61,6 +61,22 @@ def test_every_op_has_a_fake():
         found = ops.norm(plan)
         assert (found.shape, found.dtype) == ((3,), torch.float64)
         assert ops.free_plan(plan) is None
+        row, verdict = torch.zeros(1), torch.zeros(6, dtype=torch.float64)
+        options = torch.zeros(1, 8, dtype=torch.float64)
+        assert ops.judge(verdict, None, None, row, -1.0, False, True) is None
+        assert ops.advance(3, options, row, row.clone(), hyper, counters, verdict) is None
+
+
+def test_judge_and_advance_change_what_their_schemas_say():
+    changed = {
+        name: [
+            a.name
+            for a in getattr(torch.ops.onepass, name).default._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+        for name in ("judge", "advance")
+    }
+    assert changed == {"judge": ["verdict"], "advance": ["steps", "fresh", "hyper", "counters"]}
 
 
 def test_sweep_is_plan_refresh_run():

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "step.h"
 
 namespace onepass::cuda {
 
@@ -20,9 +21,15 @@ struct NormKernels {
   void (*total)(const Norm* partials, int64_t count, Norm* total);
 };
 
+struct StepKernels {
+  void (*judge)(Judged, Verdict* verdict);
+  void (*advance)(int rule, Rows);
+};
+
 #define ONEPASS_DECLARE(CODE, RULE, ARG) extern const RuleKernels k##RULE##Kernels;
 ONEPASS_FOR_EACH_RULE(ONEPASS_DECLARE, )
 #undef ONEPASS_DECLARE
 extern const NormKernels kNormKernels;
+extern const StepKernels kStepKernels;
 
 }  // namespace onepass::cuda

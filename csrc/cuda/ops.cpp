@@ -1,44 +1,18 @@
 // The ops of the CUDA library: the plan of csrc/plan.h with its tables on the device, and the
 // launches, on the current stream of the plan's device.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "../plan_ops.h"
 #include "kernels.h"
-#include "tuning.h"
+#include "launch.h"
 
 namespace onepass::cuda {
 namespace {
 
-#define ONEPASS_CUDA(CALL)                                                           \
-  do {                                                                               \
-    const cudaError_t error = (CALL);                                                \
-    STD_TORCH_CHECK(                                                                 \
-        error == cudaSuccess, "onepass: " #CALL ": ", cudaGetErrorName(error), ", ", \
-        cudaGetErrorString(error));                                                  \
-  } while (0)
-
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    ONEPASS_CUDA(cudaGetDevice(&before_));
-    ONEPASS_CUDA(cudaSetDevice(device));
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
 constexpr int64_t kWord = sizeof(int64_t);
 static_assert(sizeof(Chunk) % kWord == 0 && sizeof(Norm) == 3 * kWord, "tables are of int64");
 constexpr int64_t kChunkWords = sizeof(Chunk) / kWord;
-constexpr int64_t kHyperWords = kHyperWidth * sizeof(float) / kWord, kCounterWords = 2;
 
 const RuleKernels& kernels_of(int rule) {
 #define ONEPASS_KERNELS_OF(CODE, RULE, ARG) &k##RULE##Kernels,
@@ -72,11 +46,24 @@ std::vector<int64_t> cut_chunks(int64_t numel, int64_t first) {
   return cuts;
 }
 
+// Addresses of gradients, and the table on the device that has them.
+struct Grads {
+  std::vector<int64_t> addresses;
+  Tensor table;
+};
+
 struct CudaPlan : Plan {
   std::vector<Chunk> chunks;
-  std::vector<int64_t> grads;        // addresses on the device now
   std::vector<Format> grad_formats;  // that the chunks have now
-  Tensor chunk_table, grad_table, numbers;
+  Tensor chunk_table;
+  Grads grads;
+  // A graph that is being captured has a table of its own, which each replay fills again: eager
+  // steps and other graphs have other gradients. What its copies read and write stays, for the plan
+  // does not know how long the graph is replayed.
+  Grads captured;
+  unsigned long long capture = 0;  // that it is of
+  std::vector<Tensor> kept;
+  bool chunks_captured = false;  // a graph reads the chunk table
   SweepKernel kernel = nullptr;
   void* made_on = nullptr;  // the stream whose memory the tables are
   bool elsewhere = false;   // whether a step ran on another
@@ -87,15 +74,11 @@ struct CudaPlan : Plan {
     build(*this, std::move(params), std::move(states), spec);
     cut();
     const OnDevice guard(device_index);
-    made_on = stream();
+    made_on = stream_of(device_index);
     ONEPASS_CUDA(
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_index));
-    const auto table = [&](int64_t words) {
-      return torch::stable::new_empty(like, {std::max<int64_t>(words, 1)}, ScalarType::Long);
-    };
-    chunk_table = table(static_cast<int64_t>(chunks.size()) * kChunkWords);
-    grad_table = table(static_cast<int64_t>(entries.size()));
-    numbers = table(rows * (kHyperWords + kCounterWords));
+    chunk_table = table(like, static_cast<int64_t>(chunks.size()) * kChunkWords);
+    grads.table = table(like, static_cast<int64_t>(entries.size()));
   }
 
   // torch hands memory that is freed to the stream that it was made on, where nothing waits for
@@ -105,45 +88,47 @@ struct CudaPlan : Plan {
   }
 
   void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
+    STD_TORCH_CHECK(!telemetry, "onepass: the cuda backend measures no telemetry, triton does");
     if (chunks.empty()) return;
     const OnDevice guard(device_index);
-    prepare();
-    upload(numbers, rows * (kHyperWords + kCounterWords), [&](int64_t* to) {
-      std::memcpy(to, hyper, rows * kHyperWords * kWord);
-      std::memcpy(to + rows * kHyperWords, counters, rows * kCounterWords * kWord);
-    });
-    launch(kernel, static_cast<unsigned>(chunks.size()), tables());
+    const cudaStream_t stream = stream_of(device_index);
+    Tables tables = prepare(stream);
+    tables.hyper = hyper;
+    tables.counters = counters;
+    tables.zero_grads = zero_grads;
+    launch(stream, kernel, static_cast<unsigned>(chunks.size()), tables);
   }
 
   Tensor norm() {
     STD_TORCH_CHECK(taken == entries.size(), "onepass: norm without refresh");
     const OnDevice guard(device_index);
-    prepare();
+    const cudaStream_t stream = stream_of(device_index);
+    const Tables tables = prepare(stream);
     const int64_t count = static_cast<int64_t>(chunks.size());
     const int64_t most = int64_t{multiprocessors} * kTuning.norm_blocks_per_sm;
     const int64_t blocks = std::max<int64_t>(1, std::min(count, most));
     // Of the current stream's memory, as the launches are.
-    Tensor partials = torch::stable::new_empty(numbers, {blocks * 3}, ScalarType::Double);
-    Tensor total = torch::stable::new_empty(numbers, {3}, ScalarType::Double);
+    Tensor partials = torch::stable::new_empty(chunk_table, {blocks * 3}, ScalarType::Double);
+    Tensor total = torch::stable::new_empty(chunk_table, {3}, ScalarType::Double);
     auto* partial = static_cast<Norm*>(partials.mutable_data_ptr());
-    launch(kNormKernels.chunks, static_cast<unsigned>(blocks), tables(), count, partial);
+    launch(stream, kNormKernels.chunks, static_cast<unsigned>(blocks), tables, count, partial);
     launch(
-        kNormKernels.total, 1u, static_cast<const Norm*>(partial), blocks,
+        stream, kNormKernels.total, 1u, static_cast<const Norm*>(partial), blocks,
         static_cast<Norm*>(total.mutable_data_ptr()));
     return total;
   }
 
  private:
-  cudaStream_t stream() const {
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &current));
-    return static_cast<cudaStream_t>(current);
+  static Tensor table(const Tensor& like, int64_t words) {
+    return torch::stable::new_empty(like, {std::max<int64_t>(words, 1)}, ScalarType::Long);
   }
 
   void cut() {
     for (size_t e = 0; e < entries.size(); ++e) {
       const Entry& entry = entries[e];
       const Format held = state_format(entry);
+      STD_TORCH_CHECK(
+          !entry.ema, "onepass: the cuda backend averages no weights, triton does", at(e));
       const int64_t block = block_of(held);
       for (int k = 0; k < kMaxStates; ++k)
         STD_TORCH_CHECK(
@@ -179,14 +164,29 @@ struct CudaPlan : Plan {
   }
 
   // The device's tables as they have to be for the gradients that were taken.
-  void prepare() {
-    elsewhere = elsewhere || stream() != made_on;
-    if (!same_grad_formats()) bind_grad_formats();
-    if (!same_grads()) {
-      upload(grad_table, static_cast<int64_t>(grads.size()), [&](int64_t* to) {
-        std::memcpy(to, grads.data(), grads.size() * kWord);
-      });
+  Tables prepare(cudaStream_t stream) {
+    elsewhere = elsewhere || stream != made_on;
+    const unsigned long long now = capture_of(stream);
+    if (now) {
+      STD_TORCH_CHECK(
+          same_grad_formats(),
+          "onepass: take a step with gradients of these dtypes before one is captured");
+      chunks_captured = true;
+      if (now != capture) captured = {};
+      capture = now;
+      if (!same_grads(captured)) {
+        captured.table = table(grads.table, static_cast<int64_t>(entries.size()));
+        kept.push_back(captured.table);
+        upload_grads(captured, true);
+      }
+    } else {
+      if (!same_grad_formats()) bind_grad_formats();
+      if (!same_grads(grads)) upload_grads(grads, false);
     }
+    Tables tables{};
+    tables.chunks = static_cast<const Chunk*>(chunk_table.data_ptr());
+    tables.grads = static_cast<const void* const*>((now ? captured : grads).table.data_ptr());
+    return tables;
   }
 
   bool same_grad_formats() const {
@@ -215,52 +215,54 @@ struct CudaPlan : Plan {
             : nullptr;
     if (!kernel && one_flags) kernel = kernels.formats(first.flags);
     if (!kernel) kernel = kernels.any;
-    upload(chunk_table, static_cast<int64_t>(chunks.size()) * kChunkWords, [&](int64_t* to) {
+    if (chunks_captured) {
+      kept.push_back(chunk_table);
+      chunk_table = table(chunk_table, chunk_table.numel());
+      chunks_captured = false;
+    }
+    const int64_t words = static_cast<int64_t>(chunks.size()) * kChunkWords;
+    upload(chunk_table, words, false, [&](int64_t* to) {
       std::memcpy(to, chunks.data(), chunks.size() * sizeof(Chunk));
     });
   }
 
-  bool same_grads() {
-    bool same = grads.size() == entries.size();
-    grads.resize(entries.size());
+  // Whether these are the addresses of the gradients that were taken; they are from now on.
+  bool same_grads(Grads& known) const {
+    bool same = known.addresses.size() == entries.size();
+    known.addresses.resize(entries.size());
     for (size_t e = 0; e < entries.size(); ++e) {
       const auto address = reinterpret_cast<int64_t>(entries[e].grad);
-      same = same && grads[e] == address;
-      grads[e] = address;
+      same = same && known.addresses[e] == address;
+      known.addresses[e] = address;
     }
     return same;
   }
 
+  void upload_grads(Grads& from, bool capturing) {
+    const size_t bytes = from.addresses.size() * kWord;
+    upload(from.table, static_cast<int64_t>(entries.size()), capturing, [&](int64_t* to) {
+      std::memcpy(to, from.addresses.data(), bytes);
+    });
+  }
+
   // Copies host numbers into a table without waiting: pinned memory of its own for each copy, which
-  // torch takes back when the copy is done.
+  // torch takes back when the copy is done. Every replay of a captured copy reads it again.
   template <class Fill>
-  void upload(Tensor& table, int64_t words, const Fill& fill) {
+  void upload(Tensor& table, int64_t words, bool capturing, const Fill& fill) {
     const bool pinned = table.is_cuda();
-    Tensor source = torch::stable::new_empty(
-        table, {std::max<int64_t>(words, 1)}, ScalarType::Long, std::nullopt,
-        torch::stable::Device(torch::headeronly::DeviceType::CPU), pinned);
+    const auto make = [&] {
+      return torch::stable::new_empty(
+          table, {std::max<int64_t>(words, 1)}, ScalarType::Long, std::nullopt,
+          torch::stable::Device(torch::headeronly::DeviceType::CPU), pinned);
+    };
+    const auto allowed = [&] {
+      const Relaxed mode;
+      return make();
+    };
+    Tensor source = capturing ? allowed() : make();
     fill(source.mutable_data_ptr<int64_t>());
     torch::stable::copy_(table, source, true);
-  }
-
-  Tables tables() {
-    auto* first = static_cast<const int64_t*>(numbers.data_ptr());
-    return {
-        static_cast<const Chunk*>(chunk_table.data_ptr()),
-        static_cast<const void* const*>(grad_table.data_ptr()),
-        reinterpret_cast<const float*>(first), first + rows * kHyperWords};
-  }
-
-  template <class... Params, class... Args>
-  void launch(void (*kernel)(Params...), unsigned blocks, Args... args) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kTuning.threads);
-    config.stream = stream();
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-    STD_TORCH_CHECK(
-        error == cudaSuccess, "onepass: launching ", blocks, " blocks over ", entries.size(),
-        " parameters: ", cudaGetErrorName(error), ", ", cudaGetErrorString(error));
+    if (capturing) kept.push_back(source);
   }
 };
 

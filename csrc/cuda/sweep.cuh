@@ -148,7 +148,7 @@ __device__ __forceinline__ void for_each_slot_in_order(const Work& work) {
 template <bool Full, class Rules, class Formats>
 __device__ __forceinline__ void sweep_warp(
     const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
-    const float* row, const Random& keys, int offset) {
+    const float* row, const Random& keys, bool zero_grads, int offset) {
   constexpr int kVector = Formats::kVector;
   using Sample = typename Rules::Sample;
   const Lanes<kVector> lanes{static_cast<int>(threadIdx.x) % kWarp, chunk.count - offset};
@@ -179,6 +179,15 @@ __device__ __forceinline__ void sweep_warp(
           chunk.states[k], offset, lanes, states[k]);
     });
   });
+
+  // After every read has been asked for, which the compiler does not move over a write.
+  if (zero_grads) {
+    formats.grad([&](auto format) {
+      constexpr int kBits = bits_of(decltype(format)::value);
+      const Raw zeros = {};
+      Codes<kBits, kVector>::template store<Full>(at(grad_at, kBits), lanes, zeros);
+    });
+  }
 
   float param[kElements], grad[kElements], values[kMaxStates][kElements] = {}, roots[kElements];
   formats.param([&](auto format) {
@@ -248,6 +257,18 @@ __device__ __forceinline__ void sweep_warp(
   });
 }
 
+// By a whole block; a gradient starts and ends at an even address.
+__device__ __forceinline__ void zero_bytes(char* to, int bytes) {
+  const int wide = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? bytes / 16 * 16 : 0;
+  const uint32_t zeros[4] = {};
+#pragma unroll 1
+  for (int at = static_cast<int>(threadIdx.x) * 16; at < wide; at += kTuning.threads * 16)
+    Access<16>::store(zeros, global(to + at));
+#pragma unroll 1
+  for (int at = wide + static_cast<int>(threadIdx.x) * 2; at < bytes; at += kTuning.threads * 2)
+    Access<2>::store(zeros, global(to + at));
+}
+
 template <class Rules, class Formats>
 __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   // A copy: for all that the compiler knows, writes to a tensor could change the table. In shared
@@ -265,9 +286,16 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
 #pragma unroll
   for (int i = 0; i < kHyperWidth; ++i)
     row[i] = tables.hyper[static_cast<int64_t>(chunk.row) * kHyperWidth + i];
+  const int64_t* counters = tables.counters + static_cast<int64_t>(chunk.row) * 2;
+  if (counters[1] == 0) {
+    if (tables.zero_grads)
+      formats.grad([&](auto format) {
+        zero_bytes(const_cast<char*>(grad), chunk.count * (bits_of(decltype(format)::value) / 8));
+      });
+    return;
+  }
   Random keys{};
   if (Formats::kDraws) {
-    const int64_t* counters = tables.counters + static_cast<int64_t>(chunk.row) * 2;
     const uint64_t stream = random_stream(
         static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
         static_cast<uint64_t>(chunk.param_id));
@@ -288,9 +316,9 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   for (int offset = warp * kWarpElements; offset < chunk.count;
        offset += kTuning.threads * kElements) {
     if (aligned && offset + kWarpElements <= chunk.count)
-      sweep_warp<true>(rules, formats, chunk, grad, row, keys, offset);
+      sweep_warp<true>(rules, formats, chunk, grad, row, keys, tables.zero_grads, offset);
     else
-      sweep_warp<false>(rules, formats, chunk, grad, row, keys, offset);
+      sweep_warp<false>(rules, formats, chunk, grad, row, keys, tables.zero_grads, offset);
   }
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "cpu_isa")
+OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "judge", "advance", "cpu_isa")
 LIBRARY = Path(__file__).with_name("libonepass_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("libonepass_cuda.so")
 
@@ -103,6 +103,14 @@ if not missing:
 
     @torch.library.register_fake("onepass::free_plan")
     def _free_plan_fake(plan):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("onepass::judge")
+    def _judge_fake(verdict, found, grad_scale, found_inf, max_norm, largest, skip_nonfinite):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("onepass::advance")
+    def _advance_fake(rule, options, steps, fresh, hyper, counters, verdict):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake("onepass::cpu_isa")

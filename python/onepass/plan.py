@@ -21,7 +21,7 @@ from .checks import check_tensors, check_weight_format
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
 from .held import OptimizerState, ParamState, Watch
 from .reference.verdict import VERDICT_WIDTH
-from .rows import TELEMETRY_WIDTH, RowTable
+from .rows import TELEMETRY_WIDTH, RowTable, capturing
 from .states import (
     EMA,
     fill,
@@ -124,7 +124,7 @@ class Plan:
 
     Raises:
         ValueError: a group option, parameter or gradient that no rule can work on; names it.
-        RuntimeError: a sparse gradient, or no backend for a device.
+        RuntimeError: a sparse gradient, no backend for a device, or a CUDA graph is being captured.
     """
 
     def __init__(self, optimizer: Optimizer, members: list[Member]) -> None:
@@ -132,6 +132,11 @@ class Plan:
         self._optimizer = optimizer
         self.members = members
         self._active = [member.param for member in members]
+        if capturing() and any(p.is_cuda for p in self._active):
+            raise RuntimeError(
+                "a step that is captured needs one before it with the same parameters, states and "
+                "gradients: making its plan waits for the device"
+            )
         # A plan of one parameter, of gradients that are released, does not look at the others.
         self._whole = optimizer.released is None or len(members) != 1
         active = set(self._active)
@@ -274,7 +279,10 @@ class Plan:
 
     def refresh(self) -> bool:
         """Takes the gradients; False, with nothing changed, when the plan is no longer true."""
-        return self._holds() and all(part.refresh() for part in self._parts)
+        same = self._holds() and all(part.refresh() for part in self._parts)
+        if same and capturing():
+            self._optimizer.captured.append(self)
+        return same
 
     def norm(self) -> torch.Tensor | None:
         """See :meth:`Backend.norm`, over all devices and on the first; None without gradients."""
@@ -295,6 +303,10 @@ class Plan:
         if not self._parts:
             return verdict
         device = self._parts[0].table.steps.device
+        if capturing():
+            if verdict is None:
+                raise RuntimeError("a step that is captured needs one before it that judges as it")
+            self._optimizer.captured.append(verdict)
         if verdict is None:
             verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64, device=device)
         verdict = verdict.to(device)

@@ -110,23 +110,30 @@ class RowTable:
         groups = [row.group for row in self.rows]
         options = [self.rule.options(_known_to_host(group)) for group in groups]
         seeds = [int(group["seed"]) for group in groups]
-        if options != self._options:
+        # A graph whose capture had to bring them does so at every replay: what is there is unknown.
+        if options != self._options or self._captured:
             self._copy(self.options, torch.tensor(options, dtype=torch.float64))
             self._options = options
-        if seeds != self._seeds:
+        if seeds != self._seeds or self._captured:
             self._copy(self.counters[:, 0], torch.tensor(seeds, dtype=torch.int64))
             self._seeds = seeds
         for i, group in enumerate(groups):
             if on_gpu(group["lr"]):
-                self.options[i, LR].copy_(group["lr"], non_blocking=True)
+                self.options[i, LR].copy_(group["lr"].reshape(()), non_blocking=True)
 
     def _copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.is_cuda:
             source = source.pin_memory()
-            if torch.cuda.is_current_stream_capturing():
+            if capturing():
                 # Every replay reads it again.
                 self._captured.append(source)
         destination.copy_(source, non_blocking=True)
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started and torch.cuda.is_current_stream_capturing()
 
 
 def on_gpu(value: Any) -> bool:

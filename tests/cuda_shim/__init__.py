@@ -84,6 +84,27 @@ def launches() -> int:
     return int(_library().shim_launches())
 
 
+class Capture:
+    """Within it launches are kept for replay() instead of run; torch's copies are done at once."""
+
+    number = 0
+    active = False
+
+    def __enter__(self) -> Capture:
+        Capture.number += 1
+        self.active = True
+        _library().shim_capture(ctypes.c_ulonglong(Capture.number))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.active = False
+        _library().shim_capture(ctypes.c_ulonglong(0))
+
+    def replay(self) -> None:
+        """Runs what the last capture has kept."""
+        _library().shim_replay()
+
+
 class _Calls:
     """torch.ops.onepass with every op dispatched as if its tensors were on a CUDA device."""
 

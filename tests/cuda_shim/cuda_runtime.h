@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -52,6 +53,10 @@ struct Block {
 extern Block now;
 extern long launches;
 
+// The number of the capture under way, or 0; what it has kept of launches is run by a replay.
+extern unsigned long long capture;
+extern std::vector<std::function<void()>> graph;
+
 void give_way();
 void run(dim3 grid, dim3 threads, const std::function<void()>& kernel);
 
@@ -93,6 +98,8 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaStream_t = struct CUstream_st*;
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
 struct cudaLaunchConfig_t {
   dim3 gridDim{}, blockDim{};
   size_t dynamicSmemBytes = 0;
@@ -109,6 +116,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 1;  // so few that blocks of the norm take several chunks
   return cudaSuccess;
 }
+inline cudaError_t cudaStreamGetCaptureInfo(
+    cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id) {
+  *status = shim::capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *id = shim::capture;
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorName(cudaError_t) { return "an error of the shim"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "a launch that no device takes"; }
 
@@ -118,6 +134,12 @@ cudaError_t cudaLaunchKernelEx(
   const unsigned threads = config->blockDim.x;
   if (config->gridDim.x == 0 || threads == 0 || threads > shim::kMostThreads || threads % 32)
     return cudaErrorInvalidConfiguration;
-  shim::run(config->gridDim, config->blockDim, [&] { kernel(args...); });
+  const auto run = [grid = config->gridDim, block = config->blockDim, kernel, args...] {
+    shim::run(grid, block, [&] { kernel(args...); });
+  };
+  if (shim::capture)
+    shim::graph.push_back(run);
+  else
+    run();
   return cudaSuccess;
 }

@@ -10,6 +10,8 @@ namespace shim {
 
 Block now;
 long launches = 0;
+unsigned long long capture = 0;
+std::vector<std::function<void()>> graph;
 
 namespace {
 
@@ -86,3 +88,11 @@ EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return 0;
 }
 EXPORT long shim_launches() { return shim::launches; }
+// Captures launches, not copies: those are torch's own, and done at once.
+EXPORT void shim_capture(unsigned long long number) {
+  shim::capture = number;
+  if (number) shim::graph.clear();
+}
+EXPORT void shim_replay() {
+  for (const auto& kernel : shim::graph) kernel();
+}

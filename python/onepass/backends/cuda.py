@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .. import ops
-from .base import Backend, Entry
+from ..rows import RowTable
+from .base import Backend, Entry, Policy
 
 
 class _Prepared:
@@ -59,6 +60,27 @@ class CudaBackend(Backend):
         telemetry: torch.Tensor | None = None,
     ) -> None:
         self.calls.run(prepared.plan, hyper, counters, zero_grads, telemetry)
+
+    def judge(
+        self,
+        verdict: torch.Tensor,
+        found: torch.Tensor | None,
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        policy: Policy,
+    ) -> None:
+        most = -1.0 if policy.max_norm is None else float(policy.max_norm)
+        self.calls.judge(
+            *(verdict, found, grad_scale, found_inf),
+            *(most, policy.largest, policy.skip_nonfinite),
+        )
+
+    def advance(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+        table.upload()
+        self.calls.advance(
+            *(table.rule.code, table.options, table.steps, table.fresh),
+            *(table.hyper, table.counters, verdict),
+        )
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         """float64 [3] on the device, without waiting for it: the sum of the squares of all

@@ -138,6 +138,8 @@ class Optimizer(Findings):
         self.policy()  # checks them
         self._plan = self.verdict = None
         self._found: torch.Tensor | None = None
+        # Plans and verdicts that CUDA graphs read and write, which may be replayed at any time.
+        self.captured: list[Any] = []
         self._swapped = False
         self.released: ReleasedGradients | None = None
         self._number = number_of(self)
@@ -322,6 +324,7 @@ class Optimizer(Findings):
         self._number = number_of(self)
         self._plan = self.verdict = self._found = self.released = None
         self._swapped = False
+        self.captured = getattr(self, "captured", [])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _SETTINGS}}

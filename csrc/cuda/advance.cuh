@@ -1,0 +1,61 @@
+// What comes before a sweep, on the device: the verdict on a step, and the scalars of its rows. A
+// block each; there are few rows, and nothing waits for the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "../rules/table.h"
+#include "step.h"
+#include "tuning.h"
+
+namespace onepass::cuda {
+
+__global__ void __launch_bounds__(kTuning.threads) judge_step(Judged of, Verdict* verdict) {
+  if (threadIdx.x == 0)
+    *verdict = judge(
+        of.found, of.grad_scale, of.found_inf, of.max_norm, of.largest, of.skip_nonfinite,
+        verdict->skipped);
+}
+
+template <class Hyper>
+__device__ __forceinline__ void write_row(const Options& o, double factor, Hyper made, float* row) {
+  constexpr int kScalars = sizeof(Hyper) / sizeof(float);
+  static_assert(kScalars < kEmaDecay, "row too narrow");
+  float scalars[kScalars];
+  memcpy(scalars, &made, sizeof made);
+  row[0] = rounded(o.sign * factor);
+#pragma unroll
+  for (int i = 1; i < kEmaDecay; ++i) row[i] = i <= kScalars ? scalars[(i - 1) % kScalars] : 0.0f;
+  row[kEmaDecay] = rounded(o.ema_decay);
+  row[kEmaDecay + 1] = rounded(1.0 - o.ema_decay);
+}
+
+__global__ void __launch_bounds__(kTuning.threads) advance_rows(int rule, Rows rows) {
+  const bool skip = rows.verdict && rows.verdict->skip != 0.0;
+  const double factor = rows.verdict ? rows.verdict->factor : 1.0;
+  for (int64_t r = threadIdx.x; r < rows.count; r += kTuning.threads) {
+    if (skip) {
+      rows.counters[2 * r + 1] = 0;
+      continue;
+    }
+    const Options o = rows.options[r];
+    const int64_t number = static_cast<int64_t>(rows.steps[r]) + 1;
+    const bool first = rows.fresh[r] != 0.0f;
+    float* row = rows.hyper + r * kHyperWidth;
+    switch (rule) {
+#define ONEPASS_DERIVE(CODE, RULE, ARG)                           \
+  case CODE:                                                      \
+    write_row(o, factor, RULE<0>::derive(o, number, first), row); \
+    break;
+      ONEPASS_FOR_EACH_RULE(ONEPASS_DERIVE, )
+#undef ONEPASS_DERIVE
+    }
+    rows.counters[2 * r + 1] = number;
+    rows.steps[r] = rows.steps[r] + 1.0f;
+    rows.fresh[r] = 0.0f;
+  }
+}
+
+}  // namespace onepass::cuda
