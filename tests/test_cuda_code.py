@@ -45,7 +45,7 @@ def test_every_row_of_the_table_has_a_kernel():
         assert sum(n.startswith(rule) and n.endswith(" fp32 fp32 fp32") for n in names) == flags
         assert f"{rule} any" in names
     assert {"sgd-2 formats", "adam-0 formats", "adam-1 formats", "lion-1 formats"} <= names
-    assert {"norm_chunks", "norm_total"} <= names
+    assert {"norm_chunks", "norm_total", "judge_step", "advance_rows"} <= names
 
 
 def test_no_kernel_spills_or_has_local_memory():
@@ -82,11 +82,18 @@ def test_the_main_path_is_of_accesses_of_16_bytes_all_in_flight_at_once(name, lo
     for kernel in named(name):
         ops = [cuda_code.opcode(line) for line in kernel.instructions]
         wide = [i for i, op in enumerate(ops) if re.fullmatch(r"STG\.E(\.\w+)*\.128", op)]
-        assert len(wide) == stores
+        zeros = [i for i in wide if kernel.instructions[i].endswith(", RZ")]
+        written = [i for i in wide if i not in zeros]
+        assert len(written) == stores
+        # Gradients that are zeroed on request: the first writes of a round, asked by a predicate.
+        zeroed = [i for i in zeros if i < written[0]]
+        assert len(zeroed) == (2 if "fp32 fp32 fp32" in name else 1)
+        assert all(kernel.instructions[i].startswith("@") for i in zeroed)
         reads = [i for i, op in enumerate(ops) if re.fullmatch(r"LDG\.E(\.\w+)*\.128", op)]
-        before = [i for i in reads if i < wide[0]][-loads:]
+        before = [i for i in reads if i < zeroed[0]][-loads:]
         assert len(before) == loads
-        between = ops[before[0] : wide[-1]]
+        assert not [i for i in reads if zeroed[0] < i < written[-1]]
+        between = ops[before[0] : written[-1]]
         assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
 
 
@@ -159,7 +166,7 @@ def test_the_library_loads_where_torch_has_a_cuda_part(tmp_path):
         f"if torch.version.cuda is None: ctypes.CDLL({str(stub)!r})\n"
         f"torch.ops.load_library({str(LIBRARY)!r})\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "ops = ('sweep_', 'make_plan', 'refresh', 'run', 'norm', 'free_plan')\n"
+        "ops = ('sweep_', 'make_plan', 'refresh', 'run', 'norm', 'free_plan', 'judge', 'advance')\n"
         "print([name for name in ops if not has('onepass::' + name, 'CUDA')])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -194,7 +194,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(states):
 
 
 @pytest.mark.parametrize("count", [300, 20_000])
-def test_a_step_of_two_groups_is_one_launch(count):
+def test_a_step_of_two_groups_is_one_sweep(count):
     """Counted by the profiler, which sees every kernel that reaches the device."""
     params = on_gpu(make_params([(1 + i % 50,) for i in range(count)], torch.float32, 0))
     groups = [{"params": params[::2]}, {"params": params[1::2], "states": "bf16", "lr": 0.1}]
@@ -215,8 +215,9 @@ def test_a_step_of_two_groups_is_one_launch(count):
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("Memcpy", "Memset"))
     ]
-    assert len(kernels) == 5
-    assert all("sweep_formats" in name for name in kernels)
+    assert len(kernels) == 10
+    assert all("advance_rows" in name for name in kernels[::2])
+    assert all("sweep_formats" in name for name in kernels[1::2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,7 @@ from onepass.rows import RowTable
 from onepass.rules import RULES
 
 from . import cuda_shim
-from .cases import CASES, DTYPES, SIZES, assert_same, clone, make_params, same_bits, set_grads
+from .cases import CASES, DTYPES, SIZES, assert_same, make_params, same_bits
 from .test_cuda_shim import SHIM, STORED, WHY_NOT
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
@@ -341,80 +341,3 @@ def test_whole_steps_judge_advance_and_sweep_as_the_reference(case, options, set
     step = next(iter(results[1][0].state.values()))["step"]
     skipped = 2 if "skip_nonfinite" in options else 3 if "found_inf" in settings else 0
     assert float(step) == 5 - skipped
-
-
-# --- capture ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """A capture as torch sees it, and the shim's."""
-    state = cuda_shim.Capture()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.active)
-    return state
-
-
-def gradients(params, seed, dtype=torch.float32):
-    set_grads(params, dtype, seed)
-    return [p.grad for p in params]
-
-
-def test_a_captured_step_is_replayed_among_eager_ones_with_its_own_gradients(capture):
-    """Eager steps between replays have other gradients, of another dtype even, and other options:
-    neither sees the tables of the other."""
-    params = make_params([(33,), (2085,), (4, 5)], torch.bfloat16, 1)
-    expected = clone(params)
-    options = {"lr": 0.1, "states": "mx8", "weights": "split8", "zero_grads": True}
-    ours = onepass.AdamW(params, **options, backend=SHIM)
-    reference = onepass.AdamW(expected, **options, backend="reference")
-
-    def eager(seed, dtype=torch.float32):
-        gradients(params, seed, dtype)
-        ours.step()
-        gradients(expected, seed, dtype)
-        reference.step()
-
-    eager(0)
-    static = gradients(params, 1)
-    before = cuda_shim.launches()
-    with capture:
-        ours.step()
-    assert cuda_shim.launches() == before
-    plan = ours._plan
-
-    def replay(seed):
-        values = gradients(expected, seed)
-        for grad, value in zip(static, values, strict=True):
-            grad.copy_(value)
-        reference.step()
-        capture.replay()
-        assert not any(grad.any() for grad in static)
-        assert_same(ours, reference)
-
-    replay(1)
-    replay(2)
-    eager(3)
-    replay(4)
-    eager(5, torch.bfloat16)
-    assert_same(ours, reference)
-    replay(6)
-    # The plan is made anew: the graph still has the old one's tables.
-    ours.load_state_dict(ours.state_dict())
-    assert ours._plan is None
-    assert plan in ours.captured
-    capture.replay()
-
-
-def test_a_capture_needs_a_step_before_it(capture):
-    params = make_params([(5,)], torch.float32, 0)
-    gradients(params, 0)
-    optimizer = onepass.SGD(params, backend=SHIM)
-    optimizer.step()
-    optimizer.max_grad_norm = 1.0
-    with capture, pytest.raises(RuntimeError, match="needs one before it that judges"):
-        optimizer.step()
-    optimizer.max_grad_norm = None
-    gradients(params, 0, torch.bfloat16)
-    with capture, pytest.raises(RuntimeError, match="gradients of these dtypes before"):
-        optimizer.step()
