@@ -95,7 +95,7 @@ part tools 20 bash -c tools
 part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
 part code 30 bash -c 'tests tests/test_cuda_code.py'
-part bits 130 bash -c 'tests tests/test_cuda_gpu.py'
+part bits 130 bash -c 'tests tests/test_cuda_gpu.py tests/test_cuda_gpu_step.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
 part bench 70 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
