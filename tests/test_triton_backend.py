@@ -175,6 +175,25 @@ def test_a_stale_plan_is_refused_and_nothing_is_changed():
     assert part.backend.refresh(part.prepared, [good[0].to(torch.bfloat16), good[1]], 0)
 
 
+@interpreted
+def test_a_table_of_gradients_that_a_captured_step_reads_is_not_written_again():
+    param = param_with_grad(3)
+    optimizer = onepass.SGD([param], lr=0.5, backend="triton")
+    optimizer.step()
+    (part,) = optimizer._plan._parts
+    prepared = part.prepared
+    prepared.captured = True  # as after a capture, which takes a GPU
+    table, address = prepared.grads, param.grad.data_ptr()
+    optimizer.step()
+    assert prepared.grads is table
+    old, param.grad = param.grad, torch.ones(3)
+    optimizer.step()
+    assert old.data_ptr() == address == int(table)
+    assert int(prepared.grads) == param.grad.data_ptr()
+    assert torch.equal(param.detach(), torch.full((3,), -0.5))
+    assert not prepared.captured
+
+
 # --- launches --------------------------------------------------------------------------------
 
 
