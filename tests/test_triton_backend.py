@@ -13,6 +13,7 @@ import onepass
 from onepass import backends
 from onepass.backends import triton as host
 from onepass.backends.triton import TritonBackend
+from onepass.rows import RowTable
 
 from .cases import make_params, set_grads
 
@@ -192,6 +193,22 @@ def test_a_table_of_gradients_that_a_captured_step_reads_is_not_written_again():
     assert int(prepared.grads) == param.grad.data_ptr()
     assert torch.equal(param.detach(), torch.full((3,), -0.5))
     assert not prepared.captured
+
+
+def test_options_are_uploaded_again_beside_a_graph_that_copies_its_own():
+    param = param_with_grad(3)
+    (group,) = onepass.SGD([param], lr=0.5, seed=4).param_groups
+    table = RowTable(onepass.SGD.rule, [(group, 0.0, True)], CPU)
+    table.upload()
+    known = table.options.clone()
+    table.options.zero_()
+    table.upload()
+    assert not table.options.any()  # nothing has changed that the host knows of
+    table._captured.append(known)  # as after a capture, which takes a GPU
+    table.counters.zero_()
+    table.upload()
+    assert torch.equal(table.options, known)
+    assert table.counters[0, 0] == 4
 
 
 # --- launches --------------------------------------------------------------------------------
