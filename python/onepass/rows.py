@@ -110,10 +110,11 @@ class RowTable:
         groups = [row.group for row in self.rows]
         options = [self.rule.options(_known_to_host(group)) for group in groups]
         seeds = [int(group["seed"]) for group in groups]
-        if options != self._options:
+        # What a captured graph has copied, and will again, is not what the host knows of.
+        if options != self._options or self._captured:
             self._copy(self.options, torch.tensor(options, dtype=torch.float64))
             self._options = options
-        if seeds != self._seeds:
+        if seeds != self._seeds or self._captured:
             self._copy(self.counters[:, 0], torch.tensor(seeds, dtype=torch.int64))
             self._seeds = seeds
         for i, group in enumerate(groups):
