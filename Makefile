@@ -40,6 +40,7 @@ test: $(VENV)/.built ## run the tests
 
 bench: $(VENV)/.built ## measure the steps on this machine
 	$(RUN) -m bench
+	$(RUN) -m bench.phase
 
 gpu: ## build, check and measure the CUDA kernels on the GPU at hand
 	PYTHON="$(PYTHON)" bash bench/gpu.sh

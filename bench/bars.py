@@ -46,6 +46,16 @@ BARS = [
         20.0,
         "split8",
     ),
+    Bar("300 one-element 10x torch fused", "adamw", "fp32", "fp32", "300x1", "torch-fused", 10.0),
+    Bar(
+        "20,000 one-element 10x torch fused",
+        "adamw",
+        "fp32",
+        "fp32",
+        "20000x1",
+        "torch-fused",
+        10.0,
+    ),
     Bar("2,000 small 10x torch fused", "adamw", "fp32", "fp32", "2000x256", "torch-fused", 10.0),
     Bar("20,000 small 10x torch fused", "adamw", "fp32", "fp32", "20000x256", "torch-fused", 10.0),
 ]

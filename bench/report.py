@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bars, results
+from . import bars, phase, results
 from .cases import BEYOND_CACHE, all_cases
 from .measure import LIMITS
 from .results import Line, case_key
@@ -128,8 +128,11 @@ def _bar_table(lines: list[Line]) -> list[str]:
     return rows
 
 
-def markdown(lines: list[Line], sources: Sequence[str], picture: str | None) -> str:
-    """The page. lines: those of :func:`newest`; sources: the files that they are from."""
+def markdown(
+    lines: list[Line], sources: Sequence[str], picture: str | None, phases: Sequence[Line] = ()
+) -> str:
+    """The page. lines: those of :func:`newest`; sources: the files that they are from; phases: the
+    lines of bench.phase."""
     text = [
         "# Performance",
         "",
@@ -169,6 +172,10 @@ def markdown(lines: list[Line], sources: Sequence[str], picture: str | None) -> 
             text += ["", f"### {title(case[0])}", "", f"{size / 1e6:,.3f} MB a step.", ""]
             text += _table(case)
         picture = None  # one picture, beside the device that it shows
+    if phases:
+        text += ["", "## The optimizer phase: unscale, clip, step, zero", ""]
+        text += ["AdamW, fp32, by `python -m bench.phase`, which says what is timed.", ""]
+        text += phase.table(phases)
     return "\n".join(text) + "\n"
 
 
@@ -234,7 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     sources = [
         str(file.relative_to(root) if file.is_relative_to(root) else file.name) for file in files
     ]
-    page.write_text(markdown(lines, sources, picture.name if drawn else None), encoding="utf-8")
+    phases = results.read_lines(args.results / "phase.jsonl")
+    text = markdown(lines, sources, picture.name if drawn else None, phases)
+    page.write_text(text, encoding="utf-8")
     print(f"wrote {page}" + (f" and {picture}" if drawn else ""))
     return 0
 

@@ -133,7 +133,7 @@ def test_nothing_is_changed_and_the_plan_stays_ready(backend):
             assert same_bits(backend.norm(prepared).float(), backend.norm(prepared).float())
         hyper = torch.zeros(1, HYPER_WIDTH)
         hyper[0, :2] = torch.tensor([1.0, 0.5])
-        backend.run(prepared, hyper, torch.zeros(1, 2, dtype=torch.int64))
+        backend.run(prepared, hyper, torch.tensor([[0, 1]]))
         with pytest.raises(RuntimeError, match="norm without refresh"):
             backend.norm(prepared)
         assert all(map(same_bits, grads, before))

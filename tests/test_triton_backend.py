@@ -13,6 +13,7 @@ import onepass
 from onepass import backends
 from onepass.backends import triton as host
 from onepass.backends.triton import TritonBackend
+from onepass.rows import RowTable
 
 from .cases import make_params, set_grads
 
@@ -175,12 +176,47 @@ def test_a_stale_plan_is_refused_and_nothing_is_changed():
     assert part.backend.refresh(part.prepared, [good[0].to(torch.bfloat16), good[1]], 0)
 
 
+@interpreted
+def test_a_table_of_gradients_that_a_captured_step_reads_is_not_written_again():
+    param = param_with_grad(3)
+    optimizer = onepass.SGD([param], lr=0.5, backend="triton")
+    optimizer.step()
+    (part,) = optimizer._plan._parts
+    prepared = part.prepared
+    prepared.captured = True  # as after a capture, which takes a GPU
+    table, address = prepared.grads, param.grad.data_ptr()
+    optimizer.step()
+    assert prepared.grads is table
+    old, param.grad = param.grad, torch.ones(3)
+    optimizer.step()
+    assert old.data_ptr() == address == int(table)
+    assert int(prepared.grads) == param.grad.data_ptr()
+    assert torch.equal(param.detach(), torch.full((3,), -0.5))
+    assert not prepared.captured
+
+
+def test_options_are_uploaded_again_beside_a_graph_that_copies_its_own():
+    param = param_with_grad(3)
+    (group,) = onepass.SGD([param], lr=0.5, seed=4).param_groups
+    table = RowTable(onepass.SGD.rule, [(group, 0.0, True)], CPU)
+    table.upload()
+    known = table.options.clone()
+    table.options.zero_()
+    table.upload()
+    assert not table.options.any()  # nothing has changed that the host knows of
+    table._captured.append(known)  # as after a capture, which takes a GPU
+    table.counters.zero_()
+    table.upload()
+    assert torch.equal(table.options, known)
+    assert table.counters[0, 0] == 4
+
+
 # --- launches --------------------------------------------------------------------------------
 
 
 @interpreted
 @pytest.mark.parametrize("count", [300, 20_000])
-def test_a_step_is_one_launch(count, monkeypatch):
+def test_a_step_is_one_launch_beside_that_of_its_hyperparameters(count, monkeypatch):
     """Counted where Triton launches. 20,000 programs would take the interpreter minutes: there the
     launch's grid is compared with the tensors, one chunk each, and nothing is run."""
     from triton.runtime.interpreter import GridExecutor
@@ -190,7 +226,7 @@ def test_a_step_is_one_launch(count, monkeypatch):
 
     def counted(self, *args, **kwargs):
         grids.append(self.grid)
-        if count == 300:
+        if count == 300 or self.grid == (2,):
             original(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", counted)
@@ -202,6 +238,6 @@ def test_a_step_is_one_launch(count, monkeypatch):
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.1, "nesterov": True}]
     optimizer = onepass.SGD(groups, lr=0.5, momentum=0.9, backend="triton")
     optimizer.step()
-    assert grids == [(count,)]
+    assert grids == [(len(groups),), (count,)]
     if count == 300:
         assert all(bool((p != 1).all()) for p in params)

@@ -15,7 +15,9 @@ import pytest
 HERE = Path(__file__).parent
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
-EVERY = ("every-sgd", "every-adagrad", "every-rmsprop", "every-adam", "every-lion")
+RULES = ("sgd", "adagrad", "rmsprop", "adam", "lion")
+EVERY = tuple(f"every-{rule}" for rule in RULES)
+SMALL = ("judge", "advance-adam", *(f"advance-{rule}" for rule in RULES if rule != "adam"))
 
 # A program is 256 threads and a multiprocessor has 65,536 registers: 64 a thread leave room for
 # four programs, 80 for three. In fp32 a thread has 4 loads of 16 bytes under way, 64 KiB a
@@ -29,7 +31,12 @@ MAX_REGISTERS |= {"adamw-split16": 96, **dict.fromkeys(EIGHT_BITS, 128)}
 # The norm has 4 loads of 16 bytes under way in every format; with 128 registers, on gfx942, four
 # waves of them fit a SIMD, 64 KiB a compute unit.
 MAX_REGISTERS |= {"norm": 80, "norm-total": 64}
-MAX_REGISTERS_AMD = {**MAX_REGISTERS, "norm": 128}
+# What is asked for beside the rule: an average is a tensor more, 20 KiB under way with three
+# programs; telemetry has four sums in each thread, and room for two.
+MAX_REGISTERS |= {"ema-fp32": 80, "extras-bf16": 128, "extras-mx8": 128, "telemetry-total": 64}
+# One warp, on its own.
+MAX_REGISTERS |= dict.fromkeys(("judge", "advance-adam"), 64)
+MAX_REGISTERS_AMD = {**MAX_REGISTERS, "norm": 128, "extras-mx8": 168}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -81,6 +88,7 @@ def main_path(ptx: str) -> str:
         ("adamw-fp32", [16, 16, 16, 16], [16, 16, 16]),
         ("adamw-bf16", [8, 8, 8, 8], [8, 8, 8]),
         ("adamw-bf16-weights", [8, 8, 16, 16], [8, 16, 16]),
+        ("ema-fp32", [16, 16, 16, 16, 16], [16, 16, 16, 16]),
     ],
 )
 def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, target):
@@ -95,7 +103,8 @@ def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, ta
     rest = [size for predicated, _, size in accesses(ptx) if not predicated]
     table = sorted(rest)[: len(rest) - len(block)]
     assert set(table) == {4, 8}
-    assert table.count(4) == 1 + kernels[f"{kernel}.{target}"]["scalars"]
+    averaged = 2 if kernel == "ema-fp32" else 0
+    assert table.count(4) == 1 + kernels[f"{kernel}.{target}"]["scalars"] + averaged
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -197,6 +206,50 @@ def test_arithmetic_on_amd(kernels, kernel):
 
 
 @pytest.mark.parametrize("target", NVIDIA)
+def test_the_main_path_that_zeroes_averages_and_measures(kernels, target):
+    """The gradient is written too, and the average read and written; sums stay in their threads."""
+    block = main_path(kernels[f"extras-bf16.{target}"]["text"])
+    found = accesses(block)
+    assert [size for _, kind, size in found if kind == "ld"] == [8, 8, 8, 8, 16]
+    assert [size for _, kind, size in found if kind == "st"] == [16, 8, 8, 8, 8]
+    assert not re.search(r"shared|shfl|bar\.sync", block)
+    # Three sums of one group of elements.
+    assert block.count("add.rn.f64") == 3
+
+
+# Beside arithmetic: what numbers are converted from and to, and selections.
+FLOAT64 = {"mul.rn.f64", "add.rn.f64", "sub.rn.f64", "div.rn.f64", "sqrt.rn.f64", "selp.f64"}
+FLOAT64 |= {"cvt.f64.f32", "cvt.rn.f32.f64", "cvt.rn.f64.s64", "setp.gt.f64", "setp.gtu.f64"}
+
+
+@pytest.mark.parametrize(
+    "name", [f"{k}.sm_90" for k in SMALL] + [f"{k}.{t}" for k in SMALL[:2] for t in NVIDIA[::2]]
+)
+def test_float64_on_nvidia(kernels, name):
+    """No contraction: what is fused is within ptxas' own expansions of roots and divisions."""
+    text, sass = kernels[name]["text"], kernels[name]["sass"]
+    used = set(re.findall(r"^\s*(?:@!?%p\d+ )?(\w[\w.]*\.f64[\w.]*)", text, re.MULTILINE))
+    assert {"cvt.f64.f32" if name.startswith("judge") else "cvt.rn.f32.f64"} <= used <= FLOAT64
+    assert not re.search(r"\b(fma|mad)\.\w*\.?f64|\.ftz|\.approx", text)
+    # Of each sequence at least one: a division's DFMAs without any would be contraction.
+    if not {"div.rn.f64", "sqrt.rn.f64"} & used:
+        assert "DFMA" not in sass
+    for op, ptx_op in (("DADD", r"(?:add|sub)\.rn\.f64"), ("DMUL", r"mul\.rn\.f64")):
+        assert len(re.findall(rf"\b{op}\b", sass)) >= len(re.findall(rf"\b{ptx_op}\b", text))
+
+
+@pytest.mark.parametrize("kernel", SMALL)
+def test_float64_on_amd(kernels, kernel):
+    llir, text = (kernels[f"{kernel}.gfx942"][name] for name in ("llir", "text"))
+    assert not re.search(r"llvm\.(fma|fmuladd)|!fpmath|unsafe-fp-math", llir)
+    assert not re.search(r"\bf(?:add|sub|mul|div)\s+(?:fast|contract|arcp|afn|reassoc)\b", llir)
+    assert re.search(r"\.amdhsa_float_round_mode_16_64 0\b", text)
+    assert re.search(r"\.amdhsa_float_denorm_mode_16_64 3\b", text)
+    if not re.search(r"fdiv double|llvm\.sqrt\.f64", llir):
+        assert not re.search(r"v_fmac?_f64", text)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
 def test_the_norm_reads_16_bytes_at_a_time(kernels, target):
     """Four accesses a thread in each of the three formats; only its three numbers are written."""
     text = kernels[f"norm.{target}"]["text"]
@@ -218,12 +271,14 @@ def test_the_norm_on_amd_reads_16_bytes_at_a_time(kernels):
 
 
 def test_numbers_that_change_compile_nothing(tmp_path):
-    """50 steps of a schedule, then other lists, are one kernel, and one launch a step.
+    """50 steps of a schedule, then other lists, are two kernels, and two launches a step: what
+    derives hyperparameters, and the sweep.
 
-    Norms of any list and dtypes are two kernels, and two launches each.
+    Norms of any list and dtypes are two kernels and two launches each. With clipping a step has
+    these, that of the verdict, and another that derives.
     """
     counts = [
         tuple(map(int, line.split()))
         for line in run_compiled("triton_schedule.py", tmp_path).splitlines()
     ]
-    assert counts == [(1, 50), (1, 59), (2, 62), (4, 72)]
+    assert counts == [(2, 100), (2, 118), (3, 124), (7, 139), (7, 149)]

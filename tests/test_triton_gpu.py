@@ -201,7 +201,9 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(states):
 
 
 @pytest.mark.parametrize("count", [300, 20_000])
-def test_a_step_is_one_launch_and_a_schedule_compiles_once(count):
+def test_a_step_is_one_launch_beside_that_of_its_hyperparameters_and_a_schedule_compiles_once(
+    count,
+):
     """Counted by the profiler, which sees every kernel that reaches the device."""
     params = on_gpu(make_params([(1 + i % 50,) for i in range(count)], torch.float32, 0))
     groups = [{"params": params[::2]}, {"params": params[1::2], "states": "bf16", "lr": 0.1}]
@@ -225,7 +227,7 @@ def test_a_step_is_one_launch_and_a_schedule_compiles_once(count):
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("Memcpy", "Memset"))
     ]
-    assert kernels == ["sweep"] * 5
+    assert kernels == ["advance", "sweep"] * 5
     assert sum(len(caches[0]) for caches in sweep.device_caches.values()) == known
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 import triton
-from onepass.triton_kernels import norm
-from onepass.triton_kernels.sweep import TUNING, sweep
+from onepass.triton_kernels import derive, norm, sums
+from onepass.triton_kernels.sweep import sweep
+from onepass.triton_kernels.table import TUNING
 from onepass.triton_kernels.variants import Variant, Variants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,12 +40,13 @@ FP32, BF16, _ = NATIVE.values()
 SPLIT16, SPLIT8 = (WEIGHT_FORMATS[name].codes[torch.bfloat16] for name in ("split16", "split8"))
 
 
-def variant(rule: str, flags: int, param: int, grad: int, states: str) -> Variant:
+def variant(
+    rule: str, flags: int, param: int, grad: int, states: str, ema: bool = False
+) -> Variant:
     slots = {slot for slot, _ in RULES[rule].state_slots(flags)}
     code = STATE_FORMATS[states].code
-    return Variant(
-        rule, flags, param, grad, tuple(code if s in slots else -1 for s in range(SLOTS))
-    )
+    codes = tuple(code if s in slots else -1 for s in range(SLOTS))
+    return Variant(rule, flags, param, grad, codes, ema)
 
 
 def every_flag(rule: str) -> tuple[Variant, ...]:
@@ -71,6 +73,9 @@ KERNELS = {
     "adamw-mx4": (variant("adam", 1, BF16, BF16, "mx4"),),
     "adamw-split16": (variant("adam", 1, SPLIT16, BF16, "bf16"),),
     **{f"every-{rule}": every_flag(rule) for rule in RULES},
+    "ema-fp32": (variant("adam", 1, FP32, FP32, "fp32", True),),
+    "extras-bf16": (variant("adam", 1, BF16, BF16, "bf16", True),),
+    "extras-mx8": (variant("adam", 1, BF16, BF16, "mx8"),),
 }
 
 
@@ -80,11 +85,14 @@ SWEEP = {
     "hyper_ptr": "*fp32",
     "counters_ptr": "*i64",
     "maps_ptr": "*fp32",
+    "partials_ptr": "*fp64",
     "VARIANTS": "constexpr",
     "BLOCK": "constexpr",
+    "ZERO": "constexpr",
+    "MEASURED": "constexpr",
 }
 # Numbers are not specialised: no divisibility is given for them.
-NORM = {
+SMALL = {
     "norm": (
         norm.partial_norms,
         {
@@ -94,12 +102,54 @@ NORM = {
             "num_chunks": "i32",
             "partials_ptr": "*fp64",
         },
+        {},
     ),
     "norm-total": (
         norm.total_norm,
         {"partials_ptr": "*fp64", "num_partials": "i32", "norm_ptr": "*fp64"},
+        {},
     ),
+    "telemetry-total": (
+        sums.total_telemetry,
+        {
+            "partials_ptr": "*fp64",
+            "chunks_ptr": "*i64",
+            "spans_ptr": "*i64",
+            "telemetry_ptr": "*fp64",
+        },
+        {},
+    ),
+    "judge": (
+        derive.judge,
+        {
+            "verdict_ptr": "*fp64",
+            "found_ptr": "*fp64",
+            "scale_ptr": "*fp32",
+            "inf_ptr": "*fp32",
+            "max_norm": "i64",
+            **dict.fromkeys(["FOUND", "SCALED", "ASKED", "CLIPS", "LARGEST", "SKIPS"], "constexpr"),
+        },
+        {**dict.fromkeys(["FOUND", "SCALED", "ASKED", "CLIPS", "SKIPS"], True), "LARGEST": False},
+    ),
+    **{
+        f"advance-{rule}": (
+            derive.advance,
+            {
+                "verdict_ptr": "*fp64",
+                "options_ptr": "*fp64",
+                "steps_ptr": "*fp32",
+                "fresh_ptr": "*fp32",
+                "hyper_ptr": "*fp32",
+                "counters_ptr": "*i64",
+                **dict.fromkeys(["RULE", "SCALARS", "JUDGED"], "constexpr"),
+            },
+            {"RULE": derive.DERIVE[rule], "SCALARS": RULES[rule].scalars, "JUDGED": True},
+        )
+        for rule in RULES
+    },
 }
+
+SMALL_EVERYWHERE = ("norm", "norm-total", "telemetry-total", "judge", "advance-adam")
 
 
 def compiled(
@@ -111,6 +161,8 @@ def compiled(
     )
     narrow = "VARIANTS" in constants and constants["VARIANTS"].narrow
     options = TUNING[target.warp_size].options(narrow)
+    if function in (derive.judge, derive.advance):
+        options = derive.OPTIONS
     kernel = triton.compile(source, target=target, options=options)
     found: dict[str, object] = {}
     if target.backend == "hip":
@@ -139,12 +191,20 @@ def compiled(
 
 def main(folder: Path) -> None:
     for name, target in TARGETS.items():
-        found = {k: compiled(*kernel, {}, target) for k, kernel in NORM.items()}
+        few = name in ("sm_90", "gfx942")
+        small = {k: v for k, v in SMALL.items() if few or k in SMALL_EVERYWHERE}
+        found = {k: compiled(*kernel, target) for k, kernel in small.items()}
         for kernel, variants in KERNELS.items():
-            if kernel.startswith("every-") and name not in ("sm_90", "gfx942"):
+            if kernel.startswith("every-") and not few:
                 continue
             block = TUNING[target.warp_size].block
-            constants = {"VARIANTS": Variants(variants), "BLOCK": block}
+            extras = kernel.startswith("extras-")
+            constants = {
+                "VARIANTS": Variants(variants),
+                "BLOCK": block,
+                "ZERO": extras,
+                "MEASURED": extras,
+            }
             found[kernel] = compiled(sweep, SWEEP, constants, target)
             found[kernel]["scalars"] = variants[0].scalars
         for kernel, what in found.items():

@@ -64,6 +64,8 @@ def train(sizes: list[int], steps: int, cls: Any = onepass.AdamW, **options: Any
             if "eps" in group:
                 group["eps"] = 1e-8 * (step + 1)
             group["maximize"] = step % 2 == 0
+        if optimizer.max_grad_norm is not None:
+            optimizer.max_grad_norm = 0.3 * step
         for param in params:
             param.grad = torch.ones_like(param)
             kept.append(param.grad)
@@ -79,6 +81,9 @@ train([7] * 33 + [100_000], steps=3)
 print(len(compilations), len(launches))
 # Another variant is another kernel: the count counts.
 train([5, 5], steps=3, amsgrad=True)
+print(len(compilations), len(launches))
+# So are a verdict, and a step that follows one.
+train([5, 5], steps=3, amsgrad=True, max_grad_norm=0.5)
 print(len(compilations), len(launches))
 # Norms of lists of any length, sizes and dtypes.
 for number, dtypes in enumerate(

@@ -4,10 +4,7 @@ Two launches, in an order of additions that the sizes alone decide: programs wal
 the sweep and leave one partial result each, one last program adds these up. No atomics, nothing on
 the host, and one compiled kernel for every list.
 
-Float64 runs at a 64th of the rate of fp32 on many GPUs, so there are three such operations for a
-group of elements, those that a thread reads with one 16-byte access: they are scaled by the power
-of two that brings their largest to between 1/2 and 4, squared and added in fp32; their sum is then
-scaled back and added to the others' in float64. So no square overflows or vanishes.
+Squares are added as in sums.py, in groups of what a thread reads with one 16-byte access.
 """
 
 from __future__ import annotations
@@ -19,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import sums as sums_of
 from .floats import from_bf16, from_fp16, from_fp32
-from .sweep import COLUMNS, COUNT, ENTRY, INTERPRETED, START, Tuning
+from .table import COLUMNS, COUNT, ENTRY, INTERPRETED, START, Tuning
 
 # Programs of a launch, if there are so many chunks. They take chunks in turn, so that each has the
 # same share; the last program reads what they leave. Untuned: no GPU has run these yet.
@@ -30,8 +28,6 @@ GROUPS = tl.constexpr(1024)
 # Partial results that the last program reads at once.
 LAST = tl.constexpr(1024)
 
-_INFINITY = tl.constexpr(0x7F800000)
-
 
 @triton.jit
 def add_block(sums, ptr, offsets, mask, DECODE: tl.constexpr, FULL: tl.constexpr):
@@ -39,17 +35,10 @@ def add_block(sums, ptr, offsets, mask, DECODE: tl.constexpr, FULL: tl.constexpr
     squares, largest, nonfinite = sums
     values = DECODE(tl.load(ptr + offsets) if FULL else tl.load(ptr + offsets, mask=mask, other=0))
     magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    nonfinite += tl.sum((magnitudes >= _INFINITY).to(tl.int32), axis=1)
-    top = tl.max(tl.where(magnitudes > _INFINITY, 0, magnitudes), axis=1)
+    top = sums_of.largest(magnitudes)
+    nonfinite += sums_of.nonfinite(magnitudes)
     largest = tl.maximum(largest, top)
-    # 2^-e of the group's largest, 1.m 2^e, halved; no lower than fp32's smallest normal number.
-    scale = tl.maximum((253 << 23) - (top & _INFINITY), 1 << 23)
-    scaled = values * scale.to(tl.float32, bitcast=True)[:, None]
-    group = tl.sum(scaled * scaled, axis=1)
-    # Its inverse squared, as float64: exponent biases are 127 and 1023.
-    unscale = (1023 + 2 * 127 - 2 * (scale >> 23)).to(tl.int64) << 52
-    squares += group.to(tl.float64) * unscale.to(tl.float64, bitcast=True)
-    return squares, largest, nonfinite
+    return sums_of.add_squares(squares, values, top), largest, nonfinite
 
 
 @triton.jit

@@ -10,8 +10,6 @@ variant, taken uniformly by all threads of a program.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,150 +19,30 @@ import triton.language as tl
 from onepass import rules as rule_table
 
 from . import formats
-from .blocks import each, pack, unpack
+from .access import load, load_stored, only_elements, store, store_stored
+from .sums import leave_sums, measure, no_sums, total_telemetry
+from .table import (
+    AVERAGE,
+    COLUMNS,
+    COMPANION,
+    COUNT,
+    ENTRY,
+    HYPER_WIDTH,
+    INDEX,
+    INTERPRETED,
+    PARAM,
+    PARAM_ID,
+    ROW,
+    SCALES,
+    START,
+    STATES,
+    VARIANT,
+    Tuning,
+)
 from .variants import Variant as Variant
 from .variants import Variants, has_slot, root_slot, state_format, variant_at
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-# Columns of the chunk table, int64, a row per chunk.
-PARAM = tl.constexpr(0)  # address of the chunk's first element
-STATES = tl.constexpr(1)  # likewise, of the states in slots 0, 1, 2
-SCALES = tl.constexpr(4)  # of their scales
-COMPANION = tl.constexpr(7)  # of the weight's companion
-ENTRY = tl.constexpr(8)  # row of the gradient table, which holds the addresses of whole gradients
-START = tl.constexpr(9)  # position of the chunk in its tensors
-COUNT = tl.constexpr(10)  # its elements
-ROW = tl.constexpr(11)  # of the hyperparameter and counter tables
-PARAM_ID = tl.constexpr(12)  # keys the random bits
-INDEX = tl.constexpr(13)  # likewise: of the first element in the whole parameter
-VARIANT = tl.constexpr(14)  # position in VARIANTS
-COLUMNS = tl.constexpr(15)
-
-HYPER_WIDTH = tl.constexpr(rule_table.HYPER_WIDTH)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Elements that a program takes at once, warps of a program, elements of a chunk, and the most
-    registers of a thread where states have 8 bits or fewer.
-
-    A block is four elements a thread: one 16-byte access for fp32 and 8 bytes for 16-bit formats.
-    With more, Triton would lay out fp32 and narrower tensors differently when it writes them, and
-    exchange them through shared memory. Variants with 8-bit states that write no fp32 take two
-    blocks at once: 8 bytes for the codes.
-
-    Chunks are whole blocks, and a multiple of every format's block, so that no two programs share a
-    scale. With 128 registers two programs fit an NVIDIA multiprocessor; ptxas would take more for
-    8-bit states. (AMD's compiler has no such option.)
-    """
-
-    block: int
-    num_warps: int
-    chunk: int
-    registers: int | None
-
-    def options(self, narrow: bool = False) -> dict[str, Any]:
-        """What kernels are compiled with; narrow: for states of 8 bits or fewer."""
-        found = {"num_warps": self.num_warps, "enable_fp_fusion": False, "sanitize_overflow": False}
-        return {**found, "maxnreg": self.registers} if narrow and self.registers else found
-
-
-# By warp size: NVIDIA, AMD CDNA. Untuned: no GPU has run these yet.
-TUNING = {32: Tuning(1024, 8, 8192, 128), 64: Tuning(1024, 4, 8192, None)}
-THREADS = tl.constexpr(256)  # of a program, in each of them
-
-
-def tuning(device: torch.device) -> Tuning:
-    """The row of :data:`TUNING` for a device."""
-    if device.type == "cpu":
-        return TUNING[32]
-    return TUNING[torch.cuda.get_device_properties(device).warp_size]
-
-
-@triton.jit
-def load(address, first, lanes, count, TYPE: tl.constexpr, FULL: tl.constexpr):
-    ptr = address.to(tl.pointer_type(TYPE))
-    if FULL:
-        # The hint must be on the pointer: on the integer it is lost, and accesses are scalar.
-        return tl.load(tl.multiple_of(ptr, 16) + (first + lanes))
-    return tl.load(ptr + (first + lanes), mask=first + lanes < count, other=0)
-
-
-@triton.jit
-def store(address, first, lanes, count, stored, TYPE: tl.constexpr, FULL: tl.constexpr):
-    ptr = address.to(tl.pointer_type(TYPE))
-    if FULL:
-        tl.store(tl.multiple_of(ptr, 16) + (first + lanes), stored)
-    else:
-        tl.store(ptr + (first + lanes), stored, mask=first + lanes < count)
-
-
-@triton.jit
-def load_stored(
-    at, extra_at, first, count, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
-):
-    """(codes, what is beside them) of one block of elements."""
-    ELEMENT: tl.constexpr = FORMAT.element
-    PACKED: tl.constexpr = FORMAT.packed
-    EXTRA: tl.constexpr = FORMAT.extra
-    SIZE: tl.constexpr = FORMAT.block
-    lanes = tl.arange(0, BLOCK // PACKED)
-    limit = (count + (PACKED - 1)) // PACKED
-    codes = load(at, first // PACKED, lanes, limit, ELEMENT, FULL)
-    if PACKED == 2:
-        codes = unpack(codes)
-    extra = codes
-    if EXTRA is not None:
-        lanes = tl.arange(0, BLOCK // SIZE)
-        limit = (count + (SIZE - 1)) // SIZE
-        extra = load(extra_at, first // SIZE, lanes, limit, EXTRA, FULL and SIZE == 1)
-    return codes, extra
-
-
-@triton.jit
-def store_scales(address, first, count, scales, TYPE: tl.constexpr, SIZE: tl.constexpr):
-    """The scales of whole blocks of elements.
-
-    As many values as threads, so that Triton stores each from the thread that has it: a shorter
-    tensor would go through shared memory to the first warps.
-    """
-    PER: tl.constexpr = THREADS // scales.shape[0]
-    lanes = tl.arange(0, THREADS)
-    ptr = address.to(tl.pointer_type(TYPE)) + (first + lanes // PER)
-    kept = (lanes % PER == 0) & ((first + lanes // PER) * SIZE < count)
-    tl.store(ptr, each(scales, PER), mask=kept)
-
-
-@triton.jit
-def store_stored(
-    at, extra_at, first, count, codes, extra, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    ELEMENT: tl.constexpr = FORMAT.element
-    PACKED: tl.constexpr = FORMAT.packed
-    EXTRA: tl.constexpr = FORMAT.extra
-    SIZE: tl.constexpr = FORMAT.block
-    if PACKED == 2:
-        if not FULL:
-            # The unused half of a last byte is zero.
-            codes = tl.where(first + tl.arange(0, BLOCK) < count, codes, 0).to(ELEMENT)
-        codes = pack(codes)
-    lanes = tl.arange(0, BLOCK // PACKED)
-    limit = (count + (PACKED - 1)) // PACKED
-    store(at, first // PACKED, lanes, limit, codes, ELEMENT, FULL)
-    if SIZE > 1:
-        store_scales(extra_at, first // SIZE, count, extra, EXTRA, SIZE)
-    elif EXTRA is not None:
-        store(extra_at, first, lanes, count, extra, EXTRA, FULL)
-
-
-@triton.jit
-def only_elements(values, first, count, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    """Zeros where there is no element, so that they have no part in the scale of a block."""
-    if not FULL and FORMAT.block > 1:
-        values = tl.where(first + tl.arange(0, values.shape[0]) < count, values, 0.0)
-    return values
+EMA = tl.constexpr(rule_table.EMA)
 
 
 @triton.jit
@@ -186,7 +64,7 @@ def store_state(
     """Encodes the state of a slot; returns what states after it are measured in."""
     FORMAT: tl.constexpr = state_format(V, SLOT)
     ROOT: tl.constexpr = root_slot(V)
-    _, _, _, states_at, scales_at = at
+    _, _, _, _, states_at, scales_at = at
     random = bits_of(words, SLOT)
     values = only_elements(states[SLOT], first, count, FORMAT, FULL)
     codes, extra = FORMAT.encode(values, random, root, maps)
@@ -197,22 +75,61 @@ def store_state(
 
 
 @triton.jit
+def end_block(
+    at, grad, before, after, sums, first, count, V: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr, ZERO: tl.constexpr, MEASURED: tl.constexpr,
+):  # fmt: skip
+    """What may be asked of every block, of those left alone as well: the gradient set to zero, and
+    telemetry, of the gradient as it came and the weight before and after."""
+    _, _, grad_at, _, _, _ = at
+    lanes = tl.arange(0, BLOCK)
+    if MEASURED:
+        if not FULL:
+            # A rule need not make zero of zeros.
+            after = tl.where(first + lanes < count, after, 0.0)
+        sums = measure(sums, grad, before, after)
+    if ZERO:
+        ELEMENT: tl.constexpr = V.grad_format.element
+        store(grad_at, first, lanes, count, tl.zeros([BLOCK], ELEMENT), ELEMENT, FULL)
+    return sums
+
+
+@triton.jit
+def leave_block(
+    at, sums, first, count, maps, V: tl.constexpr, BLOCK: tl.constexpr, ZERO: tl.constexpr,
+    MEASURED: tl.constexpr,
+):  # fmt: skip
+    """A block of a step that is skipped."""
+    param_at, companion_at, grad_at, _, _, _ = at
+    PARAM: tl.constexpr = V.param_format
+    GRAD: tl.constexpr = V.grad_format
+    # What nothing reads is never loaded: the compiler drops it.
+    codes, extra = load_stored(param_at, companion_at, first, count, PARAM, BLOCK, False)
+    param = PARAM.decode(codes, extra, 0, maps)
+    codes, extra = load_stored(grad_at, grad_at, first, count, GRAD, BLOCK, False)
+    grad = GRAD.decode(codes, extra, 0, maps)
+    return end_block(
+        at, grad, param, param, sums, first, count, V, BLOCK, False, ZERO, MEASURED
+    )  # fmt: skip
+
+
+@triton.jit
 def sweep_block(
-    at, h, stream, index, first, count, maps, V: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
+    at, h, average_h, stream, index, sums, first, count, maps, V: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr, ZERO: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     """One block: decode, rule, encode. FULL: no mask, and every address a multiple of 16."""
-    param_at, companion_at, grad_at, states_at, scales_at = at
+    param_at, companion_at, grad_at, average_at, states_at, scales_at = at
     SLOTS: tl.constexpr = V.slots
     PARAM: tl.constexpr = V.param_format
     GRAD: tl.constexpr = V.grad_format
     ROOT: tl.constexpr = root_slot(V)
     codes, extra = load_stored(param_at, companion_at, first, count, PARAM, BLOCK, FULL)
-    param = PARAM.decode(codes, extra, 0, maps)
+    before = PARAM.decode(codes, extra, 0, maps)
     codes, extra = load_stored(grad_at, grad_at, first, count, GRAD, BLOCK, FULL)
-    grad = h[0] * GRAD.decode(codes, extra, 0, maps)
+    raw = GRAD.decode(codes, extra, 0, maps)
     # Second moments rest first: what others are measured in.
-    root = param
+    root = before
     if ROOT is not None:
         S: tl.constexpr = state_format(V, ROOT)
         codes, extra = load_stored(states_at[ROOT], scales_at[ROOT], first, count, S, BLOCK, FULL)
@@ -222,7 +139,7 @@ def sweep_block(
     for slot in tl.static_range(SLOTS):
         if not has_slot(V, slot):
             # A stand-in that no rule reads: Triton's tuples cannot hold None.
-            states = states + (param,)
+            states = states + (before,)
         elif slot == ROOT:
             states = states + (second,)
         else:
@@ -230,7 +147,13 @@ def sweep_block(
                 states_at[slot], scales_at[slot], first, count, state_format(V, slot), BLOCK, FULL
             )
             states = states + (state_format(V, slot).decode(codes, extra, root, maps),)
-    param, states = V.update(param, grad, states, h[1:], V.flags)
+    param, states = V.update(before, h[0] * raw, states, h[1:], V.flags)
+    if V.ema:
+        # Of the weight as it was computed, before it is rounded into its format.
+        lanes = tl.arange(0, BLOCK)
+        average = load(average_at, first, lanes, count, tl.float32, FULL)
+        average = average_h[0] * average + average_h[1] * param
+        store(average_at, first, lanes, count, average, tl.float32, FULL)
     words = (0, 0)
     if V.stochastic:
         # What nothing draws from is never computed: the compiler drops it.
@@ -247,12 +170,16 @@ def sweep_block(
     for slot in tl.static_range(SLOTS):
         if has_slot(V, slot) and slot != ROOT:
             store_state(at, states, words, root, first, count, maps, V, slot, BLOCK, FULL)
+    return end_block(
+        at, raw, before, param, sums, first, count, V, BLOCK, FULL, ZERO, MEASURED
+    )  # fmt: skip
 
 
 @triton.jit
 def sweep_chunk(
-    chunk, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, V: tl.constexpr, BLOCK: tl.constexpr
-):
+    chunk, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, partials_ptr, V: tl.constexpr,
+    BLOCK: tl.constexpr, ZERO: tl.constexpr, MEASURED: tl.constexpr,
+):  # fmt: skip
     """One chunk: whole blocks without a mask if everything is aligned, the rest with one."""
     SLOTS: tl.constexpr = V.slots
     SCALARS: tl.constexpr = V.scalars
@@ -267,52 +194,80 @@ def sweep_chunk(
     companion_at = tl.load(chunk + COMPANION)
     # An address that the variant has not is 0.
     misaligned = param_at | grad_at | companion_at
+    average_at = param_at
+    if V.ema:
+        average_at = tl.load(chunk + AVERAGE)
+        misaligned |= average_at
     states_at, scales_at = (), ()
     for slot in tl.static_range(SLOTS):
         state_at = tl.load(chunk + STATES + slot)
         misaligned |= state_at
         states_at = states_at + (state_at,)
         scales_at = scales_at + (tl.load(chunk + SCALES + slot),)
-    at = (param_at, companion_at, grad_at, states_at, scales_at)
+    at = (param_at, companion_at, grad_at, average_at, states_at, scales_at)
     h = ()
     for i in tl.static_range(SCALARS + 1):
         h = h + (tl.load(hyper_ptr + row * HYPER_WIDTH + i),)
+    average_h = ()
+    if V.ema:
+        average_h = (
+            tl.load(hyper_ptr + row * HYPER_WIDTH + EMA),
+            tl.load(hyper_ptr + row * HYPER_WIDTH + EMA + 1),
+        )
+    step = tl.load(counters_ptr + row * 2 + 1)
     stream = index
     if V.stochastic:
         stream = formats.random_stream(
-            tl.load(counters_ptr + row * 2),
-            tl.load(counters_ptr + row * 2 + 1),
-            tl.load(chunk + PARAM_ID),
+            tl.load(counters_ptr + row * 2), step, tl.load(chunk + PARAM_ID)
         )
+    sums = ()
+    if MEASURED:
+        sums = no_sums()
+    # A row of step 0 is left alone: no element of it is swept.
+    alone = tl.where(step == 0, count, 0)
+    count -= alone
     whole = tl.where(misaligned % 16 == 0, count // SIZE * SIZE, 0)
     for first in range(0, whole, SIZE):
-        sweep_block(at, h, stream, index, first, count, maps_ptr, V, SIZE, True)
+        sums = sweep_block(
+            at, h, average_h, stream, index, sums, first, count, maps_ptr, V, SIZE, True, ZERO,
+            MEASURED,
+        )  # fmt: skip
     for first in range(whole, count, BLOCK):
-        sweep_block(at, h, stream, index, first, count, maps_ptr, V, BLOCK, False)
+        sums = sweep_block(
+            at, h, average_h, stream, index, sums, first, count, maps_ptr, V, BLOCK, False, ZERO,
+            MEASURED,
+        )  # fmt: skip
+    if ZERO or MEASURED:
+        for first in range(0, alone, BLOCK):
+            sums = leave_block(at, sums, first, alone, maps_ptr, V, BLOCK, ZERO, MEASURED)
+    if MEASURED:
+        leave_sums(sums, partials_ptr)
 
 
 @triton.jit
 def sweep(
-    chunks_ptr, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, VARIANTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    chunks_ptr, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, partials_ptr, VARIANTS: tl.constexpr,
+    BLOCK: tl.constexpr, ZERO: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     """One step over the chunk table; the grid has one program per chunk.
 
-    Parameters and states are updated in place; gradients are only read.
+    Parameters, states and averages are updated in place. Gradients are only read, unless ZERO sets
+    them to zero. MEASURED: each program leaves its part of the telemetry.
     """
     NUM_VARIANTS: tl.constexpr = VARIANTS.count
     chunk = chunks_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
     if NUM_VARIANTS == 1:
         sweep_chunk(
-            chunk, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, variant_at(VARIANTS, 0), BLOCK
-        )
+            chunk, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, partials_ptr,
+            variant_at(VARIANTS, 0), BLOCK, ZERO, MEASURED,
+        )  # fmt: skip
     else:
         variant = tl.load(chunk + VARIANT)
         for v in tl.static_range(NUM_VARIANTS):
             if variant == v:
                 sweep_chunk(
-                    chunk, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, variant_at(VARIANTS, v),
-                    BLOCK,
+                    chunk, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, partials_ptr,
+                    variant_at(VARIANTS, v), BLOCK, ZERO, MEASURED,
                 )  # fmt: skip
 
 
@@ -324,6 +279,9 @@ def launch(
     maps: torch.Tensor,
     variants: Variants,
     tuned: Tuning,
+    spans: torch.Tensor,
+    zero_grads: bool = False,
+    telemetry: torch.Tensor | None = None,
 ) -> None:
     """Launches the sweep over all chunks on the current device and stream.
 
@@ -333,7 +291,12 @@ def launch(
         hyper: fp32 [rows, HYPER_WIDTH].
         counters: int64 [rows, 2], seed and step.
         maps: fp32 [4, 256], the tables of :data:`onepass.triton_kernels.blocks.DYNAMIC_TABLES`.
+        spans: int64 [rows, 2], see total_telemetry, which is a second launch.
+        zero_grads, telemetry: see :meth:`onepass.backends.base.Backend.run`.
     """
+    partials = maps
+    if telemetry is not None:
+        partials = torch.empty(len(chunks), 4, dtype=torch.float64, device=chunks.device)
     # NumPy, which the interpreter computes with, would warn of every overflow.
     with np.errstate(all="ignore") if INTERPRETED else nullcontext():
         sweep[(len(chunks),)](
@@ -342,7 +305,14 @@ def launch(
             hyper,
             counters,
             maps,
+            partials,
             VARIANTS=variants,
             BLOCK=tuned.block,
+            ZERO=zero_grads,
+            MEASURED=telemetry is not None,
             **tuned.options(variants.narrow),
         )
+        if telemetry is not None:
+            total_telemetry[(len(telemetry),)](
+                partials, chunks, spans, telemetry, **tuned.options()
+            )

@@ -26,6 +26,7 @@ class Variant:
         flags: the rule's, as :meth:`onepass.rules.Rule.flag_bits` gives them.
         param, grad: codes of their formats.
         states: codes of the states' formats, ABSENT for a slot that is not there.
+        ema: whether there is an average of the weight.
     """
 
     rule: str
@@ -33,6 +34,7 @@ class Variant:
     param: int
     grad: int
     states: tuple[int, ...]
+    ema: bool = False
 
     @cached_property
     def update(self) -> Any:
@@ -93,7 +95,7 @@ class Variant:
         """Blocks of a program that it takes at once: see Tuning in sweep.py."""
         companions = [f.extra for f in self.written if f.block == 1]
         wide = tl.float32 in [*companions, *(f.element for f in self.written)]
-        return 2 if self.narrow and not wide else 1
+        return 2 if self.narrow and not wide and not self.ema else 1
 
     @cached_property
     def functions(self) -> list[Any]:

@@ -4,22 +4,13 @@
 // constant leaves fully unrolled vector code, which works in registers where several formats meet.
 #pragma once
 
+#include "convert.h"
 #include "kernels.h"
 
 namespace onepass::cpu {
 namespace {
 
 constexpr int kStrip = kMxBlock;
-
-// --- narrow codes ---
-
-// Apart from the arithmetic: a vectoriser fills its widest vectors with the narrowest type of a
-// loop, and takes everything else apart to match.
-template <class To, class From>
-ONEPASS_HD void convert(const From* __restrict from, To* __restrict to, int n) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
-}
 
 // --- random bits ---
 

@@ -209,11 +209,13 @@ void apply_strips(
   using State1 = State<kKind1>;
   using State2 = State<kKind2>;
   constexpr int kUse = weight_use(Weight::kFormat);
+  constexpr bool kDraws0 = ((kSlots & 3) && State0::kDraws) || (Weight::kDraws && kUse / 2 == 0);
   // A tile at a time: an update, a block's scale and its codes each wait for what is before them,
   // but not for another block's.
   constexpr int kStrips = 8;
   for (int tile = 0; tile < n; tile += kStrips * kStrip) {
     alignas(64) float s0[kStrips][kStrip], s1[kStrips][kStrip], s2[kStrips][kStrip];
+    alignas(64) uint32_t words[kStrips][kStrip];  // slots 0 and 1 take them, and split8
     uint32_t scale0[kStrips], scale1[kStrips], scale2[kStrips];
     const int strips = n - tile < kStrips * kStrip ? (n - tile) / kStrip : kStrips;
     for (int strip = 0; strip < strips; ++strip) {
@@ -241,10 +243,13 @@ void apply_strips(
         if (kSlots & 2) t1[i] = value1;
         if (kSlots & 4) t2[i] = value2;
       }
-      uint32_t words[kStrip];
-      if (Weight::kDraws) draw(random, kUse / 2, first, kStrip, words);
+      // Beside the division and the root, which leave the units that draw idle.
+      if (kDraws0) draw(random, 0, first, kStrip, words[strip]);
+      uint32_t own[kStrip];
+      const uint32_t* drawn = kUse / 2 == 0 ? words[strip] : own;
+      if (Weight::kDraws && drawn == own) draw(random, kUse / 2, first, kStrip, own);
       if (Weight::kFormat != Format::kFp32)
-        Weight::store(p, weight, first, kStrip, {words, kUse % 2 * 16}, nullptr);
+        Weight::store(p, weight, first, kStrip, {drawn, kUse % 2 * 16}, nullptr);
     }
     if (State0::kFormat == Format::kFp32) continue;
     for (int strip = 0; strip < strips; ++strip) {
@@ -254,15 +259,15 @@ void apply_strips(
     }
     for (int strip = 0; strip < strips; ++strip) {
       const int first = tile + strip * kStrip;
-      uint32_t words[kStrip];
-      if ((kSlots & 3) && State0::kDraws) draw(random, 0, first, kStrip, words);
+      const uint32_t* drawn = words[strip];
       if (kSlots & 1)
-        State0::store_scaled(s0[strip], states[0], first, kStrip, {words, 0}, scale0[strip]);
+        State0::store_scaled(s0[strip], states[0], first, kStrip, {drawn, 0}, scale0[strip]);
       if (kSlots & 2)
-        State1::store_scaled(s1[strip], states[1], first, kStrip, {words, 16}, scale1[strip]);
-      if ((kSlots & 4) && State2::kDraws) draw(random, 1, first, kStrip, words);
+        State1::store_scaled(s1[strip], states[1], first, kStrip, {drawn, 16}, scale1[strip]);
+      uint32_t own[kStrip];
+      if ((kSlots & 4) && State2::kDraws) draw(random, 1, first, kStrip, own);
       if (kSlots & 4)
-        State2::store_scaled(s2[strip], states[2], first, kStrip, {words, 0}, scale2[strip]);
+        State2::store_scaled(s2[strip], states[2], first, kStrip, {own, 0}, scale2[strip]);
     }
   }
 }

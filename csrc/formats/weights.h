@@ -34,8 +34,9 @@ ONEPASS_HD Split encode_split16(float value) {
 // Less than nothing below a weight of zero is left of a weight that was set to zero since: the sum
 // would be a NaN.
 ONEPASS_HD float joined(uint32_t weight, int32_t low) {
-  const bool stale = (weight & 0x7FFFu) == 0 && low < 0;
-  return from_bits((weight << 16) + static_cast<uint32_t>(stale ? 0 : low));
+  const int32_t positive = low > 0 ? low : 0;
+  const int32_t kept = (weight & 0x7FFFu) == 0 ? positive : low;
+  return from_bits((weight << 16) + static_cast<uint32_t>(kept));
 }
 ONEPASS_HD float decode_split16(uint32_t weight, int32_t low) { return joined(weight, low); }
 

@@ -16,7 +16,7 @@ _FP32_MAX = torch.finfo(torch.float32).max
 def check_lr(lr: Any) -> None:
     """Raises ValueError unless lr is a number, or a tensor of one, in [0, fp32's largest].
 
-    The value of a tensor on a GPU is not read: that would wait for it, and fail in a capture.
+    The value of a tensor on a GPU is not read: the host would wait for it at every step.
     """
     if isinstance(lr, torch.Tensor) and lr.is_cuda and lr.numel() == 1 and not lr.is_complex():
         return

@@ -110,7 +110,7 @@ class RowTable:
         groups = [row.group for row in self.rows]
         options = [self.rule.options(_known_to_host(group)) for group in groups]
         seeds = [int(group["seed"]) for group in groups]
-        # A graph whose capture had to bring them does so at every replay: what is there is unknown.
+        # What a captured graph has copied, and will again, is not what the host knows of.
         if options != self._options or self._captured:
             self._copy(self.options, torch.tensor(options, dtype=torch.float64))
             self._options = options

@@ -21,12 +21,15 @@ import torch
 
 from ..formats import ABSENT, NATIVE
 from ..reference.blocks import dynamic_edges, dynamic_map
-from ..rules import HYPER_WIDTH, SLOTS
-from .base import Backend, Entry, same_layout
+from ..rows import RowTable
+from ..rules import SLOTS
+from .base import Backend, Entry, Policy, same_layout
 
 OLDEST = (3, 6)
 _KERNELS = "onepass.triton_kernels.sweep"
+_TABLE = "onepass.triton_kernels.table"
 _NORM = "onepass.triton_kernels.norm"
+_DERIVE = "onepass.triton_kernels.derive"
 _HALF = 1 << 32  # a chunk crosses no multiple of it: the random bits' keys change there
 
 I64 = npt.NDArray[np.int64]
@@ -87,10 +90,10 @@ def _cuts(numel: int, first: int, chunk: int) -> I64:
 
 
 class _Prepared:
-    """The entries of one device as tables: chunks, gradients, hyperparameters and counters."""
+    """The entries of one device as tables: chunks and gradients."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.kernels = _kernels()
+        self.kernels, self.columns = _kernels(), importlib.import_module(_TABLE)
         self.entries = list(entries)
         self.device = entries[0].param.device
         self.params = [entry.param for entry in entries]
@@ -106,8 +109,11 @@ class _Prepared:
         self.grad_addresses: I64 = np.zeros(0, np.int64)
         self.variants: Any = None
         self.bound = False
+        # Whether a captured step reads the table of gradients; and what replays read beside it.
+        self.captured = False
+        self.kept: list[torch.Tensor] = []
 
-        self.tuning = self.kernels.tuning(self.device)
+        self.tuning = self.columns.tuning(self.device)
         self.table, self.owners = self._chunk_table()
         self.chunks = torch.from_numpy(self.table.copy()).to(self.device)
         maps = [f(signed) for signed in (True, False) for f in (dynamic_map, dynamic_edges)]
@@ -115,16 +121,13 @@ class _Prepared:
         for line, values in zip(table, maps, strict=True):
             line[: len(values)] = values
         self.maps = torch.from_numpy(table).to(self.device)
-        rows = 1 + max(entry.row for entry in entries)
+        self.spans = torch.from_numpy(self._spans()).to(self.device)
         self.grads = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
         self.grad_formats = torch.zeros(len(entries), dtype=torch.int32, device=self.device)
-        self.numbers = torch.zeros(rows * (HYPER_WIDTH + 4), device=self.device)
-        self.hyper = self.numbers[: rows * HYPER_WIDTH].view(rows, HYPER_WIDTH)
-        self.counters = self.numbers[rows * HYPER_WIDTH :].view(torch.int64).view(rows, 2)
 
     def _chunk_table(self) -> tuple[I64, I64]:
         """The chunk table, but for the variants; and the entry of each of its rows."""
-        k = self.kernels
+        k = self.columns
         tables, owners = [np.zeros((0, int(k.COLUMNS)), np.int64)], [np.zeros(0, np.int64)]
         for number, entry in enumerate(self.entries):
             cuts = _cuts(entry.param.numel(), entry.first, self.tuning.chunk)
@@ -138,6 +141,8 @@ class _Prepared:
                 table[:, k.SCALES + slot] = _addresses(scale, starts, form.block)
             if entry.companion is not None:
                 table[:, k.COMPANION] = _addresses(entry.companion, starts)
+            if entry.ema is not None:
+                table[:, k.AVERAGE] = _addresses(entry.ema, starts)
             table[:, k.ENTRY] = number
             table[:, k.START] = starts
             table[:, k.COUNT] = np.diff(cuts)
@@ -147,6 +152,15 @@ class _Prepared:
             tables.append(table)
             owners.append(np.full(len(starts), number))
         return np.concatenate(tables), np.concatenate(owners)
+
+    def _spans(self) -> I64:
+        """Of each row of the hyperparameter table its first chunk and the one after its last."""
+        rows = self.table[:, self.columns.ROW]
+        spans = np.zeros((1 + max(entry.row for entry in self.entries), 2), np.int64)
+        chunks = np.arange(len(rows))
+        spans[rows[::-1], 0] = chunks[::-1]
+        spans[rows, 1] = chunks + 1
+        return spans
 
     def bind_dtypes(self, grad_dtypes: list[torch.dtype]) -> None:
         """Works out the variants, which the gradients' dtypes are part of."""
@@ -161,6 +175,7 @@ class _Prepared:
                 entry.weight,
                 NATIVE[dtype],
                 tuple(code if slot in entry.states else ABSENT for slot in range(SLOTS)),
+                entry.ema is not None,
             )
             # Entries without elements have no chunk, so no part in what is compiled.
             if entry.param.numel():
@@ -169,19 +184,33 @@ class _Prepared:
         order = sorted(known)
         places = np.array([order.index(variant) for variant in known], np.int64)
         if len(self.table):
-            self.table[:, self.kernels.VARIANT] = places[numbers[self.owners]]
+            self.table[:, self.columns.VARIANT] = places[numbers[self.owners]]
             self.chunks.copy_(torch.from_numpy(self.table))
         self.variants = self.kernels.Variants(tuple(order))
         codes = [NATIVE[dtype] for dtype in grad_dtypes]
         self.grad_formats.copy_(torch.tensor(codes, dtype=torch.int32))
         self.grad_dtypes = grad_dtypes
 
-    def upload(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Copies host numbers into a table, without waiting for the device."""
-        if destination.is_cuda:
+    def bind_addresses(self, addresses: I64) -> None:
+        """Brings the gradients' addresses to the device, without waiting for it, if they moved."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if np.array_equal(addresses, self.grad_addresses):
+            self.captured |= capturing
+            return
+        if self.captured or capturing:
+            # A table that replays read is theirs alone.
+            self.kept.append(self.grads)
+            self.grads = torch.empty_like(self.grads)
+        source = torch.from_numpy(addresses)
+        if self.grads.is_cuda:
             # A buffer of its own for each copy: torch takes it back when the copy is done.
             source = source.pin_memory()
-        destination.copy_(source, non_blocking=True)
+        self.grads.copy_(source, non_blocking=True)
+        if capturing:
+            # Nothing has been copied yet, and every replay will copy it again.
+            self.kept.append(source)
+        self.captured = capturing
+        self.grad_addresses = np.zeros(0, np.int64) if capturing else addresses
 
 
 def _addresses(tensor: torch.Tensor, starts: I64, per: int = 1) -> I64:
@@ -257,10 +286,7 @@ class TritonBackend(Backend):
         with _on(p.device):
             if grad_dtypes != p.grad_dtypes:
                 p.bind_dtypes(grad_dtypes)
-            addresses = np.fromiter(map(torch.Tensor.data_ptr, grads), np.int64, len(grads))
-            if not np.array_equal(addresses, p.grad_addresses):
-                p.upload(p.grads, torch.from_numpy(addresses))
-                p.grad_addresses = addresses
+            p.bind_addresses(np.fromiter(map(torch.Tensor.data_ptr, grads), np.int64, len(grads)))
         p.bound = True
         return True
 
@@ -278,12 +304,14 @@ class TritonBackend(Backend):
             raise RuntimeError("onepass: run without refresh")
         p.bound = False
         if not len(p.table):
+            if telemetry is not None:
+                telemetry.zero_()
             return
-        rows = len(p.hyper)
         with _on(p.device):
-            numbers = (hyper[:rows].reshape(-1), counters[:rows].reshape(-1).view(torch.float32))
-            p.upload(p.numbers, torch.cat(numbers))
-            p.kernels.launch(p.chunks, p.grads, p.hyper, p.counters, p.maps, p.variants, p.tuning)
+            p.kernels.launch(
+                p.chunks, p.grads, hyper, counters, p.maps, p.variants, p.tuning, p.spans,
+                zero_grads, telemetry,
+            )  # fmt: skip
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         """Two launches: see :meth:`Backend.norm`.
@@ -299,6 +327,28 @@ class TritonBackend(Backend):
                 p.chunks, p.grads, p.grad_formats, p.tuning
             )
         return found
+
+    def judge(
+        self,
+        verdict: torch.Tensor,
+        found: torch.Tensor | None,
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        policy: Policy,
+    ) -> None:
+        with _on(verdict.device):
+            importlib.import_module(_DERIVE).launch_judge(
+                verdict, found, grad_scale, found_inf, policy.max_norm, policy.largest,
+                policy.skip_nonfinite,
+            )  # fmt: skip
+
+    def advance(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+        with _on(table.steps.device):
+            table.upload()
+            importlib.import_module(_DERIVE).launch_advance(
+                table.rule.name, table.rule.scalars, table.options, table.steps, table.fresh,
+                table.hyper, table.counters, verdict,
+            )  # fmt: skip
 
 
 def _on(device: torch.device) -> Any:
