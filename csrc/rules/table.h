@@ -18,10 +18,10 @@
 namespace onepass {
 
 constexpr int kRules = 5;
-constexpr int kMaxFlags = 16;   // a rule has at most four booleans
-constexpr int kMaxStates = 3;   // and at most three states
-// Floats in a row of the hyperparameter table: grad_scale, Hyper, and from kEmaDecay on the decay of
-// the average of the weights and one minus it.
+constexpr int kMaxFlags = 16;  // a rule has at most four booleans
+constexpr int kMaxStates = 3;  // and at most three states
+// Floats in a row of the hyperparameter table: grad_scale, Hyper, and from kEmaDecay on the decay
+// of the average of the weights and one minus it.
 constexpr int kHyperWidth = 10;
 constexpr int kEmaDecay = 8;
 
