@@ -8,8 +8,8 @@ gradient, a replaced state, a moved tensor, another option of a group), the plan
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
-from operator import attrgetter, is_
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,8 +81,8 @@ class _Part:
         self._copies = []
         for first in range(0, len(params), chunk):
             part = params[first : first + chunk]
-            grads = list(map(_grad, part))
-            if any(map(is_, grads, _NOTHING)):
+            grads = [grad for p in part if (grad := p.grad) is not None]
+            if len(grads) < len(part):
                 return False
             for i in self.relaid:
                 if first <= i < first + chunk:
@@ -107,13 +107,24 @@ class _Part:
         self._copies = []
 
 
-_grad = attrgetter("grad")
-_NOTHING = repeat(None)
-
-
 def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
     """Whether two sequences of equal length hold the same objects."""
     return all(map(is_, found, known))
+
+
+def _values_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(group.values() for group in groups)
+
+
+def _options_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
+    return (value for group in groups for key, value in group.items() if key != "params")
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value cannot change without being replaced."""
+    if type(value) is tuple:
+        return all(map(_is_fixed, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 class Plan:
@@ -145,6 +156,7 @@ class Plan:
         self._params = [list(group["params"]) for group in groups] if self._whole else []
         self._idle = [p for params in self._params for p in params if p not in active]
         self._options = [self._group_options(group) for group in groups]
+        self._checked: list[Any] | None = None
 
         arena = Arena()
         for group in groups:
@@ -260,11 +272,32 @@ class Plan:
             len(group["params"]),
         )
 
+    def check_options(self) -> None:
+        """Raises ValueError for an option that is out of range; each value is looked at once."""
+        if self._checked is None:
+            groups = self._optimizer.param_groups
+            for group in groups:
+                self._optimizer.check_options(group)
+            if self._whole and all(map(_is_fixed, _options_of(groups))):
+                self._checked = list(_values_of(groups))
+
+    def _unchanged(self) -> bool:
+        """Whether the groups hold the very objects that were checked, all of them immutable."""
+        known = self._checked
+        groups = self._optimizer.param_groups
+        return (
+            known is not None
+            and sum(map(len, groups)) == len(known)
+            and _same(_values_of(groups), known)
+        )
+
     def _holds(self) -> bool:
         """Whether groups, states and the parameters without a gradient are what they were."""
         optimizer = self._optimizer
-        if [self._group_options(group) for group in self._groups] != self._options:
-            return False
+        if not self._unchanged():
+            self._checked = None
+            if [self._group_options(group) for group in self._groups] != self._options:
+                return False
         state = optimizer.state
         if state is not self._state or not self._watch.same:
             return False

@@ -2,7 +2,7 @@
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
-from .base import Optimizer, Options
+from .base import Optimizer
 from .lion import Lion
 from .named import (
     Adagrad8bit,
@@ -13,6 +13,7 @@ from .named import (
     RMSprop8bit,
     SGD8bit,
 )
+from .options import Options
 from .rmsprop import RMSprop
 from .sgd import SGD
 

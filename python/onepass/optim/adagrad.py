@@ -9,7 +9,8 @@ import torch
 from typing_extensions import Unpack
 
 from ..checks import check_number
-from .base import Optimizer, Options, rule_named
+from .base import Optimizer, rule_named
+from .options import Options
 
 
 class Adagrad(Optimizer):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.autograd import _profiler_enabled as profiler_enabled  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from typing_extensions import TypedDict  # torch's own dependency
 
 from .. import backends
 from ..checks import (
@@ -41,47 +40,6 @@ _SETTINGS = (
     "zero_grads",
     "measures",
 )
-
-
-class Options(TypedDict, total=False):
-    """The keyword-only options that every class takes.
-
-    Attributes:
-        maximize: ascend instead of descend (default False).
-        decoupled_weight_decay: take lr * weight_decay * param off the weight instead of adding
-            weight_decay * param to the gradient (default: True for AdamW and Lion).
-        states: format of the states, also per parameter group: "fp32" (default; classes named for
-            their bits have another), "bf16", "mx8", "mx4" or "dynamic8" (docs/formats.md).
-        weights: how bf16 and fp16 weights keep their precision, also per group: "native" (default),
-            rounded to nearest, "stochastic", "kahan", "master"; bf16 alone "split16", "split8".
-        max_grad_norm: gradients are clipped to this global norm inside the step, as
-            torch.nn.utils.clip_grad_norm_ would before it; None (default) clips nothing. Gradients
-            are read once more for it, not rewritten.
-        norm_type: of that norm: 2.0 (default) or math.inf, the largest magnitude.
-        skip_nonfinite: when a gradient is infinite or NaN, leave parameters, states and step
-            counters as they are (default False).
-        zero_grads: set gradients to zero in the step, of a skipped one too (default False).
-        ema_decay: keep an fp32 average of each weight, e <- d e + (1 - d) w, under
-            ``state[param]["ema"]``, also per group (default None: none). It starts at the weight.
-        telemetry: measure norms in the step, see :attr:`Optimizer.telemetry` (default False).
-        paged: not available yet; only its default, False, is accepted.
-        backend: None (default) picks one per device; or "cpu", "triton" or "reference".
-        seed: key of the random bits that stochastic formats draw, also per group (default 0).
-    """
-
-    maximize: bool
-    decoupled_weight_decay: bool | None
-    states: str | None
-    weights: str
-    paged: bool | int
-    max_grad_norm: float | None
-    norm_type: float
-    skip_nonfinite: bool
-    zero_grads: bool
-    ema_decay: float | None
-    telemetry: bool
-    backend: str | None
-    seed: int
 
 
 class Optimizer(Findings):
@@ -221,7 +179,6 @@ class Optimizer(Findings):
     # long as a small plan, and in hooks. Ours is wrapped when there is a profiler or a hook.
     step.hooked = True  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -234,9 +191,16 @@ class Optimizer(Findings):
                 self._init_group(group, params, grads)
             zeroing = torch.ops.onepass.optimizer_step_zeroing
             op = zeroing if self.zero_grads else torch.ops.onepass.optimizer_step
-            op(params, grads, self._number)
-        else:
+            with torch.no_grad():
+                op(params, grads, self._number)
+            return loss
+        # torch.no_grad() would take as long as all groups.
+        enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
             self.whole_step()
+        finally:
+            torch.set_grad_enabled(enabled)
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -281,12 +245,12 @@ class Optimizer(Findings):
         """The plan, made anew if need be, with the gradients of now taken."""
         if self._plan is None or not self._plan.refresh():
             self._plan = None
-            plan = Plan(self, [m for m in self.members() if m.param.grad is not None])
+            with torch.no_grad():
+                plan = Plan(self, [m for m in self.members() if m.param.grad is not None])
             if not plan.refresh():
                 raise RuntimeError("onepass: a tensor changed while the step was planned")
             self._plan = plan
-        for group in self.param_groups:
-            self.check_options(group)
+        self._plan.check_options()
         return self._plan
 
     def members(self) -> list[Member]:

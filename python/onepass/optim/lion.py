@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .base import Optimizer, Options, rule_named
+from .base import Optimizer, rule_named
+from .options import Options
 
 
 class Lion(Optimizer):

@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from ..checks import check_fraction, check_number
 from ..formats import STATE_FORMATS
-from .base import Optimizer, Options, rule_named
+from .base import Optimizer, rule_named
+from .options import Options
 
 
 class RMSprop(Optimizer):

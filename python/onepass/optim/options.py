@@ -1,0 +1,47 @@
+"""The keyword-only options, for the type checker and the reader of a signature."""
+
+from __future__ import annotations
+
+from typing_extensions import TypedDict  # torch's own dependency
+
+
+class Options(TypedDict, total=False):
+    """The keyword-only options that every class takes.
+
+    Attributes:
+        maximize: ascend instead of descend (default False).
+        decoupled_weight_decay: take lr * weight_decay * param off the weight instead of adding
+            weight_decay * param to the gradient (default: True for AdamW and Lion).
+        states: format of the states, also per parameter group: "fp32" (default; classes named for
+            their bits have another), "bf16", "mx8", "mx4" or "dynamic8" (docs/formats.md).
+        weights: how bf16 and fp16 weights keep their precision, also per group: "native" (default),
+            rounded to nearest, "stochastic", "kahan", "master"; bf16 alone "split16", "split8".
+        max_grad_norm: gradients are clipped to this global norm inside the step, as
+            torch.nn.utils.clip_grad_norm_ would before it; None (default) clips nothing. Gradients
+            are read once more for it, not rewritten.
+        norm_type: of that norm: 2.0 (default) or math.inf, the largest magnitude.
+        skip_nonfinite: when a gradient is infinite or NaN, leave parameters, states and step
+            counters as they are (default False).
+        zero_grads: set gradients to zero in the step, of a skipped one too (default False).
+        ema_decay: keep an fp32 average of each weight, e <- d e + (1 - d) w, under
+            ``state[param]["ema"]``, also per group (default None: none). It starts at the weight.
+        telemetry: measure norms in the step, see :attr:`Optimizer.telemetry` (default False).
+        paged: not available yet; only its default, False, is accepted.
+        backend: None (default) picks one per device; or "cpu", "cuda", "triton" or
+            "reference".
+        seed: key of the random bits that stochastic formats draw, also per group (default 0).
+    """
+
+    maximize: bool
+    decoupled_weight_decay: bool | None
+    states: str | None
+    weights: str
+    paged: bool | int
+    max_grad_norm: float | None
+    norm_type: float
+    skip_nonfinite: bool
+    zero_grads: bool
+    ema_decay: float | None
+    telemetry: bool
+    backend: str | None
+    seed: int
