@@ -1,0 +1,1 @@
+"""Paged states: optimizer states larger than the device. See docs/paging.md."""
