@@ -218,7 +218,6 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first):
 def test_codes_of_both_16_bit_formats():
     """Every rounding decision, without a rule in between."""
     import triton
-
     from onepass.triton_kernels import formats
 
     if not triton.knobs.runtime.interpret:

@@ -109,9 +109,10 @@ def test_an_unsupported_dtype_names_what_is_needed():
 
 def test_every_rule_and_format_has_a_kernel():
     pytest.importorskip("triton")
+    from onepass.triton_kernels import formats, rules
+
     from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
     from onepass.rules import RULES
-    from onepass.triton_kernels import formats, rules
 
     assert list(rules.RULES) == list(RULES)
     weights = {code for form in WEIGHT_FORMATS.values() for code in form.codes.values()}

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 import triton
+from onepass.triton_kernels import derive, norm, sums
+from onepass.triton_kernels.sweep import sweep
+from onepass.triton_kernels.table import TUNING
+from onepass.triton_kernels.variants import Variant, Variants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import RULES, SLOTS
-from onepass.triton_kernels import derive, norm, sums
-from onepass.triton_kernels.sweep import sweep
-from onepass.triton_kernels.table import TUNING
-from onepass.triton_kernels.variants import Variant, Variants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
