@@ -4,7 +4,8 @@
 # and which could not run here.
 #
 #   bash bench/gpu.sh            every part but triton
-#   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long
+#   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long;
+#                                pages and paging check and measure paged states
 #
 #   PYTHON=...  a Python with torch for CUDA, numpy, pytest and setuptools (default python3)
 #   OUT=...     where gpu.log and gpu.jsonl, the result lines, go (default gpu-out)
@@ -96,9 +97,11 @@ part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
 part code 30 bash -c 'tests tests/test_cuda_code.py'
 part bits 130 bash -c 'tests tests/test_cuda_gpu.py tests/test_cuda_gpu_step.py'
+part pages 100 bash -c 'tests tests/test_paging_gpu.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
 part bench 70 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
+part paging 60 "$PYTHON" -m bench.paging --out "$OUT/paging.jsonl"
 part counters 30 bash -c counters
 part triton 500 bash -c 'tests tests/test_triton_gpu.py'
 
