@@ -3,7 +3,7 @@
 # a network. Every part runs whatever became of those before it; the last lines say which failed,
 # and which could not run here.
 #
-#   bash bench/gpu.sh            every part but triton
+#   bash bench/gpu.sh            every part but triton, pages and paging
 #   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long;
 #                                pages and paging check and measure paged states
 #
