@@ -35,6 +35,19 @@ NUMELS = (1 << 16, 1 << 19)
 LINK_BYTES = 1 << 30
 
 
+def right(device: torch.device) -> bool:
+    """Whether three paged steps over many pages have the bits of unpaged ones."""
+    found = []
+    for paged in (Paging(page_bytes=SMALLEST_PAGE), False):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 1 << 16, device=device))
+        param.grad = torch.linspace(0.5, -2, 1 << 16, device=device)
+        optimizer = onepass.AdamW([param], states="mx8", paged=paged)
+        for _ in range(3):
+            optimizer.step()
+        found += [param.detach().cpu(), optimizer.state[param]["exp_avg"].cpu()]
+    return torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
 def host_us_a_page(states: str, device: torch.device, samples: int) -> float:
     """Microseconds that the host spends on a page of one piece: the slope between two lists."""
     pages, spent = [], []
@@ -184,7 +197,7 @@ def judged(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures; 0 done."""
+    """Measures; 0 done, 1 a wrong result."""
     parser = argparse.ArgumentParser(prog="python -m bench.paging", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small lists; writes no file")
     parser.add_argument("--samples", type=int, default=20)
@@ -193,13 +206,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error(f"--samples must be at least 1; got {args.samples}")
-    env = results.environment()
     gpu = torch.cuda.is_available()
-    if gpu:
-        env |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        env["driver"] = results.driver()
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    env = results.environment(device.type)
+    if not right(device):
+        print("bench.paging: paged and unpaged steps differ", file=sys.stderr)
+        return 1
     lines = []
-    device = torch.device("cuda" if gpu else "cpu")
     for states in ("fp32", "mx8"):
         spent = host_us_a_page(states, device, 20 if args.quick else 200)
         lines.append({**env, "kind": "page", "states": states, "host_us": round(spent, 2)})
