@@ -33,7 +33,33 @@ from .training import EPS, FULL, RULES, Size
 
 OUT = results.ROOT / "bench" / "results" / "training_study.jsonl"
 TINY = Size(Shape(16, 32, 1, 2), 4, 6, 2, 400_000, 2)
-Random = np.random.Generator
+
+
+class Nearest:
+    """In place of a generator's 16 bits: the middle, which rounds to nearest."""
+
+    def integers(self, low: int, high: int, count: int, dtype: type) -> U32:
+        return np.full(count, high // 2, np.uint32)
+
+
+class Even:
+    """In place of a generator's 16 bits: each element's own start, then evenly over the steps.
+
+    A Weyl sequence by the golden ratio. Any one step sees uniform bits, but the bits of an element
+    over a few steps are spread more evenly than chance would, and the errors of rounding cancel.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._steps = seed, 0
+
+    def integers(self, low: int, high: int, count: int, dtype: type) -> U32:
+        start = np.random.default_rng(self._seed).integers(low, high, count, dtype=np.uint32)
+        self._steps += 1
+        found: U32 = (start + np.uint32(self._steps * 40503 & 0xFFFF)) & np.uint32(0xFFFF)
+        return found
+
+
+Random = Any  # np.random.Generator, or one of these where only 16 bits are taken
 Code = Callable[[F32, Random], F32]
 """(values, random) -> what is decoded of them."""
 FirstCode = Callable[[F32, F32, Random], F32]
@@ -41,7 +67,8 @@ FirstCode = Callable[[F32, F32, Random], F32]
 
 
 def _bits(random: Random, count: int) -> U32:
-    return random.integers(0, 1 << 16, count, dtype=np.uint32)
+    found: U32 = random.integers(0, 1 << 16, count, dtype=np.uint32)
+    return found
 
 
 def root_e3m1(v: F32, random: Random) -> F32:
@@ -81,7 +108,8 @@ def root_log(v: F32, random: Random) -> F32:
     above = np.where(codes % 2 == 0, below * np.float32(1.5), below * np.float32(4 / 3))
     with np.errstate(divide="ignore", invalid="ignore"):
         part = np.log(root / below) / np.log(above / below)
-    chosen = np.where(random.random(len(v)) < part, above, below).astype(np.float32)
+    up = _bits(random, len(v)) < part * 65536
+    chosen = np.where(up, above, below).astype(np.float32)
     return chosen * chosen
 
 
@@ -113,6 +141,7 @@ SECOND: dict[str, Code] = {
 }
 FIRST: dict[str, FirstCode] = {
     "mx4": ratio_e2m1,
+    "nearest": lambda m, root, random: ratio_e2m1(m, root, Nearest()),
     "even": ratio_even,
     "even 16": lambda m, root, random: ratio_even(m, root, random, 16),
 }
@@ -126,6 +155,7 @@ class Variant:
         lr: factor of the learning rate.
         noise: rms of normal noise that is added to each step, over the rms of the step.
         memory: correlation of that noise from step to step.
+        even: random bits that are spread evenly over the steps of an element.
         first, second: codec of the averages between steps, empty for none.
     """
 
@@ -133,6 +163,7 @@ class Variant:
     lr: float = 1.0
     noise: float = 0.0
     memory: float = 0.0
+    even: bool = False
     first: str = ""
     second: str = ""
 
@@ -156,6 +187,9 @@ VARIANTS = (
     Variant("second: log v right", first="mx4", second="root, log"),
     Variant("second: 2^k, v right", first="mx4", second="2^k"),
     Variant("second: 2^k, log v right", first="mx4", second="2^k, log"),
+    Variant("bits spread evenly over steps", even=True, first="mx4", second="mx4"),
+    Variant("bits spread evenly, log v right", even=True, first="mx4", second="root, log"),
+    Variant("first: nearest", first="nearest", second="mx4"),
     Variant("first: 15 even codes", first="even", second="mx4"),
     Variant("first: 15 even codes, blocks of 16", first="even 16", second="mx4"),
 )
@@ -196,7 +230,11 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
         ]
     )
     held, exact = ([torch.zeros(sum(sizes)) for _ in range(2)] for _ in range(2))
-    random = np.random.default_rng(seed)
+    randoms: list[Random] = (
+        [Even(2 * seed), Even(2 * seed + 1)]
+        if variant.even
+        else [np.random.default_rng((seed, slot)) for slot in range(2)]
+    )
     noise = torch.Generator().manual_seed(seed)
     wander = torch.zeros(sum(sizes))
     sums = torch.zeros(5, dtype=torch.float64)
@@ -231,10 +269,10 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
             for param, part in zip(params, torch.split(weights, sizes), strict=True):
                 param.copy_(part.view_as(param))
         if variant.second:
-            held[1] = torch.from_numpy(SECOND[variant.second](held[1].numpy(), random))
+            held[1] = torch.from_numpy(SECOND[variant.second](held[1].numpy(), randoms[1]))
         if variant.first:
             root = held[1].sqrt().numpy()
-            held[0] = torch.from_numpy(FIRST[variant.first](held[0].numpy(), root, random))
+            held[0] = torch.from_numpy(FIRST[variant.first](held[0].numpy(), root, randoms[0]))
         model.zero_grad()
         schedules.step()  # without gradients: keeps the scheduler's order
         scheduler.step()
@@ -264,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="write docs/training-mx4.md and stop")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="so many (default 3)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
     parser.add_argument("--variants", metavar="NAME", nargs="+", choices=names, help=str(names))
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="lines are kept here")
     args = parser.parse_args(argv)
@@ -278,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     corpus = load(size.corpus_bytes)
     env = results.environment()
     known = {key(line) for line in results.read_lines(args.out)} if args.out.exists() else set()
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for variant in VARIANTS:
             if args.variants and variant.name not in args.variants:
                 continue
