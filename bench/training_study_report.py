@@ -36,6 +36,11 @@ def _mean(lines: Sequence[Line], name: str) -> float:
     return statistics.fmean(line[name] for line in lines)
 
 
+def _version(line: Line) -> str:
+    changes = " with uncommitted changes" * line["dirty"]
+    return f"commit {line['commit'][:12]}{changes}, torch {line['torch']}"
+
+
 def _row(name: str, lines: dict[int, Line], base: dict[int, Line], spread: float) -> str:
     """One row of the table: a variant's lines by seed beside those of fp32."""
     own = list(lines.values())
@@ -49,9 +54,10 @@ def _row(name: str, lines: dict[int, Line], base: dict[int, Line], spread: float
         cells += ["", "", ""]
     else:
         mean = statistics.fmean(pairs)
-        half = T95[len(pairs) - 1] * statistics.stdev(pairs) / len(pairs) ** 0.5
+        error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
+        half = f" ± {T95[len(pairs) - 1] * error:.4f}" if error else ""
         inside = abs(mean) <= spread and abs(rms - 1) <= RMS_LIMITS["mx4"]
-        cells += [f"{mean:+.4f} ± {half:.4f}", "yes" if inside else "no", f"{rms:.3f}"]
+        cells += [f"{mean:+.4f}{half}", "yes" if inside else "no", f"{rms:.3f}"]
     noise = max(0.0, gain**2 - projection**2) ** 0.5
     cells += [f"{gain:.3f}", f"{projection:.3f}", f"{noise:.2f}"]
     cells += [f"{_mean(own, 'signs_differ'):.1%}", f"{max(x['max_u'] for x in own):.1f}"]
@@ -67,17 +73,17 @@ def page(lines: Sequence[Line], names: Sequence[str]) -> str:
         by_name.setdefault(line["settings"]["variant"]["name"], {})[line["seed"]] = line
     base = by_name[names[0]]
     spread = statistics.stdev(line["validation_loss"] for line in base.values())
-    versions = ", ".join(sorted({f"{x['commit'][:12]}, torch {x['torch']}" for x in own}))
+    versions = "; ".join(sorted({_version(line) for line in own}))
     dates = sorted(str(line["date"]) for line in own)
     out = [HEAD.format(limit=RMS_LIMITS["mx4"]), f"## {device}", ""]
-    out += [f"Runs: {dates[0]} to {dates[-1]}; commit {versions}.", ""]
+    out += [f"Runs: {dates[0]} to {dates[-1]}; {versions}.", ""]
     out += [f"Spread of seeds (standard deviation of fp32's losses): {spread:.4f}.", ""]
     out += [
         "| run | seeds | loss | minus fp32's | parity | over fp32's | over the exact | projection "
         "| noise | signs differ | max u |",
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    known = [name for name in names if len(by_name.get(name, {})) > 1]
+    known = [name for name in names if name in by_name]
     out += [_row(name, by_name[name], base, spread) for name in known]
     return "\n".join(out) + "\n"
 
