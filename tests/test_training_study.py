@@ -38,7 +38,7 @@ def test_second_moments_are_right_on_average_in_what_they_say(name, measure):
     assert max(len(np.unique(draws[:, i : i + 32])) for i in range(0, 512, 32)) <= 16
 
 
-@pytest.mark.parametrize("name", list(study.FIRST))
+@pytest.mark.parametrize("name", [name for name in study.FIRST if name != "nearest"])
 def test_first_moments_are_right_on_average(name):
     v = spread(2)
     root = np.sqrt(v)
