@@ -11,11 +11,9 @@ out, so that this can be stopped and started again. ``--report`` writes docs/tra
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from onepass.formats import STATE_FORMATS, scale_key
 
 from . import results, training_report
 from .results import Line
+from .runs import Run, add_arguments, check_arguments, run_missing
 
 OUT = results.ROOT / "bench" / "results" / "training.jsonl"
 EPS = 1e-8
@@ -235,17 +234,6 @@ def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
     }
 
 
-def run_key(line: Line) -> tuple[str, str, int]:
-    """What tells runs apart: machine, settings, seed."""
-    return line["device"], repr(sorted(line["settings"].items())), line["seed"]
-
-
-def as_read(line: Line) -> Line:
-    """A line as it comes back from a file: JSON has no tuples."""
-    settled = {k: list(v) if isinstance(v, tuple) else v for k, v in line["settings"].items()}
-    return {**line, "settings": settled}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Trains what is missing, or writes the page; 0 done, 2 wrong usage or nothing to report."""
     parser = argparse.ArgumentParser(
@@ -253,49 +241,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     names = [config.name for config in CONFIGS]
     parser.add_argument("--report", action="store_true", help="write docs/training.md and stop")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="so many (default 5)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
-    parser.add_argument("--configs", metavar="NAME", nargs="+", choices=names, help=str(names))
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="lines are kept here")
     parser.add_argument("--docs", type=Path, default=results.ROOT / "docs", metavar="DIR")
+    add_arguments(parser, "--configs", names, OUT, seeds=5)
     args = parser.parse_args(argv)
     if args.report:
         return training_report.write(args.out, args.docs, names)
-    if args.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {args.seeds}")
-    if args.quick and args.out == OUT:
-        parser.error("--quick is for trying things out: name another file with --out")
-    threads = torch.get_num_threads()
-    # One core: sums come in one order, and a small model gains nothing from more.
-    torch.set_num_threads(1)
-    try:
-        return _run(args, QUICK if args.quick else FULL)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(args: argparse.Namespace, size: Size) -> int:
-    chosen = [c for c in CONFIGS if not args.configs or c.name in args.configs]
+    check_arguments(parser, args)
+    size = QUICK if args.quick else FULL
     corpus = load(size.corpus_bytes)
-    env = results.environment() | {"python": platform.python_version()}
-    known = {run_key(line) for line in results.read_lines(args.out) if "validation_loss" in line}
-    # Seed by seed, so that what an interrupted run leaves can be compared.
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for config in chosen:
-            start = as_read({**env, "settings": settings(config, size), "seed": seed})
-            if run_key(start) in known:
-                continue
-            found = train(config, size, seed, corpus)
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            results.append(args.out, [{**start, "kind": "training", **found, "date": now}])
-            print(
-                f"seed {seed}  {config.name:<26} loss {found['validation_loss']:.4f}  rms u "
-                f"{found['rms_u']:.4f}  projection {found['projection']:.4f}  "
-                f"{found['seconds']:.0f} s",
-                flush=True,
-            )
+
+    def run(config: Config) -> Run:
+        return Run(
+            config.name, settings(config, size), lambda seed: train(config, size, seed, corpus)
+        )
+
+    run_missing(args, "training", [run(config) for config in CONFIGS], _shown)
     return 0
+
+
+def _shown(line: Line) -> str:
+    return f"rms u {line['rms_u']:.4f}  projection {line['projection']:.4f}"
 
 
 if __name__ == "__main__":
