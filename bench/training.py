@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,47 @@ def initial(config: Config, shape: Shape, seed: int) -> dict[str, Tensor]:
     return found
 
 
+def step_of(
+    rule: str, averages: Sequence[Tensor], grad: Tensor, t: int
+) -> tuple[Tensor, list[Tensor]]:
+    """(step over lr without decay, new averages) of the t-th step, in fp32; changes nothing."""
+    (first, second), (beta1, beta2) = averages, RULES[rule]["betas"]
+    if rule == "lion":
+        u = torch.sign(beta1 * first + (1 - beta1) * grad)
+        return u, [beta2 * first + (1 - beta2) * grad, second]
+    first = beta1 * first + (1 - beta1) * grad
+    second = beta2 * second + (1 - beta2) * grad * grad
+    root = (second / (1 - beta2**t)).sqrt()
+    return first / (1 - beta1**t) / (root + EPS), [first, second]
+
+
+class Compared:
+    """Steps over lr beside those that exact averages of the same gradients would take."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(5, dtype=torch.float64)
+        self._largest = 0.0
+
+    def add(self, taken: Tensor, exact: Tensor) -> None:
+        """One step of both."""
+        u, v = taken.double(), exact.double()
+        terms = (u @ u, v @ v, u @ v, (u.sign() != v.sign()).sum().double())
+        self._sums += torch.stack([*terms, torch.tensor(u.numel(), dtype=torch.float64)])
+        self._largest = max(self._largest, float(u.abs().max()))
+
+    def line(self) -> Line:
+        """rms of the step; of the step that exact averages would take; the first projected on the
+        second; the share of signs that differ; the largest."""
+        own, exact, product, signs, count = self._sums.tolist()
+        return {
+            "rms_u": (own / count) ** 0.5,
+            "rms_u_exact": (exact / count) ** 0.5,
+            "projection": product / exact,
+            "signs_differ": signs / count,
+            "max_u": self._largest,
+        }
+
+
 class Watch:
     """Compares the steps of an optimizer with those of exact averages of the same gradients.
 
@@ -111,12 +153,10 @@ class Watch:
 
     def __init__(self, config: Config, optimizer: onepass.Optimizer) -> None:
         self._config, self._optimizer = config, optimizer
-        self._betas = RULES[config.rule]["betas"]
         count = sum(p.numel() for p in self._params())
         self._exact = [torch.zeros(count), torch.zeros(count)]
         self._steps = 0
-        self._sums = torch.zeros(5, dtype=torch.float64)
-        self.largest = 0.0
+        self.compared = Compared()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -136,41 +176,15 @@ class Watch:
                 part.append(torch.zeros(param.numel()) if value is None else torch.tensor(value))
         return [torch.cat(part) for part in parts]
 
-    def _step(self, averages: list[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(step over lr, new averages)."""
-        (first, second), (beta1, beta2) = averages, self._betas
-        if self._config.rule == "lion":
-            u = torch.sign(beta1 * first + (1 - beta1) * grad)
-            return u, [beta2 * first + (1 - beta2) * grad, second]
-        first = beta1 * first + (1 - beta1) * grad
-        second = beta2 * second + (1 - beta2) * grad * grad
-        root = (second / (1 - beta2**self._steps)).sqrt()
-        return first / (1 - beta1**self._steps) / (root + EPS), [first, second]
-
     def before_step(self, look: bool) -> None:
         """Follows the gradients that are in place; look: compare the coming step."""
         self._steps += 1
         grads = [p.grad for p in self._params()]
         grad = torch.cat([codec.flat(g).float() for g in grads if g is not None])
-        exact, self._exact = self._step(self._exact, grad)
+        exact, self._exact = step_of(self._config.rule, self._exact, grad, self._steps)
         if look:
-            taken, _ = self._step(self._stored(), grad)
-            u, v = taken.double(), exact.double()
-            terms = (u @ u, v @ v, u @ v, (u.sign() != v.sign()).sum().double())
-            self._sums += torch.stack([*terms, torch.tensor(u.numel(), dtype=torch.float64)])
-            self.largest = max(self.largest, float(u.abs().max()))
-
-    def line(self) -> Line:
-        """rms of the step; of the step that exact averages would take; the first projected on the
-        second; the share of signs that differ; the largest."""
-        own, exact, product, signs, count = self._sums.tolist()
-        return {
-            "rms_u": (own / count) ** 0.5,
-            "rms_u_exact": (exact / count) ** 0.5,
-            "projection": product / exact,
-            "signs_differ": signs / count,
-            "max_u": self.largest,
-        }
+            taken, _ = step_of(self._config.rule, self._stored(), grad, self._steps)
+            self.compared.add(taken, exact)
 
 
 def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
@@ -228,7 +242,7 @@ def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
         "parameters": count_parameters(held),
         "validation_loss": validate(task, model),
         "train_loss": sum(tail) / len(tail),  # of the last tenth of the steps
-        **watch.line(),
+        **watch.compared.line(),
         "state_bytes": state_bytes(optimizer) / count_parameters(held),
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -28,7 +28,7 @@ from onepass.reference.arrays import F32, U32
 from . import results, training_study_report
 from .results import Line
 from .runs import Run, add_arguments, check_arguments, run_missing
-from .training import EPS, FULL, RULES, Size
+from .training import FULL, RULES, Compared, Size, step_of
 
 OUT = results.ROOT / "bench" / "results" / "training_study.jsonl"
 TINY = Size(Shape(16, 32, 1, 2), 4, 6, 2, 400_000, 2)
@@ -212,7 +212,6 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
     )
     model = task.model()
     options = RULES["adamw"]
-    beta1, beta2 = options["betas"]
     groups = parameter_groups(model, options["weight_decay"])
     # It holds the schedule alone; the steps are taken here.
     schedules = torch.optim.SGD(groups, lr=options["lr"] * variant.lr)
@@ -236,19 +235,13 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
     )
     noise = torch.Generator().manual_seed(seed)
     wander = torch.zeros(sum(sizes))
-    sums = torch.zeros(5, dtype=torch.float64)
-    largest = 0.0
-
-    def follow(averages: list[Tensor], grad: Tensor, t: int) -> Tensor:
-        averages[0].mul_(beta1).add_(grad, alpha=1 - beta1)
-        averages[1].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = (averages[1] / (1 - beta2**t)).sqrt_().add_(EPS)
-        return averages[0] / (1 - beta1**t) / root
+    compared = Compared()
 
     for t in range(1, size.steps + 1):
         backward(task, model, t - 1)
         grad = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
-        u, v = follow(held, grad, t), follow(exact, grad, t)
+        u, held = step_of("adamw", held, grad, t)
+        of_exact, exact = step_of("adamw", exact, grad, t)
         if variant.noise:
             scale = variant.noise * u.square().mean().sqrt()
             fresh = torch.randn(u.shape, generator=noise)
@@ -256,11 +249,7 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
             wander = fresh if t == 1 else fade * wander + (1 - fade**2) ** 0.5 * fresh
             u += scale * wander
         if t % size.sampled == 0:
-            a, b = u.double(), v.double()
-            differ = (a.sign() != b.sign()).sum().double()
-            count = torch.tensor(float(a.numel()), dtype=torch.float64)
-            sums += torch.stack([a @ a, b @ b, a @ b, differ, count])
-            largest = max(largest, float(u.abs().max()))
+            compared.add(u, of_exact)
         lr = schedules.param_groups[0]["lr"]
         with torch.no_grad():
             weights = torch.cat([p.reshape(-1) for p in params])
@@ -275,14 +264,9 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
         model.zero_grad()
         schedules.step()  # without gradients: keeps the scheduler's order
         scheduler.step()
-    own, of_exact, product, signs, count = sums.tolist()
     return {
         "validation_loss": validate(task, model),
-        "rms_u": (own / count) ** 0.5,
-        "rms_u_exact": (of_exact / count) ** 0.5,
-        "projection": product / of_exact,
-        "signs_differ": signs / count,
-        "max_u": largest,
+        **compared.line(),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
