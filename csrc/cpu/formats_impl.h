@@ -74,10 +74,7 @@ struct Mx4State {
     float* __restrict root = roots;
     uint8_t twice[kStrip];
     uint32_t codes[kStrip];
-    for (int i = 0; i < (n + 1) / 2; ++i) {
-      twice[2 * i] = bytes[i] & 15u;
-      twice[2 * i + 1] = bytes[i] >> 4;
-    }
+    split_nibbles(bytes, twice, (n + 1) / 2);
     convert(twice, codes, n);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
@@ -107,11 +104,7 @@ struct Mx4State {
 #pragma omp simd
       for (int i = 0; i < n; ++i) root[i] = Code::decode(codes[i], scale);
     }
-    uint8_t* __restrict bytes = static_cast<uint8_t*>(at.data) + first / 2;
-    uint8_t single[kStrip] = {};
-    convert(codes, single, n);
-    for (int i = 0; i < (n + 1) / 2; ++i)
-      bytes[i] = static_cast<uint8_t>(single[2 * i] | single[2 * i + 1] << 4);
+    join_nibbles(codes, static_cast<uint8_t*>(at.data) + first / 2, (n + 1) / 2);
   }
 };
 
