@@ -70,9 +70,8 @@ def draw_bars(
         left = [0.0] * len(shown)
         for category in CATEGORIES:
             widths = [getattr(found, category) / unit for _, found in shown]
-            # What would be too thin to be seen has no place in the legend either.
-            if max(widths, default=0.0) * unit < 0.0005 * largest:
-                continue
+            # What is too thin to be seen has no place in the legend.
+            seen = max(widths, default=0.0) * unit > 0.003 * largest
             axes.barh(
                 rows,
                 widths,
@@ -82,15 +81,22 @@ def draw_bars(
                 hatch=_HATCHES.get(category),
                 edgecolor="white",
                 linewidth=0.4,
-                label=TITLES[category],
+                label=TITLES[category] if seen else None,
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for row, (_, found), end in zip(rows, shown, left, strict=True):
             away = f"  + {show(found.host)} on the host" if found.host else ""
             over = "  does not fit" if limit is not None and found.peak > limit else ""
-            axes.text(end, row, f" {show(found.peak)}{away}{over}", va="center", fontsize=8.5)
+            axes.text(
+                end + largest / unit * 0.006,
+                row,
+                f"{show(found.peak)}{away}{over}",
+                va="center",
+                fontsize=8.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            )
         if limit is not None:
-            axes.axvline(limit / unit, color="black", linestyle="--", linewidth=1)
+            axes.axvline(limit / unit, color="black", linestyle="--", linewidth=1, zorder=1.5)
             axes.annotate(
                 f"{show(limit)} ",
                 (limit / unit, -0.62),

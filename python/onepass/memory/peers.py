@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
+import logging
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -51,7 +55,7 @@ class Peer:
     def unavailable(self, device: str) -> str:
         """Why it cannot run on a device here; empty when it can."""
         why = _load(self.distribution, self.module)[1]
-        if not why and self.cuda and device != "cuda":
+        if not why and self.cuda and (device != "cuda" or not torch.cuda.is_available()):
             why = "runs on CUDA only"
         return why
 
@@ -109,10 +113,16 @@ def _load(distribution: str, module: str) -> tuple[Any, str]:
     except importlib.metadata.PackageNotFoundError:
         return None, f"{distribution} is not installed"
     try:
-        return importlib.import_module(module), ""
+        # What some print of kernels that they do not find is nobody's business here.
+        logging.disable(logging.WARNING)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module), ""
     except Exception as error:  # a peer may fail in any way
         first = (str(error).splitlines() or [""])[0]
         return None, f"{distribution} does not import: {type(error).__name__}: {first}"
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _flash(moments: int) -> Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes]:

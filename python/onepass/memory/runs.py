@@ -15,7 +15,7 @@ from .measure import measure
 from .models import Model, Shape, load, near
 from .models.shapes import EMBEDDING, NORM
 from .peers import PEERS, Peer, categorise
-from .predict import predict, storage_bytes
+from .predict import block_of, predict, storage_bytes
 from .report import Bytes, MemoryReport
 from .simulate import CannotSimulateError, simulate
 from .variants import CLASSES, Variant, groups_of, parse
@@ -88,9 +88,7 @@ def candidate(name: str) -> Candidate:
     )
 
 
-def parameters(
-    shapes: Sequence[Shape], terms: Terms, trained: bool | None = None
-) -> list[torch.nn.Parameter]:
+def parameters(shapes: Sequence[Shape], terms: Terms) -> list[torch.nn.Parameter]:
     """Parameters of these shapes on the meta device, without memory."""
     found = []
     for shape in shapes:
@@ -158,8 +156,9 @@ def predicted_of(
     if isinstance(optimizer, Optimizer):
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         frozen = [p for p in params if id(p) not in held]
-        found = predict(optimizer, grad_dtype, block=1 if device == "cpu" else None)
-        return found + Bytes(weights=storage_bytes(frozen))
+        block = block_of(torch.device(device))
+        found = predict(optimizer, grad_dtype, block)
+        return found + Bytes(weights=storage_bytes(frozen, block))
     return simulate(make, params, grad_dtype, device, categorise)
 
 

@@ -84,7 +84,7 @@ def simulate(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
-    reasons = []
+    reasons, block = [], block_of(torch.device(device))
     # Pretended tensors of the device make an optimizer choose as it would there; a step that reads
     # a number from a tensor needs the meta device, where counters of steps are real.
     for pretend in (True, False):
@@ -93,7 +93,8 @@ def simulate(
         )
         try:
             with mode:
-                return _run(make, like, grad_dtype, device if pretend else "meta", categorise)
+                where = device if pretend else "meta"
+                return _run(make, like, grad_dtype, where, categorise, block)
         except Exception as error:  # of anyone's optimizer: anything can go wrong
             first = (str(error).strip().splitlines() or [""])[0]
             reasons.append(f"{type(error).__name__}: {first}")
@@ -106,8 +107,8 @@ def _run(
     grad_dtype: torch.dtype | None,
     device: str,
     categorise: Callable[[str], str],
+    block: int,
 ) -> Bytes:
-    block = block_of(torch.device(device))
     params = with_gradients(like, device, grad_dtype)
     optimizer = make(params)
     extra = 0
