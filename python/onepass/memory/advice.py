@@ -144,6 +144,7 @@ def _preferences(model: Model, terms: Terms, task: str) -> tuple[list[str], list
     why = []
     if model.convolutional:
         names = [f"sgd+momentum{split16}", f"sgd8bit+momentum{split8}"]
+        names += [f"sgd8bit+momentum{split8}+paged"]
         why.append(
             "convolutional nets: SGD with momentum generalises at least as well as adaptive "
             "methods there (Wilson et al. 2017) and has one moment, not two"
@@ -152,17 +153,18 @@ def _preferences(model: Model, terms: Terms, task: str) -> tuple[list[str], list
         names = [f"adamw{split16}", f"adamw+bf16{split16}", f"adamw8bit{split8}"]
         names += [f"adamw4bit{split8}", f"lion8bit{split8}"]
         if task == "finetune":
-            names.insert(2, f"rmsprop{split8}")
+            names.insert(3, f"rmsprop8bit{split8}")
             why.append(
                 "fine-tuning: AdamW or RMSprop; AdamW first, which most models were made with, "
-                "RMSprop where one moment less decides"
+                "RMSprop where one moment less decides in 8 bits"
             )
         else:
             why.append(
                 "transformers: AdamW, as adaptive steps cope with the heavy-tailed noise of their "
                 "gradients (Zhang et al. 2020)"
             )
-    names += [f"pagedadamw8bit{split8}", f"pagedlion8bit{split8}"]
+    if not model.convolutional:
+        names += [f"pagedadamw8bit{split8}", f"pagedlion8bit{split8}"]
     why.append(
         "smaller formats come before paging: they make a step faster, paging makes it wait for "
         "the link; the losses of each format against the spread of seeds are in docs/training.md"

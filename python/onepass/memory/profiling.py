@@ -80,7 +80,7 @@ def profile(
     probe = trained(meta)
     found = MemoryReport(
         name or type(probe).__name__,
-        sum(p.numel() for p in like if p.requires_grad),
+        sum(p.numel() for p in like),
         device,
         ours=isinstance(probe, Optimizer),
     )

@@ -82,7 +82,7 @@ class MemoryReport:
 
     Attributes:
         name: of the optimizer.
-        parameters: elements of the parameters that are trained.
+        parameters: elements of all parameters, frozen ones too.
         device: type of the device that the bytes are of.
         predicted: None where nothing predicts this optimizer; see problem.
         measured: None unless it was asked for and could be.

@@ -172,7 +172,7 @@ def report(
 ) -> MemoryReport:
     """What one optimizer takes of one model; measured as well if asked and possible."""
     found = MemoryReport(
-        choice.name, model.trained, terms.device, ours=choice.variant is not None
+        choice.name, model.numel, terms.device, ours=choice.variant is not None
     )
     try:
         found.predicted = predicted(choice, model, terms)

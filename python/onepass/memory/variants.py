@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -136,11 +136,9 @@ def groups_of(
     trained = [(p, kind) for p, kind in zip(params, kinds, strict=True) if p.requires_grad]
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for param, kind in trained:
-        native = param.dtype == torch.float32
+        native = careful and param.dtype == torch.float32
         wide = careful and kind in (EMBEDDING, NORM)
         options = ({"weights": "native"} if native else {}) | ({"states": "fp32"} if wide else {})
         groups.setdefault((native, wide), {"params": [], **options})["params"].append(param)
     return list(groups.values())
 
-
-MakeGroups = Callable[[list[torch.nn.Parameter]], Any]

@@ -33,6 +33,10 @@ _DTYPES = {
     **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
     **dict.fromkeys(("fp16", "float16"), torch.float16),
 }
+_UNCOUNTED = (
+    "not counted: activations, and what the CUDA runtime takes for itself; gradients are those of "
+    "a whole step (onepass.release_gradients frees each as it is used)"
+)
 
 
 @dataclass
@@ -222,8 +226,7 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
         uneven = check_shards(asked.model, asked.terms.shards)
         notes += [uneven] if uneven and asked.terms.sharding == "fsdp2" else []
         notes.append("not counted under shards: layers gathered for the time of their use")
-    notes.append("not counted: activations, and what the CUDA runtime takes for itself")
-    return notes
+    return [*notes, _UNCOUNTED]
 
 
 def _recommend(args: argparse.Namespace, asked: Asked) -> int:
@@ -235,7 +238,7 @@ def _recommend(args: argparse.Namespace, asked: Asked) -> int:
     reasons = advice.reasons
     lines = [f"recommended for {args.task}: {reasons[0]}" if advice.chosen else reasons[0]]
     lines += [f"- {reason}" for reason in reasons[1:]]
-    notes = ["not counted: activations, and what the CUDA runtime takes for itself"]
+    notes = [_UNCOUNTED]
     chosen = advice.chosen.name if advice.chosen else None
     extra = {"task": args.task, "recommended": chosen, "reasons": reasons}
     _output(args, asked, advice.reports, notes, lines, extra)

@@ -44,7 +44,6 @@ class Model:
         shapes: in the order of the model; a tensor that two layers share is there once.
         source: where its configuration and its number of parameters were published.
         published: that number, None where there is none to compare with.
-        dtypes: by name of a parameter, of a user's own model; others have the dtype of the run.
     """
 
     name: str
