@@ -103,6 +103,15 @@ class RandomLink:
     def settle(self) -> None:
         self._until(self.incoming, self.outgoing)
 
+    def recover(self) -> None:
+        """After a fault: what was given to streams is done, unless one of them has failed; then it
+        never will be."""
+        self.fault = None
+        for stream in (self.incoming, self.outgoing, self._current):
+            if self.at_once:
+                self._until(stream)
+            stream.queue.clear()
+
     def adopt(self, buffer: torch.Tensor) -> None:
         buffer.fill_(POISON)
         self.adopted.append(buffer)

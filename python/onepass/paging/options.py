@@ -10,7 +10,7 @@ SMALLEST_PAGE = 1 << 14
 """Bytes: room for a block of 256 elements in every format, each tensor aligned."""
 
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import arena
 from ..rules import Rule
 from ..states import Layout, held_layouts
 from .links import Link, link_for
@@ -47,24 +48,24 @@ class Places:
     footprints: dict[torch.device, Footprint] = field(default_factory=dict)
 
 
-def state_bytes(param: torch.Tensor, rule: Rule, group: Mapping[str, Any]) -> int:
-    """What the states, the companion and the average of a parameter take."""
-    return sum(aligned(layout_bytes(layout)) for layout in held_layouts(param, rule, group))
-
-
 def places_of(groups: Groups, rule: Rule, paging: Paging) -> Places:
     """Decides by sizes alone: of each device the largest first, as long as they fit its budget.
 
     Large ones first leaves little of a budget unused. A parameter's states stay together.
     """
-    sizes = [(state_bytes(p, rule, group), p) for group in groups for p in group["params"]]
+    sizes = []
+    for group in groups:
+        for param in group["params"]:
+            nbytes = [layout_bytes(layout) for layout in held_layouts(param, rule, group)]
+            here = sum(aligned(n, arena.ALIGNMENT) for n in nbytes)
+            sizes.append((here, sum(map(aligned, nbytes)), param))
     places = Places()
-    for size, param in sorted(sizes, key=lambda pair: -pair[0]):
+    for here, away, param in sorted(sizes, key=lambda size: -size[0]):
         found = places.footprints.setdefault(param.device, Footprint())
-        if found.resident + size <= paging.budget:
-            found.resident += size
-        elif size:
-            found.host += size
+        if found.resident + here <= paging.budget:
+            found.resident += here
+        elif away:
+            found.host += away
             places.paged.add(param)
     for found in places.footprints.values():
         found.ring = paging.buffers * min(found.host, aligned(paging.page_bytes))

@@ -115,13 +115,15 @@ class _Layout:
         self.runs: list[tuple[Slab, int, int, int]] = []
         self._slab: Slab | None = None
         self._first = self._last = self._at = 0
+        self._ended = False
 
-    def place(self, slab: Slab, first: int, last: int) -> int:
-        """The byte of the buffer at which a stretch of a slab begins."""
-        if slab is not self._slab or first != aligned(self._last):
+    def place(self, slab: Slab, first: int, last: int, ends: bool) -> int:
+        """The byte of the buffer at which a stretch of a slab begins; ends: as its tensor does, so
+        that what is left before the next is nobody's."""
+        if slab is not self._slab or first != (aligned(self._last) if self._ended else self._last):
             self.close()
             self._slab, self._first, self._at = slab, first, aligned(self.end)
-        self._last = last
+        self._last, self._ended = last, ends
         self.end = self._at + last - self._first
         return self._at + first - self._first
 
@@ -162,7 +164,8 @@ def _make(entries: Sequence[Entry], spans: list[Span], slabs: Slabs, ring: Ring)
             assert found is not None
             slab, base = found
             first, last = stored.stretch(span.start, span.stop)
-            at = layout.place(slab, base + first, base + last)
+            ends = span.stop == entry.param.numel()
+            at = layout.place(slab, base + first, base + last, ends)
             view = buffer[at : at + last - first].view(stored.tensor.dtype)
             if span.whole:
                 view = view.as_strided(stored.tensor.shape, stored.tensor.stride())

@@ -25,9 +25,9 @@ Pin = Callable[[int, int], Callable[[], None]]
 _warned = False
 
 
-def aligned(nbytes: int) -> int:
-    """The bytes that a tensor takes in a slab or a page."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def aligned(nbytes: int, unit: int = ALIGNMENT) -> int:
+    """The bytes that a tensor takes in a slab or a page, or where it is aligned to units."""
+    return -(-nbytes // unit) * unit
 
 
 def layout_bytes(layout: Layout) -> int:
