@@ -148,9 +148,7 @@ def host_time(step: Callable[[], Any]) -> float:
 
 def lines_of(case: Case, timed: Sequence[Timed]) -> list[results.Line]:
     """The result lines of a case (bench/results.py names their fields)."""
-    device = torch.cuda.get_device_properties(0)
-    env = results.environment() | {"device": device.name, "cuda": torch.version.cuda}
-    env["driver"] = results.driver()
+    env = results.environment("cuda")
 
     def gbps(one: Timed) -> float:
         return one.bytes / percentile(one.samples, 50) / 1e6

@@ -7,7 +7,7 @@
 #   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long
 #
 #   PYTHON=...  a Python with torch for CUDA, numpy, pytest and setuptools (default python3)
-#   OUT=...     where gpu.log and gpu.jsonl, the result lines, go (default gpu-out)
+#   OUT=...     where gpu.log and the result lines, gpu.jsonl and phase.jsonl, go (default gpu-out)
 #   COMMIT=...  what the sources are of, for the result lines, where there is no git
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ mkdir -p "$OUT"
 LOG=$OUT/gpu.log
 : >"$LOG"
 export PYTHONPATH="$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-wanted=" ${*:-tools build info code bits memcheck racecheck bench counters} "
+wanted=" ${*:-tools build info code bits memcheck racecheck bench phase counters} "
 failed=()
 skipped=()
 
@@ -91,14 +91,15 @@ counters() { # Clocks as they are: a container may not set them.
 export -f tool tools build tests sanitize counters
 export PYTHON
 
-part tools 20 bash -c tools
+part tools 10 bash -c tools
 part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
 part code 30 bash -c 'tests tests/test_cuda_code.py'
 part bits 130 bash -c 'tests tests/test_cuda_gpu.py tests/test_cuda_gpu_step.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
-part bench 70 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
+part bench 60 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
+part phase 20 "$PYTHON" -m bench.phase --device cuda --numel 500000000 --out "$OUT/phase.jsonl"
 part counters 30 bash -c counters
 part triton 500 bash -c 'tests tests/test_triton_gpu.py'
 

@@ -50,15 +50,16 @@ FIELDS = (
 )
 
 
-def environment() -> Line:
-    """What all lines of a run share."""
+def environment(device: str = "cpu") -> Line:
+    """What all lines of a run share; device: "cpu" or "cuda", the current one."""
+    gpu = device == "cuda"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")),
-        "device": _device(),
-        "driver": None,
-        "cuda": None,
+        "device": torch.cuda.get_device_name() if gpu else _device(),
+        "driver": driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
         "torch": str(torch.__version__),
         "triton": _version("triton"),
     }

@@ -85,4 +85,5 @@ class CudaBackend(Backend):
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         """float64 [3] on the device, without waiting for it: the sum of the squares of all
         gradients taken, their largest magnitude, how many are infinite or NaN."""
-        return torch.Tensor(self.calls.norm(prepared.plan))
+        found: torch.Tensor = self.calls.norm(prepared.plan)
+        return found
