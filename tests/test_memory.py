@@ -13,6 +13,7 @@ from onepass.memory.measure import measure, resident_growth
 from onepass.memory.predict import predict
 from onepass.memory.report import TOLERANCE, Bytes, MemoryReport
 from onepass.memory.simulate import simulate, with_gradients
+from onepass.paging.options import Paging
 
 from .cases import CASES, EVERY_FORMAT, last_variant
 
@@ -52,7 +53,7 @@ def test_every_rule_and_format_takes_what_is_predicted(case, states, weights, dt
 @pytest.mark.parametrize("states", onepass.formats.STATE_FORMATS)
 @pytest.mark.parametrize("budget", [True, 1 << 20])
 def test_paged_states(states, budget):
-    paging = onepass.paging.Paging(0 if budget is True else budget, page_bytes=1 << 16)
+    paging = Paging(0 if budget is True else budget, page_bytes=1 << 16)
 
     def make(params):
         return onepass.AdamW(params, states=states, weights="kahan", paged=paging)
@@ -70,10 +71,7 @@ def test_gradients_of_another_dtype_and_frozen_parameters():
     params = meta(torch.bfloat16)
     params[0].requires_grad_(False)
 
-    def make(made):
-        return onepass.Lion([p for p in made if p.requires_grad])
-
-    report = memory.profile(lambda p: onepass.Lion(p), params, grad_dtype=torch.float32, measure=True)
+    report = memory.profile(onepass.Lion, params, grad_dtype=torch.float32, measure=True)
     assert report.ours
     total, trained = (sum(p.numel() for p in ps) for ps in (params, params[1:]))
     assert report.predicted.weights == 2 * total
@@ -102,7 +100,8 @@ def test_simulated_steps_of_torch_take_what_real_ones_do(name, dtype):
     report.measured, _ = measure(make, params)
     assert_close(report)
     if lists is not None:
-        assert report.measured.temporary == pytest.approx(lists * report.measured.weights, rel=1e-4)
+        whole = lists * report.measured.weights
+        assert report.measured.temporary == pytest.approx(whole, rel=1e-4, abs=100)
 
 
 def test_torch_foreach_has_a_copy_of_the_list_and_ours_has_none():

@@ -57,9 +57,7 @@ def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
         yield from ((*words, "paged") for words in kept)
 
 
-def cheapest_change(
-    choice: Candidate, model: Model, terms: Terms, limit: int
-) -> Change | None:
+def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -> Change | None:
     """The first change with which an optimizer takes at most ``limit`` bytes on each GPU: smaller
     formats, then paging, then more GPUs. Of a peer's, ours of the same rule. None if there is none.
     """

@@ -39,8 +39,13 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, Any, Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context({**style, "hatch.linewidth": 0.5}):
+    style: Any = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "hatch.linewidth": 0.5,
+    }
+    with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(width, height), dpi=150, layout="constrained")
         try:
             yield pyplot, figure, axes

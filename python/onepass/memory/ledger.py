@@ -45,7 +45,7 @@ def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from (x for x in vars(leaf).values() if isinstance(x, torch.Tensor))
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is active, every storage that an operation returns is entered.
 
     Storages are followed by weak references, so that nothing is kept alive. What a kernel allocates
@@ -56,7 +56,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, ignored: Iterable[str] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.entries: list[Entry] = []
         self.live = self.peak = 0
         self._known: dict[int, tuple[Entry, Any]] = {}

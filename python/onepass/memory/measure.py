@@ -67,7 +67,8 @@ def measure(
             else:
                 temporary = max(temporary, _temporary(optimizer.step, where))
         if snapshot is not None:
-            torch.cuda.memory._dump_snapshot(str(snapshot))
+            dump: Any = torch.cuda.memory._dump_snapshot
+            dump(str(snapshot))
     finally:
         if snapshot is not None:
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -94,7 +95,9 @@ def _of_pager(optimizer: Optimizer, states: dict[str, int], block: int) -> dict[
                 nbytes = value.numel() * value.element_size()
                 category = category_of(key)
                 moved["host"] += nbytes
-                moved[category] = moved.get(category, states[category]) - -(-nbytes // block) * block
+                moved[category] = (
+                    moved.get(category, states[category]) - -(-nbytes // block) * block
+                )
     rings = [ring.memory for ring in optimizer.pager.rings]
     return {**moved, "ring": storage_bytes(rings, block)}
 
@@ -121,9 +124,10 @@ def _allocations(step: Callable[[], Any]) -> list[int]:
     """
     from torch.autograd import profiler_legacy
 
-    with profiler_legacy.profile(profile_memory=True) as profiler:
+    legacy: Any = profiler_legacy.profile
+    with legacy(profile_memory=True) as profiler:
         step()
-        records = torch.autograd._disable_profiler_legacy()  # type: ignore[attr-defined]
+        records: Any = torch.autograd._disable_profiler_legacy()  # type: ignore[attr-defined]
         torch.autograd._enable_profiler_legacy(profiler.config())  # type: ignore[attr-defined]
     return [
         record.cpu_memory_usage()

@@ -22,6 +22,8 @@ from .simulate import CannotSimulateError, simulate
 Make = Callable[[Any, list[torch.nn.Parameter]], Any]
 """(the peer's module, parameters) -> an optimizer."""
 
+_COMPILED = "its step is compiled when it first runs: what that has of temporaries is not predicted"
+_PLAIN = "on a CPU its step is plain torch within one operator: temporaries there are not predicted"
 _MANAGED = 100_000
 """Elements from which bitsandbytes pages a state (Optimizer8bit.get_state_buffer)."""
 
@@ -36,8 +38,7 @@ class Peer:
         make: see Make.
         rule: of onepass that does the same; what a smaller variant is looked for of.
         cuda: it runs on CUDA alone.
-        compiled: its step is compiled into one kernel a tensor: temporaries of the operations that
-            it is written in are not made.
+        unseen: what of its step is not predicted, where something is not.
         unpaged: the same without paging; its large states are on the host here.
         formula: predicts it where it cannot be simulated.
     """
@@ -48,7 +49,7 @@ class Peer:
     make: Make
     rule: str
     cuda: bool = False
-    compiled: bool = False
+    unseen: str = ""
     unpaged: Make | None = None
     formula: Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes] | None = None
 
@@ -95,7 +96,7 @@ class Peer:
                 if p.requires_grad and p.numel() >= _MANAGED
             )
             found = found + Bytes(moments=-moved, host=moved)
-        if self.compiled:
+        if self.unseen == _COMPILED:
             found = found + Bytes(temporary=-found.temporary)
         return found
 
@@ -164,7 +165,27 @@ def _bitsandbytes(name: str, rule: str) -> Peer:
         _named(name),
         rule,
         cuda=unpaged is not None,
+        unseen="" if unpaged else _PLAIN,
         unpaged=unpaged,
+    )
+
+
+def _torchao(name: str) -> Peer:
+    make = _named(name)
+    return Peer(
+        f"torchao-{name.lower()}", "torchao", "torchao.optim", make, "adamw", unseen=_COMPILED
+    )
+
+
+def _flashoptim(rule: str, name: str, moments: int) -> Peer:
+    return Peer(
+        f"flashoptim-{rule}",
+        "flashoptim",
+        "flashoptim",
+        _named(name),
+        rule,
+        cuda=True,
+        formula=_flash(moments),
     )
 
 
@@ -177,12 +198,9 @@ PEERS: dict[str, Peer] = {
         *(_torch("RMSprop", how) for how in ("loop", "foreach")),
         *(_bitsandbytes(name, "adamw") for name in ("AdamW", "AdamW8bit", "PagedAdamW8bit")),
         *(_bitsandbytes(name, "lion") for name in ("Lion8bit", "PagedLion8bit")),
-        Peer("torchao-adamw8bit", "torchao", "torchao.optim", _named("AdamW8bit"), "adamw", False, True),
-        Peer("torchao-adamw4bit", "torchao", "torchao.optim", _named("AdamW4bit"), "adamw", False, True),
-        Peer("flashoptim-adamw", "flashoptim", "flashoptim", _named("FlashAdamW"), "adamw", True,
-             formula=_flash(2)),
-        Peer("flashoptim-lion", "flashoptim", "flashoptim", _named("FlashLion"), "lion", True,
-             formula=_flash(1)),
+        *(_torchao(name) for name in ("AdamW8bit", "AdamW4bit")),
+        _flashoptim("adamw", "FlashAdamW", 2),
+        _flashoptim("lion", "FlashLion", 1),
         Peer("optimi-adamw", "torch-optimi", "optimi", _named("AdamW"), "adamw"),
         Peer("optimi-lion", "torch-optimi", "optimi", _named("Lion"), "lion"),
         Peer("lion-pytorch", "lion-pytorch", "lion_pytorch", _named("Lion"), "lion"),
@@ -202,4 +220,3 @@ DEFAULT = (
     "lion-pytorch",
 )
 """What ``--peers`` adds."""
-

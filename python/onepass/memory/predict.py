@@ -90,9 +90,7 @@ def predict(
     found["moments"] += sum(map(rounded, arena.slab_bytes()))
     return Bytes(
         weights=storage_bytes(params, block),
-        gradients=sum(
-            rounded(p.numel() * (grad_dtype or p.dtype).itemsize) for p in trained
-        ),
+        gradients=sum(rounded(p.numel() * (grad_dtype or p.dtype).itemsize) for p in trained),
         ring=ring,
         host=host,
         **found,

@@ -62,11 +62,7 @@ def profile(
     if not like or not all(isinstance(p, torch.Tensor) for p in like):
         raise ValueError("params must be a module or tensors, at least one")
     device = device or ("cpu" if like[0].is_meta else like[0].device.type)
-    make: Callable[[list[Any]], Any]
-    if instance:
-        make = _copies(optimizer_or_factory, like)
-    else:
-        make = optimizer_or_factory  # type: ignore[assignment]
+    make: Any = _copies(optimizer_or_factory, like) if instance else optimizer_or_factory
 
     def trained(made: list[torch.nn.Parameter]) -> Any:
         return make(made if instance else [p for p in made if p.requires_grad])

@@ -81,7 +81,7 @@ def candidate(name: str) -> Candidate:
     if name.lower() in PEERS:
         return Candidate(name.lower(), peer=PEERS[name.lower()])
     if ":" in name:
-        return Candidate(name, factory=load(name))  # type: ignore[arg-type]
+        return Candidate(name, factory=load(name))
     raise ValueError(
         f"no optimizer {name!r}{near(name, [*CLASSES, *PEERS])} It takes {', '.join(CLASSES)} with "
         "options such as adamw+mx8+split8, a peer of --list-optimizers, or module:factory"
@@ -171,13 +171,13 @@ def report(
     tick: Callable[[str], None] = lambda text: None,
 ) -> MemoryReport:
     """What one optimizer takes of one model; measured as well if asked and possible."""
-    found = MemoryReport(
-        choice.name, model.numel, terms.device, ours=choice.variant is not None
-    )
+    found = MemoryReport(choice.name, model.numel, terms.device, ours=choice.variant is not None)
     try:
         found.predicted = predicted(choice, model, terms)
     except CannotSimulateError as error:
         found.problem = f"not predicted: {error}"
+    if choice.peer is not None and choice.peer.unseen and found.predicted is not None:
+        found.notes.append(choice.peer.unseen)
     why = choice.unavailable(terms.device)
     if why:
         missing = " (predicted only)" if found.predicted is not None else ""

@@ -156,7 +156,8 @@ def track(
         if tensor.grad is not None:
             ledger.enter(tensor.grad, "gradients")
         if tensor.requires_grad and tensor.is_leaf:
-            handles.append(tensor.register_post_accumulate_grad_hook(gradient))
+            register: Any = tensor.register_post_accumulate_grad_hook
+            handles.append(register(gradient))
     for optimizer in optimizers:
         for tensor in plain_tensors([dict(s) for s in optimizer.state.values()]):
             ledger.enter(tensor, "states")

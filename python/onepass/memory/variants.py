@@ -141,4 +141,3 @@ def groups_of(
         options = ({"weights": "native"} if native else {}) | ({"states": "fp32"} if wide else {})
         groups.setdefault((native, wide), {"params": [], **options})["params"].append(param)
     return list(groups.values())
-

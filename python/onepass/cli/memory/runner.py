@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,14 @@ def run(args: argparse.Namespace) -> int:
             snapshot = None
             if args.snapshot is not None:
                 snapshot = args.snapshot / f"{re.sub('[^a-z0-9.+-]', '-', choice.name)}.pickle"
-            say: Callable[[str], None] = lambda words, name=choice.name: tick(f"{name}: {words}", 0)
-            found = report(choice, asked.model, asked.terms, args.measure, snapshot, say)
+            found = report(
+                choice,
+                asked.model,
+                asked.terms,
+                args.measure,
+                snapshot,
+                partial(_say, tick, choice.name),
+            )
             reports.append(found)
             tick(choice.name, 1)
     _output(args, asked, reports, _remarks(asked, reports))
@@ -94,6 +101,10 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if off else 0
+
+
+def _say(tick: Callable[[str, int], None], name: str, words: str) -> None:
+    tick(f"{name}: {words}", 0)
 
 
 def _checked(args: argparse.Namespace) -> Asked:
@@ -212,7 +223,7 @@ def _progress(total: int, silent: bool) -> Iterator[Callable[[str, int], None]]:
 
 def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
     """What is to be said below the table."""
-    notes = [f"{r.name}: {r.problem}" for r in reports if r.problem]
+    notes = [f"{r.name}: {text}" for r in reports for text in (r.problem, *r.notes) if text]
     if asked.limit is not None:
         room = asked.limit - asked.reserve
         for choice, found in zip(asked.choices, reports, strict=True):
@@ -231,9 +242,7 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
 
 def _recommend(args: argparse.Namespace, asked: Asked) -> int:
     assert asked.limit is not None
-    advice = recommend(
-        asked.model, asked.terms, asked.limit, asked.reserve, args.task, asked.rank
-    )
+    advice = recommend(asked.model, asked.terms, asked.limit, asked.reserve, args.task, asked.rank)
     asked = replace(asked, model=advice.model or asked.model)
     reasons = advice.reasons
     lines = [f"recommended for {args.task}: {reasons[0]}" if advice.chosen else reasons[0]]

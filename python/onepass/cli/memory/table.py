@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ HEADINGS = {
 }
 
 
-def rows(
-    reports: Sequence[MemoryReport], limit: int | None, reserve: int
-) -> list[tuple[str, ...]]:
+def rows(reports: Sequence[MemoryReport], limit: int | None, reserve: int) -> list[tuple[str, ...]]:
     """The headings and a row a report; predicted bytes, measured ones in columns of their own.
 
     Columns that hold nothing at all are left out.
@@ -53,7 +52,7 @@ def rows(
     known = [r.predicted for r in reports if r.predicted is not None]
     for name, heading in HEADINGS.items():
         if any(getattr(found, name) for found in known):
-            columns.append((heading, cell(lambda b, name=name: show(getattr(b, name)))))
+            columns.append((heading, cell(partial(_shown, name))))
     columns += [("peak", cell(lambda b: show(b.peak))), ("B/param", each)]
     if any(found.host for found in known):
         columns.append(("on the host", cell(lambda b: show(b.host))))
@@ -69,6 +68,12 @@ def rows(
             ("process grew", lambda r: "-" if r.process_peak is None else show(r.process_peak))
         )
     return [tuple(h for h, _ in columns), *(tuple(f(r) for _, f in columns) for r in reports)]
+
+
+def _shown(name: str, found: Bytes) -> str:
+    from onepass.memory.sizes import show
+
+    return show(getattr(found, name))
 
 
 def print_rows(body: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> None:

@@ -7,8 +7,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ __all__ = ["FAMILIES", "KNOWN", "Model", "Shape", "find", "known", "near", "of_m
 
 
 def near(word: str, words: Iterable[str]) -> str:
-    """"; did you mean a or b?" of the words that look like it; "." where none does."""
+    """ "; did you mean a or b?" of the words that look like it; "." where none does."""
     found = difflib.get_close_matches(word.lower(), list(words), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(found)}?" if found else "."
 
@@ -109,7 +110,7 @@ def of_factory(name: str) -> Model:
     return of_module(model, name)
 
 
-def load(name: str) -> object:
+def load(name: str) -> Callable[..., Any]:
     """What ``module:attribute`` names; modules of the working directory are found too.
 
     Raises:
@@ -119,7 +120,7 @@ def load(name: str) -> object:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
+        found: Any = importlib.import_module(module)
     except Exception as error:  # anyone's code
         raise ValueError(
             f"{name}: {module!r} cannot be imported: {type(error).__name__}: {error}"

@@ -126,9 +126,7 @@ KNOWN: dict[str, Known] = {
     "qwen2.5-72b": _decoder(
         "qwen2", (8192, 29568, 80, 64, 8, 152064), 72_706_203_648, "Qwen/Qwen2.5-72B"
     ),
-    "qwen3-8b": _decoder(
-        "qwen3", (4096, 12288, 36, 32, 8, 151936), 8_190_735_360, "Qwen/Qwen3-8B"
-    ),
+    "qwen3-8b": _decoder("qwen3", (4096, 12288, 36, 32, 8, 151936), 8_190_735_360, "Qwen/Qwen3-8B"),
     "gemma-2b": _decoder(
         "gemma", (2048, 16384, 18, 8, 1, 256000), 2_506_172_416, "google/gemma-2b", head_dim=256
     ),
