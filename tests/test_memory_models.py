@@ -120,7 +120,7 @@ def test_a_shared_parameter_counts_once():
 def test_near_names():
     with pytest.raises(ValueError, match="did you mean llama-3-8b"):
         find("llama3-8b")
-    with pytest.raises(ValueError, match="did you mean .*adamw"):
+    with pytest.raises(ValueError, match=r"did you mean .*adamw"):
         candidate("adamww")
     with pytest.raises(ValueError, match="did you mean mx8"):
         candidate("adamw+mx88")
