@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from onepass.cli import UsageError
+from onepass.cli import UsageError, package_version
 from onepass.cli.memory import DEFAULT, table
 from onepass.memory import MemoryReport
 from onepass.memory.advice import TASKS, cheapest_change, recommend
@@ -92,7 +93,10 @@ def run(args: argparse.Namespace) -> int:
             )
             reports.append(found)
             tick(choice.name, 1)
-    _output(args, asked, reports, _remarks(asked, reports))
+    notes = _remarks(asked, reports)
+    if args.measure:
+        notes.append(f"measured on {_environment(asked.terms.device)}")
+    _output(args, asked, reports, notes)
     off = [r for r in reports if r.ours and abs(r.difference() or 0.0) > TOLERANCE]
     for found in off:
         print(
@@ -238,6 +242,15 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
         notes += [uneven] if uneven and asked.terms.sharding == "fsdp2" else []
         notes.append("not counted under shards: layers gathered for the time of their use")
     return [*notes, _UNCOUNTED]
+
+
+def _environment(device: str) -> str:
+    """Where and when a measurement was made."""
+    from onepass.cli.demo.runner import device_name
+
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
+    versions = f"onepass {package_version('onepass')}, torch {torch.__version__}"
+    return f"{device_name(torch.device(device))}; {versions}; {now}"
 
 
 def _recommend(args: argparse.Namespace, asked: Asked) -> int:
