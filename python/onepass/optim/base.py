@@ -174,7 +174,9 @@ class Optimizer(Findings):
 
         Raises:
             ValueError, RuntimeError: an option, parameter or gradient that cannot be worked on;
-                nothing has been changed then.
+                nothing has been changed then. Of paged states also that an earlier step has failed
+                on its way.
+            MemoryError: the host has not the memory for paged states; nothing has been changed.
         """
         if torch.compiler.is_compiling() or _watched(self):
             return self._hooked_step(closure)

@@ -183,7 +183,7 @@ def _device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What a device calls itself; of a CPU with torch's number of threads."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     name = platform.processor() or platform.machine()
     try:
