@@ -34,8 +34,7 @@ class PagedPart(Part):
         paged: Collection[torch.Tensor],
     ) -> None:
         self._pager, self._all = pager, entries
-        # SGD without momentum has no states.
-        self._paged = [i for i, e in enumerate(entries) if e.param in paged and e.held()]
+        self._paged = [i for i, entry in enumerate(entries) if entry.param in paged]
         away = set(self._paged)
         self._resident = [i for i in range(len(entries)) if i not in away]
         super().__init__(backend, entries, table)
