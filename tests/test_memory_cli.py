@@ -178,12 +178,13 @@ def test_a_peer_that_cannot_run_is_listed_with_the_reason(capsys, monkeypatch):
 @pytest.mark.parametrize("name", [n for n, p in peers.PEERS.items() if p.distribution != "torch"])
 def test_other_libraries_take_what_is_predicted(name):
     peer = peers.PEERS[name]
-    why = peer.unavailable("cpu") or peer.unseen
+    why = peer.unavailable("cpu")
     if why:
         pytest.skip(f"{name}: {why}")
     found = report(candidate(name), known("gpt2").scaled(0.05), Terms(), measured=True)
     assert found.problem == ""
-    assert abs(found.difference()) < 0.005
+    assert abs(found.difference("held")) < 0.005
+    assert peer.unseen or abs(found.difference()) < 0.005
 
 
 # --- output to a pipe and to a terminal ------------------------------------------------------
