@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, ops
+from . import backends, memory, ops
 from .amp import GradScaler
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .checkpoints import convert_state_dict, full_precision_state_dict
@@ -63,6 +63,7 @@ __all__ = [
     "convert_state_dict",
     "from_bitsandbytes",
     "full_precision_state_dict",
+    "memory",
     "ops",
     "parameter_groups",
     "release_gradients",

@@ -354,7 +354,10 @@ def fit_ema(
     layout = ema_layout(param)
     home = home or OnDevice(param.device)
     if saved.get(EMA) is None:
-        return home.empty(layout).copy_(full_precision(param, saved))
+        # Of a weight alone the copy converts: no fp32 tensor on the way, as large as the average.
+        alone = not any(saved.get(key) is not None for key in COMPANIONS)
+        weight = param.detach() if alone else full_precision(param, saved)
+        return home.empty(layout).copy_(weight)
     value = _tensor(saved[EMA], f"{EMA} of {which}")
     if tuple(value.shape) != layout.shape:
         raise ValueError(
