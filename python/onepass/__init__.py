@@ -6,6 +6,7 @@ from . import backends, ops
 from .amp import GradScaler
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .checkpoints import convert_state_dict, full_precision_state_dict
+from .distributed import number_parameters
 from .optim import (
     SGD,
     Adagrad,
@@ -53,6 +54,7 @@ __all__ = [
     "convert_state_dict",
     "from_bitsandbytes",
     "full_precision_state_dict",
+    "number_parameters",
     "ops",
     "parameter_groups",
     "release_gradients",

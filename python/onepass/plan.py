@@ -16,10 +16,13 @@ import torch
 
 from . import backends
 from .arena import Arena
-from .backends.base import same_layout
 from .checks import check_tensors, check_weight_format
+from .distributed.part import ShardedPart
+from .distributed.ranks import Groups, Ranks
+from .distributed.shards import shards_of
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
 from .held import OptimizerState, ParamState, Watch
+from .parts import Part
 from .reference.verdict import VERDICT_WIDTH
 from .rows import TELEMETRY_WIDTH, RowTable, capturing
 from .states import (
@@ -42,7 +45,7 @@ class Member(NamedTuple):
 
     Attributes:
         param: the tensor.
-        number: its position in the optimizer, which keys its random bits.
+        number: keys its random bits: its position in the optimizer, unless it was given one.
         at, group: its group, and the position of that.
     """
 
@@ -52,59 +55,19 @@ class Member(NamedTuple):
     group: dict[str, Any]
 
 
+class _Place(NamedTuple):
+    """Where entries are that are worked on together: on a device, and if they are shards of
+    DTensors, cut over the same process groups."""
+
+    device: torch.device
+    groups: Groups | None
+
+
 def add_norms(parts: torch.Tensor) -> torch.Tensor:
     """What :meth:`Backend.norm` found of several lists, float64 [lists, 3], as of one."""
     total = parts.sum(0)
     total[1] = parts[:, 1].max()
     return total
-
-
-class _Part:
-    """The entries of one device, and the rows that they read."""
-
-    def __init__(
-        self, backend: backends.Backend, entries: list[backends.Entry], table: RowTable
-    ) -> None:
-        self.backend, self.table = backend, table
-        self.params = [entry.param for entry in entries]
-        self.prepared = backend.prepare(entries)
-        # Gradients that lie in memory in another order than their parameter are copied for a step.
-        self.relaid = [
-            i for i, p in enumerate(self.params) if p.grad is None or not same_layout(p, p.grad)
-        ]
-        self._copies: list[torch.Tensor] = []
-
-    def refresh(self) -> bool:
-        """Reads the gradients; False, with nothing changed, when the plan is no longer true."""
-        params = self.params
-        chunk = self.backend.chunk or len(params)
-        self._copies = []
-        for first in range(0, len(params), chunk):
-            part = params[first : first + chunk]
-            grads = [grad for p in part if (grad := p.grad) is not None]
-            if len(grads) < len(part):
-                return False
-            for i in self.relaid:
-                if first <= i < first + chunk:
-                    grad = grads[i - first]
-                    copy = torch.empty_like(params[i], dtype=grad.dtype).copy_(grad)
-                    grads[i - first] = copy
-                    self._copies.append(copy)
-            if not self.backend.refresh(self.prepared, grads, first):
-                return False
-        return True
-
-    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
-        """The step over this device's entries."""
-        table = self.table
-        self.backend.advance(table, verdict)
-        self.backend.run(self.prepared, table.hyper, table.counters, zero_grads, table.telemetry)
-        if zero_grads and self._copies:
-            for i in self.relaid:
-                grad = self.params[i].grad
-                if grad is not None:
-                    grad.zero_()
-        self._copies = []
 
 
 def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
@@ -158,15 +121,22 @@ class Plan:
         self._options = [self._group_options(group) for group in groups]
         self._checked: list[Any] | None = None
 
+        shards = shards_of(chain.from_iterable(group["params"] for group in groups))
+        self._ranks = None
+        if self._whole and (shards or optimizer.norm_group is not None):
+            every = chain.from_iterable(group["params"] for group in groups)
+            self._ranks = Ranks(every, shards, optimizer.norm_group)
+
         arena = Arena()
         for group in groups:
             optimizer.check_options(group)
-        for param, number, _, group in members:
-            which = f"parameter {number} of shape {tuple(param.shape)}"
-            assert param.grad is not None
-            check_tensors(param, param.grad, which)
+        for whole, number, _, group in members:
+            which = f"parameter {number} of shape {tuple(whole.shape)}"
+            assert whole.grad is not None
+            check_tensors(whole, whole.grad, which)
+            param = shards[whole].check(which) if whole in shards else whole
             check_weight_format(param, group["weights"], which)
-            state, form = optimizer.state.get(param, {}), STATE_FORMATS[group["states"]]
+            state, form = optimizer.state.get(whole, {}), STATE_FORMATS[group["states"]]
             for _, name in rule.state_slots(rule.flag_bits(group)):
                 if state.get(name) is None:
                     for layout in state_layouts(param, name, form):
@@ -174,22 +144,30 @@ class Plan:
         extras = optimizer.measures or any(group["ema_decay"] is not None for group in groups)
         chosen = {
             device: backends.choose(device, optimizer.backend, extras)
-            for device in dict.fromkeys(p.device for p in self._active)
+            for device in dict.fromkeys(
+                shards[p].local.device if p in shards else p.device for p in self._active
+            )
         }
 
         # New states are gathered first: nothing is kept of them if memory runs out on the way.
-        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], int]] = []
-        numbers: dict[torch.device, dict[tuple[int, float, bool], int]] = {d: {} for d in chosen}
-        entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
+        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], _Place, int]] = []
+        numbers: dict[_Place, dict[tuple[int, float, bool], int]] = {}
+        entries: dict[_Place, list[backends.Entry]] = {}
+        wholes: dict[_Place, list[torch.Tensor]] = {}
         read = _Reader()
-        for param, number, index, group in members:
+        for whole, number, index, group in members:
+            shard = shards.get(whole)
+            param = whole if shard is None else shard.local
+            place = _Place(param.device, None if shard is None else shard.groups)
             flags = rule.flag_bits(group)
             form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
             slots = rule.state_slots(flags)
-            state = optimizer.state.get(param, {})
-            which = f"parameter {number} of shape {tuple(param.shape)}"
+            state = saved = optimizer.state.get(whole, {})
+            which = f"parameter {number} of shape {tuple(whole.shape)}"
             saved_as = getattr(state, "form", "")
-            held = fit_states(state, param, rule, form, which, saved_as=saved_as)
+            if shard is not None:
+                saved = shard.inner(state, rule)
+            held = fit_states(saved, param, rule, form, which, saved_as=saved_as)
             first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
             for _, name in slots:
                 if name in held:
@@ -200,16 +178,20 @@ class Plan:
                 start = rule.initial_value(name, group)
                 if start:
                     fill(held, name, form, start)
-            companion = fit_companion(state, param, weight, which)
+            companion = fit_companion(saved, param, weight, which)
             if companion is not None:
                 held[weight.key] = companion
             if group["ema_decay"] is not None:
-                held[EMA] = fit_ema(state, param, which)
-            rows = numbers[param.device]
+                held[EMA] = fit_ema(saved, param, which)
+            rows = numbers.setdefault(place, {})
             row = rows.setdefault((index, read(state.get("step")), first), len(rows))
             order = packed_order(param, form) if slots else {}
-            fresh.append((param, form, {**held, **order}, row))
-            entries[param.device].append(
+            kept = {**held, **order}
+            if shard is not None:
+                kept = shard.wrapped(kept, rule, form)
+            fresh.append((whole, form, kept, place, row))
+            wholes.setdefault(place, []).append(whole)
+            entries.setdefault(place, []).append(
                 backends.Entry(
                     param=param,
                     states={slot: held[name] for slot, name in slots},
@@ -227,25 +209,32 @@ class Plan:
                     flags=flags,
                     row=row,
                     param_id=number,
+                    first=0 if shard is None else shard.start(form),
                 )
             )
         all_groups = optimizer.param_groups
         tables = {
-            device: RowTable(
+            place: RowTable(
                 rule,
                 [(all_groups[index], count, first) for index, count, first in rows],
-                device,
+                place.device,
                 optimizer.measures,
             )
-            for device, rows in numbers.items()
+            for place, rows in numbers.items()
         }
         self._parts = [
-            _Part(backend, entries[device], tables[device]) for device, backend in chosen.items()
+            Part(chosen[place.device], listed, tables[place])
+            if place.groups is None
+            else ShardedPart(
+                chosen[place.device], listed, tables[place], wholes[place], optimizer.moved
+            )
+            for place, listed in entries.items()
         ]
+        self._kinds = [place.groups or () for place in entries]
 
         self._watch = Watch()
-        for param, form, held, index in fresh:
-            shared = tables[param.device].rows[index]
+        for param, form, held, place, index in fresh:
+            shared = tables[place].rows[index]
             param_state = optimizer.state[param]
             if not isinstance(param_state, ParamState):
                 param_state = optimizer.state[param] = ParamState(param_state)
@@ -318,8 +307,12 @@ class Plan:
         return same
 
     def norm(self) -> torch.Tensor | None:
-        """See :meth:`Backend.norm`, over all devices and on the first; None without gradients."""
-        found = [part.backend.norm(part.prepared) for part in self._parts]
+        """See :meth:`Backend.norm`, over all devices and ranks and on the first device; None
+        without gradients."""
+        found = [part.norm() for part in self._parts]
+        if self._ranks is not None:
+            largest = self._optimizer.policy().largest
+            return self._ranks.norm(list(zip(self._kinds, found, strict=True)), largest)
         if len(found) < 2:
             return found[0] if found else None
         return add_norms(torch.stack([f.to(found[0].device, non_blocking=True) for f in found]))
@@ -361,17 +354,27 @@ class Plan:
         torch.autograd.graph.increment_version(self._active)
 
     def telemetry(self) -> list[torch.Tensor]:
-        """Of each group, its columns summed over rows, on the first device: see RowTable."""
+        """Of each group, its columns summed over rows and ranks, on the first device: see RowTable.
+
+        Where parameters are sharded all ranks must ask."""
         groups = self._optimizer.param_groups
         device = self._parts[0].table.steps.device if self._parts else torch.device("cpu")
-        sums = [torch.zeros(TELEMETRY_WIDTH, dtype=torch.float64, device=device) for _ in groups]
-        for part in self._parts:
-            found = part.table.telemetry
+        shape = len(groups), TELEMETRY_WIDTH
+        parts = []
+        for kind, part in zip(self._kinds, self._parts, strict=True):
+            sums, found = (
+                torch.zeros(shape, dtype=torch.float64, device=device),
+                part.table.telemetry,
+            )
             for i, row in enumerate(part.table.rows):
                 number = next(n for n, group in enumerate(groups) if group is row.group)
                 if found is not None:
-                    sums[number] = sums[number] + found[i].to(device)
-        return sums
+                    sums[number] += found[i].to(device)
+            parts.append((kind, sums))
+        if self._ranks is not None:
+            return list(self._ranks.sums(parts, shape).unbind())
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        return list(sum((sums for _, sums in parts), total).unbind())
 
 
 class _Reader:
