@@ -14,6 +14,7 @@ from ..rows import RowTable
 from .shards import local_of
 
 _local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")
+_NoTorchFunction = torch._C.DisableTorchFunctionSubclass
 
 Moved = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 """Of parameters whose gradient had other placements: the gradient, and the local tensor of what was
@@ -42,6 +43,7 @@ class ShardedPart(Part):
         # As the gradients had them when they were last looked at.
         self._specs = [whole.grad._spec for whole in wholes]
         self._fitting = [self._is_placed(i) for i in range(len(wholes))]
+        self._all_fit = all(self._fitting)
         self.relaid = [
             i
             for i, whole in enumerate(wholes)
@@ -55,22 +57,23 @@ class ShardedPart(Part):
 
     def _take(self, first: int, stop: int) -> list[torch.Tensor] | None:
         wholes, params = self._wholes[first:stop], self.params[first:stop]
-        found: list[Any] = [grad for whole in wholes if (grad := whole.grad) is not None]
+        # Asking each time whether a subclass has its own way would double the time of reading.
+        with _NoTorchFunction():
+            found: list[Any] = [grad for whole in wholes if (grad := whole.grad) is not None]
         if len(found) < len(wholes) or not all(map(is_, map(_local, wholes), params)):
             return None
         specs = list(map(_spec, found))
-        if not all(map(is_, specs, self._specs[first:stop])):
+        if specs != self._specs[first:stop]:
             self._specs[first:stop] = specs
-            self._fitting[first:stop] = [
-                self._is_placed(i) for i in range(first, first + len(specs))
-            ]
+            self._fitting[first:stop] = map(self._is_placed, range(first, first + len(specs)))
+            self._all_fit = all(self._fitting)
         grads = list(map(_local, found))
-        if not all(self._fitting[first:stop]):
+        if not self._all_fit:
             for i, grad in enumerate(found):
                 if not self._fitting[first + i]:
                     grads[i] = self._placed(wholes[i], grad)
                     self._copies.append(grads[i])
-        if any(type(grad) is not torch.Tensor for grad in grads):
+        if set(map(type, grads)) != {torch.Tensor}:
             grads = [grad.wait() if hasattr(grad, "wait") else grad for grad in grads]
         for i in self.relaid:
             if first <= i < stop:
@@ -92,7 +95,7 @@ class ShardedPart(Part):
         return local
 
     def _end(self, zero_grads: bool) -> None:
-        if zero_grads and (self._copies or not all(self._fitting)):
+        if zero_grads and (self._copies or not self._all_fit):
             copied = set(self.relaid)
             for i, whole in enumerate(self._wholes):
                 if (i in copied or not self._fitting[i]) and whole.grad is not None:

@@ -29,7 +29,8 @@ class Ranks:
         self, params: Iterable[torch.Tensor], shards: dict[torch.Tensor, Shard], norm_group: Any
     ) -> None:
         more: Groups = () if norm_group is None else (_resolved(norm_group),)
-        local, kinds = None, {}
+        local: torch.Tensor | None = None
+        kinds: dict[Groups, None] = {}
         for param in params:
             shard = shards.get(param)
             kinds[() if shard is None else shard.groups] = None

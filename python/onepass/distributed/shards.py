@@ -142,9 +142,9 @@ class Shard:
             found[key] = value
         for key, _, _ in rule.slots:
             codes, scales = found.get(key), found.get(scale_key(key))
-            packed = scales is not None and scales.dim() and scales.dtype == torch.uint8
-            if packed and codes.shape != self.local.shape:
-                found[key] = codes.reshape(-1)
+            if codes is not None and scales is not None and scales.dim():
+                packed = codes.shape != self.local.shape
+                found[key] = codes.reshape(-1) if packed else codes
         return found
 
     def wrapped(self, held: Mapping[str, Any], rule: Rule, form: StateFormat) -> dict[str, Any]:

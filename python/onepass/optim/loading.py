@@ -114,9 +114,11 @@ def loaded_state(
 def save_shards(optimizer: Optimizer, state: dict[Any, Any]) -> None:
     """Brings the states of DTensors, by position, into the form in which they are saved."""
     groups = optimizer.param_groups
-    owners = [(p, STATE_FORMATS[group["states"]]) for group in groups for p in group["params"]]
+    owners = [(p, group["states"]) for group in groups for p in group["params"]]
     shards = shards_of(p for p, _ in owners)
-    for i, (param, form) in enumerate(owners):
+    for i, (param, states) in enumerate(owners):
         if param in shards and state.get(i):
+            # The group may have been given another format since.
+            form = STATE_FORMATS[getattr(optimizer.state[param], "form", states)]
             which = f"parameter {i} of shape {tuple(param.shape)}"
             state[i] = shards[param].saved(state[i], optimizer.rule, form, which)

@@ -1,0 +1,3 @@
+"""What ranks check together of checkpoints."""
+
+EVERYWHERE = []
