@@ -34,8 +34,7 @@ def make(tensors: int, place: Callable[[torch.Tensor], torch.Tensor]) -> list[to
     params: list[torch.Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for _ in range(tensors):
-        param = torch.nn.Parameter(place(torch.randn(SIZE, generator=generator)))
-        params.append(param)
+        params.append(torch.nn.Parameter(place(torch.randn(SIZE, generator=generator))))
     for param in params:
         param.grad = place(torch.randn(SIZE, generator=generator))
     return params

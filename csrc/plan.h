@@ -261,8 +261,9 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
   plan.params = std::move(params);
 }
 
-// Asks for the tensor object of a later entry, which the processor would else wait for when its turn
-// comes. A handle points to a pointer to it; were that to change, this would be of no use, but safe.
+// Asks for the tensor object of a later entry, which the processor would else wait for when its
+// turn comes. A handle points to a pointer to it; were that to change, this would be of no use, but
+// safe.
 constexpr size_t kAhead = 4;
 void prefetch(AtenTensorHandle tensor) {
 #if defined(__GNUC__)

@@ -34,23 +34,25 @@ def _same_as_twin(model, optimizer, twin, reference, block=1):
     return compared
 
 
-def elementwise_formats_have_the_bits_of_one_process(directory):
+def elementwise_formats_have_the_bits_of_one_process(directory, checkpoints):
     for optimizer, dtype, options in (
         (onepass.AdamW, torch.float32, {"amsgrad": True}),
         (onepass.AdamW, BF16, {"states": "bf16", "weights": "stochastic"}),
-        (onepass.AdamW, BF16, {"states": "bf16", "weights": "split8", "ema_decay": 0.9}),
-        (onepass.Lion, torch.float32, {"states": "bf16"}),
-        (onepass.SGD, torch.float32, {"momentum": 0.9, "nesterov": True}),
+        (onepass.Lion, torch.float32, {"states": "bf16", "ema_decay": 0.9}),
+        (onepass.SGD, BF16, {"momentum": 0.9, "weights": "split8"}),
         (onepass.RMSprop, BF16, {"weights": "kahan", "momentum": 0.5}),
-        (onepass.Adagrad, torch.float32, {"initial_accumulator_value": 0.1}),
     ):
         four = pair(optimizer, dtype, **options)
-        train(*four, 3)
+        train(*four, 2)
         assert _same_as_twin(*four) == len(list(four[0].parameters()))
 
 
-def block_formats_have_them_where_shards_are_cut_at_blocks(directory):
-    for optimizer, states in ((onepass.AdamW, "mx8"), (onepass.AdamW, "mx4"), (onepass.Lion, "mx8")):
+def block_formats_have_them_where_shards_are_cut_at_blocks(directory, checkpoints):
+    for optimizer, states in (
+        (onepass.AdamW, "mx8"),
+        (onepass.AdamW, "mx4"),
+        (onepass.Lion, "mx8"),
+    ):
         four = pair(optimizer, states=states)
         train(*four, 3)
         assert _same_as_twin(*four, block=32) >= 5
@@ -59,7 +61,7 @@ def block_formats_have_them_where_shards_are_cut_at_blocks(directory):
             assert (whole(p) - q).abs().max() < (2 if optimizer is onepass.Lion else 1) * 3 * LR
 
 
-def states_are_dtensors_of_the_same_placement(directory):
+def states_are_dtensors_of_the_same_placement(directory, checkpoints):
     model, optimizer, *_ = four = pair(onepass.AdamW, BF16, states="mx8", weights="split16")
     train(*four, 1)
     for p in model.parameters():
@@ -73,7 +75,7 @@ def states_are_dtensors_of_the_same_placement(directory):
     assert not isinstance(optimizer.state[model.head.weight]["exp_avg_scale"], DTensor)
 
 
-def bytes_per_rank_are_a_share_of_the_whole(directory):
+def bytes_per_rank_are_a_share_of_the_whole(directory, checkpoints):
     model, optimizer, *_ = four = pair(onepass.AdamW, states="mx8")
     train(*four, 1)
     for p in model.parameters():
@@ -83,7 +85,7 @@ def bytes_per_rank_are_a_share_of_the_whole(directory):
         assert sum(v.numel() * v.element_size() for v in local) == 2 * (n + math.ceil(n / 32))
 
 
-def clipping_is_by_the_norm_over_all_ranks(directory):
+def clipping_is_by_the_norm_over_all_ranks(directory, checkpoints):
     for norm_type in (2.0, math.inf):
         options = {"max_grad_norm": 1e-2, "norm_type": norm_type}
         model, optimizer, twin, reference = four = pair(onepass.AdamW, **options)
@@ -94,16 +96,17 @@ def clipping_is_by_the_norm_over_all_ranks(directory):
             torch.testing.assert_close(whole(p), q, rtol=1e-5, atol=3e-3 * LR)
 
 
-def copies_count_once(directory):
+def copies_count_once(directory, checkpoints):
     """HSDP where four ranks allow it, and a mesh of parameters that are cut and that are not."""
     world = dist.get_world_size()
     rows = 2 if world == 4 else 1
     over = mesh(rows, world // rows, names=("copies", "shards"))
-    model, optimizer, twin, reference = four = pair(onepass.AdamW, over=over, max_grad_norm=1e-2)
+    model, optimizer, _, reference = four = pair(onepass.AdamW, over=over, max_grad_norm=1e-2)
     train(*four, 2)
     torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=2e-6, atol=0)
-    for placements in everywhere([whole(p) for p in model.parameters()]):
-        assert all(torch.equal(a, whole(p)) for a, p in zip(placements, model.parameters()))
+    weights = [whole(p).detach() for p in model.parameters()]
+    for others in everywhere(weights):
+        assert all(map(torch.equal, others, weights))
 
     values = [torch.randn(6, 8), torch.randn(4, 4), torch.randn(7, 3), torch.randn(3)]
     kinds = [(Shard(0), Shard(1)), (Replicate(), Shard(0)), (Replicate(), Replicate()), None]
@@ -124,7 +127,7 @@ def copies_count_once(directory):
         torch.testing.assert_close(whole(p), q, rtol=1e-5, atol=1e-6)
 
 
-def gradients_of_other_placements_are_brought_to_the_parameters(directory):
+def gradients_of_other_placements_are_brought_to_the_parameters(directory, checkpoints):
     over = mesh()
     world, rank = dist.get_world_size(), dist.get_rank()
     value, grad = torch.randn(8, 6), torch.randn(8, 6)
@@ -143,7 +146,7 @@ def gradients_of_other_placements_are_brought_to_the_parameters(directory):
     assert torch.equal(whole(copied), plain)
 
 
-def one_bad_gradient_skips_the_step_on_all_ranks(directory):
+def one_bad_gradient_skips_the_step_on_all_ranks(directory, checkpoints):
     model, optimizer, *_ = pair(onepass.AdamW, skip_nonfinite=True)
     for step in range(3):
         optimizer.zero_grad()
@@ -160,7 +163,7 @@ def one_bad_gradient_skips_the_step_on_all_ranks(directory):
     assert everywhere(steps) == [{2.0}] * dist.get_world_size()
 
 
-def loss_scalers_agree_on_all_ranks(directory):
+def loss_scalers_agree_on_all_ranks(directory, checkpoints):
     for kind in (onepass.GradScaler, torch.amp.GradScaler):
         model, optimizer, *_ = pair(onepass.AdamW)
         scaler = kind("cpu", init_scale=1024.0)
@@ -178,7 +181,7 @@ def loss_scalers_agree_on_all_ranks(directory):
         assert everywhere(steps) == [{2.0}] * dist.get_world_size()
 
 
-def runs_end_where_one_process_does(directory):
+def runs_end_where_one_process_does(directory, checkpoints):
     """FSDP2, ZeRO-1 and DDP, each rank with its part of the batch, clipped."""
     single = make()
     reference = onepass.AdamW(single.parameters(), lr=LR, max_grad_norm=0.1, eps=1e-4)
@@ -207,8 +210,11 @@ def runs_end_where_one_process_does(directory):
             torch.testing.assert_close(whole(p), q, rtol=1e-4, atol=1e-2 * LR)
 
 
-def zero1_has_the_bits_of_one_optimizer(directory):
-    for dtype, options in ((BF16, {"states": "bf16", "weights": "stochastic"}), (BF16, {"states": "mx8"})):
+def zero1_has_the_bits_of_one_optimizer(directory, checkpoints):
+    for dtype, options in (
+        (BF16, {"states": "bf16", "weights": "stochastic"}),
+        (BF16, {"states": "mx8"}),
+    ):
         model, twin = make(dtype), make(dtype)
         onepass.number_parameters(model)
         optimizer = ZeroRedundancyOptimizer(model.parameters(), onepass.AdamW, lr=LR, **options)
@@ -231,7 +237,7 @@ def zero1_has_the_bits_of_one_optimizer(directory):
         assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
-def counters_do_not_drift(directory):
+def counters_do_not_drift(directory, checkpoints):
     """Frozen parameters, groups that are empty on a rank, parameters that are not always used."""
     model = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)])
     model[2].bias.requires_grad_(False)
