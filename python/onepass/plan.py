@@ -7,9 +7,7 @@ gradient, a replaced state, a moved tensor, another option of a group), the plan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +19,9 @@ from .distributed.part import ShardedPart
 from .distributed.ranks import Groups, Ranks
 from .distributed.shards import shards_of
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
-from .held import OptimizerState, ParamState, Watch
+from .groups import Reader, is_fixed, options_of, same, values_of
+from .held import OptimizerState, PagedState, ParamState, Watch
+from .paging.part import PagedPart
 from .parts import Part
 from .reference.verdict import VERDICT_WIDTH
 from .rows import TELEMETRY_WIDTH, RowTable, capturing
@@ -70,26 +70,6 @@ def add_norms(parts: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
-    """Whether two sequences of equal length hold the same objects."""
-    return all(map(is_, found, known))
-
-
-def _values_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
-    return chain.from_iterable(group.values() for group in groups)
-
-
-def _options_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
-    return (value for group in groups for key, value in group.items() if key != "params")
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether a value cannot change without being replaced."""
-    if type(value) is tuple:
-        return all(map(_is_fixed, value))
-    return value is None or type(value) in (bool, int, float, str)
-
-
 class Plan:
     """Flattens an optimizer's groups.
 
@@ -127,7 +107,13 @@ class Plan:
             every = chain.from_iterable(group["params"] for group in groups)
             self._ranks = Ranks(every, shards, optimizer.norm_group)
 
-        arena = Arena()
+        arena, pager = Arena(), optimizer.pager
+        paged: set[torch.Tensor] = set()
+        if pager is not None:
+            if shards:
+                raise ValueError("paged: the states of DTensors cannot be paged yet")
+            pager.settle()  # states are read, and may come to another place in the ring
+            paged = pager.places(optimizer.param_groups, self._whole).paged
         for group in groups:
             optimizer.check_options(group)
         for whole, number, _, group in members:
@@ -138,7 +124,7 @@ class Plan:
             check_weight_format(param, group["weights"], which)
             state, form = optimizer.state.get(whole, {}), STATE_FORMATS[group["states"]]
             for _, name in rule.state_slots(rule.flag_bits(group)):
-                if state.get(name) is None:
+                if state.get(name) is None and param not in paged:
                     for layout in state_layouts(param, name, form):
                         arena.want(layout, param.device)
         extras = optimizer.measures or any(group["ema_decay"] is not None for group in groups)
@@ -149,12 +135,15 @@ class Plan:
             )
         }
 
+        if pager is not None:
+            pager.want(members, optimizer)
+
         # New states are gathered first: nothing is kept of them if memory runs out on the way.
         fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], _Place, int]] = []
         numbers: dict[_Place, dict[tuple[int, float, bool], int]] = {}
         entries: dict[_Place, list[backends.Entry]] = {}
         wholes: dict[_Place, list[torch.Tensor]] = {}
-        read = _Reader()
+        read = Reader()
         for whole, number, index, group in members:
             shard = shards.get(whole)
             param = whole if shard is None else shard.local
@@ -167,22 +156,24 @@ class Plan:
             saved_as = getattr(state, "form", "")
             if shard is not None:
                 saved = shard.inner(state, rule)
-            held = fit_states(saved, param, rule, form, which, saved_as=saved_as)
+            home = None if pager is None or param not in paged else pager.home
+            held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
             first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
             for _, name in slots:
                 if name in held:
                     continue
                 first = rule.needs_first
                 for layout in state_layouts(param, name, form):
-                    held[layout.key] = arena.take(layout, param.device)
+                    new = arena.take(layout, param.device) if home is None else home.empty(layout)
+                    held[layout.key] = new
                 start = rule.initial_value(name, group)
                 if start:
                     fill(held, name, form, start)
-            companion = fit_companion(saved, param, weight, which)
+            companion = fit_companion(saved, param, weight, which, home=home)
             if companion is not None:
                 held[weight.key] = companion
             if group["ema_decay"] is not None:
-                held[EMA] = fit_ema(saved, param, which)
+                held[EMA] = fit_ema(saved, param, which, home=home)
             rows = numbers.setdefault(place, {})
             row = rows.setdefault((index, read(state.get("step")), first), len(rows))
             order = packed_order(param, form) if slots else {}
@@ -223,11 +214,7 @@ class Plan:
             for place, rows in numbers.items()
         }
         self._parts = [
-            Part(chosen[place.device], listed, tables[place])
-            if place.groups is None
-            else ShardedPart(
-                chosen[place.device], listed, tables[place], wholes[place], optimizer.moved
-            )
+            self._part(chosen[place.device], listed, tables[place], wholes[place], place, paged)
             for place, listed in entries.items()
         ]
         self._kinds = [place.groups or () for place in entries]
@@ -245,11 +232,29 @@ class Plan:
             param_state.form, param_state.fresh = form.name, shared.fresh
             param_state.watch = self._watch
         if self._whole:
-            if not isinstance(optimizer.state, OptimizerState):
+            if pager is not None and not isinstance(optimizer.state, PagedState):
+                optimizer.state = PagedState(pager.settle, optimizer.state)
+            elif not isinstance(optimizer.state, OptimizerState):
                 optimizer.state = OptimizerState(optimizer.state)
             optimizer.state.watch = self._watch
         self._state = optimizer.state
         self._own = optimizer.state[self._active[0]] if len(members) == 1 else None
+
+    def _part(
+        self,
+        backend: backends.Backend,
+        entries: list[backends.Entry],
+        table: RowTable,
+        wholes: list[torch.Tensor],
+        place: _Place,
+        paged: set[torch.Tensor],
+    ) -> Part:
+        if place.groups is not None:
+            return ShardedPart(backend, entries, table, wholes, self._optimizer.moved)
+        pager = self._optimizer.pager
+        if pager is None or paged.isdisjoint(wholes):
+            return Part(backend, entries, table)
+        return PagedPart(backend, entries, table, pager, paged)
 
     def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What entries were made from; the other options are read at every step."""
@@ -267,8 +272,8 @@ class Plan:
             groups = self._optimizer.param_groups
             for group in groups:
                 self._optimizer.check_options(group)
-            if self._whole and all(map(_is_fixed, _options_of(groups))):
-                self._checked = list(_values_of(groups))
+            if self._whole and all(map(is_fixed, options_of(groups))):
+                self._checked = list(values_of(groups))
 
     def _unchanged(self) -> bool:
         """Whether the groups hold the very objects that were checked, all of them immutable."""
@@ -277,7 +282,7 @@ class Plan:
         return (
             known is not None
             and sum(map(len, groups)) == len(known)
-            and _same(_values_of(groups), known)
+            and same(values_of(groups), known)
         )
 
     def _holds(self) -> bool:
@@ -291,20 +296,20 @@ class Plan:
         if state is not self._state or not self._watch.same:
             return False
         if not self._whole:
-            return state.get(self._active[0]) is self._own
+            return dict.get(state, self._active[0]) is self._own
         groups = optimizer.param_groups
         if len(groups) != len(self._params) or not all(
-            _same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
+            same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
         ):
             return False
         return all(p.grad is None for p in self._idle)
 
     def refresh(self) -> bool:
         """Takes the gradients; False, with nothing changed, when the plan is no longer true."""
-        same = self._holds() and all(part.refresh() for part in self._parts)
-        if same and capturing():
+        holds = self._holds() and all(part.refresh() for part in self._parts)
+        if holds and capturing():
             self._optimizer.captured.append(self)
-        return same
+        return holds
 
     def norm(self) -> torch.Tensor | None:
         """See :meth:`Backend.norm`, over all devices and ranks and on the first device; None
@@ -343,6 +348,11 @@ class Plan:
         self._parts[0].backend.judge(verdict, found, scale, inf, policy)
         return verdict
 
+    def start(self) -> int:
+        """Starts to bring paged states to their devices; nothing is changed. Returns how many pages
+        there are of them."""
+        return sum(part.start() for part in self._parts)
+
     def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
         """The step, with the gradients that refresh has taken."""
         for part in self._parts:
@@ -375,18 +385,3 @@ class Plan:
             return list(self._ranks.sums(parts, shape).unbind())
         total = torch.zeros(shape, dtype=torch.float64, device=device)
         return list(sum((sums for _, sums in parts), total).unbind())
-
-
-class _Reader:
-    """Reads counters, each tensor once: many parameters share one, and it may be on a GPU."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, float] = {}
-
-    def __call__(self, tensor: torch.Tensor | None) -> float:
-        if tensor is None:
-            return 0.0
-        key = id(tensor)
-        if key not in self._known:
-            self._known[key] = float(tensor)
-        return self._known[key]

@@ -6,6 +6,8 @@ from typing import Any
 
 from typing_extensions import TypedDict  # torch's own dependency
 
+from ..paging.options import Paging
+
 
 class Options(TypedDict, total=False):
     """The keyword-only options that every class takes.
@@ -31,7 +33,9 @@ class Options(TypedDict, total=False):
         norm_group: of ranks whose optimizers each have other parameters, a process group or True
             for all ranks: norms are taken over all of them (default None: parameters that are no
             DTensors are the same on every rank; of DTensors it is known). See docs/zero.md.
-        paged: not available yet; only its default, False, is accepted.
+        paged: states beyond this budget of bytes on each device rest in host memory: a number, or
+            a size such as "2GB"; True is 0 (docs/paging.md). Default: False, but of classes named
+            for it.
         backend: None (default) picks one per device; or "cpu", "cuda", "triton" or
             "reference".
         seed: key of the random bits that stochastic formats draw, also per group (default 0).
@@ -41,7 +45,7 @@ class Options(TypedDict, total=False):
     decoupled_weight_decay: bool | None
     states: str | None
     weights: str
-    paged: bool | int
+    paged: bool | int | str | Paging | None
     max_grad_norm: float | None
     norm_type: float
     skip_nonfinite: bool
