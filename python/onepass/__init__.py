@@ -6,6 +6,7 @@ from . import backends, memory, ops
 from .amp import GradScaler
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .checkpoints import convert_state_dict, full_precision_state_dict
+from .distributed import number_parameters
 from .optim import (
     SGD,
     Adagrad,
@@ -64,6 +65,7 @@ __all__ = [
     "from_bitsandbytes",
     "full_precision_state_dict",
     "memory",
+    "number_parameters",
     "ops",
     "parameter_groups",
     "release_gradients",
