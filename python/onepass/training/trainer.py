@@ -141,8 +141,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         norm = self.optimizer.grad_norm
-        asked = self.nan_guard == "raise" and not self.scaler.is_enabled() and norm is not None
-        if asked and not math.isfinite(norm):
+        asked = self.nan_guard == "raise" and not self.scaler.is_enabled()
+        if asked and norm is not None and not math.isfinite(norm):
             return self._refuse(mean, f"the gradients' norm is {norm:g}, the loss {mean:g}")
         self.losses.append(mean)
         self.scheduler.step()
