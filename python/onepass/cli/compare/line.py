@@ -12,7 +12,7 @@ from onepass.cli.compare.algorithms import ALGORITHMS
 from onepass.training import Trainer, loader
 
 POINTS, NOISE, LR, STEPS = 100, 0.1, 0.1, 100
-BATCHES = {"batch, all 100": None, "mini-batch, 10": 10, "stochastic, 1": 1}
+BATCHES = {"batch: all 100": None, "mini-batch: 10": 10, "stochastic: 1": 1}
 
 
 def points(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,6 +108,7 @@ def animate(path: Path, tracks: Tracks) -> None:
                 title.set_text(f"step {min(time, steps - 1)}")
                 writer.grab_frame()
         pyplot.close(figure)
+    plots.shrink_animation(path)
 
 
 def _legend(figure: Any, axes: Any, columns: int = 8) -> None:

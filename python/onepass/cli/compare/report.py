@@ -79,8 +79,8 @@ def markdown(results: dict[str, Any]) -> str:
         "![Loss curves, and the fits](line.png)",
         "",
         f"Below, SGD at lr {LR} with the three choices of `onepass.training.loader`: "
-        + ", ".join(f"{name}" for name in BATCHES)
-        + " samples a step. By samples seen, small batches are sooner there and stay noisy.",
+        + "; ".join(BATCHES)
+        + " a step. By samples seen, small batches are there sooner, and stay noisy.",
         "",
         "![Batch, mini-batch and stochastic gradient descent](batches.png)",
         "",
@@ -103,7 +103,13 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [results["paths"][s.key][algorithm.key] for s in SURFACES]
         texts = [f"{_loss(c['last'])} ({c['lr']:.2g})" for c in cells]
         out.append(f"| {algorithm.label} | " + " | ".join(texts) + " |")
-    out += ["", "## Small models", ""]
+    out += [
+        "",
+        "## Small models",
+        "",
+        "Minutes on a CPU: what is seen here need not hold for large models and long runs.",
+        "",
+    ]
     for name, task in results["tasks"].items():
         out += [
             f"### {name}",
