@@ -200,11 +200,13 @@ def test_a_run_that_diverges_is_no_result():
 def written(tmp_path_factory):
     """A comparison too small to say anything."""
     out = tmp_path_factory.mktemp("compare")
-    frames, path_plots.FRAMES = path_plots.FRAMES, 3
+    patch = pytest.MonkeyPatch()
+    patch.setattr(path_plots, "FRAMES", 3)
+    patch.setattr(measure, "ITERATIONS", 2)
     size = runner.Size(12, [0.0], 1, 2, path_steps=15)
     with runner.one_thread():
         runner.compare(out, size, size.seeds, "a test", True)
-    path_plots.FRAMES = frames
+    patch.undo()
     return out
 
 

@@ -1,25 +1,19 @@
-"""The trainer and its parts: against the same loop written out, bad input, checkpoints."""
+"""The trainer: against the same loop written out, and bad input."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import onepass
-from onepass.training import OPTIMIZERS, SCHEDULES, Trainer, decay_groups, loader, schedule
-from tests import killed_run
-from tests.cases import same_bits
+from onepass.training import OPTIMIZERS, Trainer, loader
+from tests.training_case import data, model, same_weights
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -28,139 +22,6 @@ EPS = torch.finfo(torch.float32).eps
 def _one_thread(_two_threads):
     """Such small models have nothing for a second one."""
     torch.set_num_threads(1)
-
-
-def model(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3))
-
-
-def data(count=64, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 6, generator=generator)
-    return x, torch.sin(x[:, :3]) + 0.1 * torch.randn(count, 3, generator=generator)
-
-
-def same_weights(a, b):
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(same_bits(p, q) for p, q in pairs)
-
-
-# --- groups ----------------------------------------------------------------------------------
-
-
-class Odd(nn.Module):
-    """What names alone, or shapes alone, would get wrong."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(8, 4)
-        self.plane = nn.LayerNorm((4, 4))  # a norm's weight with two dimensions
-        self.scale = nn.Parameter(torch.ones(4))  # a norm of one's own
-        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)  # bias_k has three
-        self.head = nn.Linear(4, 8, bias=False)
-        self.head.weight = self.embedding.weight
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-
-
-def test_groups_go_by_type_shape_and_name():
-    odd = Odd()
-    names = {p: name for name, p in odd.named_parameters()}
-    decayed, plain = decay_groups(odd, 0.1)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    assert [names[p] for p in decayed["params"]] == [
-        "embedding.weight",
-        "attention.in_proj_weight",
-        "attention.out_proj.weight",
-    ]
-    both = [names[p] for p in (*decayed["params"], *plain["params"])]
-    assert sorted(both) == sorted(n for n in names.values() if not n.startswith("frozen"))
-    torch.optim.AdamW([decayed, plain])  # nothing that is onepass's alone
-
-
-def test_groups_take_types_and_names():
-    plain = decay_groups(Odd(), no_decay=(nn.Embedding, "attention.in_proj_weight"))[1]
-    shapes = [tuple(p.shape) for p in plain["params"]]
-    assert (8, 4) in shapes  # tied to the head, which is none
-    assert (12, 4) in shapes
-    with pytest.raises(ValueError, match="no_decay names 'hed'"):
-        decay_groups(Odd(), no_decay=("hed",))
-
-
-def test_groups_with_formats_split_those_of_parameter_groups():
-    odd = Odd()
-    groups = decay_groups(odd, 0.1, fp32_states=(*onepass.EMBEDDINGS, *onepass.NORMS))
-    names = {p: name for name, p in odd.named_parameters()}
-    found = {names[p]: g for g in groups for p in g["params"]}
-    assert len(found) == sum(len(g["params"]) for g in groups)
-    assert {n for n, g in found.items() if g["weight_decay"]} == {
-        names[p] for p in decay_groups(odd)[0]["params"]
-    }
-    wide = {n for n, g in found.items() if g.get("states") == "fp32"}
-    assert wide == {"embedding.weight", "plane.weight", "plane.bias"}
-
-
-def test_a_model_without_trainable_parameters_is_an_error():
-    for nothing in (nn.ReLU(), model().requires_grad_(False)):
-        with pytest.raises(ValueError, match="needs a parameter that requires a gradient"):
-            Trainer(nothing)
-
-
-# --- schedules -------------------------------------------------------------------------------
-
-
-def rates(steps, lr=0.5, **options):
-    optimizer = onepass.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
-    scheduler = schedule(optimizer, **options)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return found
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_warm_up_is_linear_and_reaches_the_rate(name):
-    found = rates(12, name=name, warmup_steps=9, total_steps=100)
-    assert found[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
-
-
-def test_warm_restarts_are_torchs():
-    found = rates(40, name="warm_restarts", restart_steps=5, restart_factor=2, final=0.1)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    twin = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, 2, 0.05)
-    for rate in found:
-        assert rate == optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        twin.step()
-    assert [step for step, rate in enumerate(found) if rate == 0.5] == [0, 5, 15, 35]
-
-
-def test_cosine_and_wsd_end_where_they_say_and_stay():
-    for name in ("cosine", "wsd"):
-        found = rates(60, name=name, warmup_steps=10, total_steps=50, final=0.2)
-        assert found[50:] == pytest.approx([0.1] * 10)
-    assert found[10:40] == [0.5] * 30
-    assert found[45] == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "cosin"}, r"one of warm_restarts, .*'cosin' \(did you mean 'cosine'\?\)"),
-        ({"name": "cosine"}, "needs total_steps above"),
-        (
-            {"name": "wsd", "total_steps": 10, "decay_steps": 11},
-            r"must be in \[1, 10\]",
-        ),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
-        ({"final": 2}, r"final must be in \[0, 1\]"),
-    ],
-)
-def test_a_wrong_schedule_says_what_is_right(options, message):
-    with pytest.raises(ValueError, match=message):
-        rates(1, **options)
 
 
 # --- the loop against torch.optim ------------------------------------------------------------
@@ -357,159 +218,6 @@ def test_a_bad_batch_is_passed_over(bad):
     assert same_weights(skipping.model, plain.model)
     assert skipping.losses[::2] == plain.losses
     assert not np.isfinite(skipping.losses[1])
-
-
-# --- checkpoints -----------------------------------------------------------------------------
-
-
-class Jittered(Dataset):
-    """Samples that draw from every global generator."""
-
-    def __init__(self):
-        self.x, self.y = data(40)
-
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, i):
-        jitter = torch.randn(6) + random.random() + np.random.rand()  # noqa: NPY002
-        return self.x[i] + 0.01 * jitter, self.y[i]
-
-
-def loaders():
-    own = torch.Generator().manual_seed(5)
-    return {
-        "global generator": DataLoader(Jittered(), 4, shuffle=True),
-        "its own generator": DataLoader(Jittered(), 4, shuffle=True, generator=own),
-        "with replacement": DataLoader(
-            Jittered(), 4, sampler=torch.utils.data.RandomSampler(Jittered(), True, 100)
-        ),
-    }
-
-
-def run(which, path=None, epochs=2, crash_at=None, **options):
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    net = nn.Sequential(model(), nn.Dropout(0.1))
-    trainer = Trainer(net, "adamw", 0.01, warmup_steps=3, **options)
-    if path is not None and path.exists():
-        trainer.load(path)
-        assert crash_at is None
-    batches = loaders()[which]
-    if crash_at is not None:
-        inner = trainer.train_step
-
-        def step(x, y):
-            if len(trainer.losses) == crash_at:
-                raise KeyboardInterrupt
-            return inner(x, y)
-
-        trainer.train_step = step
-    with contextlib.suppress(KeyboardInterrupt):
-        trainer.fit(batches, epochs, checkpoint=path, save_every=3)
-    return trainer
-
-
-@pytest.mark.parametrize("which", loaders())
-@pytest.mark.parametrize("crash_at", [1, 5, 10, 14])
-def test_a_resumed_run_is_the_uninterrupted_one(which, crash_at, tmp_path):
-    """Before the first checkpoint, within an epoch, at its end, in the second."""
-    path = tmp_path / "run.pt"
-    whole = run(which)
-    run(which, path, crash_at=crash_at)
-    resumed = run(which, path)
-    assert resumed.losses == whole.losses
-    assert same_weights(resumed.model, whole.model)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"states": "mx8"}, {"states": "mx4", "schedule": "constant"}, {"amp": torch.float16}],
-    ids=str,
-)
-def test_resuming_is_exact_with_formats_and_scales(options, tmp_path):
-    path = tmp_path / "run.pt"
-    whole = run("global generator", **options)
-    run("global generator", path, crash_at=7, **options)
-    assert same_weights(run("global generator", path, **options).model, whole.model)
-
-
-def test_another_fit_trains_on():
-    trainer, (x, y) = Trainer(model(), "adamw"), data()
-    trainer.fit([(x, y)], epochs=2)
-    trainer.fit([(x, y)], epochs=3)
-    assert (trainer.epoch, len(trainer.losses)) == (5, 5)
-
-
-def test_a_finished_run_started_again_has_nothing_to_do(tmp_path):
-    path = tmp_path / "run.pt"
-    done = run("global generator", path)
-    again = run("global generator", path)
-    assert again.losses == done.losses
-    assert same_weights(again.model, done.model)
-
-
-def test_a_checkpoint_survives_a_save_that_fails(tmp_path, monkeypatch):
-    path, trainer = tmp_path / "run.pt", Trainer(model())
-    trainer.save(path)
-    before = path.read_bytes()
-
-    def half(content, file):
-        file.write(b"half of it")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space left"):
-        trainer.save(path)
-    assert path.read_bytes() == before
-
-
-def test_a_checkpoint_of_something_else_changes_nothing(tmp_path):
-    path = tmp_path / "run.pt"
-    other = Trainer(nn.Linear(6, 3))
-    other.save(path)
-    trainer = Trainer(model())
-    with pytest.raises(ValueError, match=r"is of another model: '0\.weight' has shape none there"):
-        trainer.load(path)
-    fast = Trainer(model(1), "momentum")
-    fast.train_step(*data())
-    fast.save(path)
-    trainer.train_step(*data())
-    twin = Trainer(model())
-    twin.train_step(*data())
-    with pytest.raises(ValueError, match="another kind of optimizer"):
-        trainer.load(path)
-    assert same_weights(trainer.model, twin.model)
-
-
-def test_fewer_batches_than_the_checkpoint_had_done(tmp_path):
-    path, (x, y) = tmp_path / "run.pt", data()
-    trainer = Trainer(model())
-    with pytest.raises(ZeroDivisionError):
-        trainer.fit(((x, y) if i < 3 else 1 / 0 for i in range(4)), checkpoint=path, save_every=1)
-    trainer.load(path)
-    with pytest.raises(ValueError, match="gave 2 batches; the checkpoint had done 3"):
-        trainer.fit([(x, y)] * 2)
-
-
-def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
-    """SIGKILL at a time of no one's choosing, at any point of a step or of a save; then
-    compared with a run that was left alone."""
-    whole = killed_run.digest(killed_run.train(None))
-    path = tmp_path / "run.pt"
-    command = [sys.executable, killed_run.__file__, str(path)]
-    chance = random.Random(time.time_ns())
-    process = subprocess.Popen([*command, "--slow"], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()  # "training": it has begun
-    time.sleep(chance.uniform(0.2, 2.0))
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
-    done = torch.load(path, weights_only=True) if path.exists() else {"losses": []}
-    assert len(done["losses"]) < killed_run.STEPS
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.split()[-1] == whole, f"killed after {len(done['losses'])} saved steps"
 
 
 # --- the bar ---------------------------------------------------------------------------------

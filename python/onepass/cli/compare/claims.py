@@ -29,8 +29,8 @@ def overshoot(values: Array) -> float:
 
 
 def oscillation(experiment: dict[str, Any] | None = None) -> dict[str, dict[str, float]]:
-    """Momentum and AdamW: the slope in the line's experiment, and the path across the ravine, each at
-    its best rate and at one rate for both."""
+    """Momentum and AdamW: the slope in the line's experiment, and the path across the ravine, each
+    at its best rate and at one rate for both."""
     line = experiment or run_algorithms()
     found = {}
     for key in ("momentum", "adamw"):

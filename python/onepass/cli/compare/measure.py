@@ -100,7 +100,7 @@ def _first(batch: Batch, count: int) -> Batch:
 
 
 def sharpness(
-    loss: Callable[[], Tensor], params: Sequence[Tensor], iterations: int = ITERATIONS
+    loss: Callable[[], Tensor], params: Sequence[Tensor], iterations: int | None = None
 ) -> float:
     """The largest eigenvalue of the Hessian of ``loss()``, by power iteration.
 
@@ -118,7 +118,7 @@ def sharpness(
         generator = torch.Generator().manual_seed(0)
         vector = [torch.randn(p.shape, generator=generator).to(p) for p in params]
         value = 0.0
-        for _ in range(iterations):
+        for _ in range(iterations or ITERATIONS):
             norm = _dot(vector, vector) ** 0.5
             if norm == 0:
                 return 0.0

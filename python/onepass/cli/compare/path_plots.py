@@ -23,7 +23,7 @@ def _background(ax: Any, surface: Surface, labels: bool = True) -> None:
     left, right, bottom, top = surface.box
     x, y = np.meshgrid(np.linspace(left, right, 160), np.linspace(bottom, top, 160))
     height = np.log10(np.maximum(surface.f(x, y) - surface.lowest, 1e-2))
-    ax.contour(x, y, height, 14, colors="#AAAAAA", linewidths=0.6)
+    ax.contour(x, y, height, 14, colors="#AAAAAA", linewidths=0.6, linestyles="solid")
     ax.plot(*surface.start, "s", color="black", markersize=6, markerfacecolor="white", zorder=5)
     for minimum in surface.minima:
         ax.plot(*minimum, "*", color="black", markersize=11, markerfacecolor="white", zorder=5)
@@ -98,7 +98,7 @@ def animate(path: Path, tracks: Tracks) -> None:
         _legend(figure, axes, columns=4)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        title = figure.suptitle("", fontsize=10, x=0.01, ha="left")
+        title = figure.text(0.02, 0.03, "", fontsize=11)
         writer = PillowWriter(fps=8)
         with writer.saving(figure, str(path), dpi=72):
             for time in [*times, *[steps] * 8]:  # a rest at the end

@@ -116,7 +116,8 @@ def markdown(results: dict[str, Any]) -> str:
             "",
             f"{task['about']}. {task['steps']} steps, warm-up over the first tenth, then cosine to "
             f"zero, clipped at norm 1; {task['seeds']} seeds. Losses in {task['unit']}. The rate "
-            f"is the best of a sweep with {task['sweep seeds']} of them, by validation loss; *edge* where that is its first or last.",
+            f"is the best of a sweep with {task['sweep seeds']} of them, by validation loss; *edge*"
+            " where that is its first or last.",
             "",
             "| " + " | ".join(HEADINGS) + " |",
             "|---|" + "---:|" * (len(HEADINGS) - 1),
