@@ -65,13 +65,17 @@ def draw_algorithm(path: Path, key: str, tracks: Tracks) -> None:
             ax.plot(*points.T, "o", color="#0072B2", markersize=2)
             ax.plot(*points[-1], "o", color="#D55E00", markersize=7)
             ends = track.losses[-1]
-            text = "left" if not math.isfinite(ends) else f"loss {max(ends, 1e-12):.0e} at the end"
+            text = "left" if not math.isfinite(ends) else f"loss {_short(ends)} at the end"
             ax.set_title(f"{surface.label}\nlr {track.lr:.2g}, {text}", fontsize=8.5)
         figure.suptitle(
             f"{algorithm.label}: {len(points) - 1} steps from the square; stars are minima, the "
             "orange dot is the end",
             fontsize=10,
         )
+
+
+def _short(loss: float) -> str:
+    return "below 1e-12" if loss < 1e-12 else f"{loss:.0e}"
 
 
 def animate(path: Path, tracks: Tracks) -> None:

@@ -67,7 +67,7 @@ def compare(out: Path, size: Size, seeds: int, command: str, quiet: bool) -> dic
     """Measures, draws and writes everything into ``out``; returns the results."""
     began = time.perf_counter()
     hidden = quiet or not sys.stderr.isatty()
-    turns = 2 * (len(ALGORITHMS) * (len(size.exponents) + 1) + 1) + len(SURFACES) + 2
+    turns = 2 * (len(ALGORITHMS) * (len(size.exponents) + 2) + 1) + len(SURFACES) + 2
     with tqdm(total=turns, desc="compare", disable=hidden) as bar:
         experiment, batches = line.run_algorithms(), line.run_batches()
         bar.update()

@@ -21,7 +21,7 @@ def sweep(
     """Every algorithm at every rate: ``rates[algorithm.key] * 10 ** exponent``, and its best.
 
     The best rate is that of the lowest validation loss, mean over ``sweep_seeds``; it is run again
-    with ``seeds``, as is AdamW without warm-up.
+    with ``seeds``, as are the rate that reaches the target soonest, and AdamW without warm-up.
     """
     rows: dict[str, Any] = {}
     for algorithm in ALGORITHMS:
@@ -34,6 +34,13 @@ def sweep(
         best = means.index(min(means))
         sharp = [train(task, algorithm, rates[best], seed, sharp=True) for seed in range(seeds)]
         tick()
+        # The rate that generalises best need not be the one that is quick.
+        speeds = [mean_steps(run) for run in runs]
+        fast = speeds.index(min(speeds))
+        quick = sharp
+        if fast != best:
+            quick = [train(task, algorithm, rates[fast], seed) for seed in range(seeds)]
+        tick()
         trains = [mean_loss(run, "train") for run in runs]
         rows[algorithm.key] = {
             "rates": rates,
@@ -45,7 +52,8 @@ def sweep(
             "train": [r.train for r in sharp],
             "validation": [r.validation for r in sharp],
             "gap": [r.validation - r.train for r in sharp],
-            "reached": [r.reached for r in sharp],
+            "fast lr": rates[fast],
+            "reached": [r.reached for r in quick],
             "state bytes": sharp[0].state_bytes,
             "sharpness": [r.sharpness for r in sharp],
             "decades": decades(trains, exponents),
@@ -76,6 +84,12 @@ def mean_loss(runs: list[Result], which: str) -> float:
     """Over seeds; infinite if one of them diverged."""
     values = [getattr(run, which) for run in runs]
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
+
+
+def mean_steps(runs: list[Result]) -> float:
+    """To the target, over seeds; infinite if one of them did not reach it."""
+    steps = [run.reached for run in runs]
+    return math.inf if None in steps else statistics.fmean(s for s in steps if s is not None)
 
 
 def decades(losses: list[float], exponents: list[float]) -> float:
