@@ -128,7 +128,8 @@ def markdown(results: dict[str, Any]) -> str:
     out += [
         "Steps to target: until the mean training loss of ten steps is below "
         + ", ".join(f"{task['target']:g} ({name})" for name, task in results["tasks"].items())
-        + ", at the rate of the sweep that is there soonest. Gap: validation loss minus train loss. Decades of lr: of those swept, how many end "
+        + ", at the rate of the sweep that is there soonest. Gap: validation loss minus train loss. "
+        "Decades of lr: of those swept, how many end "
         f"within {NEAR:g} of the algorithm's best training loss; more is less sensitive. "
         "Sharpness: the largest eigenvalue of the Hessian of the training loss, by 20 power "
         f"iterations. Weight decay: {decays} decoupled, 0.0001 added to the gradient for the rest.",
