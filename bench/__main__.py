@@ -112,6 +112,8 @@ def _print(
                 print(_row(line))
         for name, why in outcome.failed:
             print(f"{name:<16} WRONG, not timed: {why}")
+        if outcome.note:
+            print(f"checked: {outcome.note}")
     if missing:
         print("\nnot measured")
         for name, why in missing:

@@ -3,8 +3,9 @@
 # a network. Every part runs whatever became of those before it; the last lines say which failed,
 # and which could not run here.
 #
-#   bash bench/gpu.sh            every part but triton
-#   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long
+#   bash bench/gpu.sh            every part but triton, pages and paging
+#   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long;
+#                                pages and paging check and measure paged states
 #
 #   PYTHON=...  a Python with torch for CUDA, numpy, pytest and setuptools (default python3)
 #   OUT=...     where gpu.log and the result lines, gpu.jsonl and phase.jsonl, go (default gpu-out)
@@ -96,10 +97,12 @@ part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
 part code 30 bash -c 'tests tests/test_cuda_code.py'
 part bits 130 bash -c 'tests tests/test_cuda_gpu.py tests/test_cuda_gpu_step.py'
+part pages 100 bash -c 'tests tests/test_paging_gpu.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
 part bench 60 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
 part phase 20 "$PYTHON" -m bench.phase --device cuda --numel 500000000 --out "$OUT/phase.jsonl"
+part paging 60 "$PYTHON" -m bench.paging --out "$OUT/paging.jsonl"
 part counters 30 bash -c counters
 part triton 500 bash -c 'tests tests/test_triton_gpu.py'
 

@@ -71,6 +71,7 @@ class Outcome:
         skipped: (provider, why it has no part in the case).
         failed: (provider, what is wrong with it).
         ours_failed: whether one of the failed is ours.
+        note: what the check did not require of every element.
     """
 
     case: Case
@@ -78,6 +79,7 @@ class Outcome:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     ours_failed: bool = False
+    note: str = ""
 
 
 def run_case(
@@ -98,6 +100,7 @@ def run_case(
     weights = case.list.normal(0.02, DTYPES[case.dtype], seed=1)
     grads = case.list.normal(0.01, DTYPES[case.dtype], seed=2)
     expected = Expected(case, weights, grads)
+    outcome.note = expected.note().removeprefix("; ")
     for provider in providers:
         why = provider.skips(case)
         if why:
