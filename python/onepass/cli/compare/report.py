@@ -128,7 +128,7 @@ def markdown(results: dict[str, Any]) -> str:
     out += [
         "Steps to target: until the mean training loss of ten steps is below "
         + ", ".join(f"{task['target']:g} ({name})" for name, task in results["tasks"].items())
-        + ", at the rate of the sweep that is there soonest. Gap: validation loss minus train loss. "
+        + ", at the rate of the sweep that is there soonest. Gap: validation minus train loss. "
         "Decades of lr: of those swept, how many end "
         f"within {NEAR:g} of the algorithm's best training loss; more is less sensitive. "
         "Sharpness: the largest eigenvalue of the Hessian of the training loss, by 20 power "
