@@ -58,7 +58,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistyped_command(typed: str, hint: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([typed]) == EXIT_USAGE
     err = capsys.readouterr().err
-    assert f"invalid choice: '{typed}' (choose from demo, info, memory)" in err
+    assert f"invalid choice: '{typed}' (choose from compare, demo, info, memory)" in err
     assert (hint in err) if hint else ("did you mean" not in err)
 
 
