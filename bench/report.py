@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from onepass.benchmark.cases import BEYOND_CACHE
+from onepass.benchmark.measure import LIMITS
+
 from . import bars, phase, results
-from .cases import BEYOND_CACHE, all_cases
-from .measure import LIMITS
+from .cases import cpu_cases, gpu_cases
 from .results import Line, case_key
 
 OURS = "onepass-"
@@ -50,7 +52,7 @@ def _cases(lines: list[Line]) -> list[list[Line]]:
     groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault(case_key(line), []).append(line)
-    order = {case.key: i for i, case in enumerate(all_cases())}
+    order = {case.key: i for i, case in enumerate([*cpu_cases(), *gpu_cases()])}
     return [groups[key] for key in sorted(groups, key=lambda key: order.get(key, len(order)))]
 
 
