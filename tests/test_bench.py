@@ -178,7 +178,7 @@ def test_what_does_not_fit_beside_the_others_is_left_out():
     """A device of which only the first provider fits, once the second has shown what it needs."""
 
     class Full(devices.Device):
-        left = iter([1, 126, 1, 124])
+        left = iter([1 << 20, 126, 1 << 20, 124])
 
         def free(self):
             return next(self.left)

@@ -40,14 +40,14 @@ class Device:
         type: torch's name of it.
         limits: what memory allows, measured beside the providers (measure.py says how).
         smallest_copy: bytes of a limit at least.
-        largest_copy: at most, None for no such bound.
+        largest_copy: at most, so that it fits beside all providers.
         host_apart: whether the time of a step and the time that it keeps the host are two things.
     """
 
     type = "cpu"
     limits: tuple[str, ...] = ("copy", "in-place")
     smallest_copy = SMALLEST_COPY
-    largest_copy: int | None = None
+    largest_copy = 1 << 32
     host_apart = False
 
     def unavailable(self) -> str:
@@ -116,8 +116,14 @@ class Device:
         return max(0, _status("VmHWM") - before)
 
     def free(self) -> int | None:
-        """Bytes that can still be allocated; None where the limit is not the device's."""
-        return None
+        """Bytes that can still be allocated; None where the kernel does not tell."""
+        meminfo = Path("/proc/meminfo")
+        found = (
+            re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M)
+            if meminfo.exists()
+            else None
+        )
+        return int(found[1]) * 1024 if found else None
 
     def release(self) -> None:
         """Gives back what the allocator keeps."""
@@ -129,7 +135,6 @@ class Cuda(Device):
     type = "cuda"
     limits = ("copy",)
     smallest_copy = 1 << 30
-    # So that it fits beside all providers.
     largest_copy = 1 << 33
     host_apart = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -148,7 +149,7 @@ def resnet50() -> ParamList:
     return ParamList("resnet50", (*shapes, *_linear(1000, 2048)))
 
 
-NAMED = {
+NAMED: dict[str, Callable[[], ParamList]] = {
     "gpt2": gpt2,
     **{
         "llama3-8B" + (f"/{part}" if part > 1 else ""): partial(llama3, part)

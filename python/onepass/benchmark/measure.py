@@ -7,6 +7,7 @@ order that is shuffled, so that what else the machine does falls on all of them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 from collections.abc import Callable
@@ -102,15 +103,15 @@ def run_case(
             outcome.skipped.append((provider.name, why))
             continue
         tick(f"checking {provider.name}")
-        try:
-            timed, problem = _prepare(case, provider, weights, grads, expected, device)
-        except torch.OutOfMemoryError:
-            timed, problem = None, ""
-        if timed is not None and device.free() is not None:
-            timed.peak_bytes = device.extra_memory(timed.step)
-            headroom = max(headroom, timed.peak_bytes or 0)
-            if (device.free() or 0) < headroom * 5 // 4:
-                timed, problem = None, ""
+        timed, problem, free = None, "", device.free()
+        if free is None or free >= memory_of(case, device, provider) + headroom:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                timed, problem = _prepare(case, provider, weights, grads, expected, device)
+        if timed is not None and free is not None:
+            # What its steps need beyond what it holds has to fit when all are there.
+            headroom = max(headroom, (device.extra_memory(timed.step) or 0) * 5 // 4)
+            if (device.free() or 0) < headroom:
+                timed = None
         if timed is not None:
             outcome.timed.append(timed)
         elif problem:
@@ -171,6 +172,21 @@ def _prepare(
     return timed, ""
 
 
+def _copied(case: Case, device: Device) -> int:
+    """Bytes that a limit reads and writes."""
+    return min(max(case.bytes, device.smallest_copy), device.largest_copy)
+
+
+def memory_of(case: Case, device: Device, provider: Provider | None = None) -> int:
+    """About how many bytes a case takes: what a provider holds, weights and states, which a step
+    reads and writes; with None, of ours and of what the case needs beside it."""
+    if provider is not None:
+        return provider.bytes_in(case) // 2
+    itemsize = DTYPES[case.dtype].itemsize
+    shared = 2 * case.list.numel * itemsize  # weights to start from, and gradients
+    return shared + max(_copied(case, device), 2 * BEYOND_CACHE) + case.bytes // 2
+
+
 def _limits(case: Case, device: Device) -> list[Timed]:
     """What memory allows for the bytes of a case, half of them read and half written.
 
@@ -181,8 +197,7 @@ def _limits(case: Case, device: Device) -> list[Timed]:
     The windows move through buffers beyond the caches, whatever the size of the case.
     """
     # fp32 whatever the case's dtype: mul_ in bf16 is bound by its arithmetic, not by memory.
-    moved = max(case.bytes, device.smallest_copy)
-    half = min(moved, device.largest_copy or moved) // 2 // 4
+    half = _copied(case, device) // 2 // 4
     windows = -(-BEYOND_CACHE // (half * 4))
     # Written once: pages never written are all the same page of zeros.
     source = torch.ones(windows, half, device=device.type)
