@@ -124,7 +124,7 @@ def read_lines(path: Path) -> list[Line]:
 
 def read(path: Path) -> list[Line]:
     """The lines of the speed benchmark in a file; those of another kind are left out."""
-    return [line for line in read_lines(path) if line.keys() >= set(FIELDS)]
+    return [x for x in read_lines(path) if x.keys() >= set(FIELDS) and "kind" not in x]
 
 
 def case_key(line: Line) -> tuple[str, str, str, str, str]:
@@ -176,3 +176,9 @@ class Progress:
         """Makes room for a line of output."""
         if self._bar is not None:
             self._bar.clear()
+
+
+def origin(line: Line) -> str:
+    """When and of what a line is, in words."""
+    dirty = " with uncommitted changes" if line["dirty"] else ""
+    return f"{line['date']}, commit {str(line['commit'])[:12]}{dirty}, torch {line['torch']}"
