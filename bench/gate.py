@@ -1,9 +1,9 @@
 """``python -m bench.gate FILE``: whether a new run moved against the committed ones, by ratios.
 
 For a case and another provider, or the copy, the ratio is its time over ours in the same run:
-times differ between machines and days, ratios far less. A ratio has moved where the range that the samples
-give it, from p20 over p80 to p80 over p20, has no point in common with the committed range. Only
-lines of one device are compared, its name to the letter.
+times differ between machines and days, ratios far less. A ratio has moved where the range that the
+samples give it, from p20 over p80 to p80 over p20, has no point in common with the committed range.
+Only lines of one device are compared, its name to the letter.
 
 A command to run before a release, not a test: what it says depends on the machine.
 """

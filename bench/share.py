@@ -1,8 +1,8 @@
 """``python -m bench.share``: what part of a training step the optimizer is, on the demo's model.
 
 Forward and backward, and the optimizer's step, are timed apart and waited for, over the same batch,
-by one model that each optimizer has a copy of; the optimizers take turns. The smaller the batch, the
-larger the part.
+by one model that each optimizer has a copy of; the optimizers take turns. The smaller the batch,
+the larger the part.
 """
 
 from __future__ import annotations
