@@ -95,7 +95,7 @@ def test_sizes_and_share_end_to_end(tmp_path, monkeypatch):
     lines = results.read_lines(out)
     assert [x["provider"] for x in lines] == list(share.OPTIMIZERS)
     for x in lines:
-        assert x["share"] == pytest.approx(x["step_ms"] / (x["step_ms"] + x["backward_ms"]), 1e-3)
+        assert abs(x["share"] - x["step_ms"] / (x["step_ms"] + x["backward_ms"])) < 1e-5
     assert results.read(out) == []
     assert "| torch-forloop |" in "\n".join(share.table(lines))
 
