@@ -53,10 +53,11 @@ def run(ladder: Ladder, device: Device, samples: int) -> list[Line]:
     """
     name, case, make = ladder
     small = ODD if case.dtype == "fp32" else one(3 * 65536)
+    env = results.environment(device.type)
     rungs.check(lambda: make(small), steps=1 if device.type == "cuda" else 2)
     found = make(case.list)
-    rungs.measure(found, device, samples)
-    return rungs.lines(found, device, name, case.bytes)
+    rungs.measure(found, device, samples, warm=not case.beyond_cache)
+    return rungs.lines(env, found, name, case.bytes)
 
 
 def main(argv: list[str] | None = None) -> int:

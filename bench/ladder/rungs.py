@@ -71,8 +71,8 @@ def check(make: Callable[[], list[Rung]], steps: int = 2) -> None:
             raise RuntimeError(f"{rung.name}: weights are {off:g} from those of the others")
 
 
-def measure(rungs: Sequence[Rung], device: Device, samples: int) -> None:
-    """Fills the samples of all, in turns."""
+def measure(rungs: Sequence[Rung], device: Device, samples: int, warm: bool = False) -> None:
+    """Fills the samples of all, in turns; warm: untimed steps go before each."""
     for rung in rungs:
         for _ in range(WARM_UP):
             rung.take()
@@ -85,13 +85,13 @@ def measure(rungs: Sequence[Rung], device: Device, samples: int) -> None:
     for _ in range(samples):
         for rung in shuffle.sample(list(rungs), len(rungs)):
             rung.before()
-            device.prepare(rung.step, host[rung.name], False)
+            device.prepare(rung.step, host[rung.name], warm)
             rung.samples.append(device.time(rung.step))
 
 
-def lines(rungs: Sequence[Rung], device: Device, ladder: str, moved: int) -> list[Line]:
-    """One line for each rung, in order; moved: bytes of a step by the formula."""
-    env = results.environment(device.type)
+def lines(env: Line, rungs: Sequence[Rung], ladder: str, moved: int) -> list[Line]:
+    """One line for each rung, in order; env: taken before a rung changed the instruction set;
+    moved: bytes of a step by the formula."""
     found = []
     for rung in rungs:
         ms = {f"p{p}": round(percentile(rung.samples, p), 5) for p in (20, 50, 80)}
