@@ -107,6 +107,8 @@ def _run(
             progress.clear()
             print(f"\n{case.name}: {case.bytes / 1e6:,.3f} MB a step")
             print("\n".join(table.rows(outcome)), flush=True)
+            if outcome.note:
+                print(f"checked: {outcome.note}")
             for name, why in outcome.skipped:
                 if "memory" in why:
                     print(f"{name:<18} {why}")

@@ -7,6 +7,7 @@
 #   bash bench/gpu.sh PART...    these alone; a second call for the others:
 #   bash bench/gpu.sh tools wheels build peers sizes share ladder
 #   bash bench/gpu.sh triton     checks the Triton kernels
+#   bash bench/gpu.sh tools build pages paging   checks and measures paged states
 #
 #   PYTHON=...  a Python with torch for CUDA, numpy, pytest and setuptools (default python3)
 #   OUT=...     where gpu.log and the result lines, *.jsonl, go (default gpu-out)
@@ -108,11 +109,13 @@ part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
 part code 30 bash -c 'tests tests/test_cuda_code.py'
 part bits 130 bash -c 'tests tests/test_cuda_gpu.py tests/test_cuda_gpu_step.py'
+part pages 100 bash -c 'tests tests/test_paging_gpu.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
 part bench 60 "$PYTHON" -m bench --device cuda --out "$OUT/gpu.jsonl" \
   --providers 'onepass-cuda,torch-fused*,torch-foreach'
 part phase 20 "$PYTHON" -m bench.phase --device cuda --numel 500000000 --out "$OUT/phase.jsonl"
+part paging 60 "$PYTHON" -m bench.paging --out "$OUT/paging.jsonl"
 part counters 30 bash -c counters
 part peers 240 "$PYTHON" -m bench --device cuda --out "$OUT/gpu.jsonl"
 part sizes 40 "$PYTHON" -m bench.sizes --device cuda --out "$OUT/sizes.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import onepass
+from onepass.paging import pager
+
+from .paging_links import RandomLink
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +52,17 @@ def every_isa() -> Iterator[list[str]]:
     before = onepass.ops.cpu_isa()
     yield isas()
     onepass.ops.cpu_isa(before)
+
+
+@pytest.fixture
+def links(monkeypatch: pytest.MonkeyPatch) -> list[RandomLink]:
+    """Paged steps complete in a random order, another one for every optimizer; the links made."""
+    made: list[RandomLink] = []
+    seeds = count()
+
+    def link_for(_: torch.device) -> RandomLink:
+        made.append(RandomLink(next(seeds)))
+        return made[-1]
+
+    monkeypatch.setattr(pager, "link_for", link_for)
+    return made

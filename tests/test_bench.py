@@ -134,6 +134,56 @@ def test_a_wrong_provider_is_named_and_not_timed(fault):
     assert [one.provider for one in found.timed] == ["torch-fused", "copy", "in-place"]
 
 
+def dynamic_steps(damage):
+    """What the check says of two steps with dynamic8 in NumPy whose last one is damaged."""
+    case = Case("adamw", "fp32", "dynamic8", many(1, 4096))
+    weights = case.list.normal(0.02, torch.float32, 1)
+    grads = case.list.normal(0.01, torch.float32, 2)
+    grads[0][::256] = 1e-6 * (1 + torch.arange(16))  # some 1e-4 of the largest of a block
+    expected = check.Expected(case, weights, grads)
+    weights[0].requires_grad_().grad = grads[0]
+    optimizer = BY_NAME["onepass-cpu"].make(weights, case)
+    optimizer.backend = "reference"
+    taken = []
+
+    def step():
+        taken.append(optimizer.step())
+        if len(taken) == 2:
+            damage(expected, weights[0].data)
+
+    return expected, expected.problem(step, weights, grads, 0.0)
+
+
+def test_a_second_moment_that_dynamic8_loses_is_judged_by_what_it_may_do():
+    expected, problem = dynamic_steps(lambda expected, weights: None)
+    assert problem == ""
+    # Found from the gradients, written out: v below half of the lowest value of the map.
+    grad = many(1, 4096).normal(0.01, torch.float32, 2)[0].double()
+    grad[::256] = 1e-6 * (1 + torch.arange(16))
+    largest = grad.abs().view(16, 256).amax(1).repeat_interleave(256)
+    lost = (grad / largest) ** 2 < 0.5 * 3.25e-7
+    assert torch.equal(expected.lost, lost)
+    assert 16 <= int(lost.sum()) < 64
+    assert f"{int(lost.sum())} have" in expected.note()
+    # It is no wider for the others, whose limit is what it was.
+    assert torch.equal(expected.low[~lost], expected.after[~lost])
+    assert torch.equal(expected.high[~lost], expected.after[~lost])
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0, float("nan")])
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_check_sees_a_wrong_step_with_dynamic8(lost, side):
+    def damage(expected, weights):
+        i = int((expected.lost == lost).nonzero()[7])
+        # A hundredth of the way beyond its limit: none but its bounds where the moment is lost.
+        beyond = (0.0 if lost else check.COARSE["dynamic8"]) + 0.01
+        edge = expected.low[i] if side < 0 else expected.high[i]
+        weights[i] = edge + side * beyond * expected.path[i]
+
+    _, problem = dynamic_steps(damage)
+    assert problem.startswith("1 of 4096 compared weights are wrong")
+
+
 def test_the_check_also_sees_the_end_of_a_long_tensor(monkeypatch):
     monkeypatch.setattr(check, "SAMPLED", 1 << 10)
     long = many(1, 10_001)

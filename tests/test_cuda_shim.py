@@ -11,6 +11,7 @@ import onepass
 from onepass import backends
 from onepass.backends import BACKENDS, Entry
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
+from onepass.paging.options import SMALLEST_PAGE, Paging
 from onepass.rules import HYPER_WIDTH, RULES
 
 from . import cuda_shim
@@ -18,6 +19,7 @@ from .cases import (
     CASES,
     DTYPES,
     SIZES,
+    STEP_FORMATS,
     assert_same,
     last_variant,
     make_params,
@@ -320,3 +322,25 @@ def test_the_backend_says_why_it_does_not_serve():
     with pytest.raises(RuntimeError, match=r"'cuda' cannot serve.*Backends that can: .*reference"):
         onepass.AdamW([param], backend="cuda").step()
     assert list(backends.BACKENDS).index("cuda") < list(backends.BACKENDS).index("triton")
+
+
+@pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
+def test_paged_states(options, links):
+    """Pages, pieces of a parameter, and a norm over entries without states."""
+    options = {name: value for name, value in options.items() if name != "ema_decay"}
+    dtype = torch.bfloat16 if options.get("weights") else torch.float32
+    found = []
+    for backend, paged in (("reference", False), (SHIM, False), (SHIM, Paging(0, SMALLEST_PAGE))):
+        params = make_params([(33,), (20_000,), (0,), (300,)], dtype, 1)
+        optimizer = onepass.AdamW(
+            params, **options, backend=backend, paged=paged, max_grad_norm=1e9, skip_nonfinite=True
+        )
+        for step in range(3):
+            set_grads(params, dtype, step)
+            if step == 1:
+                params[1].grad[-1] = torch.inf
+            optimizer.step()
+        found.append(optimizer)
+    assert_same(found[2], found[0])
+    assert same_bits(found[2].grad_norm, found[1].grad_norm)
+    assert links[0].copies

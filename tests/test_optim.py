@@ -223,13 +223,6 @@ def test_bad_options_name_the_argument_the_value_and_the_need(cls, options, mess
     assert len(optimizer.param_groups) == 1
 
 
-def test_options_of_later_releases_say_so():
-    param = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(NotImplementedError, match="paged"):
-        onepass.AdamW([param], paged=True)
-    onepass.AdamW([param], paged=False, max_grad_norm=None, skip_nonfinite=False)
-
-
 @pytest.mark.parametrize(
     ("option", "message"),
     [

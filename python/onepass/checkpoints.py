@@ -59,6 +59,7 @@ def convert_state_dict(
             "state": defaultdict(ParamState),
             "param_groups": groups,
             "backend": optimizer.backend,
+            "paging": optimizer.paging,
         }
     )
     twin.load_state_dict(state_dict)

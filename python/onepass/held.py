@@ -57,6 +57,34 @@ class OptimizerState(defaultdict[Any, Any]):
         return defaultdict, (ParamState, dict(self))
 
 
+class PagedState(OptimizerState):
+    """``optimizer.state`` where states are paged: whoever reads it waits until they are there.
+
+    Args:
+        settle: waits for states that are on their way; raises when a step has failed on its way.
+    """
+
+    def __init__(self, settle: Callable[[], None], *args: Any) -> None:
+        super().__init__(*args)
+        self.settle = settle
+
+
+def _settling(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    @wraps(method)
+    def settled(self: PagedState, *args: Any) -> Any:
+        self.settle()
+        return method(self, *args)
+
+    return settled
+
+
+# __iter__ too: copies of dictionaries that have their own go through __getitem__.
+for _name in ("__getitem__", "__iter__", "get", "items", "values"):
+    setattr(PagedState, _name, _settling(_name))
+
+
 def _reporting(name: str) -> Callable[..., Any]:
     method = getattr(dict, name)
 

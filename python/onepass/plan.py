@@ -16,10 +16,11 @@ import torch
 
 from . import backends
 from .arena import Arena
-from .backends.base import same_layout
 from .checks import check_tensors, check_weight_format
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
-from .held import OptimizerState, ParamState, Watch
+from .held import OptimizerState, PagedState, ParamState, Watch
+from .paging.part import PagedPart
+from .parts import Part
 from .reference.verdict import VERDICT_WIDTH
 from .rows import TELEMETRY_WIDTH, RowTable, capturing
 from .states import (
@@ -57,54 +58,6 @@ def add_norms(parts: torch.Tensor) -> torch.Tensor:
     total = parts.sum(0)
     total[1] = parts[:, 1].max()
     return total
-
-
-class _Part:
-    """The entries of one device, and the rows that they read."""
-
-    def __init__(
-        self, backend: backends.Backend, entries: list[backends.Entry], table: RowTable
-    ) -> None:
-        self.backend, self.table = backend, table
-        self.params = [entry.param for entry in entries]
-        self.prepared = backend.prepare(entries)
-        # Gradients that lie in memory in another order than their parameter are copied for a step.
-        self.relaid = [
-            i for i, p in enumerate(self.params) if p.grad is None or not same_layout(p, p.grad)
-        ]
-        self._copies: list[torch.Tensor] = []
-
-    def refresh(self) -> bool:
-        """Reads the gradients; False, with nothing changed, when the plan is no longer true."""
-        params = self.params
-        chunk = self.backend.chunk or len(params)
-        self._copies = []
-        for first in range(0, len(params), chunk):
-            part = params[first : first + chunk]
-            grads = [grad for p in part if (grad := p.grad) is not None]
-            if len(grads) < len(part):
-                return False
-            for i in self.relaid:
-                if first <= i < first + chunk:
-                    grad = grads[i - first]
-                    copy = torch.empty_like(params[i], dtype=grad.dtype).copy_(grad)
-                    grads[i - first] = copy
-                    self._copies.append(copy)
-            if not self.backend.refresh(self.prepared, grads, first):
-                return False
-        return True
-
-    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
-        """The step over this device's entries."""
-        table = self.table
-        self.backend.advance(table, verdict)
-        self.backend.run(self.prepared, table.hyper, table.counters, zero_grads, table.telemetry)
-        if zero_grads and self._copies:
-            for i in self.relaid:
-                grad = self.params[i].grad
-                if grad is not None:
-                    grad.zero_()
-        self._copies = []
 
 
 def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
@@ -158,7 +111,11 @@ class Plan:
         self._options = [self._group_options(group) for group in groups]
         self._checked: list[Any] | None = None
 
-        arena = Arena()
+        arena, pager = Arena(), optimizer.pager
+        paged: set[torch.Tensor] = set()
+        if pager is not None:
+            pager.settle()  # states are read, and may come to another place in the ring
+            paged = pager.places(optimizer.param_groups, self._whole).paged
         for group in groups:
             optimizer.check_options(group)
         for param, number, _, group in members:
@@ -168,7 +125,7 @@ class Plan:
             check_weight_format(param, group["weights"], which)
             state, form = optimizer.state.get(param, {}), STATE_FORMATS[group["states"]]
             for _, name in rule.state_slots(rule.flag_bits(group)):
-                if state.get(name) is None:
+                if state.get(name) is None and param not in paged:
                     for layout in state_layouts(param, name, form):
                         arena.want(layout, param.device)
         extras = optimizer.measures or any(group["ema_decay"] is not None for group in groups)
@@ -176,6 +133,9 @@ class Plan:
             device: backends.choose(device, optimizer.backend, extras)
             for device in dict.fromkeys(p.device for p in self._active)
         }
+
+        if pager is not None:
+            pager.want(members, optimizer)
 
         # New states are gathered first: nothing is kept of them if memory runs out on the way.
         fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], int]] = []
@@ -189,22 +149,24 @@ class Plan:
             state = optimizer.state.get(param, {})
             which = f"parameter {number} of shape {tuple(param.shape)}"
             saved_as = getattr(state, "form", "")
-            held = fit_states(state, param, rule, form, which, saved_as=saved_as)
+            home = None if pager is None or param not in paged else pager.home
+            held = fit_states(state, param, rule, form, which, saved_as=saved_as, home=home)
             first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
             for _, name in slots:
                 if name in held:
                     continue
                 first = rule.needs_first
                 for layout in state_layouts(param, name, form):
-                    held[layout.key] = arena.take(layout, param.device)
+                    new = arena.take(layout, param.device) if home is None else home.empty(layout)
+                    held[layout.key] = new
                 start = rule.initial_value(name, group)
                 if start:
                     fill(held, name, form, start)
-            companion = fit_companion(state, param, weight, which)
+            companion = fit_companion(state, param, weight, which, home=home)
             if companion is not None:
                 held[weight.key] = companion
             if group["ema_decay"] is not None:
-                held[EMA] = fit_ema(state, param, which)
+                held[EMA] = fit_ema(state, param, which, home=home)
             rows = numbers[param.device]
             row = rows.setdefault((index, read(state.get("step")), first), len(rows))
             order = packed_order(param, form) if slots else {}
@@ -240,7 +202,10 @@ class Plan:
             for device, rows in numbers.items()
         }
         self._parts = [
-            _Part(backend, entries[device], tables[device]) for device, backend in chosen.items()
+            Part(backend, entries[device], tables[device])
+            if pager is None or paged.isdisjoint(entry.param for entry in entries[device])
+            else PagedPart(backend, entries[device], tables[device], pager, paged)
+            for device, backend in chosen.items()
         ]
 
         self._watch = Watch()
@@ -256,7 +221,9 @@ class Plan:
             param_state.form, param_state.fresh = form.name, shared.fresh
             param_state.watch = self._watch
         if self._whole:
-            if not isinstance(optimizer.state, OptimizerState):
+            if pager is not None and not isinstance(optimizer.state, PagedState):
+                optimizer.state = PagedState(pager.settle, optimizer.state)
+            elif not isinstance(optimizer.state, OptimizerState):
                 optimizer.state = OptimizerState(optimizer.state)
             optimizer.state.watch = self._watch
         self._state = optimizer.state
@@ -302,7 +269,7 @@ class Plan:
         if state is not self._state or not self._watch.same:
             return False
         if not self._whole:
-            return state.get(self._active[0]) is self._own
+            return dict.get(state, self._active[0]) is self._own
         groups = optimizer.param_groups
         if len(groups) != len(self._params) or not all(
             _same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
@@ -319,7 +286,7 @@ class Plan:
 
     def norm(self) -> torch.Tensor | None:
         """See :meth:`Backend.norm`, over all devices and on the first; None without gradients."""
-        found = [part.backend.norm(part.prepared) for part in self._parts]
+        found = [part.norm() for part in self._parts]
         if len(found) < 2:
             return found[0] if found else None
         return add_norms(torch.stack([f.to(found[0].device, non_blocking=True) for f in found]))
@@ -349,6 +316,11 @@ class Plan:
         )
         self._parts[0].backend.judge(verdict, found, scale, inf, policy)
         return verdict
+
+    def start(self) -> int:
+        """Starts to bring paged states to their devices; nothing is changed. Returns how many pages
+        there are of them."""
+        return sum(part.start() for part in self._parts)
 
     def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
         """The step, with the gradients that refresh has taken."""

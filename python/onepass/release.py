@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .optim import Optimizer
+from .paging.pager import Pager
 from .plan import Plan, add_norms
 
 
@@ -73,8 +75,10 @@ class ReleasedGradients:
         # Gradients of several devices arrive on several threads.
         self._lock = threading.Lock()
         # Of this step: the parameters that have stepped and what their norm is made of.
-        self._stepped: set[torch.Tensor] = set()
+        self._stepped: dict[torch.Tensor, None] = {}
         self._found: list[torch.Tensor] = []
+        # Of each parameter, the one whose gradient came after its own in the step before.
+        self._next: dict[torch.Tensor, torch.Tensor] = {}
         own = set(model.parameters())
         self._members = {m.param: m for m in optimizer.members() if m.param in own}
         if not self._members:
@@ -83,6 +87,7 @@ class ReleasedGradients:
             param.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
             for param in self._members
         ]
+        self._settle()
         optimizer.released = self
 
     @contextmanager
@@ -101,7 +106,13 @@ class ReleasedGradients:
             hook.remove()
         self._hooks = []
         self._plans = {}
+        self._settle()
         self._optimizer.released = None
+
+    def _settle(self) -> None:
+        # The plans of now have pages in other buffers than the plans from now on.
+        if self._optimizer.pager is not None:
+            self._optimizer.pager.settle()
 
     @torch.no_grad()
     def _arrived(self, param: torch.Tensor) -> None:
@@ -118,13 +129,25 @@ class ReleasedGradients:
                 plan.refresh()
                 self._plans[param] = plan
             optimizer.check_options(plan.members[0].group)
+            plan.start()
             if optimizer.max_grad_norm is not None:
                 found = plan.norm()
                 if found is not None:
                     self._found.append(found)
             plan.run(optimizer.verdict, False)
-            self._stepped.add(param)
+            self._stepped[param] = None
             param.grad = None
+            if optimizer.pager is not None:
+                self._start_next(optimizer.pager, param)
+
+    def _start_next(self, pager: Pager, param: torch.Tensor) -> None:
+        """Starts to bring the states of what stepped after this one in the step before: their
+        transfer hides behind the backward pass."""
+        pages = 0
+        while pages < pager.paging.buffers - 1 and (following := self._next.get(param)) is not None:
+            plan = self._plans.get(following)
+            pages += plan.start() if plan is not None else 0
+            param = following
 
     def end_step(self, found: torch.Tensor | None = None) -> None:
         """Makes this step's norm the one that the next is clipped by; found: of gradients that were
@@ -135,6 +158,10 @@ class ReleasedGradients:
             device = self._found[0].device
             parts = torch.stack([found.to(device, non_blocking=True) for found in self._found])
             self._optimizer.judge(next(iter(self._plans.values())), add_norms(parts))
+        if self._optimizer.pager is not None:
+            self._optimizer.pager.discard()
+            order = list(self._stepped)
+            self._next = dict(pairwise(order))
         self._stepped.clear()
         self._found = []
 

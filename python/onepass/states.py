@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +57,29 @@ class Layout:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
 
+class Home(Protocol):
+    """Where the tensors of a parameter's state rest."""
+
+    def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
+        """Whether a tensor can be used as it is."""
+
+    def empty(self, layout: Layout) -> torch.Tensor:
+        """A new one."""
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """On a device: the parameter's, unless states are paged."""
+
+    device: torch.device
+
+    def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
+        return layout.fits(tensor, self.device)
+
+    def empty(self, layout: Layout) -> torch.Tensor:
+        return layout.empty(self.device)
+
+
 def state_layouts(param: torch.Tensor, key: str, form: StateFormat) -> list[Layout]:
     """The codes of one state and, where the format has them, the scales."""
     if form.packed > 1:
@@ -74,6 +97,22 @@ def companion_layout(param: torch.Tensor, form: WeightFormat) -> Layout | None:
     if not form.key:
         return None
     return Layout(form.key, tuple(param.shape), param.stride(), form.companion or param.dtype)
+
+
+def ema_layout(param: torch.Tensor) -> Layout:
+    """The average of a weight."""
+    return Layout(EMA, tuple(param.shape), param.stride(), torch.float32)
+
+
+def held_layouts(param: torch.Tensor, rule: Rule, group: Mapping[str, Any]) -> list[Layout]:
+    """All tensors that a group's options ask for of a parameter, in the order they are made in."""
+    form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
+    slots = rule.state_slots(rule.flag_bits(group))
+    layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
+    companion = companion_layout(param, weight)
+    if companion is not None:
+        layouts.append(companion)
+    return layouts if group["ema_decay"] is None else [*layouts, ema_layout(param)]
 
 
 def fill(held: Mapping[str, torch.Tensor], key: str, form: StateFormat, value: float) -> None:
@@ -137,8 +176,10 @@ def fit_states(
     which: str,
     copy: bool = False,
     saved_as: str = "",
+    home: Home | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The states that ``saved`` has of a parameter, in a format, its layout and on its device.
+    """The states that ``saved`` has of a parameter, in a format, its layout and where they rest:
+    at home, or None for the parameter's device.
 
     Tensors that are so already are returned themselves unless copy is set; a conversion rounds to
     nearest.
@@ -149,6 +190,7 @@ def fit_states(
     slots = [(i, key) for i, (key, _, _) in enumerate(rule.slots) if saved.get(key) is not None]
     if not slots:
         return {}
+    home = home or OnDevice(param.device)
     found: dict[str, torch.Tensor] = {}
     forms = set()
     for _, key in slots:
@@ -178,10 +220,12 @@ def fit_states(
     layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
     new = {layout.key: layout for layout in layouts}
     in_order = all(_same_order(strides[key], param.stride(), param.shape) for key in strides)
-    if source is form and in_order and all(x.fits(found[x.key], param.device) for x in layouts):
-        return {key: value.clone() if copy else value for key, value in found.items()}
-    held = {layout.key: layout.empty(param.device) for layout in layouts}
-    if (source is form and source.block == 1) or (source.scale is None and form.scale is None):
+    fits = source is form and in_order and not copy
+    if fits and all(home.fits(layout, found[layout.key]) for layout in layouts):
+        return found
+    held = {layout.key: home.empty(layout) for layout in layouts}
+    plain = source.scale is None and form.scale is None
+    if plain or (source is form and (source.block == 1 or in_order)):
         for key in new:
             held[key].copy_(found[key])
         return held
@@ -246,6 +290,7 @@ def fit_companion(
     form: WeightFormat,
     which: str,
     copy: bool = False,
+    home: Home | None = None,
 ) -> torch.Tensor | None:
     """The companion that ``saved`` has of a weight, in a format; None where none is wanted.
 
@@ -258,9 +303,10 @@ def fit_companion(
     layout = companion_layout(param, form)
     if layout is None:
         return None
+    home = home or OnDevice(param.device)
     key = next((key for key in sorted(COMPANIONS) if saved.get(key) is not None), None)
     if key is None:
-        companion = layout.empty(param.device)
+        companion = home.empty(layout)
         return companion.copy_(param.detach()) if form.name == "master" else companion.zero_()
     value = _tensor(saved[key], f"{key} of {which}")
     if tuple(value.shape) != layout.shape:
@@ -268,11 +314,11 @@ def fit_companion(
             f"{key} of {which} is {tuple(value.shape)}: it is the state of another parameter"
         )
     if key == form.key and value.dtype == layout.dtype:
-        if layout.fits(value, param.device) and not copy:
+        if home.fits(layout, value) and not copy:
             return value
-        return layout.empty(param.device).copy_(value)
+        return home.empty(layout).copy_(value)
     values = codec.to_array(full_precision(param, {key: value}))
-    companion = layout.empty(param.device)
+    companion = home.empty(layout)
     weight, code = torch.empty_like(param.detach()), form.codes[param.dtype]
     codec.write_weight(code, values, weight, companion)
     # The weight stays what it is, but near the middle between two weights formats round
@@ -294,24 +340,29 @@ def fit_companion(
 
 
 def fit_ema(
-    saved: Mapping[str, Any], param: torch.Tensor, which: str, copy: bool = False
+    saved: Mapping[str, Any],
+    param: torch.Tensor,
+    which: str,
+    copy: bool = False,
+    home: Home | None = None,
 ) -> torch.Tensor:
     """The average that ``saved`` has of a weight, fp32; a new one is the weight as it is.
 
     Raises:
         ValueError: it is no tensor of the parameter's size; names it.
     """
-    layout = Layout(EMA, tuple(param.shape), param.stride(), torch.float32)
+    layout = ema_layout(param)
+    home = home or OnDevice(param.device)
     if saved.get(EMA) is None:
-        return layout.empty(param.device).copy_(full_precision(param, saved))
+        return home.empty(layout).copy_(full_precision(param, saved))
     value = _tensor(saved[EMA], f"{EMA} of {which}")
     if tuple(value.shape) != layout.shape:
         raise ValueError(
             f"{EMA} of {which} is {tuple(value.shape)}: it is the state of another parameter"
         )
-    if layout.fits(value, param.device) and not copy:
+    if home.fits(layout, value) and not copy:
         return value
-    return layout.empty(param.device).copy_(value)
+    return home.empty(layout).copy_(value)
 
 
 def full_precision(param: torch.Tensor, saved: Mapping[str, Any]) -> torch.Tensor:

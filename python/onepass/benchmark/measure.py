@@ -65,6 +65,7 @@ class Outcome:
         skipped: (provider, why it has no part in the case).
         failed: (provider, what is wrong with it).
         ours_failed: whether one of the failed is ours.
+        note: what the check did not require of every element.
     """
 
     case: Case
@@ -72,6 +73,7 @@ class Outcome:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     ours_failed: bool = False
+    note: str = ""
 
 
 def run_case(
@@ -95,6 +97,7 @@ def run_case(
     weights = case.list.normal(0.02, DTYPES[case.dtype], 1, device.type)
     grads = case.list.normal(0.01, DTYPES[case.dtype], 2, device.type)
     expected = Expected(case, weights, grads)
+    outcome.note = expected.note().removeprefix("; ")
     limits = _limits(case, device)
     headroom = 0
     for provider in providers:

@@ -22,6 +22,8 @@ from ..checks import (
 )
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
 from ..held import OptimizerState
+from ..paging.options import Paging, paging_of
+from ..paging.pager import Pager
 from ..plan import Member, Plan
 from ..rules import RULES, Rule
 from .findings import Findings
@@ -39,6 +41,7 @@ _SETTINGS = (
     "skip_nonfinite",
     "zero_grads",
     "measures",
+    "paging",
 )
 
 
@@ -64,6 +67,10 @@ class Optimizer(Findings):
     """The class's own kind of weight decay."""
     default_states: ClassVar[str] = "fp32"
     """The class's own format of states."""
+    default_paged: ClassVar[bool] = False
+    """Whether the class pages states unless told."""
+    paging: Paging | None = None
+    pager: Pager | None = None
 
     def __init__(
         self,
@@ -74,7 +81,7 @@ class Optimizer(Findings):
         decoupled_weight_decay: bool | None = None,
         states: str | None = None,
         weights: str = "native",
-        paged: bool | int = False,
+        paged: bool | int | str | Paging | None = None,
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
@@ -84,16 +91,14 @@ class Optimizer(Findings):
         backend: str | None = None,
         seed: int = 0,
     ) -> None:
-        if paged is not False:
-            raise NotImplementedError(
-                f"paged={paged!r} is not available yet: states stay on the parameter's device"
-            )
         backends.check_name(backend)
         self.backend = backend
         self.max_grad_norm, self.norm_type = max_grad_norm, norm_type
         self.skip_nonfinite, self.zero_grads = skip_nonfinite, zero_grads
         self.measures = telemetry
         self.policy()  # checks them
+        self.paging = paging_of(self.default_paged if paged is None else paged)
+        self.pager = None if self.paging is None else Pager(self.paging, self.rule)
         self._plan = self.verdict = None
         self._found: torch.Tensor | None = None
         # Plans and verdicts that CUDA graphs read and write, which may be replayed at any time.
@@ -169,7 +174,9 @@ class Optimizer(Findings):
 
         Raises:
             ValueError, RuntimeError: an option, parameter or gradient that cannot be worked on;
-                nothing has been changed then.
+                nothing has been changed then. Of paged states also that an earlier step has failed
+                on its way.
+            MemoryError: the host has not the memory for paged states; nothing has been changed.
         """
         if torch.compiler.is_compiling() or _watched(self):
             return self._hooked_step(closure)
@@ -220,6 +227,9 @@ class Optimizer(Findings):
         # torch.amp.GradScaler sets both for the time of a step.
         scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
         plan = self.planned()
+        if self.pager is not None:
+            self.pager.discard()
+            plan.start()
         if self.released is not None:
             if scaled:
                 raise RuntimeError("a GradScaler comes too late: the gradients were released")
@@ -289,6 +299,8 @@ class Optimizer(Findings):
         self._plan = self.verdict = self._found = self.released = None
         self._swapped = False
         self.captured = getattr(self, "captured", [])
+        if self.pager is not None:
+            self.pager.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _SETTINGS}}
@@ -296,6 +308,8 @@ class Optimizer(Findings):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._begin()
         super().__setstate__(state)
+        if self.paging is not None and self.pager is None:
+            self.pager = Pager(self.paging, self.rule)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim has it: with ``states="fp32"``, torch.optim loads it.
@@ -336,10 +350,13 @@ class Optimizer(Findings):
             i: (param, number, group, saved_as)
             for number, (i, (param, group, saved_as)) in enumerate(zip(ids, members, strict=True))
         }
-        state = OptimizerState()
+        state, pager = OptimizerState(), self.pager
+        paged = set() if pager is None else pager.announce(groups)
         for key, value in state_dict["state"].items():
             if key in owners:
-                state[owners[key][0]] = loaded_state(self, value, *owners[key])
+                param = owners[key][0]
+                home = pager.home if pager is not None and param in paged else None
+                state[param] = loaded_state(self, value, *owners[key], home)
             else:
                 state[key] = value
         self.__setstate__({"state": state, "param_groups": groups})

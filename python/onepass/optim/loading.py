@@ -11,7 +11,16 @@ import torch
 from ..checks import check_weight_format
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
 from ..held import ParamState
-from ..states import COMPANIONS, EMA, STRIDE, fit_companion, fit_ema, fit_states, packed_order
+from ..states import (
+    COMPANIONS,
+    EMA,
+    STRIDE,
+    Home,
+    fit_companion,
+    fit_ema,
+    fit_states,
+    packed_order,
+)
 
 if TYPE_CHECKING:
     from .base import Optimizer
@@ -57,8 +66,11 @@ def loaded_state(
     number: int,
     group: Mapping[str, Any],
     saved_as: str,
+    home: Home | None,
 ) -> ParamState:
     """What a state dict has of a parameter, in the formats of its group; changes nothing.
+
+    The states rest at home, or where that is None on the parameter's device.
 
     Raises:
         ValueError: it belongs to another model or another kind of optimizer.
@@ -79,7 +91,7 @@ def loaded_state(
             f"than {type(optimizer).__name__}"
         )
     form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
-    states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as)
+    states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as, home=home)
     moments = {key for key, _, _ in rule.slots}
     known = moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE, EMA}
     state = ParamState()
@@ -92,11 +104,11 @@ def loaded_state(
     if states:
         state.update(states, **packed_order(param, form))
     if any(key in saved for key in COMPANIONS):
-        companion = fit_companion(saved, param, weight, which, copy=True)
+        companion = fit_companion(saved, param, weight, which, copy=True, home=home)
         if companion is not None:
             state[weight.key] = companion
     if EMA in saved and group["ema_decay"] is not None:
-        state[EMA] = fit_ema(saved, param, which, copy=True)
+        state[EMA] = fit_ema(saved, param, which, copy=True, home=home)
     # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
     # it then starts here.
     if state:

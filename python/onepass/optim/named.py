@@ -1,4 +1,5 @@
-"""The names of bitsandbytes: the classes with another default for ``states``, nothing else."""
+"""The names of bitsandbytes: the classes with another default for ``states`` or ``paged``, nothing
+else."""
 
 from __future__ import annotations
 
@@ -60,3 +61,33 @@ class RMSprop8bit(RMSprop):
     and as much again with momentum, and when centered."""
 
     default_states = "mx8"
+
+
+class PagedAdam(Adam):
+    """:class:`Adam` with ``paged=True`` unless given: its arguments."""
+
+    default_paged = True
+
+
+class PagedAdamW(AdamW):
+    """:class:`AdamW` with ``paged=True`` unless given: its arguments."""
+
+    default_paged = True
+
+
+class PagedLion(Lion):
+    """:class:`Lion` with ``paged=True`` unless given: its arguments."""
+
+    default_paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """:class:`AdamW8bit` with ``paged=True`` unless given: its arguments."""
+
+    default_paged = True
+
+
+class PagedLion8bit(Lion8bit):
+    """:class:`Lion8bit` with ``paged=True`` unless given: its arguments."""
+
+    default_paged = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing_extensions import TypedDict  # torch's own dependency
 
+from ..paging.options import Paging
+
 
 class Options(TypedDict, total=False):
     """The keyword-only options that every class takes.
@@ -26,7 +28,9 @@ class Options(TypedDict, total=False):
         ema_decay: keep an fp32 average of each weight, e <- d e + (1 - d) w, under
             ``state[param]["ema"]``, also per group (default None: none). It starts at the weight.
         telemetry: measure norms in the step, see :attr:`Optimizer.telemetry` (default False).
-        paged: not available yet; only its default, False, is accepted.
+        paged: states beyond this budget of bytes on each device rest in host memory: a number, or
+            a size such as "2GB"; True is 0 (docs/paging.md). Default: False, but of classes named
+            for it.
         backend: None (default) picks one per device; or "cpu", "cuda", "triton" or
             "reference".
         seed: key of the random bits that stochastic formats draw, also per group (default 0).
@@ -36,7 +40,7 @@ class Options(TypedDict, total=False):
     decoupled_weight_decay: bool | None
     states: str | None
     weights: str
-    paged: bool | int
+    paged: bool | int | str | Paging | None
     max_grad_norm: float | None
     norm_type: float
     skip_nonfinite: bool

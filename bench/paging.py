@@ -1,0 +1,239 @@
+"""``python -m bench.paging``: what paged states cost; appends to results.
+
+Everywhere: the host time of a page, beyond that of the unpaged step, from steps of two numbers of
+pages. On a GPU also: a step over states that all rest on the host, beside the time that the link
+needs to move as many bytes both ways at once, measured in the same turns; beside bitsandbytes'
+paged optimizers where they are installed; and the device memory of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import onepass
+from onepass.benchmark.measure import percentile
+from onepass.paging import Paging
+from onepass.paging.options import SMALLEST_PAGE
+
+from . import results
+
+SHARE = 0.9
+"""Of the link's bandwidth: what a step over states of STATE_BYTES has to reach."""
+STATE_BYTES = 8 << 30
+TIMES_BITSANDBYTES = 3.0
+NUMELS = (1 << 16, 1 << 19)
+LINK_BYTES = 1 << 30
+
+
+def right(device: torch.device) -> bool:
+    """Whether three paged steps over many pages have the bits of unpaged ones."""
+    found = []
+    for paged in (Paging(page_bytes=SMALLEST_PAGE), False):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 1 << 16, device=device))
+        param.grad = torch.linspace(0.5, -2, 1 << 16, device=device)
+        optimizer = onepass.AdamW([param], states="mx8", paged=paged)
+        for _ in range(3):
+            optimizer.step()
+        found += [param.detach().cpu(), optimizer.state[param]["exp_avg"].cpu()]
+    return torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+def host_us_a_page(states: str, device: torch.device, samples: int) -> float:
+    """Microseconds that the host spends on a page of one piece: the slope between two lists."""
+    pages, spent = [], []
+    for numel in NUMELS:
+        param = torch.nn.Parameter(torch.zeros(numel, device=device))
+        param.grad = torch.zeros_like(param)
+        plain = onepass.AdamW([param], states=states)
+        paged = onepass.AdamW([param], states=states, paged=Paging(page_bytes=SMALLEST_PAGE))
+        both = [percentile(_host_us(o.step, samples), 50) for o in (paged, plain)]
+        spent.append(both[0] - both[1])
+        pages.append(onepass.paging.footprints(paged)[param.device].host / SMALLEST_PAGE)
+    return (spent[1] - spent[0]) / (pages[1] - pages[0])
+
+
+def _host_us(step: Callable[[], Any], samples: int) -> list[float]:
+    found = []
+    for i in range(samples + 5):
+        start = time.perf_counter_ns()
+        step()
+        spent = (time.perf_counter_ns() - start) / 1e3
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if i >= 5:
+            found.append(spent)
+    return found
+
+
+def link_step() -> tuple[Callable[[], None], int]:
+    """Copies both ways at once, and the bytes of one way."""
+    host = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    device = [torch.empty(LINK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    streams: list[Any] = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def step() -> None:
+        now = torch.cuda.current_stream()
+        pairs = ((device[0], host[0]), (host[1], device[1]))
+        for stream, (target, source) in zip(streams, pairs, strict=True):
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+            now.wait_stream(stream)
+
+    return step, LINK_BYTES
+
+
+def providers() -> dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float]]:
+    """Optimizers, and the bytes of states of one parameter."""
+    found: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float]] = {
+        "onepass-fp32": (lambda p: onepass.PagedAdamW(p), 8.0),
+        "onepass-mx8": (lambda p: onepass.PagedAdamW8bit(p), 2 * (1 + 1 / 32)),
+    }
+    try:
+        theirs = importlib.import_module("bitsandbytes.optim")
+    except ImportError as error:
+        print(f"bitsandbytes: {error}", file=sys.stderr)
+    else:
+        found["bitsandbytes-fp32"] = (theirs.PagedAdamW, 8.0)
+        found["bitsandbytes-8bit"] = (theirs.PagedAdamW8bit, 2 * (1 + 4 / 256))
+    return found
+
+
+def measure(samples: int, quick: bool) -> list[dict[str, Any]]:
+    """Each provider alone, for all do not fit; the link before and after each."""
+    shapes = _shapes(64, 2, 1000) if quick else _shapes(2048, 19, 32_000)
+    params = [
+        torch.nn.Parameter(torch.zeros(s, dtype=torch.bfloat16, device="cuda")) for s in shapes
+    ]
+    for param in params:
+        param.grad = torch.full_like(param, 1e-3)
+    numel = sum(p.numel() for p in params)
+    link, link_bytes = link_step()
+    found = []
+    for name, (make, each) in providers().items():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info()[0]
+        optimizer = make(params)
+        links = _device_ms(link, 5)
+        for _ in range(3):
+            optimizer.step()
+        took = _step_ms(optimizer, samples)
+        links += _device_ms(link, 5)
+        rate = link_bytes / percentile(links, 50) / 1e6
+        moved = numel * each
+        gbps = moved / percentile(took, 50) / 1e6
+        line = {
+            "provider": name,
+            "numel": numel,
+            "state_bytes": round(moved),
+            "ms": {f"p{n}": round(percentile(took, n), 4) for n in (20, 50, 80)},
+            "gbps_each_way": round(gbps, 2),
+            "link_gbps_each_way": round(rate, 2),
+            "share": round(gbps / rate, 4),
+            # Managed memory is not torch's: what the device has left tells.
+            "device_bytes": before - torch.cuda.mem_get_info()[0],
+        }
+        if isinstance(optimizer, onepass.optim.Optimizer):
+            (footprint,) = onepass.paging.footprints(optimizer).values()
+            line["predicted_bytes"] = footprint.resident + footprint.ring
+        found.append(line)
+        del optimizer
+        gc.collect()
+    return found
+
+
+def _shapes(width: int, layers: int, vocabulary: int) -> tuple[tuple[int, ...], ...]:
+    """Of a Llama 3 with tied embeddings."""
+    narrow, inner = width // 4, 4 * width
+    attention = ((width, width), (narrow, width), (narrow, width), (width, width))
+    block = (*attention, (inner, width), (inner, width), (width, inner), (width,), (width,))
+    return ((vocabulary, width), *block * layers, (width,))
+
+
+def _device_ms(step: Callable[[], Any], samples: int) -> list[float]:
+    found = []
+    for _ in range(samples):
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end))
+    return found
+
+
+def _step_ms(optimizer: torch.optim.Optimizer, samples: int) -> list[float]:
+    """Of steps back to back, until the last copy is done: wall time over their number."""
+    found = []
+    for _ in range(samples):
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(3):
+            optimizer.step()
+        torch.cuda.synchronize()
+        found.append((time.perf_counter_ns() - start) / 3e6)
+    return found
+
+
+def judged(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """What the bars say of lines of providers."""
+    by_name = {line["provider"]: line for line in lines}
+    said = []
+    for ours, theirs in (
+        ("onepass-fp32", "bitsandbytes-fp32"),
+        ("onepass-mx8", "bitsandbytes-8bit"),
+    ):
+        line = by_name[ours]
+        if line["state_bytes"] >= STATE_BYTES:
+            said.append(f"{ours}: {line['share']:.3f} of the link (needs {SHARE})")
+        if theirs in by_name:
+            times = by_name[theirs]["ms"]["p50"] / line["ms"]["p50"]
+            said.append(f"{ours}: {times:.2f} times {theirs} (needs {TIMES_BITSANDBYTES})")
+    return said
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures; 0 done, 1 a wrong result."""
+    parser = argparse.ArgumentParser(prog="python -m bench.paging", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small lists; writes no file")
+    parser.add_argument("--samples", type=int, default=20)
+    default = results.ROOT / "bench" / "results" / "paging.jsonl"
+    parser.add_argument("--out", type=Path, default=default, metavar="FILE")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        parser.error(f"--samples must be at least 1; got {args.samples}")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    env = results.environment(device.type)
+    if not right(device):
+        print("bench.paging: paged and unpaged steps differ", file=sys.stderr)
+        return 1
+    lines = []
+    for states in ("fp32", "mx8"):
+        spent = host_us_a_page(states, device, 20 if args.quick else 200)
+        lines.append({**env, "kind": "page", "states": states, "host_us": round(spent, 2)})
+        print(f"{states}: {spent:.1f} us of the host a page")
+    if gpu:
+        found = measure(args.samples, args.quick)
+        for line in found:
+            print(", ".join(f"{key} {value}" for key, value in line.items()))
+        print("\n".join(judged(found)))
+        lines += [{**env, "kind": "paging", **line} for line in found]
+    if not args.quick:
+        results.append(args.out, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""``python -m bench.training_study``: why 4-bit states train as they do, one thing at a time.
+
+The model, data and seeds of :mod:`bench.training`, with fp32 weights and gradients. AdamW is
+written out, its averages exact between steps or put through a codec: one of onepass.reference, or
+one that was tried. One line per finished run goes to bench/results/training_study.jsonl; runs that
+are there already are left out. ``--report`` writes docs/training-mx4.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onepass.cli.demo.data import Batches, Corpus, load
+from onepass.cli.demo.model import Shape, initial_weights, parameter_groups
+from onepass.cli.demo.train import Task, backward, schedule, validate
+from onepass.reference import blocks
+from onepass.reference.arrays import F32, U32
+
+from . import results, training_study_report
+from .results import Line
+from .training import EPS, FULL, RULES, Size
+
+OUT = results.ROOT / "bench" / "results" / "training_study.jsonl"
+TINY = Size(Shape(16, 32, 1, 2), 4, 6, 2, 400_000, 2)
+
+
+class Nearest:
+    """In place of a generator's 16 bits: the middle, which rounds to nearest."""
+
+    def integers(self, low: int, high: int, count: int, dtype: type) -> U32:
+        return np.full(count, high // 2, np.uint32)
+
+
+class Even:
+    """In place of a generator's 16 bits: each element's own start, then evenly over the steps.
+
+    A Weyl sequence by the golden ratio. Any one step sees uniform bits, but the bits of an element
+    over a few steps are spread more evenly than chance would, and the errors of rounding cancel.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._steps = seed, 0
+
+    def integers(self, low: int, high: int, count: int, dtype: type) -> U32:
+        start = np.random.default_rng(self._seed).integers(low, high, count, dtype=np.uint32)
+        self._steps += 1
+        found: U32 = (start + np.uint32(self._steps * 40503 & 0xFFFF)) & np.uint32(0xFFFF)
+        return found
+
+
+Random = Any  # np.random.Generator, or one of these where only 16 bits are taken
+Code = Callable[[F32, Random], F32]
+"""(values, random) -> what is decoded of them."""
+FirstCode = Callable[[F32, F32, Random], F32]
+"""(first moment, root of the decoded second, random) -> what is decoded of it."""
+
+
+def _bits(random: Random, count: int) -> U32:
+    found: U32 = random.integers(0, 1 << 16, count, dtype=np.uint32)
+    return found
+
+
+def root_e3m1(v: F32, random: Random) -> F32:
+    """The second moment in mx4: its root, rounded stochastically."""
+    codes, scale = blocks.encode_positive(np.sqrt(v), _bits(random, len(v)))
+    root = blocks.decode_positive(codes, scale)
+    return root * root
+
+
+def floored(v: F32, random: Random) -> F32:
+    """Exact, but for what is below the lowest code of mx4, which becomes it."""
+    codes, scale = blocks.encode_positive(np.sqrt(v), np.zeros(len(v), np.uint32))
+    lowest = blocks.decode_positive(np.zeros_like(codes), scale)
+    return np.maximum(v, lowest * lowest)
+
+
+def powers_of_two(v: F32, random: Random, log: bool) -> F32:
+    """The second moment as one of the 16 powers of two up to the block's largest.
+
+    Rounded up with the probability that makes v (or log v) right on average."""
+    grid = np.pad(v, (0, -len(v) % blocks.MX_BLOCK)).reshape(-1, blocks.MX_BLOCK)
+    top = np.ceil(np.log2(np.maximum(grid.max(1, keepdims=True), 1e-37)))
+    held = np.maximum(grid, np.exp2(top - 15))
+    exponent = np.floor(np.log2(held))
+    part = np.log2(held) - exponent if log else held / np.exp2(exponent) - 1
+    up = random.random(grid.shape) < part
+    found = np.where(grid.max(1, keepdims=True) > 0, np.exp2(exponent + up), 0)
+    return np.asarray(found.reshape(-1)[: len(v)], np.float32)
+
+
+def root_log(v: F32, random: Random) -> F32:
+    """The codes of mx4, rounded up with the probability that makes log v right on average."""
+    root = np.sqrt(v)
+    nothing = np.zeros(len(v), np.uint32)
+    codes, scale = blocks.encode_positive(root, nothing)
+    below = blocks.decode_positive(codes, scale)
+    above = np.where(codes % 2 == 0, below * np.float32(1.5), below * np.float32(4 / 3))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = np.log(root / below) / np.log(above / below)
+    up = _bits(random, len(v)) < part * 65536
+    chosen = np.where(up, above, below).astype(np.float32)
+    return chosen * chosen
+
+
+def ratio_e2m1(m: F32, root: F32, random: Random) -> F32:
+    """The first moment in mx4."""
+    divisor = np.where(root == 0, np.float32(1), root)
+    codes, scale = blocks.encode_signed(
+        blocks.ratio(m, divisor), _bits(random, len(m)), blocks.E2M1
+    )
+    return blocks.decode_signed(codes, scale, blocks.E2M1) * divisor
+
+
+def ratio_even(m: F32, root: F32, random: Random, size: int = 32) -> F32:
+    """The first moment as a ratio in 15 even codes up to the block's largest, a scale in fp32."""
+    divisor = np.where(root == 0, np.float32(1), root)
+    unit = blocks.ratio(m, divisor)
+    grid = np.pad(unit, (0, -len(unit) % size)).reshape(-1, size)
+    step = np.maximum(np.abs(grid).max(1, keepdims=True) / 7, np.float32(1e-30))
+    code = np.floor(grid / step + random.random(grid.shape, dtype=np.float32))
+    return np.asarray((code * step).reshape(-1)[: len(m)] * divisor, np.float32)
+
+
+SECOND: dict[str, Code] = {
+    "mx4": root_e3m1,
+    "floored": floored,
+    "root, log": root_log,
+    "2^k": lambda v, random: powers_of_two(v, random, log=False),
+    "2^k, log": lambda v, random: powers_of_two(v, random, log=True),
+}
+FIRST: dict[str, FirstCode] = {
+    "mx4": ratio_e2m1,
+    "nearest": lambda m, root, random: ratio_e2m1(m, root, Nearest()),
+    "even": ratio_even,
+    "even 16": lambda m, root, random: ratio_even(m, root, random, 16),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a run does otherwise than fp32.
+
+    Attributes:
+        lr: factor of the learning rate.
+        noise: rms of normal noise that is added to each step, over the rms of the step.
+        memory: correlation of that noise from step to step.
+        even: random bits that are spread evenly over the steps of an element.
+        first, second: codec of the averages between steps, empty for none.
+    """
+
+    name: str
+    lr: float = 1.0
+    noise: float = 0.0
+    memory: float = 0.0
+    even: bool = False
+    first: str = ""
+    second: str = ""
+
+
+VARIANTS = (
+    Variant("fp32"),
+    Variant("fp32, lr / 1.3", lr=1 / 1.3),
+    Variant("fp32, lr / 1.17", lr=1 / 1.17),
+    Variant("fp32, lr x 1.03", lr=1.03),
+    Variant("fp32, lr x 1.17", lr=1.17),
+    Variant("fp32, lr x 1.3", lr=1.3),
+    Variant("fp32, noise 0.1", noise=0.1),
+    Variant("fp32, noise 0.5", noise=0.5),
+    Variant("fp32, noise 0.4 with memory 0.9", noise=0.4, memory=0.9),
+    Variant("mx4", first="mx4", second="mx4"),
+    Variant("mx4, lr / 1.03", lr=1 / 1.03, first="mx4", second="mx4"),
+    Variant("mx4, lr / 1.17", lr=1 / 1.17, first="mx4", second="mx4"),
+    Variant("first moment only", first="mx4"),
+    Variant("second moment only", second="mx4"),
+    Variant("second moment floored only", second="floored"),
+    Variant("second: log v right", first="mx4", second="root, log"),
+    Variant("second: 2^k, v right", first="mx4", second="2^k"),
+    Variant("second: 2^k, log v right", first="mx4", second="2^k, log"),
+    Variant("bits spread evenly over steps", even=True, first="mx4", second="mx4"),
+    Variant("bits spread evenly, log v right", even=True, first="mx4", second="root, log"),
+    Variant("first: nearest", first="nearest", second="mx4"),
+    Variant("first: 15 even codes", first="even", second="mx4"),
+    Variant("first: 15 even codes, blocks of 16", first="even 16", second="mx4"),
+)
+
+
+def settings(variant: Variant, size: Size) -> Line:
+    """What decides a run's result beside its seed and the machine."""
+    return {"variant": asdict(variant), "adamw": RULES["adamw"], **asdict(size)}
+
+
+def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
+    """One run: the validation loss, and its steps beside those of exact averages."""
+    began = time.perf_counter()
+    context = size.shape.context
+    task = Task(
+        shape=size.shape,
+        device=torch.device("cpu"),
+        weights=initial_weights(size.shape, seed),
+        train=Batches(corpus.train, size.steps, size.batch, context, seed),
+        validation=Batches(corpus.validation, size.validation_batches, size.batch, context, 0),
+    )
+    model = task.model()
+    options = RULES["adamw"]
+    beta1, beta2 = options["betas"]
+    groups = parameter_groups(model, options["weight_decay"])
+    # It holds the schedule alone; the steps are taken here.
+    schedules = torch.optim.SGD(groups, lr=options["lr"] * variant.lr)
+    scheduler = schedule(schedules, size.steps)
+    params: list[Tensor] = [p for group in schedules.param_groups for p in group["params"]]
+    sizes = [p.numel() for p in params]
+    if any(count % blocks.MX_BLOCK for count in sizes):
+        raise ValueError(f"a block must not span parameters; got parameters of {sizes} elements")
+    decay = torch.cat(
+        [
+            torch.full((p.numel(),), float(group["weight_decay"]))
+            for group in schedules.param_groups
+            for p in group["params"]
+        ]
+    )
+    held, exact = ([torch.zeros(sum(sizes)) for _ in range(2)] for _ in range(2))
+    randoms: list[Random] = (
+        [Even(2 * seed), Even(2 * seed + 1)]
+        if variant.even
+        else [np.random.default_rng((seed, slot)) for slot in range(2)]
+    )
+    noise = torch.Generator().manual_seed(seed)
+    wander = torch.zeros(sum(sizes))
+    sums = torch.zeros(5, dtype=torch.float64)
+    largest = 0.0
+
+    def follow(averages: list[Tensor], grad: Tensor, t: int) -> Tensor:
+        averages[0].mul_(beta1).add_(grad, alpha=1 - beta1)
+        averages[1].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (averages[1] / (1 - beta2**t)).sqrt_().add_(EPS)
+        return averages[0] / (1 - beta1**t) / root
+
+    for t in range(1, size.steps + 1):
+        backward(task, model, t - 1)
+        grad = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
+        u, v = follow(held, grad, t), follow(exact, grad, t)
+        if variant.noise:
+            scale = variant.noise * u.square().mean().sqrt()
+            fresh = torch.randn(u.shape, generator=noise)
+            fade = variant.memory
+            wander = fresh if t == 1 else fade * wander + (1 - fade**2) ** 0.5 * fresh
+            u += scale * wander
+        if t % size.sampled == 0:
+            a, b = u.double(), v.double()
+            differ = (a.sign() != b.sign()).sum().double()
+            count = torch.tensor(float(a.numel()), dtype=torch.float64)
+            sums += torch.stack([a @ a, b @ b, a @ b, differ, count])
+            largest = max(largest, float(u.abs().max()))
+        lr = schedules.param_groups[0]["lr"]
+        with torch.no_grad():
+            weights = torch.cat([p.reshape(-1) for p in params])
+            weights -= lr * (u + decay * weights)
+            for param, part in zip(params, torch.split(weights, sizes), strict=True):
+                param.copy_(part.view_as(param))
+        if variant.second:
+            held[1] = torch.from_numpy(SECOND[variant.second](held[1].numpy(), randoms[1]))
+        if variant.first:
+            root = held[1].sqrt().numpy()
+            held[0] = torch.from_numpy(FIRST[variant.first](held[0].numpy(), root, randoms[0]))
+        model.zero_grad()
+        schedules.step()  # without gradients: keeps the scheduler's order
+        scheduler.step()
+    own, of_exact, product, signs, count = sums.tolist()
+    return {
+        "validation_loss": validate(task, model),
+        "rms_u": (own / count) ** 0.5,
+        "rms_u_exact": (of_exact / count) ** 0.5,
+        "projection": product / of_exact,
+        "signs_differ": signs / count,
+        "max_u": largest,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def key(line: Line) -> tuple[str, str, int]:
+    """What tells runs apart: machine, settings, seed."""
+    return line["device"], repr(sorted(line["settings"].items())), line["seed"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains what is missing; 0 done, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training_study", description="Finds out why mx4 trains as it does."
+    )
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--report", action="store_true", help="write docs/training-mx4.md and stop")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="so many (default 3)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
+    parser.add_argument("--variants", metavar="NAME", nargs="+", choices=names, help=str(names))
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="lines are kept here")
+    args = parser.parse_args(argv)
+    if args.report:
+        return training_study_report.write(args.out, results.ROOT / "docs", names)
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1; got {args.seeds}")
+    if args.quick and args.out == OUT:
+        parser.error("--quick is for trying things out: name another file with --out")
+    torch.set_num_threads(1)
+    size = TINY if args.quick else FULL
+    corpus = load(size.corpus_bytes)
+    env = results.environment()
+    known = {key(line) for line in results.read_lines(args.out)} if args.out.exists() else set()
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for variant in VARIANTS:
+            if args.variants and variant.name not in args.variants:
+                continue
+            start = {**env, "settings": settings(variant, size), "seed": seed}
+            settled = {k: _as_read(v) for k, v in start["settings"].items()}
+            start["settings"] = settled
+            if key(start) in known:
+                continue
+            found = train(variant, size, seed, corpus)
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            results.append(args.out, [{**start, "kind": "study", **found, "date": now}])
+            print(
+                f"seed {seed}  {variant.name:<36} loss {found['validation_loss']:.4f}  rms u "
+                f"{found['rms_u']:.4f}  over exact {found['rms_u'] / found['rms_u_exact']:.3f}  "
+                f"projection {found['projection']:.3f}  signs {found['signs_differ']:.3f}  "
+                f"max {found['max_u']:.1f}  {found['seconds']:.0f} s",
+                flush=True,
+            )
+    return 0
+
+
+def _as_read(value: Any) -> Any:
+    """A value as it comes back from a file: JSON has no tuples."""
+    if isinstance(value, dict):
+        return {k: _as_read(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_read(v) for v in value]
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

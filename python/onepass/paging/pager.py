@@ -1,0 +1,217 @@
+"""What an optimizer with paged states has: which states rest where, host memory, rings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import arena
+from ..rules import Rule
+from ..states import Layout, held_layouts
+from .links import Link, link_for
+from .options import Paging
+from .ring import Ring
+from .slabs import Slabs, aligned, layout_bytes
+
+if TYPE_CHECKING:
+    from ..optim.base import Optimizer
+    from ..plan import Member
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Footprint:
+    """Bytes that paged states take for one device, beside parameters, gradients and tables.
+
+    Attributes:
+        resident: of states that stay on the device, at most the budget.
+        ring: of the buffers there through which the others stream.
+        host: of the states on the host.
+    """
+
+    resident: int = 0
+    ring: int = 0
+    host: int = 0
+
+
+@dataclass
+class Places:
+    """Which parameters' states are paged, and what that takes of each device."""
+
+    paged: set[torch.Tensor] = field(default_factory=set)
+    footprints: dict[torch.device, Footprint] = field(default_factory=dict)
+
+
+def places_of(groups: Groups, rule: Rule, paging: Paging) -> Places:
+    """Decides by sizes alone: of each device the largest first, as long as they fit its budget.
+
+    Large ones first leaves little of a budget unused. A parameter's states stay together.
+    """
+    sizes = []
+    for group in groups:
+        for param in group["params"]:
+            nbytes = [layout_bytes(layout) for layout in held_layouts(param, rule, group)]
+            here = sum(aligned(n, arena.ALIGNMENT) for n in nbytes)
+            sizes.append((here, sum(map(aligned, nbytes)), param))
+    places = Places()
+    for here, away, param in sorted(sizes, key=lambda size: -size[0]):
+        found = places.footprints.setdefault(param.device, Footprint())
+        if found.resident + here <= paging.budget:
+            found.resident += here
+        elif away:
+            found.host += away
+            places.paged.add(param)
+    for found in places.footprints.values():
+        found.ring = paging.buffers * min(found.host, aligned(paging.page_bytes))
+    return places
+
+
+class Pager:
+    """Host memory and rings of one optimizer.
+
+    Attributes:
+        home: of states that are paged: see :class:`onepass.states.Home`.
+        failed: why it cannot go on: a step ended on its way. Empty while it can.
+    """
+
+    def __init__(self, paging: Paging, rule: Rule) -> None:
+        self.paging, self.rule = paging, rule
+        self.failed = ""
+        self._links: dict[torch.device, Link] = {}
+        self._rings: dict[torch.device, Ring] = {}
+        self.slabs = Slabs(self._pin)
+        self.home = Slabbed(self.slabs)
+        self._key: Any = None
+        self._places = Places()
+
+    def places(self, groups: Groups, anew: bool = True) -> Places:
+        """See :func:`places_of`; unless anew, only if an option that sizes depend on is another."""
+        flags = self.rule.flag_bits
+        key = [
+            (flags(g), g["states"], g["weights"], g["ema_decay"] is None, len(g["params"]))
+            for g in groups
+        ]
+        if anew or key != self._key:
+            self._places, self._key = places_of(groups, self.rule, self.paging), key
+        return self._places
+
+    def want(self, members: Sequence[Member], optimizer: Optimizer) -> None:
+        """Announces the states of parameters that are still to be made, as they are paged.
+
+        Raises:
+            MemoryError: the host has not so much memory.
+        """
+        needed = self._missing(members, optimizer)
+        if optimizer.released is not None and needed > self.slabs.room:
+            # Each parameter has a plan: one slab for all that will be made.
+            needed = self._missing(
+                [m for m in optimizer.members() if m.param.requires_grad], optimizer
+            )
+        self.slabs.want(needed)
+
+    def announce(self, groups: Groups) -> set[torch.Tensor]:
+        """Parameters whose states are to be paged, all of them new, with the options of groups.
+
+        Raises:
+            MemoryError: the host has not so much memory.
+        """
+        if not self.failed:
+            self.settle()  # what is loaded may be states of this very optimizer
+        places = self.places(groups)
+        self.slabs.want(sum(found.host for found in places.footprints.values()))
+        return places.paged
+
+    def _missing(self, members: Sequence[Member], optimizer: Optimizer) -> int:
+        needed = 0
+        for param, _, _, group in members:
+            if param in self._places.paged:
+                state = dict.get(optimizer.state, param, {})
+                for layout in held_layouts(param, self.rule, group):
+                    if self.slabs.find(state.get(layout.key)) is None:
+                        needed += aligned(layout_bytes(layout))
+        return needed
+
+    def link(self, device: torch.device) -> Link:
+        """The link of a device."""
+        if device not in self._links:
+            self._links[device] = link_for(device)
+            if device.type not in ("cpu", "cuda"):
+                warnings.warn(
+                    f"paged states: there are no asynchronous copies for {device} here, so a step "
+                    "waits for each of them",
+                    stacklevel=2,
+                )
+        return self._links[device]
+
+    def ring(self, device: torch.device) -> Ring:
+        """The ring of a device."""
+        buffers = self.paging.buffers
+        nbytes = self._places.footprints[device].ring // buffers
+        if device not in self._rings or self._rings[device].nbytes != nbytes:
+            self._rings.pop(device, None)
+            self._rings[device] = Ring(self.link(device), device, buffers, nbytes)
+        return self._rings[device]
+
+    def _pin(self, address: int, nbytes: int) -> Any:
+        # Pinned once, for whichever devices: they share the memory.
+        devices = [d for d in self._places.footprints if d.type == "cuda"] or [torch.device("cpu")]
+        return self.link(devices[0]).pin(address, nbytes)
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        """What fails within it leaves a step half done, and the optimizer refuses to go on."""
+        try:
+            yield
+        except BaseException as error:
+            self.failed = f"{type(error).__name__}: {error}"
+            raise
+
+    def settle(self) -> None:
+        """Waits until all states are on the host, or where they stay.
+
+        Raises:
+            RuntimeError: a step has failed on its way.
+        """
+        self.check()
+        with self.going():
+            for ring in self._rings.values():
+                ring.settle()
+
+    def discard(self) -> None:
+        """See :meth:`Ring.discard`."""
+        for ring in self._rings.values():
+            ring.discard()
+
+    def check(self) -> None:
+        """Raises RuntimeError when a step has failed on its way."""
+        if self.failed:
+            raise RuntimeError(
+                "a paged step failed on its way, so parameters and states are not of one step: "
+                f"load a checkpoint of both, or make the optimizer anew ({self.failed})"
+            )
+
+    def forget(self) -> None:
+        """All states are about to be others: of a checkpoint."""
+        self._rings = {}
+        self._key = None
+        self.failed = ""
+
+
+class Slabbed:
+    """In slabs on the host: see :class:`onepass.states.Home`."""
+
+    def __init__(self, slabs: Slabs) -> None:
+        self._slabs = slabs
+
+    def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
+        cpu = torch.device("cpu")
+        return layout.fits(tensor, cpu) and self._slabs.find(tensor) is not None
+
+    def empty(self, layout: Layout) -> torch.Tensor:
+        return self._slabs.take(layout)

@@ -1,0 +1,190 @@
+"""Cuts entries into pages: pieces of large parameters, many small ones together.
+
+What a backend is given of a page is an ordinary plan: entries whose states are views of a buffer,
+and whose parameters are the parameters, or pieces of them. Pieces begin where blocks do, and name
+their first element, so that codes and random bits are those of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from ..backends.base import Entry
+from .ring import Page, Ring
+from .slabs import Slab, Slabs, aligned
+
+UNIT = 256
+"""Elements: pieces begin at multiples of it, which those of every format's block are."""
+
+
+class Span(NamedTuple):
+    """Elements of an entry, in memory order; all of them where whole is set.
+
+    Attributes:
+        entry: its position in the list.
+        start, stop: of the elements.
+    """
+
+    entry: int
+    start: int
+    stop: int
+    whole: bool
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These elements of the parameter or of its gradient."""
+        if self.whole:
+            return tensor
+        offset = tensor.storage_offset() + self.start
+        return tensor.as_strided((self.stop - self.start,), (1,), offset)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of an entry: where it is named, and how many elements one of its items is for."""
+
+    field: str
+    slot: int
+    tensor: torch.Tensor
+    per: int
+
+    def stretch(self, start: int, stop: int) -> tuple[int, int]:
+        """The bytes that belong to elements start to stop."""
+        size = self.tensor.element_size()
+        return start // self.per * size, -(-stop // self.per) * size
+
+
+def _stored(entry: Entry) -> Iterator[_Stored]:
+    """In the order in which they are made, which is that of slabs."""
+    for slot, codes in entry.states.items():
+        yield _Stored("states", slot, codes, entry.format.packed)
+        if slot in entry.scales:
+            yield _Stored("scales", slot, entry.scales[slot], entry.format.block)
+    if entry.companion is not None:
+        yield _Stored("companion", 0, entry.companion, 1)
+    if entry.ema is not None:
+        yield _Stored("ema", 0, entry.ema, 1)
+
+
+def entry_bytes(entry: Entry, start: int, stop: int) -> int:
+    """What elements start to stop of an entry take of a page at most."""
+    stretches = (stored.stretch(start, stop) for stored in _stored(entry))
+    return sum(aligned(last - first) for first, last in stretches)
+
+
+def cut(entries: Sequence[Entry], room: int) -> list[list[Span]]:
+    """The spans of each page; only entries that no page holds are cut."""
+    pages: list[list[Span]] = [[]]
+    left = room
+    for i, entry in enumerate(entries):
+        numel = entry.param.numel()
+        size = entry_bytes(entry, 0, numel)
+        if size <= room:
+            if size > left:
+                pages.append([])
+                left = room
+            pages[-1].append(Span(i, 0, numel, True))
+            left -= size
+            continue
+        start = 0
+        # Bytes of a unit, and what alignment may add.
+        stretches = [stored.stretch(0, UNIT) for stored in _stored(entry)]
+        unit = sum(last - first for first, last in stretches)
+        slack = len(stretches) * (aligned(1) - 1)
+        while start < numel:
+            stop = min(start + (left - slack) // unit * UNIT, numel)
+            if stop <= start:
+                pages.append([])
+                left = room
+                continue
+            pages[-1].append(Span(i, start, stop, False))
+            left -= entry_bytes(entry, start, stop)
+            start = stop
+    return [page for page in pages if page]
+
+
+class _Layout:
+    """Where stretches of slabs lie in a buffer; neighbours on the host are neighbours there."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        # Slab, first byte and last there, first byte in the buffer.
+        self.runs: list[tuple[Slab, int, int, int]] = []
+        self._slab: Slab | None = None
+        self._first = self._last = self._at = 0
+        self._ended = False
+
+    def place(self, slab: Slab, first: int, last: int, ends: bool) -> int:
+        """The byte of the buffer at which a stretch of a slab begins; ends: as its tensor does, so
+        that what is left before the next is nobody's."""
+        if slab is not self._slab or first != (aligned(self._last) if self._ended else self._last):
+            self.close()
+            self._slab, self._first, self._at = slab, first, aligned(self.end)
+        self._last, self._ended = last, ends
+        self.end = self._at + last - self._first
+        return self._at + first - self._first
+
+    def close(self) -> None:
+        if self._slab is not None:
+            self.runs.append((self._slab, self._first, self._last, self._at))
+        self._slab = None
+
+
+@dataclass
+class Cut:
+    """A page with what is done on it.
+
+    Attributes:
+        page: the bytes.
+        spans: the elements.
+        entries: of these elements, in the buffer: what a backend prepares.
+    """
+
+    page: Page
+    spans: list[Span]
+    entries: list[Entry]
+
+
+def make_pages(entries: Sequence[Entry], slabs: Slabs, ring: Ring) -> list[Cut]:
+    """Pages of entries whose states lie in slabs, in consecutive buffers of a ring."""
+    return [_make(entries, spans, slabs, ring) for spans in cut(entries, ring.nbytes)]
+
+
+def _make(entries: Sequence[Entry], spans: list[Span], slabs: Slabs, ring: Ring) -> Cut:
+    number, buffer = ring.assign()
+    layout, made = _Layout(), []
+    for span in spans:
+        entry = entries[span.entry]
+        views: dict[str, dict[int, torch.Tensor]] = {}
+        for stored in _stored(entry):
+            found = slabs.find(stored.tensor)
+            assert found is not None
+            slab, base = found
+            first, last = stored.stretch(span.start, span.stop)
+            ends = span.stop == entry.param.numel()
+            at = layout.place(slab, base + first, base + last, ends)
+            view = buffer[at : at + last - first].view(stored.tensor.dtype)
+            if span.whole:
+                view = view.as_strided(stored.tensor.shape, stored.tensor.stride())
+            views.setdefault(stored.field, {})[stored.slot] = view
+        made.append(
+            replace(
+                entry,
+                param=span.of(entry.param.detach()) if not span.whole else entry.param,
+                first=entry.first + span.start,
+                states=views.get("states", {}),
+                scales=views.get("scales", {}),
+                companion=views.get("companion", {}).get(0),
+                ema=views.get("ema", {}).get(0),
+            )
+        )
+    layout.close()
+    assert layout.end <= len(buffer)
+    copies = [
+        (slab.bytes(first, last), buffer[at : at + last - first])
+        for slab, first, last, at in layout.runs
+    ]
+    return Cut(Page(number, copies), spans, made)

@@ -1,0 +1,172 @@
+"""Host memory of paged states: large slabs, pinned, with the states side by side in them.
+
+Small states of consecutive parameters are then one copy.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..states import Layout
+
+SLAB = 1 << 30
+"""Bytes of a slab at most, unless a single tensor is larger."""
+ALIGNMENT = 256  # bytes, of every tensor, in slabs and on the device
+_PAGE = 4096  # bytes: what a host pins at a time
+
+Pin = Callable[[int, int], Callable[[], None]]
+_warned = False
+
+
+def aligned(nbytes: int, unit: int = ALIGNMENT) -> int:
+    """The bytes that a tensor takes in a slab or a page, or where it is aligned to units."""
+    return -(-nbytes // unit) * unit
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of a tensor of this layout."""
+    return layout.numel * layout.dtype.itemsize
+
+
+class Slab:
+    """One stretch of host memory, filled with zeros. Its tensors alone keep it.
+
+    Attributes:
+        address, nbytes: of it.
+    """
+
+    def __init__(self, nbytes: int, pin: Pin) -> None:
+        self.nbytes = -(-nbytes // _PAGE) * _PAGE  # two slabs never share what is pinned at once
+        whole = np.zeros(self.nbytes + _PAGE, np.uint8)
+        self._start = -whole.ctypes.data % _PAGE
+        self.address = whole.ctypes.data + self._start
+        self._memory = weakref.ref(whole)
+        self._kept: Any = whole
+        try:
+            unpin = pin(self.address, self.nbytes)
+        except RuntimeError as error:
+            _warn(error)
+        else:
+            # When the process ends, the driver does it.
+            weakref.finalize(whole, unpin).atexit = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether any of its tensors is."""
+        return self._memory() is not None
+
+    def bytes(self, start: int, stop: int) -> torch.Tensor:
+        """A stretch of it, uint8, whose storage is that alone."""
+        memory = self._memory()
+        assert memory is not None
+        return torch.from_numpy(memory[self._start + start : self._start + stop])
+
+    def release(self) -> None:
+        """Nothing more will be taken of it."""
+        self._kept = None
+
+
+def _warn(error: RuntimeError) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"host memory for paged states cannot be pinned ({error}): steps are right, but their "
+            "copies are slow and do not overlap. See `ulimit -l`, or the limits of the container.",
+            stacklevel=2,
+        )
+
+
+class Slabs:
+    """Hands out host memory for states.
+
+    Args:
+        pin: see :meth:`Link.pin`.
+    """
+
+    def __init__(self, pin: Pin) -> None:
+        self._pin = pin
+        self._slabs: list[Slab] = []
+        self._open: Slab | None = None
+        self._used = 0  # bytes of that one
+        self._wanted = 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that can be taken without another slab."""
+        return self._open.nbytes - self._used if self._open else 0
+
+    def want(self, nbytes: int) -> None:
+        """Announces tensors that take this many bytes, each aligned.
+
+        Raises:
+            MemoryError: the machine has less free memory than that.
+        """
+        free = free_memory()
+        if free is not None and nbytes - self.room > free:
+            raise MemoryError(
+                f"paged states need {nbytes / 2**30:.2f} GiB of host memory; {free / 2**30:.2f} "
+                "GiB are free on this machine: keep more on the device by a larger budget "
+                "(paged=...), or take a smaller format (states=...)"
+            )
+        self._wanted = nbytes
+
+    def take(self, layout: Layout) -> torch.Tensor:
+        """A tensor of this layout, filled with zeros, with a storage of its own."""
+        size = layout_bytes(layout)
+        room = aligned(size)
+        if room > self.room:
+            if self._open:
+                self._open.release()
+            self._open = Slab(max(room, min(self._wanted, SLAB)), self._pin)
+            self._used = 0
+            self._slabs = [slab for slab in self._slabs if slab.alive] + [self._open]
+        assert self._open is not None
+        data = self._open.bytes(self._used, self._used + size)
+        self._used += room
+        self._wanted = max(self._wanted - room, 0)
+        return data.view(layout.dtype).as_strided(layout.shape, layout.stride)
+
+    def find(self, tensor: Any) -> tuple[Slab, int] | None:
+        """The slab in which a tensor lies, and at which of its bytes; None for any other."""
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+            return None
+        address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        for slab in reversed(self._slabs):
+            start = address - slab.address
+            if size and start >= 0 and start + size <= slab.nbytes and slab.alive:
+                return slab, start
+        return None
+
+
+def free_memory() -> int | None:
+    """Bytes of host memory that can still be had, within the container's limit; None if unknown."""
+    found = [
+        int(line.split()[1]) * 1024
+        for line in _lines("/proc/meminfo")
+        if line.startswith("MemAvailable:")
+    ]
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        most, now = _lines(f"/sys/fs/cgroup/{limit}"), _lines(f"/sys/fs/cgroup/{used}")
+        if most and now and most[0].isdigit():
+            stat = _lines(str(Path("/sys/fs/cgroup", used).with_name("memory.stat")))
+            reclaimed = [int(x.split()[1]) for x in stat if x.startswith(f"{cache} ")]
+            found.append(int(most[0]) - int(now[0]) + sum(reclaimed))
+    return min(found) if found else None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,207 @@
+"""Optimizers with paged states: the bits of unpaged ones, whatever the budget and the order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import onepass
+from onepass.paging.options import SMALLEST_PAGE, Paging
+
+from .cases import (
+    CASES,
+    EVERY_FORMAT,
+    STEP_FORMATS,
+    adamw,
+    assert_same,
+    clone,
+    last_variant,
+    make_params,
+    runs_here,
+    same_bits,
+    set_grads,
+    train,
+)
+from .paging_cases import SHAPES, budgets, paged_pages, total_bytes
+
+pytestmark = pytest.mark.usefixtures("links")
+
+# --- the bits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("states", "weights", "dtype"), EVERY_FORMAT, ids=lambda v: str(v).removeprefix("torch.")
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_rule_and_format_with_every_budget(case, states, weights, dtype):
+    params = make_params(SHAPES, dtype, 1)
+    options = {**last_variant(case, states), "states": states, "weights": weights, "seed": 3}
+    plain_params = clone(params)
+    plain = case.ours(plain_params, **options)
+    train(plain, plain_params, 3)
+
+    def make(paging, params=params):
+        return case.ours(params, **options, paged=paging)
+
+    for paging in budgets(make):
+        own = clone(params)
+        optimizer = make(paging, own)
+        train(optimizer, own, 3)
+        assert_same(optimizer, plain)
+        assert (paged_pages(optimizer) == 0) == (paging.budget > total_bytes(optimizer))
+
+
+@pytest.mark.parametrize("backend", runs_here())
+@pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
+def test_every_backend(backend, options):
+    dtype = torch.bfloat16 if options.get("weights") else torch.float32
+    params = make_params([(33,), (3000,), (0,), (4, 5)], dtype, 1)
+    both = []
+    for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
+        own = clone(params)
+        both.append(adamw(own, **options, backend=backend, paged=paged, max_grad_norm=1.0))
+        train(both[-1], own, 2)
+    assert_same(*both)
+    assert paged_pages(both[1]) >= 1
+
+
+@pytest.mark.parametrize("backend", runs_here())
+def test_pieces_of_large_parameters(backend):
+    params = make_params([(5, 1700), (300,)], torch.float32, 1)
+    params[0] = torch.nn.Parameter(params[0].detach().t().contiguous().t())  # not contiguous
+    both = []
+    for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
+        own = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        assert own[0].stride() == (1, 5)
+        # Gradients of the other order, too: they are copied for the step.
+        both.append(
+            onepass.Adam(own, amsgrad=True, states="dynamic8", backend=backend, paged=paged)
+        )
+        train(both[-1], own, 2)
+    assert_same(*both)
+    assert paged_pages(both[1]) >= 2
+
+
+@pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
+@pytest.mark.parametrize("budget", [0, 60_000])
+def test_what_rides_in_the_step(options, budget):
+    """Clipping, skipping, zeroing, telemetry, groups, schedules."""
+    dtype = torch.bfloat16 if options.get("weights") else torch.float32
+    both = []
+    for paged in (False, Paging(budget, SMALLEST_PAGE)):
+        params = make_params(SHAPES, dtype, 1)
+        groups = [
+            {"params": params[:4]},
+            {"params": params[4:], "lr": 0.01, "states": "dynamic8", "ema_decay": 0.5},
+        ]
+        extras = {"max_grad_norm": 0.5, "skip_nonfinite": True, "zero_grads": True}
+        optimizer = adamw(groups, **options, **extras, telemetry=True, paged=paged)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        found = []
+        for step in range(5):
+            set_grads(params, dtype, step)
+            if step == 2:
+                params[2].grad[-1] = torch.inf
+            optimizer.step()
+            schedule.step()
+            assert all(not p.grad.any() for p in params)
+            found.append((optimizer.grad_norm, int(optimizer.skipped_steps), optimizer.telemetry))
+        both.append((optimizer, found))
+    (paged, plain) = both[1], both[0]
+    assert_same(paged[0], plain[0])
+    for ours, theirs in zip(paged[1], plain[1], strict=True):
+        assert same_bits(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
+        for group, other in zip(ours[2], theirs[2], strict=True):
+            for key, value in group.items():
+                # Sums of pages, added up in float64.
+                torch.testing.assert_close(
+                    value, other[key], rtol=1e-12, atol=0, equal_nan=True, msg=key
+                )
+    with paged[0].averaged_weights(), plain[0].averaged_weights():
+        assert_same(paged[0], plain[0])
+
+
+@pytest.mark.parametrize("scaler", [torch.amp.GradScaler, onepass.GradScaler])
+def test_a_loss_scaler(scaler):
+    both = []
+    for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
+        params = make_params(SHAPES, torch.float32, 1)
+        optimizer = adamw(params, states="mx8", max_grad_norm=1.0, paged=paged)
+        scale = scaler("cpu", init_scale=2.0**10, growth_interval=2)
+        for step in range(5):
+            set_grads(params, torch.float32, step)
+            scale.scale(torch.ones(()))
+            for p in params:
+                p.grad *= scale.get_scale()
+            if step == 1:
+                params[0].grad[0] = torch.nan
+            scale.step(optimizer)
+            scale.update()
+        both.append(optimizer)
+    assert_same(*both)
+    assert int(both[0].skipped_steps) == 1
+
+
+def test_released_gradients(links):
+    """Pages of the next parameter come while the backward pass works on it."""
+    both = []
+    for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(5)))
+        optimizer = adamw(net.parameters(), states="mx8", paged=paged)
+        handle = onepass.release_gradients(net, optimizer)
+        for step in range(4):
+            x = torch.randn(5, 64, generator=torch.Generator().manual_seed(step))
+            net(x).square().mean().backward()
+            optimizer.step()
+        handle.remove()
+        net(x).square().mean().backward()
+        optimizer.step()
+        both.append(optimizer)
+    assert_same(*both)
+
+
+def test_released_gradients_of_many_parameters_have_slabs_in_common(links):
+    net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(50)))
+    optimizer = adamw(net.parameters(), paged=Paging(page_bytes=SMALLEST_PAGE))
+    onepass.release_gradients(net, optimizer)
+    net(torch.ones(1, 4)).sum().backward()
+    assert len(links[0].pinned) == 1
+
+
+def test_released_states_are_on_their_way_before_their_gradient():
+    net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(5)))
+    optimizer = adamw(net.parameters(), paged=Paging(page_bytes=SMALLEST_PAGE))
+    handle = onepass.release_gradients(net, optimizer)
+    fetched = []
+    for p in net.parameters():
+        # Before the hook of the release, which adds the gradient up first.
+        p.register_hook(
+            lambda _, p=p: fetched.append(
+                p in handle._plans and handle._plans[p]._parts[0]._pages[0].ready is not None
+            )
+        )
+    for _ in range(2):
+        fetched.clear()
+        net(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+    # All but the first, for which nothing comes before it; autograd may hand out two at once.
+    assert sum(fetched) >= len(fetched) - 2
+
+
+def test_frozen_parameters_and_ones_that_come_later():
+    both = []
+    for paged in (False, Paging(40_000, SMALLEST_PAGE)):
+        params = make_params(SHAPES, torch.float32, 1)
+        optimizer = adamw(params[:6], states="mx8", paged=paged)
+        for step in range(6):
+            set_grads(params, torch.float32, step)
+            params[step].grad = None
+            if step == 3:
+                optimizer.add_param_group({"params": params[6:], "states": "bf16"})
+            if step == 4:
+                optimizer.param_groups[0]["states"] = "fp32"
+            optimizer.step()
+        both.append(optimizer)
+    assert_same(*both)

@@ -1,0 +1,198 @@
+"""States that rest on the host: state dicts, copies, what is read and changed between steps."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import onepass
+from onepass.paging.options import SMALLEST_PAGE, Paging
+
+from .cases import STEP_FORMATS, adamw, assert_same, clone, make_params, same_bits, train
+from .paging_cases import SHAPES, budgets, paged_pages
+from .paging_links import RandomLink
+
+pytestmark = pytest.mark.usefixtures("links")
+
+# --- state dicts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
+def test_resuming_with_another_budget(options):
+    dtype = torch.bfloat16 if options.get("weights") else torch.float32
+    params = make_params(SHAPES, dtype, 1)
+
+    def make(paging):
+        own = clone(params)
+        return own, adamw(own, **options, paged=paging)
+
+    whole, plain = make(False)
+    train(plain, whole, 4)
+    some = [False, *budgets(lambda paging: make(paging)[1])]
+    for first, second in itertools.product(some, some):
+        own, optimizer = make(first)
+        train(optimizer, own, 2)
+        saved = copy.deepcopy(optimizer.state_dict())
+        resumed_params = clone(own)
+        resumed = adamw(resumed_params, **options, paged=second)
+        resumed.load_state_dict(saved)
+        train(resumed, resumed_params, 2, start=2)
+        assert_same(resumed, plain)
+
+
+def test_a_state_dict_has_the_slabs_own_tensors(links, tmp_path):
+    params = make_params(SHAPES, torch.float32, 1)
+    optimizer = adamw(params, paged=Paging(page_bytes=SMALLEST_PAGE))
+    train(optimizer, params, 2)
+    before = links[0].copies
+    saved = optimizer.state_dict()
+    assert links[0].copies == before
+    for i, param in enumerate(params):
+        if param.numel():
+            assert optimizer.pager.slabs.find(saved["state"][i]["exp_avg"]) is not None
+            # Of its own size: a state that is saved alone does not take the slab along.
+            assert saved["state"][i]["exp_avg"].untyped_storage().nbytes() == 4 * param.numel()
+    torch.save(saved, tmp_path / "saved")
+    torch_params = clone(params)
+    theirs = torch.optim.AdamW(torch_params, lr=0.02, weight_decay=0.1)
+    theirs.load_state_dict(torch.load(tmp_path / "saved"))
+    assert same_bits(
+        theirs.state[torch_params[2]]["exp_avg"], optimizer.state[params[2]]["exp_avg"]
+    )
+
+
+def test_loading_its_own_state_dict_while_copies_are_on_their_way():
+    params = make_params(SHAPES, torch.float32, 1)
+    optimizer = adamw(params, states="mx8", paged=Paging(page_bytes=SMALLEST_PAGE))
+    train(optimizer, params, 1)
+    saved = optimizer.state_dict()
+    train(optimizer, params, 1, start=1)
+    optimizer.load_state_dict(saved)  # what it refers to is of step 2
+    plain_params = make_params(SHAPES, torch.float32, 1)
+    plain = adamw(plain_params, states="mx8")
+    train(plain, plain_params, 2)
+    for p, q in zip(params, plain_params, strict=True):
+        assert same_bits(optimizer.state[p]["exp_avg"], plain.state[q]["exp_avg"])
+
+
+def test_states_that_are_read_between_steps_have_arrived():
+    params = make_params(SHAPES, torch.float32, 1)
+    plain_params = clone(params)
+    optimizer = adamw(params, weights="native", paged=Paging(page_bytes=SMALLEST_PAGE))
+    plain = adamw(plain_params)
+    for step in range(3):
+        train(optimizer, params, 1, step)
+        train(plain, plain_params, 1, step)
+        kinds = [
+            lambda o, p: o.state[p]["exp_avg"],
+            lambda o, p: dict(o.state)[p]["exp_avg"],
+            lambda o, p: {**o.state}[p]["exp_avg"],
+            lambda o, p: o.state.get(p)["exp_avg"],
+        ]
+        read = kinds[step % len(kinds)]
+        assert same_bits(read(optimizer, params[6]), read(plain, plain_params[6]))
+
+
+def test_states_that_are_changed_between_steps_count():
+    both = []
+    for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
+        params = make_params(SHAPES, torch.float32, 1)
+        optimizer = adamw(params, states="bf16", paged=paged)
+        for step in range(5):
+            train(optimizer, params, 1, step)
+            if step == 0:
+                optimizer.state[params[6]]["exp_avg"].mul_(2)
+            if step == 1:
+                optimizer.state[params[0]]["exp_avg"] = torch.ones(33, dtype=torch.bfloat16)
+            if step == 2:
+                optimizer.state[params[6]]["exp_avg"].data = torch.ones(7001, dtype=torch.bfloat16)
+            if step == 3:
+                params[6].data = params[6].detach() + 1
+        both.append(optimizer)
+    assert_same(*both)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_paged_too(how, tmp_path):
+    params = make_params(SHAPES, torch.float32, 1)
+    optimizer = adamw(params, paged=Paging(page_bytes=SMALLEST_PAGE))
+    train(optimizer, params, 2)
+    if how == "pickle":
+        torch.save(optimizer, tmp_path / "optimizer")
+        twin = torch.load(tmp_path / "optimizer", weights_only=False)
+    else:
+        twin = copy.deepcopy(optimizer)
+    twin_params = [p for g in twin.param_groups for p in g["params"]]
+    train(optimizer, params, 2, 2)
+    train(twin, twin_params, 2, 2)
+    assert_same(twin, optimizer)
+    assert paged_pages(twin) == paged_pages(optimizer) > 0
+
+
+def test_conversions_of_paged_state_dicts():
+    params = make_params(SHAPES, torch.bfloat16, 1)
+    plain_params = clone(params)
+    options = {"states": "mx8", "weights": "split8"}
+    paged = adamw(params, **options, paged=Paging(page_bytes=SMALLEST_PAGE))
+    plain = adamw(plain_params, **options)
+    train(paged, params, 2)
+    train(plain, plain_params, 2)
+    ours, theirs = (
+        onepass.convert_state_dict(o, o.state_dict(), states="fp32", weights="native")
+        for o in (paged, plain)
+    )
+    for i, state in theirs["state"].items():
+        for key, value in state.items():
+            assert same_bits(ours["state"][i][key], value)
+    for a, b in ((paged, params), (plain, plain_params)):
+        train(a, b, 1, 2)
+    full = []
+    for optimizer, own in ((paged, params), (plain, plain_params)):
+        net = torch.nn.Module()
+        net.weights = torch.nn.ParameterList(own)
+        full.append(onepass.full_precision_state_dict(net, optimizer))
+    assert all(same_bits(full[0][key], full[1][key]) for key in full[0])
+
+
+# --- what it takes ---------------------------------------------------------------------------
+
+
+def on_device(optimizer, link: RandomLink) -> tuple[int, int]:
+    """Bytes of states that are not in slabs, and of buffers, counted from what there is."""
+    states = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor) and t.dim() and optimizer.pager.slabs.find(t) is None
+    }
+    return sum(states.values()), sum(len(buffer) for buffer in link.adopted)
+
+
+@pytest.mark.parametrize("states", ["fp32", "mx8"])
+def test_memory_is_what_was_predicted(states, links):
+    params = make_params([(50_000,)] * 20 + [(64,)] * 50, torch.float32, 1)
+    for budget in (0, 1 << 17, 1 << 20, 1 << 24):
+        links.clear()
+        optimizer = onepass.AdamW(
+            clone(params), states=states, paged=Paging(budget, page_bytes=1 << 16)
+        )
+        (predicted,) = onepass.paging.footprints(optimizer).values()
+        own = optimizer.param_groups[0]["params"]
+        train(optimizer, own, 2)
+        resident, ring = on_device(optimizer, links[0] if links else RandomLink(0))
+        assert ring == predicted.ring <= 4 << 16
+        assert predicted.resident <= budget
+        assert resident == pytest.approx(predicted.resident, rel=0.005, abs=0)
+        # A host that has less is told of before, one that pins more is not needed.
+        assert sum(links[0].pinned if links else []) == pytest.approx(predicted.host, abs=4096)
+
+
+def test_small_states_of_neighbours_are_one_copy(links):
+    params = make_params([(64,)] * 20, torch.float32, 1)
+    optimizer = onepass.AdamW(params, states="mx8", paged=True)
+    train(optimizer, params, 1)
+    assert paged_pages(optimizer) == 1
+    assert links[0].copies == 2  # one in, one out
