@@ -1,6 +1,6 @@
-// The sweep of one bf16 AdamW tensor, with the size of its tiles to choose: what the product's sweep
-// gains by tiles that stay in L1, and by working on the tensors as they are. Rules and formats are
-// the product's own kernels.
+// The sweep of one bf16 AdamW tensor, with the size of its tiles to choose: what the product's
+// sweep gains by tiles that stay in L1, and by working on the tensors as they are. Rules and
+// formats are the product's own kernels.
 #include <algorithm>
 #include <cstring>
 #include <thread>
@@ -86,8 +86,9 @@ const Kernels* kernels_of(const char* isa) {
 extern "C" __attribute__((visibility("default"))) int onepass_ladder_step(
     const char* isa, int64_t tile, int threads, int64_t n, void* param, void* grad, void* exp_avg,
     void* exp_avg_sq, const float* row, int64_t seed, int64_t number) {
-  Step step{kernels_of(isa), nullptr,           tile, {param, nullptr}, {grad, nullptr},
-            {exp_avg, nullptr}, {exp_avg_sq, nullptr}, row,  0};
+  Step step{
+      kernels_of(isa),       nullptr, tile, {param, nullptr}, {grad, nullptr}, {exp_avg, nullptr},
+      {exp_avg_sq, nullptr}, row,     0};
   if (!step.kernels || n <= 0 || n % kUnit || n >> 32 || threads < 1) return 1;
   for (const Direct& direct : step.kernels->direct)
     if (direct.weight == kWeight && direct.grad == kWeight && direct.state == kState)
