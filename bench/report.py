@@ -45,13 +45,16 @@ RULE_NAMES = {
 
 
 def newest(lines: list[Line]) -> list[Line]:
-    """The newest line of each device, case and provider, in the order of first appearance."""
+    """The newest line of each device, case and provider: of the device measured last first, then in
+    the order of first appearance."""
     found: dict[tuple[Any, ...], Line] = {}
+    last: dict[str, str] = {}
     for line in lines:
         key = (line["device"], *case_key(line), line["provider"])
         if key not in found or line["date"] >= found[key]["date"]:
             found[key] = line
-    return list(found.values())
+        last[line["device"]] = max(line["date"], last.get(line["device"], ""))
+    return sorted(found.values(), key=lambda line: last[line["device"]], reverse=True)
 
 
 def _cases(lines: list[Line]) -> list[list[Line]]:
@@ -270,7 +273,7 @@ def draw(lines: list[Line], path: Path) -> bool:
     axes.axvline(1.0, color="0.4", linewidth=1, linestyle="--", label="copy")
     axes.set_yticks([-row for row in range(len(cases))], [title(case[0]) for case in cases])
     axes.set_xlim(left=0)
-    axes.set_xlabel("bytes of the formula per second, as a share of copy_ (higher is better)")
+    axes.set_xlabel("bytes per second, as a share of copy_ (higher is better)")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,11 +11,10 @@ out, so that this can be stopped and started again. ``--report`` writes docs/tra
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from onepass.formats import STATE_FORMATS, scale_key
 
 from . import results, training_report
 from .results import Line
+from .runs import Run, add_arguments, check_arguments, run_missing
 
 OUT = results.ROOT / "bench" / "results" / "training.jsonl"
 EPS = 1e-8
@@ -104,6 +104,47 @@ def initial(config: Config, shape: Shape, seed: int) -> dict[str, Tensor]:
     return found
 
 
+def step_of(
+    rule: str, averages: Sequence[Tensor], grad: Tensor, t: int
+) -> tuple[Tensor, list[Tensor]]:
+    """(step over lr without decay, new averages) of the t-th step, in fp32; changes nothing."""
+    (first, second), (beta1, beta2) = averages, RULES[rule]["betas"]
+    if rule == "lion":
+        u = torch.sign(beta1 * first + (1 - beta1) * grad)
+        return u, [beta2 * first + (1 - beta2) * grad, second]
+    first = beta1 * first + (1 - beta1) * grad
+    second = beta2 * second + (1 - beta2) * grad * grad
+    root = (second / (1 - beta2**t)).sqrt()
+    return first / (1 - beta1**t) / (root + EPS), [first, second]
+
+
+class Compared:
+    """Steps over lr beside those that exact averages of the same gradients would take."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(5, dtype=torch.float64)
+        self._largest = 0.0
+
+    def add(self, taken: Tensor, exact: Tensor) -> None:
+        """One step of both."""
+        u, v = taken.double(), exact.double()
+        terms = (u @ u, v @ v, u @ v, (u.sign() != v.sign()).sum().double())
+        self._sums += torch.stack([*terms, torch.tensor(u.numel(), dtype=torch.float64)])
+        self._largest = max(self._largest, float(u.abs().max()))
+
+    def line(self) -> Line:
+        """rms of the step; of the step that exact averages would take; the first projected on the
+        second; the share of signs that differ; the largest."""
+        own, exact, product, signs, count = self._sums.tolist()
+        return {
+            "rms_u": (own / count) ** 0.5,
+            "rms_u_exact": (exact / count) ** 0.5,
+            "projection": product / exact,
+            "signs_differ": signs / count,
+            "max_u": self._largest,
+        }
+
+
 class Watch:
     """Compares the steps of an optimizer with those of exact averages of the same gradients.
 
@@ -112,12 +153,10 @@ class Watch:
 
     def __init__(self, config: Config, optimizer: onepass.Optimizer) -> None:
         self._config, self._optimizer = config, optimizer
-        self._betas = RULES[config.rule]["betas"]
         count = sum(p.numel() for p in self._params())
         self._exact = [torch.zeros(count), torch.zeros(count)]
         self._steps = 0
-        self._sums = torch.zeros(5, dtype=torch.float64)
-        self.largest = 0.0
+        self.compared = Compared()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -137,41 +176,15 @@ class Watch:
                 part.append(torch.zeros(param.numel()) if value is None else torch.tensor(value))
         return [torch.cat(part) for part in parts]
 
-    def _step(self, averages: list[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(step over lr, new averages)."""
-        (first, second), (beta1, beta2) = averages, self._betas
-        if self._config.rule == "lion":
-            u = torch.sign(beta1 * first + (1 - beta1) * grad)
-            return u, [beta2 * first + (1 - beta2) * grad, second]
-        first = beta1 * first + (1 - beta1) * grad
-        second = beta2 * second + (1 - beta2) * grad * grad
-        root = (second / (1 - beta2**self._steps)).sqrt()
-        return first / (1 - beta1**self._steps) / (root + EPS), [first, second]
-
     def before_step(self, look: bool) -> None:
         """Follows the gradients that are in place; look: compare the coming step."""
         self._steps += 1
         grads = [p.grad for p in self._params()]
         grad = torch.cat([codec.flat(g).float() for g in grads if g is not None])
-        exact, self._exact = self._step(self._exact, grad)
+        exact, self._exact = step_of(self._config.rule, self._exact, grad, self._steps)
         if look:
-            taken, _ = self._step(self._stored(), grad)
-            u, v = taken.double(), exact.double()
-            terms = (u @ u, v @ v, u @ v, (u.sign() != v.sign()).sum().double())
-            self._sums += torch.stack([*terms, torch.tensor(u.numel(), dtype=torch.float64)])
-            self.largest = max(self.largest, float(u.abs().max()))
-
-    def line(self) -> Line:
-        """rms of the step; of the step that exact averages would take; the first projected on the
-        second; the share of signs that differ; the largest."""
-        own, exact, product, signs, count = self._sums.tolist()
-        return {
-            "rms_u": (own / count) ** 0.5,
-            "rms_u_exact": (exact / count) ** 0.5,
-            "projection": product / exact,
-            "signs_differ": signs / count,
-            "max_u": self.largest,
-        }
+            taken, _ = step_of(self._config.rule, self._stored(), grad, self._steps)
+            self.compared.add(taken, exact)
 
 
 def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
@@ -229,21 +242,10 @@ def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
         "parameters": count_parameters(held),
         "validation_loss": validate(task, model),
         "train_loss": sum(tail) / len(tail),  # of the last tenth of the steps
-        **watch.line(),
+        **watch.compared.line(),
         "state_bytes": state_bytes(optimizer) / count_parameters(held),
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def run_key(line: Line) -> tuple[str, str, int]:
-    """What tells runs apart: machine, settings, seed."""
-    return line["device"], repr(sorted(line["settings"].items())), line["seed"]
-
-
-def as_read(line: Line) -> Line:
-    """A line as it comes back from a file: JSON has no tuples."""
-    settled = {k: list(v) if isinstance(v, tuple) else v for k, v in line["settings"].items()}
-    return {**line, "settings": settled}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,49 +255,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     names = [config.name for config in CONFIGS]
     parser.add_argument("--report", action="store_true", help="write docs/training.md and stop")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="so many (default 5)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
-    parser.add_argument("--configs", metavar="NAME", nargs="+", choices=names, help=str(names))
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="lines are kept here")
     parser.add_argument("--docs", type=Path, default=results.ROOT / "docs", metavar="DIR")
+    add_arguments(parser, "--configs", names, OUT, seeds=5)
     args = parser.parse_args(argv)
     if args.report:
         return training_report.write(args.out, args.docs, names)
-    if args.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {args.seeds}")
-    if args.quick and args.out == OUT:
-        parser.error("--quick is for trying things out: name another file with --out")
-    threads = torch.get_num_threads()
-    # One core: sums come in one order, and a small model gains nothing from more.
-    torch.set_num_threads(1)
-    try:
-        return _run(args, QUICK if args.quick else FULL)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(args: argparse.Namespace, size: Size) -> int:
-    chosen = [c for c in CONFIGS if not args.configs or c.name in args.configs]
+    check_arguments(parser, args)
+    size = QUICK if args.quick else FULL
     corpus = load(size.corpus_bytes)
-    env = results.environment() | {"python": platform.python_version()}
-    known = {run_key(line) for line in results.read_lines(args.out) if "validation_loss" in line}
-    # Seed by seed, so that what an interrupted run leaves can be compared.
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for config in chosen:
-            start = as_read({**env, "settings": settings(config, size), "seed": seed})
-            if run_key(start) in known:
-                continue
-            found = train(config, size, seed, corpus)
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            results.append(args.out, [{**start, "kind": "training", **found, "date": now}])
-            print(
-                f"seed {seed}  {config.name:<26} loss {found['validation_loss']:.4f}  rms u "
-                f"{found['rms_u']:.4f}  projection {found['projection']:.4f}  "
-                f"{found['seconds']:.0f} s",
-                flush=True,
-            )
+
+    def run(config: Config) -> Run:
+        return Run(
+            config.name, settings(config, size), lambda seed: train(config, size, seed, corpus)
+        )
+
+    run_missing(args, "training", [run(config) for config in CONFIGS], _shown)
     return 0
+
+
+def _shown(line: Line) -> str:
+    return f"rms u {line['rms_u']:.4f}  projection {line['projection']:.4f}"
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,8 @@ from onepass.reference.arrays import F32, U32
 
 from . import results, training_study_report
 from .results import Line
-from .training import EPS, FULL, RULES, Size
+from .runs import Run, add_arguments, check_arguments, run_missing
+from .training import FULL, RULES, Compared, Size, step_of
 
 OUT = results.ROOT / "bench" / "results" / "training_study.jsonl"
 TINY = Size(Shape(16, 32, 1, 2), 4, 6, 2, 400_000, 2)
@@ -213,7 +212,6 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
     )
     model = task.model()
     options = RULES["adamw"]
-    beta1, beta2 = options["betas"]
     groups = parameter_groups(model, options["weight_decay"])
     # It holds the schedule alone; the steps are taken here.
     schedules = torch.optim.SGD(groups, lr=options["lr"] * variant.lr)
@@ -237,19 +235,13 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
     )
     noise = torch.Generator().manual_seed(seed)
     wander = torch.zeros(sum(sizes))
-    sums = torch.zeros(5, dtype=torch.float64)
-    largest = 0.0
-
-    def follow(averages: list[Tensor], grad: Tensor, t: int) -> Tensor:
-        averages[0].mul_(beta1).add_(grad, alpha=1 - beta1)
-        averages[1].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = (averages[1] / (1 - beta2**t)).sqrt_().add_(EPS)
-        return averages[0] / (1 - beta1**t) / root
+    compared = Compared()
 
     for t in range(1, size.steps + 1):
         backward(task, model, t - 1)
         grad = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
-        u, v = follow(held, grad, t), follow(exact, grad, t)
+        u, held = step_of("adamw", held, grad, t)
+        of_exact, exact = step_of("adamw", exact, grad, t)
         if variant.noise:
             scale = variant.noise * u.square().mean().sqrt()
             fresh = torch.randn(u.shape, generator=noise)
@@ -257,11 +249,7 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
             wander = fresh if t == 1 else fade * wander + (1 - fade**2) ** 0.5 * fresh
             u += scale * wander
         if t % size.sampled == 0:
-            a, b = u.double(), v.double()
-            differ = (a.sign() != b.sign()).sum().double()
-            count = torch.tensor(float(a.numel()), dtype=torch.float64)
-            sums += torch.stack([a @ a, b @ b, a @ b, differ, count])
-            largest = max(largest, float(u.abs().max()))
+            compared.add(u, of_exact)
         lr = schedules.param_groups[0]["lr"]
         with torch.no_grad():
             weights = torch.cat([p.reshape(-1) for p in params])
@@ -276,76 +264,43 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
         model.zero_grad()
         schedules.step()  # without gradients: keeps the scheduler's order
         scheduler.step()
-    own, of_exact, product, signs, count = sums.tolist()
     return {
         "validation_loss": validate(task, model),
-        "rms_u": (own / count) ** 0.5,
-        "rms_u_exact": (of_exact / count) ** 0.5,
-        "projection": product / of_exact,
-        "signs_differ": signs / count,
-        "max_u": largest,
+        **compared.line(),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
-def key(line: Line) -> tuple[str, str, int]:
-    """What tells runs apart: machine, settings, seed."""
-    return line["device"], repr(sorted(line["settings"].items())), line["seed"]
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Trains what is missing; 0 done, 2 wrong usage."""
+    """Trains what is missing, or writes the page; 0 done, 2 wrong usage or nothing to report."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.training_study", description="Finds out why mx4 trains as it does."
     )
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--report", action="store_true", help="write docs/training-mx4.md and stop")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="so many (default 3)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
-    parser.add_argument("--variants", metavar="NAME", nargs="+", choices=names, help=str(names))
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="lines are kept here")
+    add_arguments(parser, "--variants", names, OUT, seeds=3)
     args = parser.parse_args(argv)
     if args.report:
         return training_study_report.write(args.out, results.ROOT / "docs", names)
-    if args.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {args.seeds}")
-    if args.quick and args.out == OUT:
-        parser.error("--quick is for trying things out: name another file with --out")
-    torch.set_num_threads(1)
+    check_arguments(parser, args)
     size = TINY if args.quick else FULL
     corpus = load(size.corpus_bytes)
-    env = results.environment()
-    known = {key(line) for line in results.read_lines(args.out)} if args.out.exists() else set()
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for variant in VARIANTS:
-            if args.variants and variant.name not in args.variants:
-                continue
-            start = {**env, "settings": settings(variant, size), "seed": seed}
-            settled = {k: _as_read(v) for k, v in start["settings"].items()}
-            start["settings"] = settled
-            if key(start) in known:
-                continue
-            found = train(variant, size, seed, corpus)
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            results.append(args.out, [{**start, "kind": "study", **found, "date": now}])
-            print(
-                f"seed {seed}  {variant.name:<36} loss {found['validation_loss']:.4f}  rms u "
-                f"{found['rms_u']:.4f}  over exact {found['rms_u'] / found['rms_u_exact']:.3f}  "
-                f"projection {found['projection']:.3f}  signs {found['signs_differ']:.3f}  "
-                f"max {found['max_u']:.1f}  {found['seconds']:.0f} s",
-                flush=True,
-            )
+
+    def run(variant: Variant) -> Run:
+        return Run(
+            variant.name, settings(variant, size), lambda seed: train(variant, size, seed, corpus)
+        )
+
+    run_missing(args, "study", [run(variant) for variant in VARIANTS], _shown)
     return 0
 
 
-def _as_read(value: Any) -> Any:
-    """A value as it comes back from a file: JSON has no tuples."""
-    if isinstance(value, dict):
-        return {k: _as_read(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_read(v) for v in value]
-    return value
+def _shown(line: Line) -> str:
+    return (
+        f"rms u {line['rms_u']:.4f}  over exact {line['rms_u'] / line['rms_u_exact']:.3f}  "
+        f"projection {line['projection']:.3f}  signs {line['signs_differ']:.3f}  "
+        f"max {line['max_u']:.1f}"
+    )
 
 
 if __name__ == "__main__":

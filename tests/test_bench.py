@@ -316,6 +316,8 @@ def test_report_says_where_ours_is_slower_and_takes_the_newest(tmp_path):
     old = fake("torch-fused", 99.0, "2025-01-01")
     lines = report.newest([fake("torch-fused", 30.0), fake("onepass-cpu", 33.0), old])
     assert [line["ms"]["p50"] for line in lines] == [30.0, 33.0]
+    elsewhere = fake("torch-fused", 20.0, "2026-02-01", device="another")
+    assert report.newest([*lines, elsewhere]) == [elsewhere, *lines]  # it has the picture
     page = report.markdown(lines, ["cpu.jsonl"], {})
     assert "onepass-cpu 33.000 ms, torch-fused 30.000 ms (10.0% more)" in page
     assert "| fp32 no slower than torch fused | 0.91 | 1 | fail |" in page

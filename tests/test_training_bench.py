@@ -86,7 +86,7 @@ def test_the_step_that_is_watched_is_the_step_that_is_taken(rule):
         taken = ((before - param.detach()) / options["lr"]).double()
         squares += float(taken.square().mean()) / 3
         largest = max(largest, float(taken.abs().max()))
-    line = watch.line()
+    line = watch.compared.line()
     assert line["rms_u"] == pytest.approx(squares**0.5, rel=1e-4)
     assert line["max_u"] == pytest.approx(largest, rel=1e-4)
     assert line["projection"] != 1.0

@@ -61,5 +61,29 @@ ONEPASS_HD void convert(const From* __restrict from, To* __restrict to, int n) {
   for (int i = first; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 
+// Two codes of 4 bits in a byte, the first of them in its lower half: a byte beside itself in 16
+// bits is two bytes of codes. The arrays of codes hold an even number of them.
+ONEPASS_HD void split_nibbles(const uint8_t* __restrict from, uint8_t* __restrict to, int pairs) {
+#pragma omp simd
+  for (int i = 0; i < pairs; ++i) {
+    const uint16_t both = static_cast<uint16_t>((from[i] | from[i] << 4) & 0x0F0F);
+    __builtin_memcpy(to + 2 * i, &both, sizeof both);
+  }
+}
+ONEPASS_HD void join_nibbles(const uint32_t* __restrict from, uint8_t* __restrict to, int pairs) {
+  int first = 0;
+#if defined(__AVX512BW__)
+  for (; first + 8 <= pairs; first += 8) {  // pairs as words of 64 bits
+    const __m512i pair = _mm512_loadu_si512(from + 2 * first);
+    const __m512i upper = _mm512_maskz_srli_epi64(0xFF, pair, 28);
+    const __m128i bytes = _mm512_maskz_cvtepi64_epi8(0xFF, _mm512_or_si512(pair, upper));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + first), bytes);
+  }
+#endif
+#pragma omp simd
+  for (int i = first; i < pairs; ++i)
+    to[i] = static_cast<uint8_t>(from[2 * i] | from[2 * i + 1] << 4);
+}
+
 }  // namespace
 }  // namespace onepass::cpu

@@ -41,8 +41,10 @@ struct Fp32 {
     ONEPASS_HD static uint32_t measure(float) { return 0; }
     ONEPASS_HD static uint32_t scale(uint32_t) { return 0; }
   };
+  ONEPASS_HD static void units(float*, int, const float*) {}
   ONEPASS_HD static void store_scaled(
-      const float* values, const Stored& at, int64_t first, int n, Random random, uint32_t) {
+      const float* values, const Stored& at, int64_t first, int n, Random random, uint32_t,
+      float*) {
     store(values, at, first, n, random, nullptr);
   }
   ONEPASS_HD static void load(

@@ -31,12 +31,14 @@ ONEPASS_HD void encode_block(
   }
 }
 
+// units turns values into what a block's codes are of, and store_scaled stores units.
 template <Kind Of>
 struct Mx8State {
   static constexpr bool kDraws = true;
   static constexpr Format kFormat = Format::kMx8;
   using Code = Mx8<Of == kSecond>;
 
+  ONEPASS_HD static void units(float*, int, const float*) {}
   ONEPASS_HD static void load(
       const Stored& at, int64_t first, int n, float* __restrict out, float*) {
     uint32_t codes[kStrip];
@@ -48,11 +50,11 @@ struct Mx8State {
   ONEPASS_HD static void store(
       const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
       float*) {
-    store_scaled(values, at, first, n, random, scale_of<Code>(values, n));
+    store_scaled(values, at, first, n, random, scale_of<Code>(values, n), nullptr);
   }
   ONEPASS_HD static void store_scaled(
       const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
-      uint32_t scale) {
+      uint32_t scale, float*) {
     uint32_t codes[kStrip];
     encode_block<Code>(values, n, random, scale, codes);
     static_cast<uint8_t*>(at.extra)[first / kMxBlock] = static_cast<uint8_t>(scale);
@@ -74,10 +76,7 @@ struct Mx4State {
     float* __restrict root = roots;
     uint8_t twice[kStrip];
     uint32_t codes[kStrip];
-    for (int i = 0; i < (n + 1) / 2; ++i) {
-      twice[2 * i] = bytes[i] & 15u;
-      twice[2 * i + 1] = bytes[i] >> 4;
-    }
+    split_nibbles(bytes, twice, (n + 1) / 2);
     convert(twice, codes, n);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
@@ -91,27 +90,30 @@ struct Mx4State {
   ONEPASS_HD static void store(
       const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
       float* roots) {
-    float units[kStrip];
-    uint32_t codes[kStrip] = {};
-    float* __restrict root = roots;
+    float scaled[kStrip];
+#pragma omp simd
+    for (int i = 0; i < n; ++i) scaled[i] = values[i];
+    units(scaled, n, roots);
+    store_scaled(scaled, at, first, n, random, scale_of<Code>(scaled, n), roots);
+  }
+  ONEPASS_HD static void units(float* __restrict values, int n, const float* __restrict roots) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      if (Of == kSecond) units[i] = sqrt_rn(values[i]);
-      if (Of == kRelative) units[i] = ratio(values[i], root[i]);
-      if (Of == kFirst) units[i] = values[i];
+      if (Of == kSecond) values[i] = sqrt_rn(values[i]);
+      if (Of == kRelative) values[i] = ratio(values[i], roots[i]);
     }
-    const uint32_t scale = scale_of<Code>(units, n);
-    encode_block<Code>(units, n, random, scale, codes);
+  }
+  ONEPASS_HD static void store_scaled(
+      const float* values, const Stored& at, int64_t first, int n, Random random, uint32_t scale,
+      float* __restrict roots) {
+    uint32_t codes[kStrip] = {};
+    encode_block<Code>(values, n, random, scale, codes);
     static_cast<uint8_t*>(at.extra)[first / kMxBlock] = static_cast<uint8_t>(scale);
     if (Of == kSecond) {
 #pragma omp simd
-      for (int i = 0; i < n; ++i) root[i] = Code::decode(codes[i], scale);
+      for (int i = 0; i < n; ++i) roots[i] = Code::decode(codes[i], scale);
     }
-    uint8_t* __restrict bytes = static_cast<uint8_t*>(at.data) + first / 2;
-    uint8_t single[kStrip] = {};
-    convert(codes, single, n);
-    for (int i = 0; i < (n + 1) / 2; ++i)
-      bytes[i] = static_cast<uint8_t>(single[2 * i] | single[2 * i + 1] << 4);
+    join_nibbles(codes, static_cast<uint8_t*>(at.data) + first / 2, (n + 1) / 2);
   }
 };
 

@@ -38,7 +38,7 @@ struct Direct {
   int step;
   RuleFn rules[kRules][kMaxFlags];
 };
-constexpr int kDirect = 6;
+constexpr int kDirect = 7;
 
 // What a norm needs to know of some gradients.
 struct Norm {

@@ -186,11 +186,28 @@ ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
 // A strip as fp32: in place if it rests so. (A copy would be a memcpy to the compiler, whose narrow
 // stores the wide loads after it would wait for.)
 template <class Format>
-ONEPASS_HD float* open_strip(const Stored& at, int64_t first, float* buffer) {
+ONEPASS_HD float* open_strip(const Stored& at, int64_t first, float* buffer, float* roots) {
   if constexpr (Format::kFormat == onepass::Format::kFp32)
     return static_cast<float*>(at.data) + first;
-  Format::load(at, first, kStrip, buffer, nullptr);
+  Format::load(at, first, kStrip, buffer, roots);
   return buffer;
+}
+
+// A slot as a type, so that a loop over slots leaves constants.
+template <int Index>
+struct Slot {
+  static constexpr int kIndex = Index;
+};
+// Calls body(slot) for the slots that a rule has, the first second moment first: mx4 measures
+// relative ones in its root.
+template <class Rule, class Body>
+ONEPASS_HD void for_each_slot(const Body& body) {
+  constexpr unsigned kSecond = Rule::kSecond & Rule::kSlots;
+  constexpr int kLead = kSecond & 1 ? 0 : kSecond & 2 ? 1 : kSecond & 4 ? 2 : 0;
+  if constexpr (Rule::kSlots >> kLead & 1) body(Slot<kLead>());
+  if constexpr (kLead != 0 && (Rule::kSlots & 1)) body(Slot<0>());
+  if constexpr (kLead != 1 && (Rule::kSlots & 2)) body(Slot<1>());
+  if constexpr (kLead != 2 && (Rule::kSlots & 4)) body(Slot<2>());
 }
 
 // Any formats of 32 elements at a time, in registers as far as they go.
@@ -204,34 +221,31 @@ void apply_strips(
   const auto hyper = load_hyper<Rule>(row);
   const float grad_scale = row[0];
   constexpr unsigned kSlots = Rule::kSlots;
-  constexpr Kind kKind0 = kind_of<Rule>(0), kKind1 = kind_of<Rule>(1), kKind2 = kind_of<Rule>(2);
-  using State0 = State<kKind0>;
-  using State1 = State<kKind1>;
-  using State2 = State<kKind2>;
+  constexpr bool kDraws = State<kFirst>::kDraws;
   constexpr int kUse = weight_use(Weight::kFormat);
-  constexpr bool kDraws0 = ((kSlots & 3) && State0::kDraws) || (Weight::kDraws && kUse / 2 == 0);
+  constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 2 == 0);
   // A tile at a time: an update, a block's scale and its codes each wait for what is before them,
   // but not for another block's.
   constexpr int kStrips = 8;
   for (int tile = 0; tile < n; tile += kStrips * kStrip) {
-    alignas(64) float s0[kStrips][kStrip], s1[kStrips][kStrip], s2[kStrips][kStrip];
+    alignas(64) float values[kMaxStates][kStrips][kStrip], roots[kStrips][kStrip];
     alignas(64) uint32_t words[kStrips][kStrip];  // slots 0 and 1 take them, and split8
-    uint32_t scale0[kStrips], scale1[kStrips], scale2[kStrips];
     const int strips = n - tile < kStrips * kStrip ? (n - tile) / kStrip : kStrips;
     for (int strip = 0; strip < strips; ++strip) {
       const int first = tile + strip * kStrip;
       float param_strip[kStrip], grad_strip[kStrip];
       prefetch_strip<Weight>(weight, first);
       prefetch_strip<Grad>(grad, first);
-      if (kSlots & 1) prefetch_strip<State0>(states[0], first);
-      if (kSlots & 2) prefetch_strip<State1>(states[1], first);
-      if (kSlots & 4) prefetch_strip<State2>(states[2], first);
-      float* __restrict p = open_strip<Weight>(weight, first, param_strip);
-      const float* __restrict g = open_strip<Grad>(grad, first, grad_strip);
-      float* __restrict t0 = nullptr, * __restrict t1 = nullptr, * __restrict t2 = nullptr;
-      if (kSlots & 1) t0 = open_strip<State0>(states[0], first, s0[strip]);
-      if (kSlots & 2) t1 = open_strip<State1>(states[1], first, s1[strip]);
-      if (kSlots & 4) t2 = open_strip<State2>(states[2], first, s2[strip]);
+      float* __restrict p = open_strip<Weight>(weight, first, param_strip, nullptr);
+      const float* __restrict g = open_strip<Grad>(grad, first, grad_strip, nullptr);
+      float* open[kMaxStates] = {};
+      for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+        constexpr int k = decltype(slot)::kIndex;
+        using Stored = State<kind_of<Rule>(k)>;
+        prefetch_strip<Stored>(states[k], first);
+        open[k] = open_strip<Stored>(states[k], first, values[k][strip], roots[strip]);
+      });
+      float* __restrict t0 = open[0], * __restrict t1 = open[1], * __restrict t2 = open[2];
 #pragma omp simd
       for (int i = 0; i < kStrip; ++i) {
         float value0 = 0, value1 = 0, value2 = 0;
@@ -251,24 +265,25 @@ void apply_strips(
       if (Weight::kFormat != Format::kFp32)
         Weight::store(p, weight, first, kStrip, {drawn, kUse % 2 * 16}, nullptr);
     }
-    if (State0::kFormat == Format::kFp32) continue;
-    for (int strip = 0; strip < strips; ++strip) {
-      if (kSlots & 1) scale0[strip] = scale_of<typename State0::Code>(s0[strip], kStrip);
-      if (kSlots & 2) scale1[strip] = scale_of<typename State1::Code>(s1[strip], kStrip);
-      if (kSlots & 4) scale2[strip] = scale_of<typename State2::Code>(s2[strip], kStrip);
-    }
-    for (int strip = 0; strip < strips; ++strip) {
-      const int first = tile + strip * kStrip;
-      const uint32_t* drawn = words[strip];
-      if (kSlots & 1)
-        State0::store_scaled(s0[strip], states[0], first, kStrip, {drawn, 0}, scale0[strip]);
-      if (kSlots & 2)
-        State1::store_scaled(s1[strip], states[1], first, kStrip, {drawn, 16}, scale1[strip]);
-      uint32_t own[kStrip];
-      if ((kSlots & 4) && State2::kDraws) draw(random, 1, first, kStrip, own);
-      if (kSlots & 4)
-        State2::store_scaled(s2[strip], states[2], first, kStrip, {own, 0}, scale2[strip]);
-    }
+    if (State<kFirst>::kFormat == Format::kFp32) continue;
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      constexpr int k = decltype(slot)::kIndex;
+      using Stored = State<kind_of<Rule>(k)>;
+      uint32_t scales[kStrips];
+      for (int strip = 0; strip < strips; ++strip) {
+        Stored::units(values[k][strip], kStrip, roots[strip]);
+        scales[strip] = scale_of<typename Stored::Code>(values[k][strip], kStrip);
+      }
+      for (int strip = 0; strip < strips; ++strip) {
+        const int first = tile + strip * kStrip;
+        uint32_t own[kStrip];
+        if (k == 2 && kDraws) draw(random, 1, first, kStrip, own);
+        const uint32_t* drawn = k == 2 ? own : words[strip];
+        Stored::store_scaled(
+            values[k][strip], states[k], first, kStrip, {drawn, k % 2 * 16}, scales[strip],
+            roots[strip]);
+      }
+    });
   }
 }
 
@@ -285,11 +300,12 @@ struct Pick {
   static constexpr RuleFn fp32_mx8 = apply_strips<Rule, Fp32, Fp32, Mx8State>;
   static constexpr RuleFn split8_mx8 = apply_strips<Rule, Split8Weight, Bf16, Mx8State>;
   static constexpr RuleFn stochastic_mx8 = apply_strips<Rule, Half<DitherBf16>, Bf16, Mx8State>;
+  static constexpr RuleFn stochastic_mx4 = apply_strips<Rule, Half<DitherBf16>, Bf16, Mx4State>;
 };
 template <class Rule>
 struct Pick<Rule, false> {
   static constexpr RuleFn fp32 = nullptr, bf16 = nullptr, bf16_fp32 = nullptr, fp32_mx8 = nullptr,
-                          split8_mx8 = nullptr, stochastic_mx8 = nullptr;
+                          split8_mx8 = nullptr, stochastic_mx8 = nullptr, stochastic_mx4 = nullptr;
 };
 
 }  // namespace
@@ -316,6 +332,7 @@ struct Pick<Rule, false> {
           ONEPASS_DIRECT(kFp32, kFp32, kMx8, kStrip, fp32_mx8),                 \
           ONEPASS_DIRECT(kSplit8, kBf16, kMx8, kStrip, split8_mx8),             \
           ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx8, kStrip, stochastic_mx8), \
+          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx4, kStrip, stochastic_mx4), \
       },                                                                        \
       ONEPASS_FORMATS(load),                                                    \
       ONEPASS_FORMATS(store),                                                   \

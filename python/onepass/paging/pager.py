@@ -149,6 +149,11 @@ class Pager:
                 )
         return self._links[device]
 
+    @property
+    def rings(self) -> list[Ring]:
+        """Those that there are, of every device."""
+        return list(self._rings.values())
+
     def ring(self, device: torch.device) -> Ring:
         """The ring of a device."""
         buffers = self.paging.buffers
