@@ -219,10 +219,9 @@ def sections(folder: Path, docs: Path) -> list[str]:
         sizes.draw(lines, docs / "performance-sizes.png")
         text += ["", "## Time against size", ""]
         text += [
-            "AdamW, fp32, one tensor, by `python -m bench.sizes`. One constant and one line "
-            "through all sizes, by least squares of the relative error. On a CPU the line is "
-            "of caches and memory together, no bandwidth of either: steps that fit "
-            "in a cache are below it, others above. "
+            "AdamW, fp32, one tensor, by `python -m bench.sizes`. A constant, and a slope for lists "
+            "that stay in the caches and one for longer lists, by least squares of the relative "
+            "error; the times themselves say where the one ends. "
             "No copy is shown where it would be too small to time.",
             "",
         ]

@@ -1,7 +1,8 @@
 """``python -m bench.sizes``: the time of a step against its size, and a constant plus a line.
 
 One tensor of 1 K elements to as many as fit, AdamW in fp32, ours and torch's fused step in turns.
-The time should be a constant, what a step costs whatever its size, plus a line, the memory's.
+The time should be a constant, what a step costs whatever its size, plus a line: that of the caches
+for lists that stay in them, the memory's for others.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from onepass.benchmark.cases import BEYOND_CACHE, Case
+from onepass.benchmark.cases import Case
 from onepass.benchmark.devices import DEVICES, Device
 from onepass.benchmark.lists import in_words, one
 from onepass.benchmark.measure import LIMITS, memory_of, run_case
@@ -25,7 +27,24 @@ SIZES = [digit * 10**power for power in range(3, 10) for digit in (1, 3)][:-1]  
 PROVIDERS = "onepass-cpu,onepass-cuda,torch-fused"
 
 
-def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+class Fit(NamedTuple):
+    """Milliseconds: the constant, and for each element within the caches and beyond them.
+
+    Attributes:
+        last: the largest size within the caches.
+    """
+
+    constant: float
+    cached: float
+    beyond: float
+    last: float
+
+    def at(self, numel: float) -> float:
+        """The time of a step of that size."""
+        return self.constant + numel * (self.cached if numel <= self.last else self.beyond)
+
+
+def straight(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(constant, slope) of the line through (size, time) by least squares of the relative error, so
     that a small step weighs as much as a large one; neither is negative."""
     weights = [(1 / t**2, n, t) for n, t in points]
@@ -42,6 +61,26 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if slope < 0:
         return t0 / s0, 0.0
     return constant, slope
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Fit:
+    """A constant and two slopes, of caches and of memory, by least squares of the relative error;
+    the times themselves say between which sizes the one ends. One slope where that leaves fewer
+    than two sizes on a side."""
+    points = sorted(points)
+
+    def error(found: Fit) -> float:
+        return sum((found.at(n) / t - 1) ** 2 for n, t in points)
+
+    constant, slope = straight(points)
+    best = Fit(constant, slope, slope, points[-1][0])
+    for count in range(2, len(points) - 1):
+        constant, cached = straight(points[:count])
+        rest = [(n, t - constant, t) for n, t in points[count:]]
+        beyond = sum(n * d / t**2 for n, d, t in rest) / sum(n * n / t**2 for n, _, t in rest)
+        found = Fit(constant, cached, max(0.0, beyond), points[count - 1][0])
+        best = min(best, found, key=error)
+    return best
 
 
 def measure(device: Device, most: int, samples: int | None) -> list[Line]:
@@ -77,10 +116,15 @@ def table(lines: Sequence[Line]) -> list[str]:
         names = [n for n in dict.fromkeys(x["provider"] for x in run) if n not in LIMITS]
         fits = {name: fit(_points(run, name)) for name in names}
         text += [f"{device}; {results.origin(run[0])}.", ""]
+        per_element = run[0]["bytes"] / run[0]["numel"]
         for name in names:
-            constant, slope = fits[name]
-            speed = f"{run[0]['bytes'] / run[0]['numel'] / slope / 1e6:.1f} GB/s" if slope else "-"
-            text.append(f"- {name}: {1e3 * constant:.1f} µs + {speed}")
+            found = fits[name]
+            words = [f"{1e3 * found.constant:.1f} µs"]
+            for slope, where in ((found.cached, "up to"), (found.beyond, "beyond")):
+                if slope and (found.cached != found.beyond or where == "up to"):
+                    gbps = f"{per_element / slope / 1e6:.1f} GB/s"
+                    words.append(f"{gbps} {where} {in_words(int(found.last))} elements")
+            text.append(f"- {name}: {', '.join(words)}")
         text += [
             "",
             f"| elements | {' | '.join(f'{n} ms | of the fit' for n in names)} | copy ms |",
@@ -90,8 +134,7 @@ def table(lines: Sequence[Line]) -> list[str]:
             row = [in_words(numel)]
             for name in names:
                 time = _time(run, name, numel)
-                constant, slope = fits[name]
-                part = "" if time is None else f"{time / (constant + slope * numel):.2f}"
+                part = "" if time is None else f"{time / fits[name].at(numel):.2f}"
                 row += ["" if time is None else f"{time:.4f}", part]
             # The copy of a small step is of more bytes than the step's: a time of its own.
             copy = next(x for x in run if x["provider"] == "copy" and x["numel"] == numel)
@@ -138,18 +181,19 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             if name in LIMITS or len(points) < 2:
                 continue
             colour, marker = STYLES.get(name, ("0.4", "x"))
-            constant, slope = fit(points)
+            found = fit(points)
             x, y = zip(*points, strict=True)
             axes.plot(x, y, marker, color=colour, label=name)
-            axes.plot(x, [constant + slope * n for n in x], color=colour, linewidth=1)
-        per_element = run[0]["bytes"] / run[0]["numel"]
-        axes.axvline(BEYOND_CACHE / per_element, color="0.6", linestyle=":", linewidth=1)
+            axes.plot(x, [found.at(n) for n in x], color=colour, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ms a step (p50)")
         axes.set_title(device, fontsize=9)
         axes.grid(color="0.9")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("AdamW, fp32, one tensor; lines: a constant plus a line", fontsize=10)
+    figure.suptitle(
+        "AdamW, fp32, one tensor; lines: a constant plus a slope, within caches and beyond",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

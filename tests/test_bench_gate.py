@@ -68,12 +68,20 @@ def test_the_copy_counts_by_its_bytes():
 @pytest.mark.parametrize(("constant", "slope"), [(0.02, 5e-7), (0.0, 1e-6), (3.0, 0.0)])
 def test_the_fit_finds_a_constant_and_a_line(constant, slope):
     points = [(n, constant + slope * n) for n in sizes.SIZES]
-    assert sizes.fit(points) == pytest.approx((constant, slope), rel=1e-6, abs=1e-9)
+    assert sizes.straight(points) == pytest.approx((constant, slope), rel=1e-6, abs=1e-9)
+    found = sizes.fit(points)
+    assert found[:3] == pytest.approx((constant, slope, slope), rel=1e-6, abs=1e-9)
+
+
+def test_the_fit_finds_where_the_caches_end():
+    true = sizes.Fit(0.02, 3e-7, 6e-7, 3_000_000)
+    found = sizes.fit([(n, true.at(n)) for n in sizes.SIZES])
+    assert found == pytest.approx(true, rel=1e-6)
 
 
 def test_the_fit_is_never_negative():
-    assert sizes.fit([(1000, 1.0), (2000, 3.0)])[0] == 0.0
-    assert sizes.fit([(1000, 3.0), (2000, 1.0)])[1] == 0.0
+    assert sizes.straight([(1000, 1.0), (2000, 3.0)])[0] == 0.0
+    assert sizes.straight([(1000, 3.0), (2000, 1.0)])[1] == 0.0
 
 
 def test_sizes_and_share_end_to_end(tmp_path, monkeypatch):
