@@ -219,9 +219,9 @@ def sections(folder: Path, docs: Path) -> list[str]:
         sizes.draw(lines, docs / "performance-sizes.png")
         text += ["", "## Time against size", ""]
         text += [
-            "AdamW, fp32, one tensor, by `python -m bench.sizes`. A constant, and a slope for lists "
-            "that stay in the caches and one for longer lists, by least squares of the relative "
-            "error; the times themselves say where the one ends. "
+            "AdamW, fp32, one tensor, by `python -m bench.sizes`. A constant, and a slope for "
+            "lists that stay in the caches and one for longer ones, by least squares of the "
+            "relative error; the times themselves say where the one ends. "
             "No copy is shown where it would be too small to time.",
             "",
         ]
