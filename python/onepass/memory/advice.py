@@ -61,7 +61,8 @@ def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
 
 def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -> Change | None:
     """The first change with which an optimizer takes at most ``limit`` bytes on each GPU: smaller
-    formats, then paging, then FSDP2 instead of ZeRO-1, then more GPUs. Of a peer's, ours of the same rule. None if there is none.
+    formats, then paging, then FSDP2 instead of ZeRO-1, then more GPUs. Of a peer's, ours of the
+    same rule. None if there is none.
     """
     name = choice.variant.name if choice.variant else choice.peer.rule if choice.peer else "adamw"
     variant = parse(name)
