@@ -27,7 +27,8 @@ h1 { font-size: 1.25rem; } .note { opacity: .75; }
 .legend i { display: inline-block; width: 1rem; height: 1rem; margin-right: .4rem;
   vertical-align: -.15rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; margin-top: 1.5rem; }
-td, th { padding: .2rem .6rem; white-space: nowrap; text-align: right; border-bottom: 1px solid #8884; }
+td, th { padding: .2rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #8884; }
 td:first-child, th:first-child { text-align: left; }
 """
 
