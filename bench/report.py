@@ -42,6 +42,14 @@ RULE_NAMES = {
     "adagrad": "Adagrad",
     "rmsprop": "RMSprop",
 }
+# Of cases on a CPU, by the format of the states.
+REASONS = {
+    "mx4": "Arithmetic bounds it: an element takes as long in a cache as in memory. Its bytes are "
+    "less than a third of fp32's, and memory is what 4 bits save.",
+    "dynamic8": "bitsandbytes' map is a table without a formula: a code is a gather to decode and "
+    "three to encode. It is here for their checkpoints; mx8 is the fast 8-bit format.",
+}
+UNEXPLAINED = "Not explained yet."
 
 
 def newest(lines: list[Line]) -> list[Line]:
@@ -99,9 +107,19 @@ def slower_cases(cases: list[list[Line]]) -> list[str]:
             more = f"{mine['p50'] / ms['p50'] - 1:.1%} more{spread}"
             faster.append(f"{line['provider']} {ms['p50']:.3f} ms ({more})")
         found.append(
-            f"- {title(ours)}: {ours['provider']} {mine['p50']:.3f} ms, {', '.join(faster)}"
+            f"- {title(ours)}: {ours['provider']} {mine['p50']:.3f} ms, {', '.join(faster)}. "
+            f"{reason(ours)}"
         )
     return found
+
+
+def reason(line: Line) -> str:
+    """Why a case of ours may take longer than others', in a sentence."""
+    if line["cuda"] is None:
+        for states, text in REASONS.items():
+            if line["states"] == states:
+                return text
+    return UNEXPLAINED
 
 
 def unmeasured(lines: list[Line]) -> str:
