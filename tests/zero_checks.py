@@ -124,6 +124,38 @@ def bytes_per_rank_are_as_predicted(directory, checkpoints):
             assert max(held) == predicted.moments + predicted.companions, (name, sharding)
 
 
+def paged_states_have_the_bits_of_those_that_are_not(directory, checkpoints):
+    for states, weights, budget in (("fp32", "native", 0), ("mx8", "split8", 1 << 14)):
+        options = {"lr": LR, "states": states, "weights": weights, "max_grad_norm": 0.1}
+        options |= {"skip_nonfinite": True, "ema_decay": 0.9}
+        paging = onepass.paging.Paging(budget, page_bytes=1 << 14)
+        models = [zero_model.sharded(make(BF16)) for _ in range(2)]
+        paged = onepass.AdamW(models[0].parameters(), paged=paging, **options)
+        plain = onepass.AdamW(models[1].parameters(), **options)
+        for step in range(4):
+            for model, optimizer in zip(models, (paged, plain), strict=True):
+                optimizer.zero_grad()
+                backward(model, step)
+                optimizer.step()
+            if step == 1:  # saved and loaded on the way, each by the other
+                saved = paged.state_dict(), plain.state_dict()
+                paged = onepass.AdamW(models[0].parameters(), paged=paging, **options)
+                plain = onepass.AdamW(models[1].parameters(), **options)
+                paged.load_state_dict(saved[1])
+                plain.load_state_dict(saved[0])
+        (footprint,) = onepass.paging.footprints(paged).values()
+        assert footprint.ring > 0
+        assert footprint.host > 0
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(p.to_local(), q.to_local())
+            ours, theirs = paged.state[p], plain.state[q]
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                assert isinstance(value, DTensor) == isinstance(theirs[key], DTensor), key
+                value, other = (getattr(v, "_local_tensor", v) for v in (value, theirs[key]))
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), key
+
+
 def clipping_is_by_the_norm_over_all_ranks(directory, checkpoints):
     for norm_type in (2.0, math.inf):
         options = {"max_grad_norm": 1e-2, "norm_type": norm_type}
@@ -324,6 +356,7 @@ EVERYWHERE = [
     states_are_dtensors_of_the_same_placement,
     bytes_per_rank_are_a_share_of_the_whole,
     bytes_per_rank_are_as_predicted,
+    paged_states_have_the_bits_of_those_that_are_not,
     clipping_is_by_the_norm_over_all_ranks,
     copies_count_once,
     gradients_of_other_placements_are_brought_to_the_parameters,
