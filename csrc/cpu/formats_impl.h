@@ -73,11 +73,15 @@ struct Mx4State {
       const Stored& at, int64_t first, int n, float* __restrict out, float* roots) {
     const uint8_t* __restrict bytes = static_cast<const uint8_t*>(at.data) + first / 2;
     const uint32_t scale = static_cast<const uint8_t*>(at.extra)[first / kMxBlock];
-    float* __restrict root = roots;
-    uint8_t twice[kStrip];
+    uint8_t nibbles[kStrip];
     uint32_t codes[kStrip];
-    split_nibbles(bytes, twice, (n + 1) / 2);
-    convert(twice, codes, n);
+    split_nibbles(bytes, nibbles, (n + 1) / 2);
+    convert(nibbles, codes, n);
+    values(codes, scale, n, out, roots);
+  }
+  ONEPASS_HD static void values(
+      const uint32_t* __restrict codes, uint32_t scale, int n, float* __restrict out,
+      float* __restrict root) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       const float value = Code::decode(codes[i], scale);
