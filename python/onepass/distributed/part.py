@@ -59,31 +59,35 @@ class ShardedPart(Part):
         spec, known = self._specs[i], self._wholes[i]._spec
         return bool(spec.placements == known.placements and spec.mesh == known.mesh)
 
-    def _take(self, first: int, stop: int) -> list[torch.Tensor] | None:
-        wholes, params = self._wholes[first:stop], self.params[first:stop]
+    def _read(self) -> bool:
         # Asking each time whether a subclass has its own way would double the time of reading.
+        with _NoTorchFunction():
+            return self._all_fit and self.backend.read(
+                self.prepared, self._wholes, self.params, self._specs
+            )
+
+    def _take(self) -> list[torch.Tensor] | None:
+        wholes, params = self._wholes, self.params
         with _NoTorchFunction():
             found: list[Any] = [grad for whole in wholes if (grad := whole.grad) is not None]
         if len(found) < len(wholes) or not all(map(is_, map(_local, wholes), params)):
             return None
-        specs = list(map(_spec, found))
-        if specs != self._specs[first:stop]:
-            self._specs[first:stop] = specs
-            self._fitting[first:stop] = map(self._is_placed, range(first, first + len(specs)))
+        specs, known = list(map(_spec, found)), self._specs
+        self._specs = specs
+        if specs != known:
+            self._fitting = list(map(self._is_placed, range(len(specs))))
             self._all_fit = all(self._fitting)
         grads = list(map(_local, found))
         if not self._all_fit:
             for i, grad in enumerate(found):
-                if not self._fitting[first + i]:
+                if not self._fitting[i]:
                     grads[i] = self._placed(wholes[i], grad)
                     self._copies.append(grads[i])
         if set(map(type, grads)) != {torch.Tensor}:
             grads = [grad.wait() if hasattr(grad, "wait") else grad for grad in grads]
         for i in self.relaid:
-            if first <= i < stop:
-                copy = torch.empty_like(params[i - first], dtype=grads[i - first].dtype)
-                grads[i - first] = copy.copy_(grads[i - first])
-                self._copies.append(copy)
+            grads[i] = torch.empty_like(params[i], dtype=grads[i].dtype).copy_(grads[i])
+            self._copies.append(grads[i])
         return grads
 
     def _placed(self, whole: Any, grad: Any) -> torch.Tensor:
