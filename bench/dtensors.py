@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import onepass
+from onepass.benchmark.measure import percentile
 
 from . import results
-from .measure import percentile
 
 SIZE = 16
 NEEDED = {"onepass-plain": 0.5, "torch-fused": 5.0}  # their time over ours over DTensors

@@ -7,7 +7,6 @@ Hu et al., "LoRA: low-rank adaptation of large language models" (2022); Dettmers
 import torch
 from torch import nn
 
-import onepass
 from onepass.training import Trainer
 
 
@@ -37,8 +36,7 @@ tuned = nn.Sequential(LowRank(base[0]), base[1], LowRank(base[2]))
 frozen = [p.clone() for p in tuned.parameters() if not p.requires_grad]
 
 # Paged states rest in host memory, where a GPU has none to spare.
-name = "pagedadamw8bit" if hasattr(onepass, "PagedAdamW8bit") else "adamw8bit"
-trainer = Trainer(tuned, name, lr=1e-2, schedule="constant")
+trainer = Trainer(tuned, "pagedadamw8bit", lr=1e-2, schedule="constant")
 for _ in range(400):
     trainer.train_step(x, target)
 
@@ -46,6 +44,6 @@ assert all(
     map(torch.equal, frozen, (p for p in tuned.parameters() if not p.requires_grad))
 )  # the base is as it was
 count = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-print(f"{name}: {count:,} of {sum(p.numel() for p in tuned.parameters()):,} parameters trained")
+print(f"{count:,} of {sum(p.numel() for p in tuned.parameters()):,} parameters trained")
 print(f"loss {trainer.losses[0]:.4f} at first")
 print(f"loss {trainer.losses[-1]:.4f}")

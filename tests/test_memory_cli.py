@@ -49,6 +49,8 @@ def test_what_does_not_fit_is_marked_and_what_would_is_named(capsys):
     assert "adamw does not fit; +mx8 would: 48.7 GB" in out
     assert "adamw does not fit; +mx8+paged would" in call(capsys, *argv, "40GB").out
     assert "adamw does not fit; --shards 8 would" in call(capsys, *argv, "24GB").out
+    zero1 = [*argv, "24GB", "--shards", "8", "--sharding", "zero1"]
+    assert "adamw does not fit; --sharding fsdp2 would: 12." in call(capsys, *zero1).out
     # Which holds of what it names.
     assert "does not fit" not in call(capsys, *argv, "24GB", "--shards", "8").out
     assert "+mx4 would" in call(capsys, *argv, "50GB", "--reserve", "2GB").out

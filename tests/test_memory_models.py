@@ -178,7 +178,8 @@ def test_fsdp2_cuts_rows_and_zero1_the_states():
     for part in ("weights", "gradients", "moments"):
         assert getattr(fsdp, part) == pytest.approx(getattr(whole, part) / count, rel=0.001)
     assert (zero.weights, zero.gradients) == (whole.weights, whole.gradients)
-    assert zero.moments == pytest.approx(whole.moments / count, rel=0.001)
+    # Whole parameters are dealt out: the embedding's rank has no other, and more than its share.
+    assert zero.moments == pytest.approx(2 * 4 * 50257 * 768, rel=0.001)
 
 
 def test_fsdp2_cuts_as_torch_does():

@@ -11,6 +11,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import onepass
+from onepass.memory.models import of_module
+from onepass.memory.predict import storage_bytes
+from onepass.memory.runs import Terms, candidate
+from onepass.memory.runs import predicted as of_terms
 
 from . import zero_checkpoints, zero_model
 from .zero_model import LR, at_blocks, backward, everywhere, make, mesh, pair, train, whole
@@ -83,6 +87,73 @@ def bytes_per_rank_are_a_share_of_the_whole(directory, checkpoints):
         held = [v for k, v in optimizer.state[p].items() if k != "step"]
         local = [v.to_local() if isinstance(v, DTensor) else v for v in held]
         assert sum(v.numel() * v.element_size() for v in local) == 2 * (n + math.ceil(n / 32))
+
+
+def bytes_per_rank_are_as_predicted(directory, checkpoints):
+    """What `onepass memory --shards` says is what the rank that has the most holds."""
+    world = dist.get_world_size()
+    for name, states, weights in (
+        ("adamw", "fp32", "native"),
+        ("adamw+mx8+split8", "mx8", "split8"),
+        ("adamw+bf16+stochastic", "bf16", "stochastic"),
+        ("lion8bit", "mx8", "native"),
+    ):
+        kind = onepass.Lion if "lion" in name else onepass.AdamW
+        options = {"states": states, "weights": weights}
+        for sharding in ("fsdp2", "zero1"):
+            model = make(BF16)
+            terms = Terms(shards=world, sharding=sharding)
+            predicted = of_terms(candidate(name), of_module(model, "model"), terms)
+            if sharding == "fsdp2":
+                trained = zero_model.sharded(model)
+                optimizer = inner = kind(model.parameters(), lr=LR, **options)
+            else:
+                trained = DistributedDataParallel(model)
+                optimizer = ZeroRedundancyOptimizer(model.parameters(), kind, lr=LR, **options)
+                inner = optimizer.optim
+            backward(trained, 0)
+            optimizer.step()
+            params = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+            grads = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
+            states_ = [v for state in inner.state.values() for v in state.values()]
+            states_ = [getattr(v, "_local_tensor", v) for v in states_]
+            for what, tensors in (("weights", params), ("gradients", grads)):
+                held = everywhere(sum(t.numel() * t.element_size() for t in tensors))
+                assert max(held) == getattr(predicted, what), (name, sharding, what)
+            held = everywhere(storage_bytes(states_))
+            assert max(held) == predicted.moments + predicted.companions, (name, sharding)
+
+
+def paged_states_have_the_bits_of_those_that_are_not(directory, checkpoints):
+    for states, weights, budget in (("fp32", "native", 0), ("mx8", "split8", 1 << 14)):
+        options = {"lr": LR, "states": states, "weights": weights, "max_grad_norm": 0.1}
+        options |= {"skip_nonfinite": True, "ema_decay": 0.9}
+        paging = onepass.paging.Paging(budget, page_bytes=1 << 14)
+        models = [zero_model.sharded(make(BF16)) for _ in range(2)]
+        paged = onepass.AdamW(models[0].parameters(), paged=paging, **options)
+        plain = onepass.AdamW(models[1].parameters(), **options)
+        for step in range(4):
+            for model, optimizer in zip(models, (paged, plain), strict=True):
+                optimizer.zero_grad()
+                backward(model, step)
+                optimizer.step()
+            if step == 1:  # saved and loaded on the way, each by the other
+                saved = paged.state_dict(), plain.state_dict()
+                paged = onepass.AdamW(models[0].parameters(), paged=paging, **options)
+                plain = onepass.AdamW(models[1].parameters(), **options)
+                paged.load_state_dict(saved[1])
+                plain.load_state_dict(saved[0])
+        (footprint,) = onepass.paging.footprints(paged).values()
+        assert footprint.ring > 0
+        assert footprint.host > 0
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(p.to_local(), q.to_local())
+            ours, theirs = paged.state[p], plain.state[q]
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                assert isinstance(value, DTensor) == isinstance(theirs[key], DTensor), key
+                value, other = (getattr(v, "_local_tensor", v) for v in (value, theirs[key]))
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), key
 
 
 def clipping_is_by_the_norm_over_all_ranks(directory, checkpoints):
@@ -284,6 +355,8 @@ EVERYWHERE = [
     block_formats_have_them_where_shards_are_cut_at_blocks,
     states_are_dtensors_of_the_same_placement,
     bytes_per_rank_are_a_share_of_the_whole,
+    bytes_per_rank_are_as_predicted,
+    paged_states_have_the_bits_of_those_that_are_not,
     clipping_is_by_the_norm_over_all_ranks,
     copies_count_once,
     gradients_of_other_placements_are_brought_to_the_parameters,

@@ -65,11 +65,15 @@ struct ToBf16 {
   static constexpr bool kDraws = false;
   static constexpr Format kFormat = Format::kBf16;
   ONEPASS_HD static float decode(uint32_t code) { return from_bits(code << 16); }
+  ONEPASS_HD static uint32_t round(float value, uint32_t) { return round_bf16(value); }
   ONEPASS_HD static uint32_t encode(float value, uint32_t) { return round_bf16(value) >> 16; }
 };
 struct DitherBf16 : ToBf16 {
   static constexpr bool kDraws = true;
   static constexpr Format kFormat = Format::kBf16Stochastic;
+  ONEPASS_HD static uint32_t round(float value, uint32_t random16) {
+    return round_bf16_stochastic(value, random16);
+  }
   ONEPASS_HD static uint32_t encode(float value, uint32_t random16) {
     return round_bf16_stochastic(value, random16) >> 16;
   }

@@ -73,11 +73,15 @@ struct Mx4State {
       const Stored& at, int64_t first, int n, float* __restrict out, float* roots) {
     const uint8_t* __restrict bytes = static_cast<const uint8_t*>(at.data) + first / 2;
     const uint32_t scale = static_cast<const uint8_t*>(at.extra)[first / kMxBlock];
-    float* __restrict root = roots;
-    uint8_t twice[kStrip];
+    uint8_t nibbles[kStrip];
     uint32_t codes[kStrip];
-    split_nibbles(bytes, twice, (n + 1) / 2);
-    convert(twice, codes, n);
+    split_nibbles(bytes, nibbles, (n + 1) / 2);
+    convert(nibbles, codes, n);
+    values(codes, scale, n, out, roots);
+  }
+  ONEPASS_HD static void values(
+      const uint32_t* __restrict codes, uint32_t scale, int n, float* __restrict out,
+      float* __restrict root) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       const float value = Code::decode(codes[i], scale);
@@ -151,7 +155,10 @@ template <const DynamicMap& Map>
 void load_dynamic8(const Stored& src, int64_t first, int n, float* __restrict tile, float*) {
   const uint8_t* __restrict codes = static_cast<const uint8_t*>(src.data) + first;
   const float scale = static_cast<const float*>(src.extra)[first / kDynamicBlock];
-  for (int i = 0; i < n; ++i) tile[i] = Map.values[codes[i]] * scale;
+  uint32_t wide[kTile];
+  convert(codes, wide, n);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) tile[i] = Map.values[static_cast<int32_t>(wide[i])] * scale;
 }
 
 template <const DynamicMap& Map>
@@ -169,10 +176,10 @@ void store_dynamic8(
     __builtin_memset(codes, 0, n);
     return;
   }
-  float units[kTile];
+  int32_t wide[kTile];
 #pragma omp simd
-  for (int i = 0; i < n; ++i) units[i] = div_rn(tile[i], divisor);
-  for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(encode_dynamic(units[i], Map));
+  for (int i = 0; i < n; ++i) wide[i] = encode_dynamic(div_rn(tile[i], divisor), Map);
+  convert(wide, codes, n);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include "formats_impl.h"
 #include "kernels.h"
 #include "norm_impl.h"
-#include "pair.h"
+#include "strips_impl.h"
 
 namespace onepass::cpu {
 namespace {
@@ -183,16 +183,6 @@ ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
   for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + kAheadBytes + line, 0, 3);
 }
 
-// A strip as fp32: in place if it rests so. (A copy would be a memcpy to the compiler, whose narrow
-// stores the wide loads after it would wait for.)
-template <class Format>
-ONEPASS_HD float* open_strip(const Stored& at, int64_t first, float* buffer, float* roots) {
-  if constexpr (Format::kFormat == onepass::Format::kFp32)
-    return static_cast<float*>(at.data) + first;
-  Format::load(at, first, kStrip, buffer, roots);
-  return buffer;
-}
-
 // A slot as a type, so that a loop over slots leaves constants.
 template <int Index>
 struct Slot {
@@ -210,9 +200,10 @@ ONEPASS_HD void for_each_slot(const Body& body) {
   if constexpr (kLead != 2 && (Rule::kSlots & 4)) body(Slot<2>());
 }
 
-// Any formats of 32 elements at a time, in registers as far as they go.
+// Any formats, a tile at a time. Separate loops over its strips: the division and the root leave
+// room for the other half of the first of them, and for no more.
 template <class Rule, class Weight, class Grad, template <Kind> class State>
-void apply_strips(
+void apply_tiles(
     const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
     const TileRandom& random_ref) {
   const TileRandom random = random_ref;  // copies: the stores below could alias the originals
@@ -221,29 +212,32 @@ void apply_strips(
   const auto hyper = load_hyper<Rule>(row);
   const float grad_scale = row[0];
   constexpr unsigned kSlots = Rule::kSlots;
+  constexpr bool kFloats =
+      Weight::kFormat == Format::kFp32 || State<kFirst>::kFormat == Format::kFp32;
+  constexpr Order kOrder = kFloats ? kInOrder : kByPairs;
   constexpr bool kDraws = State<kFirst>::kDraws;
   constexpr int kUse = weight_use(Weight::kFormat);
+  // Which words are drawn, and who takes them.
   constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 2 == 0);
-  // A tile at a time: an update, a block's scale and its codes each wait for what is before them,
-  // but not for another block's.
-  constexpr int kStrips = 8;
-  for (int tile = 0; tile < n; tile += kStrips * kStrip) {
-    alignas(64) float values[kMaxStates][kStrips][kStrip], roots[kStrips][kStrip];
-    alignas(64) uint32_t words[kStrips][kStrip];  // slots 0 and 1 take them, and split8
-    const int strips = n - tile < kStrips * kStrip ? (n - tile) / kStrip : kStrips;
-    for (int strip = 0; strip < strips; ++strip) {
+  constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
+  using Params = Strip<Weight, kOrder>;
+  for (int tile = 0; tile < n; tile += kTile) {
+    alignas(64) float params[kStrips][kStrip], values[kMaxStates][kStrips][kStrip];
+    alignas(64) float roots[kStrips][kStrip];
+    alignas(64) uint32_t words[2][kStrips][kStrip], spare[kStrips][kPairs];
+    for (int strip = 0; strip < kStrips; ++strip) {
       const int first = tile + strip * kStrip;
-      float param_strip[kStrip], grad_strip[kStrip];
+      float grad_strip[kStrip];
       prefetch_strip<Weight>(weight, first);
       prefetch_strip<Grad>(grad, first);
-      float* __restrict p = open_strip<Weight>(weight, first, param_strip, nullptr);
-      const float* __restrict g = open_strip<Grad>(grad, first, grad_strip, nullptr);
+      float* __restrict p = Params::open(weight, first, params[strip]);
+      const float* __restrict g = Strip<Grad, kOrder>::open(grad, first, grad_strip);
       float* open[kMaxStates] = {};
       for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
         constexpr int k = decltype(slot)::kIndex;
         using Stored = State<kind_of<Rule>(k)>;
         prefetch_strip<Stored>(states[k], first);
-        open[k] = open_strip<Stored>(states[k], first, values[k][strip], roots[strip]);
+        open[k] = Tile<kOrder, Stored>::open(states[k], first, values[k][strip], roots[strip]);
       });
       float* __restrict t0 = open[0], * __restrict t1 = open[1], * __restrict t2 = open[2];
 #pragma omp simd
@@ -257,32 +251,23 @@ void apply_strips(
         if (kSlots & 2) t1[i] = value1;
         if (kSlots & 4) t2[i] = value2;
       }
-      // Beside the division and the root, which leave the units that draw idle.
-      if (kDraws0) draw(random, 0, first, kStrip, words[strip]);
-      uint32_t own[kStrip];
-      const uint32_t* drawn = kUse / 2 == 0 ? words[strip] : own;
-      if (Weight::kDraws && drawn == own) draw(random, kUse / 2, first, kStrip, own);
-      if (Weight::kFormat != Format::kFp32)
-        Weight::store(p, weight, first, kStrip, {drawn, kUse % 2 * 16}, nullptr);
+      if (!Weight::kDraws) Params::store(p, weight, first, {}, nullptr);
     }
-    if (State<kFirst>::kFormat == Format::kFp32) continue;
+    for (int strip = 0; strip < kStrips; ++strip) {
+      if (kDraws0) draw_strip<kOrder>(random, 0, tile + strip * kStrip, words[0][strip]);
+      if (kDraws1) draw_strip<kOrder>(random, 1, tile + strip * kStrip, words[1][strip]);
+    }
+    if (Weight::kDraws) {
+      for (int strip = 0; strip < kStrips; ++strip)
+        Params::store(
+            params[strip], weight, tile + strip * kStrip, {words[kUse / 2][strip], kUse % 2 * 16},
+            spare[strip]);
+      Params::finish(spare, weight, tile);
+    }
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
       constexpr int k = decltype(slot)::kIndex;
-      using Stored = State<kind_of<Rule>(k)>;
-      uint32_t scales[kStrips];
-      for (int strip = 0; strip < strips; ++strip) {
-        Stored::units(values[k][strip], kStrip, roots[strip]);
-        scales[strip] = scale_of<typename Stored::Code>(values[k][strip], kStrip);
-      }
-      for (int strip = 0; strip < strips; ++strip) {
-        const int first = tile + strip * kStrip;
-        uint32_t own[kStrip];
-        if (k == 2 && kDraws) draw(random, 1, first, kStrip, own);
-        const uint32_t* drawn = k == 2 ? own : words[strip];
-        Stored::store_scaled(
-            values[k][strip], states[k], first, kStrip, {drawn, k % 2 * 16}, scales[strip],
-            roots[strip]);
-      }
+      Tile<kOrder, State<kind_of<Rule>(k)>>::store(
+          values[k], states[k], tile, words[k / 2], k % 2 * 16, roots);
     });
   }
 }
@@ -296,11 +281,11 @@ template <class Rule, bool = Rule::kValid>
 struct Pick {
   static constexpr RuleFn fp32 = apply_fp32<Rule>;
   static constexpr RuleFn bf16 = apply_bf16<Rule>;
-  static constexpr RuleFn bf16_fp32 = apply_strips<Rule, Bf16, Bf16, Fp32State>;
-  static constexpr RuleFn fp32_mx8 = apply_strips<Rule, Fp32, Fp32, Mx8State>;
-  static constexpr RuleFn split8_mx8 = apply_strips<Rule, Split8Weight, Bf16, Mx8State>;
-  static constexpr RuleFn stochastic_mx8 = apply_strips<Rule, Half<DitherBf16>, Bf16, Mx8State>;
-  static constexpr RuleFn stochastic_mx4 = apply_strips<Rule, Half<DitherBf16>, Bf16, Mx4State>;
+  static constexpr RuleFn bf16_fp32 = apply_tiles<Rule, Bf16, Bf16, Fp32State>;
+  static constexpr RuleFn fp32_mx8 = apply_tiles<Rule, Fp32, Fp32, Mx8State>;
+  static constexpr RuleFn split8_mx8 = apply_tiles<Rule, Split8Weight, Bf16, Mx8State>;
+  static constexpr RuleFn stochastic_mx8 = apply_tiles<Rule, Half<DitherBf16>, Bf16, Mx8State>;
+  static constexpr RuleFn stochastic_mx4 = apply_tiles<Rule, Half<DitherBf16>, Bf16, Mx4State>;
 };
 template <class Rule>
 struct Pick<Rule, false> {
@@ -323,22 +308,22 @@ struct Pick<Rule, false> {
     }                                                    \
   }
 
-#define ONEPASS_KERNELS                                                         \
-  {                                                                             \
-      {                                                                         \
-          ONEPASS_DIRECT(kFp32, kFp32, kFp32, 1, fp32),                         \
-          ONEPASS_DIRECT(kBf16, kBf16, kBf16Stochastic, 1, bf16),               \
-          ONEPASS_DIRECT(kBf16, kBf16, kFp32, kStrip, bf16_fp32),               \
-          ONEPASS_DIRECT(kFp32, kFp32, kMx8, kStrip, fp32_mx8),                 \
-          ONEPASS_DIRECT(kSplit8, kBf16, kMx8, kStrip, split8_mx8),             \
-          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx8, kStrip, stochastic_mx8), \
-          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx4, kStrip, stochastic_mx4), \
-      },                                                                        \
-      ONEPASS_FORMATS(load),                                                    \
-      ONEPASS_FORMATS(store),                                                   \
-      ONEPASS_NORMS,                                                            \
-      average_tile,                                                             \
-      measure_tile,                                                             \
+#define ONEPASS_KERNELS                                                        \
+  {                                                                            \
+      {                                                                        \
+          ONEPASS_DIRECT(kFp32, kFp32, kFp32, 1, fp32),                        \
+          ONEPASS_DIRECT(kBf16, kBf16, kBf16Stochastic, 1, bf16),              \
+          ONEPASS_DIRECT(kBf16, kBf16, kFp32, kTile, bf16_fp32),               \
+          ONEPASS_DIRECT(kFp32, kFp32, kMx8, kTile, fp32_mx8),                 \
+          ONEPASS_DIRECT(kSplit8, kBf16, kMx8, kTile, split8_mx8),             \
+          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx8, kTile, stochastic_mx8), \
+          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx4, kTile, stochastic_mx4), \
+      },                                                                       \
+      ONEPASS_FORMATS(load),                                                   \
+      ONEPASS_FORMATS(store),                                                  \
+      ONEPASS_NORMS,                                                           \
+      average_tile,                                                            \
+      measure_tile,                                                            \
   }
 
 }  // namespace onepass::cpu

@@ -18,8 +18,11 @@ ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 template <int Exponent, int Mantissa>
 struct Minifloat {
-  static constexpr int kDropped = 23 - Mantissa;  // bits of an fp32 below the code's last
+  static constexpr int kMantissa = Mantissa;
+  static constexpr int kDropped = 23 - Mantissa;      // bits of an fp32 below the code's last
+  static constexpr int kRandomShift = kDropped - 16;  // the upper 16 of them are random
   static constexpr uint32_t kSpan = (1u << Exponent) - 1;
+  static constexpr uint32_t kSign = 0;  // of a code that has a sign, its bit
   static constexpr uint32_t kNan = 1u
                                    << (Mantissa - 1);  // every code of a block that is not finite
 
@@ -85,6 +88,7 @@ template <int Exponent, int Mantissa>
 struct Signed : Minifloat<Exponent, Mantissa> {
   using Base = Minifloat<Exponent, Mantissa>;
   static constexpr int kWidth = Exponent + Mantissa;
+  static constexpr uint32_t kSign = 1u << kWidth;
   static constexpr uint32_t kLift = 1u << (23 - Base::kSpan);  // T beside the top binade
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value) & kMagnitude; }

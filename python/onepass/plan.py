@@ -15,9 +15,9 @@ import torch
 from . import backends
 from .arena import Arena
 from .checks import check_tensors, check_weight_format
-from .distributed.part import ShardedPart
+from .distributed.part import PagedShards, ShardedPart
 from .distributed.ranks import Groups, Ranks
-from .distributed.shards import shards_of
+from .distributed.shards import local_of, shards_of
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
 from .groups import Reader, is_fixed, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
@@ -111,8 +111,6 @@ class Plan:
         arena, pager = Arena(), optimizer.pager
         paged: set[torch.Tensor] = set()
         if pager is not None:
-            if shards:
-                raise ValueError("paged: the states of DTensors cannot be paged yet")
             pager.settle()  # states are read, and may come to another place in the ring
             paged = pager.places(optimizer.param_groups, self._whole).paged
         for group in groups:
@@ -125,7 +123,7 @@ class Plan:
             check_weight_format(param, group["weights"], which)
             state, form = optimizer.state.get(whole, {}), STATE_FORMATS[group["states"]]
             for _, name in rule.state_slots(rule.flag_bits(group)):
-                if state.get(name) is None and param not in paged:
+                if state.get(name) is None and whole not in paged:
                     for layout in state_layouts(param, name, form):
                         arena.want(layout, param.device)
         extras = optimizer.measures or any(group["ema_decay"] is not None for group in groups)
@@ -157,7 +155,7 @@ class Plan:
             saved_as = getattr(state, "form", "")
             if shard is not None:
                 saved = shard.inner(state, rule)
-            home = None if pager is None or param not in paged else pager.home
+            home = None if pager is None or whole not in paged else pager.home
             held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
             first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
             for _, name in slots:
@@ -250,12 +248,17 @@ class Plan:
         place: _Place,
         paged: set[torch.Tensor],
     ) -> Part:
-        if place.groups is not None:
-            return ShardedPart(backend, entries, table, wholes, self._optimizer.moved)
-        pager = self._optimizer.pager
-        if pager is None or paged.isdisjoint(wholes):
-            return Part(backend, entries, table)
-        return PagedPart(backend, entries, table, pager, paged)
+        pager, moved = self._optimizer.pager, self._optimizer.moved
+        away = {local_of(whole) for whole in wholes if whole in paged}
+        if pager is None or not away:
+            if place.groups is None:
+                return Part(backend, entries, table)
+            return ShardedPart(backend, entries, table, wholes=wholes, moved=moved)
+        if place.groups is None:
+            return PagedPart(backend, entries, table, pager=pager, paged=away)
+        return PagedShards(
+            backend, entries, table, wholes=wholes, moved=moved, pager=pager, paged=away
+        )
 
     def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What entries were made from; the other options are read at every step."""

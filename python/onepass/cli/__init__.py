@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
+    Command("bench", "time one optimizer step beside other libraries", "onepass.cli.bench"),
     Command("compare", "the algorithms on surfaces and small models, drawn", "onepass.cli.compare"),
     Command("demo", "train a small text model with several optimizers", "onepass.cli.demo"),
     Command("info", "versions, backends and what each of them supports", "onepass.cli.info"),

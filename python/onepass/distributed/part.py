@@ -9,6 +9,7 @@ import torch
 
 from .. import backends
 from ..backends.base import same_layout
+from ..paging.part import PagedPart
 from ..parts import Part
 from ..rows import RowTable
 from .shards import local_of
@@ -28,6 +29,7 @@ class ShardedPart(Part):
     Args:
         wholes: the DTensors, in the order of entries.
         moved: see :data:`Moved`.
+        options: of the kind of part that this is beside.
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class ShardedPart(Part):
         backend: backends.Backend,
         entries: list[backends.Entry],
         table: RowTable,
+        *,
         wholes: list[Any],
         moved: Moved,
+        **options: Any,
     ) -> None:
         self._wholes, self._moved = wholes, moved
-        super().__init__(backend, entries, table)
+        super().__init__(backend, entries, table, **options)
         # As the gradients had them when they were last looked at.
         self._specs = [whole.grad._spec for whole in wholes]
         self._fitting = [self._is_placed(i) for i in range(len(wholes))]
@@ -106,3 +110,7 @@ class ShardedPart(Part):
                     local_of(whole.grad).zero_()
         self._copies = []
         self._moved.clear()
+
+
+class PagedShards(ShardedPart, PagedPart):
+    """Local tensors of DTensors, with states that are paged."""

@@ -174,12 +174,14 @@ class Shard:
         """A DTensor of the parameter's placements around a local tensor; None for its shape and
         strides."""
         from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        mesh, placements = self.whole.device_mesh, self.whole.placements
-        shape, stride = shape or self.whole.shape, stride or self.whole.stride()
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
-        )
+        # DTensor.from_local would bring paged states to the device of the mesh.
+        meta = TensorMeta(shape or self.whole.shape, stride or self.whole.stride(), local.dtype)
+        spec = DTensorSpec(self.whole.device_mesh, self.whole.placements, tensor_meta=meta)
+        made: Any = DTensor
+        result: torch.Tensor = made(local, spec, requires_grad=False)
+        return result
 
     def saved(
         self, state: Mapping[str, Any], rule: Rule, form: StateFormat, which: str

@@ -61,7 +61,8 @@ def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
 
 def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -> Change | None:
     """The first change with which an optimizer takes at most ``limit`` bytes on each GPU: smaller
-    formats, then paging, then more GPUs. Of a peer's, ours of the same rule. None if there is none.
+    formats, then paging, then FSDP2 instead of ZeRO-1, then more GPUs. Of a peer's, ours of the
+    same rule. None if there is none.
     """
     name = choice.variant.name if choice.variant else choice.peer.rule if choice.peer else "adamw"
     variant = parse(name)
@@ -79,15 +80,18 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
             words_ = "+".join(words)
             shown = f"+{words_}" if choice.variant is not None else variant.plus(*words).name
             return Change(shown, found.peak, found.host)
-    count = terms.shards * 2
-    while count <= MOST_SHARDS:
+    counts = [terms.shards << power for power in range(1, 11)]
+    further = [(f"--shards {n}", replace(terms, shards=n)) for n in counts if n <= MOST_SHARDS]
+    if terms.sharding == "zero1" and terms.shards > 1:
+        # Weights and gradients stay whole under ZeRO-1, on any number of GPUs.
+        further.insert(0, ("--sharding fsdp2", replace(terms, sharding="fsdp2")))
+    for words_, others in further:
         try:
-            found = predicted(choice, model, replace(terms, shards=count))
+            found = predicted(choice, model, others)
         except (CannotSimulateError, ValueError):
             return None
         if found.peak <= limit:
-            return Change(f"--shards {count}", found.peak, found.host)
-        count *= 2
+            return Change(words_, found.peak, found.host)
     return None
 
 

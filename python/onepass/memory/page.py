@@ -11,12 +11,12 @@ from .sizes import show
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.25rem; } .note { opacity: .75; }
 .row { display: grid; grid-template-columns: 15rem 1fr; align-items: center; margin: .25rem 0; }
 .row > b { font-weight: 500; text-align: right; padding-right: .75rem; overflow-wrap: anywhere; }
 .bar { position: relative; display: flex; height: 1.7rem; }
-.part { height: 100%; outline: 1px solid Canvas; position: relative; }
+.part { flex: none; height: 100%; outline: 1px solid Canvas; position: relative; }
 .part:hover, .part:focus { filter: brightness(1.2); outline: 2px solid CanvasText; z-index: 2; }
 .tip { display: none; position: absolute; top: 105%; left: 0; width: max-content; z-index: 3;
   background: CanvasText; color: Canvas; padding: .3rem .6rem; border-radius: .3rem; }
@@ -27,7 +27,8 @@ h1 { font-size: 1.25rem; } .note { opacity: .75; }
 .legend i { display: inline-block; width: 1rem; height: 1rem; margin-right: .4rem;
   vertical-align: -.15rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; margin-top: 1.5rem; }
-td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
+td, th { padding: .2rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #8884; }
 td:first-child, th:first-child { text-align: left; }
 """
 
@@ -49,8 +50,8 @@ def page(
         limit: bytes, drawn as a line.
     """
     shown = [(report, found) for report in reports if (found := report.bytes) is not None]
-    # The bars take four fifths of the width: what they end in is written behind them.
-    whole = max([found.peak for _, found in shown] + [limit or 0, 1]) / 0.8
+    # The bars take three quarters of the width: what they end in is written behind them.
+    whole = max([found.peak for _, found in shown] + [limit or 0, 1]) / 0.75
     used = [c for c in CATEGORIES if any(getattr(found, c) for _, found in shown)]
     legend = "".join(
         f'<span><i style="background:{COLOURS[c]}"></i>{TITLES[c]}</span>' for c in used

@@ -101,17 +101,14 @@ def parameters(shapes: Sequence[Shape], terms: Terms) -> list[torch.nn.Parameter
     return found
 
 
-def _flat(shapes: Sequence[Shape], terms: Terms) -> list[Shape]:
-    """The parts of one rank of the states: one tensor for all parameters of one treatment."""
-    lists: dict[str, list[Shape]] = {}
+def _dealt(shapes: Sequence[Shape], terms: Terms) -> list[list[Shape]]:
+    """What each rank has the states of: parameters of one treatment are one group."""
+    groups: dict[str, list[Shape]] = {}
     for shape in shapes:
         if shape.trained:
             kind = shape.kind if terms.careful and shape.kind in (EMBEDDING, NORM) else "matrix"
-            lists.setdefault(kind, []).append(shape)
-    return [
-        Shape(kind, (shards.partition([s.numel for s in found], terms.shards),), kind)
-        for kind, found in lists.items()
-    ]
+            groups.setdefault(kind, []).append(shape)
+    return shards.dealt(groups.values(), terms.shards)
 
 
 def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
@@ -121,28 +118,27 @@ def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
         CannotSimulateError: nothing predicts this optimizer here.
         ValueError: it refuses these parameters.
     """
-    whole: Bytes | None = None
     shapes: Sequence[Shape] = model.shapes
     if terms.shards > 1 and terms.sharding == "zero1":
         params = parameters(shapes, terms)
-        # Whole weights and gradients; the states are of the rank's part alone.
+        # Whole weights and gradients; the states are of the rank's parameters alone.
         trained = [p for p in params if p.requires_grad]
-        whole = Bytes(
-            weights=storage_bytes(params),
-            gradients=sum(p.numel() * (terms.grad_dtype or p.dtype).itemsize for p in trained),
-        )
-        shapes = _flat(shapes, terms)
-    elif terms.shards > 1:
+        weights = storage_bytes(params)
+        gradients = sum(p.numel() * (terms.grad_dtype or p.dtype).itemsize for p in trained)
+        ranks = [_of_shapes(choice, rank, terms) for rank in _dealt(shapes, terms)]
+        fullest = max(ranks, key=lambda found: found.states, default=Bytes())
+        return replace(fullest, weights=weights, gradients=gradients)
+    if terms.shards > 1:
         shapes = shards.sharded(shapes, terms.shards)
+    return _of_shapes(choice, shapes, terms)
+
+
+def _of_shapes(choice: Candidate, shapes: Sequence[Shape], terms: Terms) -> Bytes:
     params = parameters(shapes, terms)
-    make = choice.maker([s.kind for s in shapes], terms)
     if choice.peer is not None:
-        found = choice.peer.predict(params, terms.grad_dtype, terms.device)
-    else:
-        found = predicted_of(make, params, terms.grad_dtype, terms.device)
-    if whole is not None:
-        found = replace(found, weights=whole.weights, gradients=whole.gradients)
-    return found
+        return choice.peer.predict(params, terms.grad_dtype, terms.device)
+    make = choice.maker([s.kind for s in shapes], terms)
+    return predicted_of(make, params, terms.grad_dtype, terms.device)
 
 
 def predicted_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from .models.shapes import Model, Shape
@@ -21,14 +21,20 @@ def sharded(shapes: Sequence[Shape], count: int) -> list[Shape]:
     ]
 
 
-def partition(numels: Sequence[int], count: int) -> int:
-    """Elements of the first of ``count`` ranks' part of a flat list of parameters, as ZeRO-1
-    divides the states: ceil(total / count).
+def dealt(groups: Iterable[Sequence[Shape]], count: int) -> list[list[Shape]]:
+    """The shapes whose states each of ``count`` ranks holds under ZeRO-1: of each group the largest
+    first, to the rank that has the fewest elements so far. Ranks that hold none are left out.
 
-    Source: Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter
-    models" (2020), P_os.
+    Source: torch.distributed.optim.ZeroRedundancyOptimizer, which deals whole parameters out.
     """
-    return -(-sum(numels) // count)
+    ranks: list[list[Shape]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for group in groups:
+        for shape in sorted(group, key=lambda s: -s.numel):
+            rank = sizes.index(min(sizes))
+            ranks[rank].append(shape)
+            sizes[rank] += shape.numel
+    return [rank for rank in ranks if rank]
 
 
 def check(model: Model, count: int) -> str:

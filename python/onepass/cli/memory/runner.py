@@ -237,9 +237,9 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
             notes.append(
                 f"{found.name} does not fit; " + (str(change) if change else "no change would")
             )
-    if asked.terms.shards > 1:
+    if asked.terms.shards > 1 and asked.terms.sharding == "fsdp2":
         uneven = check_shards(asked.model, asked.terms.shards)
-        notes += [uneven] if uneven and asked.terms.sharding == "fsdp2" else []
+        notes += [uneven] if uneven else []
         notes.append("not counted under shards: layers gathered for the time of their use")
     return [*notes, _UNCOUNTED]
 

@@ -1,0 +1,160 @@
+// Strips of 32 elements whose values of 8 and 16 bits lie two to a word, for one instruction set:
+// see kernels_impl.h. What codes need of arithmetic is then half the work, and a tile of strips at
+// a time leaves nothing that crosses lanes for each strip alone: beside a division and a root for
+// each element the processor has little to spare.
+#pragma once
+
+#include "formats_impl.h"
+#include "pair.h"
+
+namespace onepass::cpu {
+namespace {
+
+constexpr int kStrips = kTile / kStrip;
+constexpr int kPairs = kStrip / 2;
+
+// The fp32 elements i and i + kPairs of a strip are pair i: in memory they are either kPairs apart
+// as well, or neighbours, so that a pair is a word of a 16-bit tensor.
+enum Order { kInOrder, kByPairs };
+
+// A value in both halves of a word.
+constexpr uint32_t twice(uint32_t value) { return value << 16 | value; }
+
+// The words of the generator for a strip.
+template <Order Of>
+ONEPASS_HD void draw_strip(
+    const TileRandom& random, int word, int offset, uint32_t* __restrict words) {
+  constexpr uint32_t kNext = Of == kByPairs ? 2 * kWeyl : kWeyl;
+  constexpr uint32_t kSecond = Of == kByPairs ? kWeyl : kPairs * kWeyl;
+  const RandomKey key = random.keys[word];
+  const uint32_t start = random_start(key, random.low + static_cast<uint32_t>(offset));
+#pragma omp simd
+  for (int i = 0; i < kPairs; ++i) {
+    const uint32_t at = start + static_cast<uint32_t>(i) * kNext;
+    words[i] = random_mix(key, at);
+    words[i + kPairs] = random_mix(key, at + kSecond);
+  }
+}
+
+// --- by hand with AVX-512 ---
+
+#if defined(__AVX512BW__)
+ONEPASS_HD __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
+ONEPASS_HD void store_512(void* to, __m512i value) { _mm512_storeu_si512(to, value); }
+ONEPASS_HD __m512i all_of(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
+ONEPASS_HD __m512i right_512(__m512i value, int shift) {
+  return _mm512_maskz_srli_epi32(kAll, value, shift);
+}
+// In each word, the bytes of to that mask names become those of from that order names.
+ONEPASS_HD __m512i move_bytes(__m512i to, __mmask64 mask, __m512i from, int order) {
+  const __m128i words = _mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
+  const __m128i lane = _mm_add_epi32(words, _mm_set1_epi32(order));
+  return _mm512_mask_shuffle_epi8(to, mask, from, _mm512_maskz_broadcast_i32x4(kAll, lane));
+}
+ONEPASS_HD void join_512(__m512i low, __m512i high, void* pairs) {
+  store_512(pairs, move_bytes(high, 0x3333333333333333, low, 0x0302));
+}
+#endif
+
+// The upper halves of a strip.
+ONEPASS_HD void join_strip(const uint32_t* __restrict words, Pair* __restrict pairs) {
+#if defined(__AVX512BW__)
+  join_512(load_512(words), load_512(words + kPairs), pairs);
+#else
+#pragma omp simd
+  for (int i = 0; i < kPairs; ++i) pairs[i] = join(words[i], words[i + kPairs]);
+#endif
+}
+
+// --- bytes ---
+
+// 32 bytes, each in 16 bits.
+template <class From, class To>
+ONEPASS_HD void widen(const From* from, To* to) {
+#if defined(__AVX512BW__)
+  const __m256i bytes = load_256(from);
+  const __mmask32 all = 0xFFFFFFFF;
+  const bool with_sign = static_cast<From>(-1) < 0;
+  store_512(
+      to,
+      with_sign ? _mm512_maskz_cvtepi8_epi16(all, bytes) : _mm512_maskz_cvtepu8_epi16(all, bytes));
+#else
+#pragma omp simd
+  for (int i = 0; i < kStrip; ++i) to[i] = from[i];
+#endif
+}
+
+// A tile of pairs of bytes, each in the lower part of its half: the bytes in memory's order.
+template <Order Of>
+ONEPASS_HD void narrow_tile(const uint32_t (*pairs)[kPairs], uint8_t* to) {
+#if defined(__AVX512BW__)
+  const __m512i strips = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+  const __m512i words = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m128i halves = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
+  for (int strip = 0; strip < kStrips; strip += 2, to += 2 * kStrip) {
+    const __m512i bytes = _mm512_packus_epi16(load_512(pairs[strip]), load_512(pairs[strip + 1]));
+    if (Of == kByPairs) {
+      store_512(to, _mm512_maskz_permutexvar_epi64(0xFF, strips, bytes));
+    } else {
+      const __m512i apart = _mm512_shuffle_epi8(bytes, _mm512_maskz_broadcast_i32x4(kAll, halves));
+      store_512(to, _mm512_maskz_permutexvar_epi32(kAll, words, apart));
+    }
+  }
+#else
+  for (int strip = 0; strip < kStrips; ++strip, to += kStrip) {
+    const uint32_t* __restrict pair = pairs[strip];
+    if (Of == kByPairs) {
+      uint32_t both[kPairs];
+      uint16_t words[kPairs];
+#pragma omp simd
+      for (int i = 0; i < kPairs; ++i) both[i] = pair[i] | pair[i] >> 8;
+      convert(both, words, kPairs);
+      __builtin_memcpy(to, words, kStrip);
+    } else {
+      uint32_t upper[kPairs];
+#pragma omp simd
+      for (int i = 0; i < kPairs; ++i) upper[i] = pair[i] >> 16;
+      convert(pair, to, kPairs);
+      convert(upper, to + kPairs, kPairs);
+    }
+  }
+#endif
+}
+
+// The largest of each strip of a tile.
+ONEPASS_HD void largest_of(const uint32_t (*values)[kPairs], uint32_t* __restrict largest) {
+#if defined(__AVX512BW__)
+  static_assert(kStrips == 8, "the tree is of eight");
+  const auto larger = [](__m512i a, __m512i b) { return _mm512_maskz_max_epu32(kAll, a, b); };
+  __m512i twos[4], fours[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = load_512(values[2 * i]), b = load_512(values[2 * i + 1]);
+    twos[i] = larger(
+        _mm512_maskz_shuffle_i32x4(kAll, a, b, 0x44), _mm512_maskz_shuffle_i32x4(kAll, a, b, 0xEE));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512i a = twos[2 * i], b = twos[2 * i + 1];
+    fours[i] = larger(
+        _mm512_maskz_shuffle_i32x4(kAll, a, b, 0x88), _mm512_maskz_shuffle_i32x4(kAll, a, b, 0xDD));
+  }
+  const __m512i both = larger(
+      _mm512_maskz_unpacklo_epi64(0xFF, fours[0], fours[1]),
+      _mm512_maskz_unpackhi_epi64(0xFF, fours[0], fours[1]));
+  const __m512i one = larger(both, _mm512_maskz_srli_epi64(0xFF, both, 32));
+  const __m512i order = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 10, 6, 2, 12, 8, 4, 0);
+  const __m512i ordered = _mm512_maskz_permutexvar_epi32(kAll, order, one);
+  // (A store with a mask would not be forwarded to the loads that follow.)
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(largest), _mm512_maskz_extracti64x4_epi64(0xF, ordered, 0));
+#else
+  for (int strip = 0; strip < kStrips; ++strip) {
+    uint32_t most = 0;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < kPairs; ++i) most = max_u32(most, values[strip][i]);
+    largest[strip] = most;
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace onepass::cpu

@@ -1,0 +1,312 @@
+// The formats of whole strips, states a tile of them at a time, for one instruction set: see
+// kernels_impl.h. What they compute is csrc/formats, two values to a word.
+#pragma once
+
+#include "pairs_impl.h"
+
+namespace onepass::cpu {
+namespace {
+
+// --- weights and gradients ---
+
+// open says where a strip lies as fp32, store writes it back; spare takes what finish writes of a
+// tile's companion.
+template <class Format, Order Of>
+struct Strip {
+  ONEPASS_HD static float* open(const Stored& at, int64_t first, float* buffer) {
+    Format::load(at, first, kStrip, buffer, nullptr);
+    return buffer;
+  }
+  ONEPASS_HD static void store(
+      const float* values, const Stored& at, int64_t first, Random random, uint32_t*) {
+    Format::store(values, at, first, kStrip, random, nullptr);
+  }
+  ONEPASS_HD static void finish(const uint32_t (*)[kPairs], const Stored&, int64_t) {}
+};
+
+// In place. (A copy would be a memcpy to the compiler, whose narrow stores the wide loads after it
+// would wait for.)
+template <>
+struct Strip<Fp32, kInOrder> {
+  ONEPASS_HD static float* open(const Stored& at, int64_t first, float*) {
+    return static_cast<float*>(at.data) + first;
+  }
+  ONEPASS_HD static void store(const float*, const Stored&, int64_t, Random, uint32_t*) {}
+  ONEPASS_HD static void finish(const uint32_t (*)[kPairs], const Stored&, int64_t) {}
+};
+
+ONEPASS_HD Pair* pairs_at(const Stored& at, int64_t first) {
+  return reinterpret_cast<Pair*>(static_cast<uint16_t*>(at.data) + first);
+}
+
+template <class Code>
+struct Strip<Half<Code>, kByPairs> {
+  ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict buffer) {
+    const Pair* pairs = pairs_at(at, first);
+#pragma omp simd
+    for (int i = 0; i < kPairs; ++i) {
+      buffer[i] = lower(pairs[i]);
+      buffer[i + kPairs] = upper(pairs[i]);
+    }
+    return buffer;
+  }
+  ONEPASS_HD static void store(
+      const float* __restrict values, const Stored& at, int64_t first, Random random, uint32_t*) {
+    uint32_t codes[kStrip];
+#pragma omp simd
+    for (int i = 0; i < kStrip; ++i) codes[i] = Code::round(values[i], random[i]);
+    join_strip(codes, pairs_at(at, first));
+  }
+  ONEPASS_HD static void finish(const uint32_t (*)[kPairs], const Stored&, int64_t) {}
+};
+
+template <>
+struct Strip<Split8Weight, kByPairs> {
+  ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict buffer) {
+    const uint16_t* __restrict weight = static_cast<const uint16_t*>(at.data) + first;
+    alignas(64) int16_t low[kStrip];
+    widen(static_cast<const int8_t*>(at.extra) + first, low);
+#pragma omp simd
+    for (int i = 0; i < kStrip; ++i) {  // the care of joined
+      const int16_t positive = low[i] > 0 ? low[i] : static_cast<int16_t>(0);
+      low[i] = (weight[i] & 0x7FFF) == 0 ? positive : low[i];
+    }
+    const Pair *pairs = pairs_at(at, first), *lows = reinterpret_cast<const Pair*>(low);
+#pragma omp simd
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t even = static_cast<uint32_t>(static_cast<int32_t>(lows[i] << 16) >> 8);
+      const uint32_t odd = static_cast<uint32_t>(static_cast<int32_t>(lows[i] & ~0xFFFFu) >> 8);
+      buffer[i] = from_bits((pairs[i] << 16) + even);
+      buffer[i + kPairs] = from_bits((pairs[i] & 0xFFFF0000u) + odd);
+    }
+    return buffer;
+  }
+  ONEPASS_HD static void store(
+      const float* __restrict values, const Stored& at, int64_t first, Random random,
+      uint32_t* __restrict spare) {
+    Pair* pairs = pairs_at(at, first);
+#if defined(__AVX512BW__)
+    const auto round = [&](int i) {
+      const __m512 value = _mm512_loadu_ps(values + i);
+      const __m512i drawn = _mm512_and_si512(load_512(random.words + i), all_of(0xFF));
+      const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+      return _mm512_mask_add_epi32(all_of(kBf16Nan), number, _mm512_castps_si512(value), drawn);
+    };
+    const __m512i even = round(0), odd = round(kPairs), half = all_of(0x8000);
+    join_512(_mm512_add_epi32(even, half), _mm512_add_epi32(odd, half), pairs);
+    const __m512i first_bytes = move_bytes(all_of(0), 0x1111111111111111, even, 0x01);
+    store_512(spare, move_bytes(first_bytes, 0x4444444444444444, odd, 0x010000));
+#else
+    uint32_t kept[kStrip];
+#pragma omp simd
+    for (int i = 0; i < kStrip; ++i) kept[i] = round_bf16_stochastic(values[i], random[i] & 0xFF);
+#pragma omp simd
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t even = kept[i], odd = kept[i + kPairs];
+      pairs[i] = join(even + 0x8000u, odd + 0x8000u);
+      spare[i] = (even >> 8 & 0xFF) | (odd << 8 & 0xFF0000);
+    }
+#endif
+  }
+  ONEPASS_HD static void finish(const uint32_t (*spare)[kPairs], const Stored& at, int64_t first) {
+    narrow_tile<kByPairs>(spare, static_cast<uint8_t*>(at.extra) + first);
+  }
+};
+
+// --- states in blocks ---
+
+// What codes need of the scales of a tile. From memory they are broadcast for nothing, from a
+// general register by the unit that permutes.
+struct Scales {
+  alignas(32) uint32_t scale[kStrips];
+  alignas(32) uint32_t base[kStrips];   // the code of its lowest exponent, in both halves
+  alignas(32) uint32_t least[kStrips];  // one more in the upper half
+  alignas(32) float lowest[kStrips];    // its lowest power of two
+};
+
+// A code, dithered, above base in the upper half of a word.
+template <int Exponent, int Mantissa>
+ONEPASS_HD uint32_t
+lift(Unsigned<Exponent, Mantissa>, float value, uint32_t random16, const Scales& of, int strip) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t least = of.least[strip], none = of.base[strip];
+  const uint32_t code = (bits >> Unsigned<Exponent, Mantissa>::kRandomShift) + random16;
+  const uint32_t kept = max_u32(code, least);
+  return bits == 0 ? none : kept;
+}
+template <int Exponent, int Mantissa>
+ONEPASS_HD uint32_t
+lift(Positive<Exponent, Mantissa>, float value, uint32_t random16, const Scales& of, int strip) {
+  const uint32_t bits = max_u32(to_bits(value), to_bits(of.lowest[strip]));
+  return (bits >> Positive<Exponent, Mantissa>::kRandomShift) + random16;
+}
+template <int Exponent, int Mantissa>
+ONEPASS_HD uint32_t
+lift(Signed<Exponent, Mantissa>, float value, uint32_t random16, const Scales& of, int strip) {
+  const uint32_t sign = to_bits(value) & ~kMagnitude;
+  const float lifted = value + from_bits(sign | to_bits(of.lowest[strip]));
+  return (to_bits(lifted) >> Signed<Exponent, Mantissa>::kRandomShift) + random16;
+}
+
+// The codes of a strip, each in a half of a pair.
+template <class Code>
+ONEPASS_HD void code_strip(
+    const float* __restrict values, Random random, const Scales& of, int strip,
+    uint32_t* __restrict codes) {
+  if (__builtin_expect(of.scale[strip] == kNotFinite, 0)) {
+    for (int i = 0; i < kPairs; ++i) codes[i] = twice(Code::kNan);
+    return;
+  }
+  uint32_t lifted[kStrip];
+#pragma omp simd
+  for (int i = 0; i < kStrip; ++i) lifted[i] = lift(Code(), values[i], random[i], of, strip);
+  join_strip(lifted, codes);
+#pragma omp simd
+  for (int i = 0; i < kPairs; ++i) codes[i] -= of.base[strip];
+  // A sign has been shifted with the rest, and comes to lie above the code.
+  if constexpr (Code::kSign != 0) {
+#if defined(__AVX512BW__)
+    constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;  // from where it is in its byte
+    const __m512i bytes = all_of(twice(1u << 8 << kBack | 1u));
+    store_512(codes, _mm512_maddubs_epi16(load_512(codes), bytes));
+#else
+#pragma omp simd
+    for (int i = 0; i < kPairs; ++i)
+      codes[i] = (codes[i] & twice(Code::kSign - 1)) |
+                 (codes[i] >> Code::kRandomShift & twice(Code::kSign));
+#endif
+  }
+}
+
+// The scales of a tile's values, which units has prepared.
+template <class Code>
+ONEPASS_HD void scale_tile(
+    const float (*__restrict values)[kStrip], const Stored& at, int64_t first, Scales& of) {
+  alignas(64) uint32_t most[kStrips][kPairs], largest[kStrips];
+  for (int strip = 0; strip < kStrips; ++strip) {
+    const float* __restrict value = values[strip];
+#pragma omp simd
+    for (int i = 0; i < kPairs; ++i)
+      most[strip][i] = max_u32(Code::measure(value[i]), Code::measure(value[i + kPairs]));
+  }
+  largest_of(most, largest);
+#pragma omp simd
+  for (int i = 0; i < kStrips; ++i) {
+    of.scale[i] = Code::scale(largest[i]);
+    of.base[i] = twice(of.scale[i] << Code::kMantissa);
+    of.least[i] = of.base[i] + 0x10000u;
+    of.lowest[i] = from_bits(of.scale[i] << 23);
+  }
+  uint8_t* bytes = static_cast<uint8_t*>(at.extra) + first / kMxBlock;
+  for (int i = 0; i < kStrips; ++i) bytes[i] = static_cast<uint8_t>(of.scale[i]);
+}
+
+// States: open says where a strip lies as fp32, store encodes a tile of them.
+template <Order Of, class State>
+struct Tile;
+
+template <>
+struct Tile<kInOrder, Fp32> {
+  ONEPASS_HD static float* open(const Stored& at, int64_t first, float*, float*) {
+    return static_cast<float*>(at.data) + first;
+  }
+  ONEPASS_HD static void store(
+      float (*)[kStrip], const Stored&, int64_t, const uint32_t (*)[kStrip], int,
+      float (*)[kStrip]) {}
+};
+
+template <Order Of, Kind Is>
+struct Tile<Of, Mx8State<Is>> {
+  using Code = typename Mx8State<Is>::Code;
+  ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict out, float*) {
+    if (Of == kInOrder) {
+      Mx8State<Is>::load(at, first, kStrip, out, nullptr);
+      return out;
+    }
+    const uint8_t* codes = static_cast<const uint8_t*>(at.data) + first;
+    const uint32_t scale = static_cast<const uint8_t*>(at.extra)[first / kMxBlock];
+    const uint32_t base = scale << Code::kMantissa;
+    if constexpr (Is == kSecond) {
+      alignas(64) uint16_t words[kStrip];
+      widen(codes, words);
+#pragma omp simd
+      for (int i = 0; i < kStrip; ++i) {
+        const uint16_t word = static_cast<uint16_t>((words[i] + base) << Code::kRandomShift);
+        words[i] = words[i] == 0 ? static_cast<uint16_t>(0) : word;
+      }
+      const Pair* pairs = reinterpret_cast<const Pair*>(words);
+#pragma omp simd
+      for (int i = 0; i < kPairs; ++i) {
+        out[i] = lower(pairs[i]);
+        out[i + kPairs] = upper(pairs[i]);
+      }
+    } else {
+      alignas(64) int16_t words[kStrip];
+      widen(reinterpret_cast<const int8_t*>(codes), words);
+      const float lowest = from_bits(scale << 23);
+      const Pair* pairs = reinterpret_cast<const Pair*>(words);
+#pragma omp simd
+      for (int i = 0; i < kPairs; ++i) {
+        const uint32_t pair = pairs[i];
+        const uint32_t lifted = ((pair & twice(Code::kSign - 1)) + twice(base))
+                                << Code::kRandomShift;
+        const float even = lower(lifted) - lowest, odd = upper(lifted) - lowest;
+        out[i] = from_bits(to_bits(even) | (pair << 16 & ~kMagnitude));
+        out[i + kPairs] = from_bits(to_bits(odd) | (pair & ~kMagnitude));
+      }
+    }
+    return out;
+  }
+  ONEPASS_HD static void store(
+      float (*__restrict values)[kStrip], const Stored& at, int64_t first,
+      const uint32_t (*words)[kStrip], int shift, float (*)[kStrip]) {
+    alignas(64) uint32_t codes[kStrips][kPairs];
+    Scales scales;
+    scale_tile<Code>(values, at, first, scales);
+    for (int strip = 0; strip < kStrips; ++strip)
+      code_strip<Code>(values[strip], {words[strip], shift}, scales, strip, codes[strip]);
+    narrow_tile<Of>(codes, static_cast<uint8_t*>(at.data) + first);
+  }
+};
+
+template <Kind Is>
+struct Tile<kByPairs, Mx4State<Is>> {
+  using State = Mx4State<Is>;
+  using Code = typename State::Code;
+  ONEPASS_HD static float* open(
+      const Stored& at, int64_t first, float* __restrict out, float* __restrict roots) {
+    const uint32_t scale = static_cast<const uint8_t*>(at.extra)[first / kMxBlock];
+    uint32_t bytes[kPairs], codes[kStrip];
+    convert(static_cast<const uint8_t*>(at.data) + first / 2, bytes, kPairs);
+#pragma omp simd
+    for (int i = 0; i < kPairs; ++i) {
+      codes[i] = bytes[i] & 0xF;
+      codes[i + kPairs] = bytes[i] >> 4;
+    }
+    State::values(codes, scale, kStrip, out, roots);
+    return out;
+  }
+  ONEPASS_HD static void store(
+      float (*__restrict values)[kStrip], const Stored& at, int64_t first,
+      const uint32_t (*words)[kStrip], int shift, float (*__restrict roots)[kStrip]) {
+    Scales scales;
+    for (int strip = 0; strip < kStrips; ++strip) State::units(values[strip], kStrip, roots[strip]);
+    scale_tile<Code>(values, at, first, scales);
+    uint8_t* bytes = static_cast<uint8_t*>(at.data) + first / 2;
+    for (int strip = 0; strip < kStrips; ++strip) {
+      uint32_t codes[kPairs];
+      code_strip<Code>(values[strip], {words[strip], shift}, scales, strip, codes);
+      float* __restrict root = roots[strip];
+#pragma omp simd
+      for (int i = 0; i < kPairs; ++i) {
+        if (Is == kSecond) root[i] = Code::decode(codes[i] & 0xFFFF, scales.scale[strip]);
+        if (Is == kSecond) root[i + kPairs] = Code::decode(codes[i] >> 16, scales.scale[strip]);
+        codes[i] |= codes[i] >> 12;
+      }
+      convert(codes, bytes + strip * kPairs, kPairs);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace onepass::cpu
