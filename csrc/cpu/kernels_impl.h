@@ -200,6 +200,20 @@ ONEPASS_HD void for_each_slot(const Body& body) {
   if constexpr (kLead != 2 && (Rule::kSlots & 4)) body(Slot<2>());
 }
 
+// A tile of each of a rule's states.
+template <class Rule, Order Of, template <Kind> class State>
+struct StateTiles {
+  Tile<Of, State<kind_of<Rule>(0)>> tile0;
+  Tile<Of, State<kind_of<Rule>(1)>> tile1;
+  Tile<Of, State<kind_of<Rule>(2)>> tile2;
+  template <int Index>
+  ONEPASS_HD auto& of(Slot<Index>) {
+    if constexpr (Index == 0) return tile0;
+    if constexpr (Index == 1) return tile1;
+    if constexpr (Index == 2) return tile2;
+  }
+};
+
 // Any formats, a tile at a time. Separate loops over its strips: the division and the root leave
 // room for the other half of the first of them, and for no more.
 template <class Rule, class Weight, class Grad, template <Kind> class State>
@@ -222,9 +236,12 @@ void apply_tiles(
   constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
   using Params = Strip<Weight, kOrder>;
   for (int tile = 0; tile < n; tile += kTile) {
-    alignas(64) float params[kStrips][kStrip], values[kMaxStates][kStrips][kStrip];
-    alignas(64) float roots[kStrips][kStrip];
+    alignas(64) float params[kStrips][kStrip], roots[kStrips][kStrip];
+    StateTiles<Rule, kOrder, State> tiles;
     alignas(64) uint32_t words[2][kStrips][kStrip], spare[kStrips][kPairs];
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      tiles.of(slot).begin(states[decltype(slot)::kIndex], tile);
+    });
     for (int strip = 0; strip < kStrips; ++strip) {
       const int first = tile + strip * kStrip;
       float grad_strip[kStrip];
@@ -235,9 +252,8 @@ void apply_tiles(
       float* open[kMaxStates] = {};
       for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
         constexpr int k = decltype(slot)::kIndex;
-        using Stored = State<kind_of<Rule>(k)>;
-        prefetch_strip<Stored>(states[k], first);
-        open[k] = Tile<kOrder, Stored>::open(states[k], first, values[k][strip], roots[strip]);
+        prefetch_strip<State<kind_of<Rule>(k)>>(states[k], first);
+        open[k] = tiles.of(slot).open(states[k], first, strip, roots[strip]);
       });
       float* __restrict t0 = open[0], * __restrict t1 = open[1], * __restrict t2 = open[2];
 #pragma omp simd
@@ -251,6 +267,8 @@ void apply_tiles(
         if (kSlots & 2) t1[i] = value1;
         if (kSlots & 4) t2[i] = value2;
       }
+      for_each_slot<Rule>([&](auto slot)
+                              __attribute__((always_inline)) { tiles.of(slot).measure(strip); });
       if (!Weight::kDraws) Params::store(p, weight, first, {}, nullptr);
     }
     for (int strip = 0; strip < kStrips; ++strip) {
@@ -266,8 +284,7 @@ void apply_tiles(
     }
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
       constexpr int k = decltype(slot)::kIndex;
-      Tile<kOrder, State<kind_of<Rule>(k)>>::store(
-          values[k], states[k], tile, words[k / 2], k % 2 * 16, roots);
+      tiles.of(slot).store(states[k], tile, words[k / 2], k % 2 * 16, roots);
     });
   }
 }
