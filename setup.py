@@ -39,15 +39,16 @@ FLAGS = [
     "-fno-trapping-math",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}ULL",
 ]
+# -mtune: by default GCC builds gathers, which dynamic8's map needs, out of single loads.
 X86_FLAGS = {
-    "kernels_avx2.cpp": ["-mavx2"],
+    "kernels_avx2.cpp": ["-mavx2", "-mtune=haswell"],
     "kernels_avx512.cpp": [
         "-mavx512f",
         "-mavx512bw",
         "-mavx512dq",
         "-mavx512vl",
         "-mprefer-vector-width=512",
-        "-mtune=icelake-server",  # a twentieth of a split8 + mx8 step: what the constants take
+        "-mtune=skylake-avx512",
     ],
 }
 

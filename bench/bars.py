@@ -1,4 +1,4 @@
-"""The bars: what a run on a CPU has to show, computed from its own lines."""
+"""The bars: what a run has to show, computed from its own lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from .results import Line
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: the other provider's time over ours has to be at least this."""
+    """One bar: the other provider's time over ours, or our share of the copy's bandwidth, has to be
+    at least this.
+
+    Attributes:
+        other: a provider, or "copy".
+        field: what is compared, "ms" or "host_us".
+    """
 
     text: str
     rule: str
@@ -19,6 +25,7 @@ class Bar:
     other: str
     needed: float
     weights: str = "native"
+    field: str = "ms"
 
 
 BARS = [
@@ -61,18 +68,52 @@ BARS = [
 ]
 
 
+_MODEL = "llama3-8B/16"
+GPU_BARS = [
+    Bar("fp32 0.97 of the copy", "adamw", "fp32", "fp32", _MODEL, "copy", 0.97),
+    Bar(
+        "bf16 + split16 0.95 of the copy", "adamw", "bf16", "bf16", _MODEL, "copy", 0.95, "split16"
+    ),
+    Bar(
+        "bf16 + split16 + mx8 0.90 of the copy",
+        "adamw",
+        "bf16",
+        "mx8",
+        _MODEL,
+        "copy",
+        0.9,
+        "split16",
+    ),
+    Bar(
+        "host: 300 tensors 10x torch fused",
+        "adamw",
+        "fp32",
+        "fp32",
+        "300x256",
+        "torch-fused",
+        10.0,
+        field="host_us",
+    ),
+    Bar(
+        "host: 20,000 tensors 10x torch fused",
+        "adamw",
+        "fp32",
+        "fp32",
+        "20000x256",
+        "torch-fused",
+        10.0,
+        field="host_us",
+    ),
+]
+BY_DEVICE = {"cpu": ("onepass-cpu", BARS), "cuda": ("onepass-cuda", GPU_BARS)}
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """A bar, both medians in ms and their ratio; None where one was not measured."""
+    """A bar and what was found of it; None where it was not measured."""
 
     bar: Bar
-    ours: float | None
-    other: float | None
-
-    @property
-    def ratio(self) -> float | None:
-        """Their time over ours."""
-        return None if self.ours is None or self.other is None else self.other / self.ours
+    ratio: float | None
 
     @property
     def result(self) -> str:
@@ -82,15 +123,27 @@ class Verdict:
         return "pass" if self.ratio >= self.bar.needed else "fail"
 
 
-def judge(lines: list[Line], ours: str = "onepass-cpu") -> list[Verdict]:
-    """Every bar against the lines of one run."""
+def judge(lines: list[Line], device: str = "cpu") -> list[Verdict]:
+    """Every bar of a type of device against the lines of one run."""
+    provider, bars = BY_DEVICE[device]
 
-    def median(bar: Bar, provider: str) -> float | None:
+    def of(bar: Bar, provider: str) -> Line | None:
         wanted = (provider, bar.rule, bar.dtype, bar.weights, bar.states, bar.list)
         for line in lines:
             keys = ("provider", "rule", "param_dtype", "weights", "states", "list")
             if tuple(line[key] for key in keys) == wanted:
-                return float(line["ms"]["p50"])
+                return line
         return None
 
-    return [Verdict(bar, median(bar, ours), median(bar, bar.other)) for bar in BARS]
+    def ratio(bar: Bar) -> float | None:
+        ours, other = of(bar, provider), of(bar, bar.other)
+        if ours is None or other is None:
+            return None
+        if bar.other == "copy":
+            return float(ours["share"])
+        theirs, mine = (
+            x["ms"]["p50"] if bar.field == "ms" else x[bar.field] for x in (other, ours)
+        )
+        return None if not theirs or not mine else float(theirs / mine)
+
+    return [Verdict(bar, ratio(bar)) for bar in bars]

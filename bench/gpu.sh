@@ -3,12 +3,15 @@
 # a network. Every part runs whatever became of those before it; the last lines say which failed,
 # and which could not run here.
 #
-#   bash bench/gpu.sh            every part but triton, pages and paging
-#   bash bench/gpu.sh PART...    these alone; triton checks the Triton kernels, which compiles long;
-#                                pages and paging check and measure paged states
+#   bash bench/gpu.sh            every part but those that compile long or repeat much
+#   bash bench/gpu.sh PART...    these alone; a second call for the others:
+#   bash bench/gpu.sh tools wheels build peers sizes share ladder
+#   bash bench/gpu.sh triton     checks the Triton kernels
+#   bash bench/gpu.sh tools build pages paging   checks and measures paged states
 #
 #   PYTHON=...  a Python with torch for CUDA, numpy, pytest and setuptools (default python3)
-#   OUT=...     where gpu.log and the result lines, gpu.jsonl and phase.jsonl, go (default gpu-out)
+#   OUT=...     where gpu.log and the result lines, *.jsonl, go (default gpu-out)
+#   WHEELS=...  a folder of wheels of other libraries, installed under OUT for this run
 #   COMMIT=...  what the sources are of, for the result lines, where there is no git
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,8 +20,9 @@ OUT=${OUT:-gpu-out}
 mkdir -p "$OUT"
 LOG=$OUT/gpu.log
 : >"$LOG"
-export PYTHONPATH="$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-wanted=" ${*:-tools build info code bits memcheck racecheck bench phase counters} "
+OUT=$(cd "$OUT" && pwd)
+export PYTHONPATH="$PWD/python:$PWD${WHEELS:+:$OUT/peers}${PYTHONPATH:+:$PYTHONPATH}"
+wanted=" ${*:-tools wheels build info code bits memcheck racecheck bench phase counters} "
 failed=()
 skipped=()
 
@@ -64,6 +68,13 @@ print(torch.__version__, torch.cuda.get_device_name())
 END
 }
 
+wheels() { # Without their dependencies: torch is there, and stays as it is.
+  [ -n "${WHEELS:-}" ] || { echo "none: WHEELS names no folder"; return 0; }
+  local found=("$WHEELS"/*.whl)
+  [ -e "${found[0]}" ] || { echo "$WHEELS has no wheel"; return 1; }
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$OUT/peers" "${found[@]}"
+}
+
 build() {
   local arch
   arch=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return
@@ -86,13 +97,14 @@ sanitize() { # --report-api-errors: torch asks the driver for functions that it 
 
 counters() { # Clocks as they are: a container may not set them.
   tool ncu --clock-control none --section SpeedOfLight --section LaunchStats --section Occupancy \
-    --kernel-name regex:sweep --launch-skip 2 "$PYTHON" -m bench.gpu --steps 3
+    --kernel-name regex:sweep --launch-skip 2 "$PYTHON" -m bench.steps --steps 3
 }
 
-export -f tool tools build tests sanitize counters
-export PYTHON
+export -f tool tools wheels build tests sanitize counters
+export PYTHON OUT WHEELS
 
 part tools 10 bash -c tools
+part wheels 5 bash -c wheels
 part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
 part code 30 bash -c 'tests tests/test_cuda_code.py'
@@ -100,10 +112,15 @@ part bits 130 bash -c 'tests tests/test_cuda_gpu.py tests/test_cuda_gpu_step.py'
 part pages 100 bash -c 'tests tests/test_paging_gpu.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
-part bench 60 "$PYTHON" -m bench.gpu --out "$OUT/gpu.jsonl"
+part bench 60 "$PYTHON" -m bench --device cuda --out "$OUT/gpu.jsonl" \
+  --providers 'onepass-cuda,torch-fused*,torch-foreach'
 part phase 20 "$PYTHON" -m bench.phase --device cuda --numel 500000000 --out "$OUT/phase.jsonl"
 part paging 60 "$PYTHON" -m bench.paging --out "$OUT/paging.jsonl"
 part counters 30 bash -c counters
+part peers 240 "$PYTHON" -m bench --device cuda --out "$OUT/gpu.jsonl"
+part sizes 40 "$PYTHON" -m bench.sizes --device cuda --out "$OUT/sizes.jsonl"
+part share 30 "$PYTHON" -m bench.share --device cuda --out "$OUT/share.jsonl"
+part ladder 90 "$PYTHON" -m bench.ladder --device cuda --out "$OUT/ladder.jsonl"
 part triton 500 bash -c 'tests tests/test_triton_gpu.py'
 
 [ ${#skipped[@]} -eq 0 ] || printf 'skipped: %s\n' "${skipped[@]}" | tee -a "$LOG"

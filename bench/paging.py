@@ -20,12 +20,11 @@ from typing import Any
 import torch
 
 import onepass
+from onepass.benchmark.measure import percentile
 from onepass.paging import Paging
 from onepass.paging.options import SMALLEST_PAGE
 
 from . import results
-from .lists import llama
-from .measure import percentile
 
 SHARE = 0.9
 """Of the link's bandwidth: what a step over states of STATE_BYTES has to reach."""
@@ -111,7 +110,7 @@ def providers() -> dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float
 
 def measure(samples: int, quick: bool) -> list[dict[str, Any]]:
     """Each provider alone, for all do not fit; the link before and after each."""
-    shapes = (llama(64, 2, 1000) if quick else llama(2048, 19, 32_000)).shapes
+    shapes = _shapes(64, 2, 1000) if quick else _shapes(2048, 19, 32_000)
     params = [
         torch.nn.Parameter(torch.zeros(s, dtype=torch.bfloat16, device="cuda")) for s in shapes
     ]
@@ -151,6 +150,14 @@ def measure(samples: int, quick: bool) -> list[dict[str, Any]]:
         del optimizer
         gc.collect()
     return found
+
+
+def _shapes(width: int, layers: int, vocabulary: int) -> tuple[tuple[int, ...], ...]:
+    """Of a Llama 3 with tied embeddings."""
+    narrow, inner = width // 4, 4 * width
+    attention = ((width, width), (narrow, width), (narrow, width), (width, width))
+    block = (*attention, (inner, width), (inner, width), (width, inner), (width,), (width,))
+    return ((vocabulary, width), *block * layers, (width,))
 
 
 def _device_ms(step: Callable[[], Any], samples: int) -> list[float]:

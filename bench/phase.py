@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import onepass
+from onepass.benchmark.measure import percentile
 
 from . import results
-from .measure import percentile
 
 SCALE, MAX_NORM = 1024.0, 1.0
 LR = 1e-3

@@ -1,4 +1,4 @@
-"""``python -m bench.report``: docs/performance.md and docs/performance.png from the result lines.
+"""``python -m bench.report``: docs/performance.md and its pictures from the result lines.
 
 Of every case and provider on a device the newest line counts. No figure is written by hand.
 """
@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bars, phase, results
-from .cases import BEYOND_CACHE, all_cases
-from .measure import LIMITS
+from onepass.benchmark.cases import BEYOND_CACHE
+from onepass.benchmark.measure import LIMITS
+from onepass.benchmark.providers import all_providers
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+
+from . import bars, phase, results, share, sizes
+from .cases import cpu_cases, gpu_cases
+from .ladder import rungs
 from .results import Line, case_key
 
 OURS = "onepass-"
@@ -21,9 +26,13 @@ OURS = "onepass-"
 # black and white.
 STYLES: dict[str, tuple[str, str]] = {
     "onepass-cpu": ("#0072B2", "o"),
+    "onepass-cuda": ("#0072B2", "o"),
+    "onepass-triton": ("#56B4E9", "v"),
     "torch-fused": ("#E69F00", "s"),
     "torch-foreach": ("#CC79A7", "D"),
+    "torch-fused-fp32": ("#F0E442", "s"),
     "deepspeed-cpu": ("#009E73", "^"),
+    "bitsandbytes-8bit": ("#D55E00", "x"),
     "in-place": ("#000000", "|"),
 }
 RULE_NAMES = {
@@ -33,6 +42,14 @@ RULE_NAMES = {
     "adagrad": "Adagrad",
     "rmsprop": "RMSprop",
 }
+# Of cases on a CPU, by the format of the states.
+REASONS = {
+    "mx4": "Arithmetic bounds it: an element takes as long in a cache as in memory. Its bytes are "
+    "less than a third of fp32's, and memory is what 4 bits save.",
+    "dynamic8": "bitsandbytes' map is a table without a formula: a code is a gather to decode and "
+    "three to encode. It is here for their checkpoints; mx8 is the fast 8-bit format.",
+}
+UNEXPLAINED = "Not explained yet."
 
 
 def newest(lines: list[Line]) -> list[Line]:
@@ -53,7 +70,7 @@ def _cases(lines: list[Line]) -> list[list[Line]]:
     groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault(case_key(line), []).append(line)
-    order = {case.key: i for i, case in enumerate(all_cases())}
+    order = {case.key: i for i, case in enumerate([*cpu_cases(), *gpu_cases()])}
     return [groups[key] for key in sorted(groups, key=lambda key: order.get(key, len(order)))]
 
 
@@ -75,37 +92,67 @@ def _steps(case: list[Line]) -> list[Line]:
 
 
 def slower_cases(cases: list[list[Line]]) -> list[str]:
-    """A sentence for each case in which another provider's median is below ours."""
+    """A sentence for each case in which others' medians are below ours, with each of the others."""
     found = []
     for case in cases:
         steps = _steps(case)
         ours = next((line for line in steps if line["provider"].startswith(OURS)), None)
         if ours is None or steps[0] is ours:
             continue
-        first, mine = steps[0]["ms"]["p50"], ours["ms"]["p50"]
+        mine = ours["ms"]
+        faster = []
+        for line in steps[: steps.index(ours)]:
+            ms = line["ms"]
+            spread = ", within the spread of the samples" if ms["p80"] >= mine["p20"] else ""
+            more = f"{mine['p50'] / ms['p50'] - 1:.1%} more{spread}"
+            faster.append(f"{line['provider']} {ms['p50']:.3f} ms ({more})")
         found.append(
-            f"- {title(ours)}: {steps[0]['provider']} {first:.3f} ms, {ours['provider']} "
-            f"{mine:.3f} ms ({mine / first - 1:.1%} more)"
+            f"- {title(ours)}: {ours['provider']} {mine['p50']:.3f} ms, {', '.join(faster)}. "
+            f"{reason(ours)}"
         )
     return found
+
+
+def reason(line: Line) -> str:
+    """Why a case of ours may take longer than others', in a sentence."""
+    if line["cuda"] is None:
+        for states, text in REASONS.items():
+            if line["states"] == states:
+                return text
+    return UNEXPLAINED
+
+
+def unmeasured(lines: list[Line]) -> str:
+    """What no line is about."""
+    found = [] if any(line["cuda"] for line in lines) else ["any GPU"]
+    seen = {line["provider"] for line in lines}
+    known = {p.name for device in ("cpu", "cuda") for p in all_providers(device)}
+    for what, names, values in (
+        ("states", STATE_FORMATS, {line["states"] for line in lines}),
+        ("weights", WEIGHT_FORMATS, {line["weights"] for line in lines}),
+        ("providers", sorted(known), seen),
+    ):
+        if missing := [name for name in names if name not in values]:
+            found.append(f"{what} {', '.join(missing)}")
+    return "; ".join([*found, "gradients of another dtype than the weights"])
 
 
 def _table(case: list[Line]) -> list[str]:
     steps = _steps(case)
     limits = [line for line in case if line["provider"] in LIMITS]
     host = any(line["host_us"] is not None for line in case)
-    head = ["provider", "version", "p20 ms", "p50 ms", "p80 ms", "GB/s", "of copy"]
-    if host:
-        head = [*head[:5], "host µs"]
-    head.append("extra MB")
+    # On a CPU a step with a host time is host time and nothing else.
+    speed = not host or case[0]["cuda"] is not None
+    head = ["provider", "version", "p20 ms", "p50 ms", "p80 ms"]
+    head += ["GB/s", "of copy"] * speed + ["host µs"] * host + ["extra MB"]
     rows = []
-    for line in steps if host else [*steps, *limits]:
+    for line in [*steps, *limits] if speed else steps:
         ms = [f"{line['ms'][key]:.3f}" for key in ("p20", "p50", "p80")]
         row = [line["provider"], line["provider_version"], *ms]
+        if speed:
+            row += [f"{line['gbps']:.2f}", f"{line['share']:.3f}"]
         if host:
             row.append("" if line["host_us"] is None else f"{line['host_us']:,.0f}")
-        else:
-            row += [f"{line['gbps']:.2f}", f"{line['share']:.2f}"]
         row.append("" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 1e6:,.1f}")
         rows.append(row)
     return [
@@ -124,75 +171,107 @@ def _runs(lines: list[Line]) -> str:
 
 
 def _bar_table(lines: list[Line]) -> list[str]:
+    """Every bar by the newest run that has both of its sides."""
+    device = "cuda" if lines[0]["cuda"] else "cpu"
+    dates = sorted({line["date"] for line in lines}, reverse=True)
+    runs = [bars.judge([x for x in lines if x["date"] == date], device) for date in dates]
     rows = ["| bar (AdamW) | ratio | needed | result |", "|---|---:|---:|---|"]
-    for verdict in bars.judge(lines):
+    for of_each_run in zip(*runs, strict=True):
+        verdict = next((v for v in of_each_run if v.ratio is not None), of_each_run[0])
         ratio = "" if verdict.ratio is None else f"{verdict.ratio:.2f}"
         rows.append(f"| {verdict.bar.text} | {ratio} | {verdict.bar.needed:g} | {verdict.result} |")
     return rows
 
 
+INTRODUCTION = """
+- **p20, p50, p80**: percentiles of the time of one `step()`, gradients in place: on the wall \
+for a CPU, between two events for a GPU.
+- **GB/s**: bytes of the written formula / p50, 1 GB = 10^9 bytes. Per element: weight read and \
+written, gradient read, each state read and written.
+- **of copy**: GB/s over those of `copy_` of as many bytes in the same turns. On a CPU a copy \
+also reads the lines that it is about to write, which no formula counts; a step and `in-place` \
+(`mul_` by one) do not, so they can be above 1.
+- **host µs**: what a step keeps the host; on a CPU p50 over tensors of one element, where a \
+step is host time.
+- **extra MB**: what a step needs at most beyond what was there before it (resident set, below \
+0.5 MB it is noise; on a GPU torch's allocator).
+- Lists are named by tensors x elements; `+1`: one element off the start of the storage.
+"""
+
+
 def markdown(
-    lines: list[Line], sources: Sequence[str], picture: str | None, phases: Sequence[Line] = ()
+    lines: list[Line],
+    sources: Sequence[str],
+    pictures: Mapping[str, str],
+    more: Sequence[str] = (),
 ) -> str:
-    """The page. lines: those of :func:`newest`; sources: the files that they are from; phases: the
-    lines of bench.phase."""
+    """The page. lines: those of :func:`newest`; sources: the files that they are from; pictures: by
+    device; more: sections of other benchmarks."""
     text = [
         "# Performance",
         "",
         f"Generated by `python -m bench.report` from {', '.join(sources)}: do not edit.",
         "Measured by `python -m bench` (bench/README.md says how).",
-        "",
-        "- **p20, p50, p80**: percentiles of the wall-clock time of one `step()`, gradients in "
-        "place.",
-        "- **GB/s**: bytes of the written formula / p50, 1 GB = 10^9 bytes. Per element: weight "
-        "read and written, gradient read, each state read and written.",
-        "- **of copy**: GB/s over those of `copy_` of as many bytes in the same turns. A copy also "
-        "reads the lines that it is about to write, which no formula counts; a step and `in-place` "
-        "(`mul_` by one) do not, so they can be above 1.",
-        "- **host µs**: p50 over tensors of one element, where a step is host time.",
-        "- **extra MB**: what a step needs at most beyond what was there before it (resident set; "
-        "below 0.5 MB it is noise).",
-        "- Lists are named by tensors x elements; `+1`: one element off the start of the storage.",
-        "",
-        "Not measured: any GPU, `weights` other than native, stochastic and split8, "
-        "gradients of another dtype than the weights.",
+        INTRODUCTION,
+        f"Not measured: {unmeasured(lines)}.",
     ]
     for device in dict.fromkeys(line["device"] for line in lines):
         own = [line for line in lines if line["device"] == device]
         cases = _cases(own)
-        text += ["", f"## {device}", "", f"Runs: {_runs(own)}.", ""]
-        if len({line["date"] for line in own}) == 1:
-            text += [*_bar_table(own), ""]
-        else:
-            text += ["The lines are of several runs, so no bar is judged.", ""]
-        slower = slower_cases(cases)
+        text += ["", f"## {device}", "", f"Runs: {_runs(own)}.", "", *_bar_table(own), ""]
         text += ["### Where onepass is not the fastest", ""]
-        text += slower or ["Nowhere among these cases."]
-        if picture is not None:
-            text += ["", f"![Share of the copy bandwidth per case]({picture})"]
+        text += slower_cases(cases) or ["Nowhere among these cases."]
+        if device in pictures:
+            text += ["", f"![Share of the copy bandwidth per case]({pictures[device]})"]
         for case in cases:
             size = next((x["bytes"] for x in case if x["provider"] not in LIMITS), case[0]["bytes"])
             text += ["", f"### {title(case[0])}", "", f"{size / 1e6:,.3f} MB a step.", ""]
             text += _table(case)
-        picture = None  # one picture, beside the device that it shows
-    if phases:
+    return "\n".join([*text, *more]) + "\n"
+
+
+def sections(folder: Path, docs: Path) -> list[str]:
+    """What the other benchmarks have, each under a heading of its own; draws their pictures."""
+    text: list[str] = []
+    if lines := results.read_lines(folder / "sizes.jsonl"):
+        sizes.draw(lines, docs / "performance-sizes.png")
+        text += ["", "## Time against size", ""]
+        text += [
+            "AdamW, fp32, one tensor, by `python -m bench.sizes`. A constant, and a slope for "
+            "lists that stay in the caches and one for longer ones, by least squares of the "
+            "relative error; the times themselves say where the one ends. "
+            "No copy is shown where it would be too small to time.",
+            "",
+        ]
+        text += ["![Time against size](performance-sizes.png)", "", *sizes.table(lines)]
+    if lines := results.read_lines(folder / "share.jsonl"):
+        text += ["", "## The optimizer's part of a training step", ""]
+        text += ["The demo's model, by `python -m bench.share`.", "", *share.table(lines)]
+    if lines := results.read_lines(folder / "ladder.jsonl"):
+        text += ["", "## The kernel ladder", ""]
+        text += [
+            "By `python -m bench.ladder`: each rung differs from the one above in what it says.",
+            "",
+        ]
+        text += rungs.table(lines)
+    if lines := results.read_lines(folder / "phase.jsonl"):
         text += ["", "## The optimizer phase: unscale, clip, step, zero", ""]
         text += ["AdamW, fp32, by `python -m bench.phase`, which says what is timed.", ""]
-        text += phase.table(phases)
-    return "\n".join(text) + "\n"
+        text += phase.table(lines)
+    return text
 
 
 def draw(lines: list[Line], path: Path) -> bool:
-    """The share of the copy bandwidth per case of the first device; False if there is none."""
+    """The share of the copy bandwidth per case of a device; False if there is none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    device = lines[0]["device"]
-    own = [line for line in lines if line["device"] == device]
     # Where everything stays in a cache, or nothing but the host works, bandwidth says little.
-    cases = [case for case in _cases(own) if any(x["bytes"] >= BEYOND_CACHE for x in _steps(case))]
+    cases = [
+        case for case in _cases(lines) if any(x["bytes"] >= BEYOND_CACHE for x in _steps(case))
+    ]
     if not cases:
         return False
     figure, axes = plt.subplots(figsize=(8.5, 1.6 + 0.45 * len(cases)), layout="constrained")
@@ -215,7 +294,7 @@ def draw(lines: list[Line], path: Path) -> bool:
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"One optimizer step\n{device}", fontsize=10)
+    figure.suptitle(f"One optimizer step\n{lines[0]['device']}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -238,16 +317,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.report: no result lines in {args.results}; run python -m bench first")
         return 2
     args.docs.mkdir(parents=True, exist_ok=True)
-    picture = args.docs / "performance.png"
-    drawn = draw(lines, picture)
+    pictures: dict[str, str] = {}
+    for number, device in enumerate(dict.fromkeys(line["device"] for line in lines), 1):
+        name = "performance.png" if number == 1 else f"performance-{number}.png"
+        if draw([line for line in lines if line["device"] == device], args.docs / name):
+            pictures[device] = name
     page = args.docs / "performance.md"
     sources = [
         str(file.relative_to(root) if file.is_relative_to(root) else file.name) for file in files
     ]
-    phases = results.read_lines(args.results / "phase.jsonl")
-    text = markdown(lines, sources, picture.name if drawn else None, phases)
-    page.write_text(text, encoding="utf-8")
-    print(f"wrote {page}" + (f" and {picture}" if drawn else ""))
+    more = sections(args.results, args.docs)
+    page.write_text(markdown(lines, sources, pictures, more), encoding="utf-8")
+    print(f"wrote {page}" + "".join(f", {name}" for name in pictures.values()))
     return 0
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from .cases import Case
-from .measure import LIMITS, Outcome, Timed, percentile
+from onepass.benchmark.cases import Case
+from onepass.benchmark.devices import DEVICES
+from onepass.benchmark.measure import Outcome, Timed, percentile
 
 ROOT = Path(__file__).parents[1]
 Line = dict[str, Any]
@@ -45,7 +46,7 @@ FIELDS = (
     "gbps",  # bytes / p50, 1e9 bytes per second
     "copy_gbps",  # of the copy in the same turns
     "share",  # gbps / copy_gbps
-    "host_us",  # p50 over a list of one-element tensors, microseconds
+    "host_us",  # p50, microseconds: of any list on a GPU; on a CPU of one-element tensors
     "peak_bytes",  # beyond what was there before the step
 )
 
@@ -53,12 +54,13 @@ FIELDS = (
 def environment(device: str = "cpu") -> Line:
     """What all lines of a run share; device: "cpu" or "cuda", the current one."""
     gpu = device == "cuda"
+    found = DEVICES[device]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")),
-        "device": torch.cuda.get_device_name() if gpu else _device(),
-        "driver": driver() if gpu else None,
+        "device": found.name,
+        "driver": found.driver,
         "cuda": torch.version.cuda if gpu else None,
         "torch": str(torch.__version__),
         "triton": _version("triton"),
@@ -68,13 +70,10 @@ def environment(device: str = "cpu") -> Line:
 def lines(env: Line, outcome: Outcome) -> list[Line]:
     """The lines of a case."""
     copy = next(one for one in outcome.timed if one.provider == "copy")
-    copy_gbps = _gbps(copy)
-    return [_line(env, outcome.case, one, copy_gbps) for one in outcome.timed]
+    return [_line(env, outcome.case, one, copy.gbps) for one in outcome.timed]
 
 
 def _line(env: Line, case: Case, one: Timed, copy_gbps: float) -> Line:
-    p50 = percentile(one.samples, 50)
-    is_step = one.provider not in LIMITS
     line = {
         **env,
         "provider": one.provider,
@@ -90,17 +89,13 @@ def _line(env: Line, case: Case, one: Timed, copy_gbps: float) -> Line:
         "bytes": one.bytes,
         "ms": {f"p{p}": round(percentile(one.samples, p), 5) for p in (20, 50, 80)},
         "samples": [round(sample, 5) for sample in one.samples],
-        "gbps": round(_gbps(one), 4),
+        "gbps": round(one.gbps, 4),
         "copy_gbps": round(copy_gbps, 4),
-        "share": round(_gbps(one) / copy_gbps, 4),
-        "host_us": round(p50 * 1e3, 2) if case.list.scalars and is_step else None,
+        "share": round(one.gbps / copy_gbps, 4),
+        "host_us": None if one.host_us is None else round(one.host_us, 2),
         "peak_bytes": one.peak_bytes,
     }
     return {name: line[name] for name in FIELDS}
-
-
-def _gbps(one: Timed) -> float:
-    return one.bytes / percentile(one.samples, 50) / 1e6
 
 
 def append(path: Path, new: Iterable[Line]) -> None:
@@ -129,7 +124,7 @@ def read_lines(path: Path) -> list[Line]:
 
 def read(path: Path) -> list[Line]:
     """The lines of the speed benchmark in a file; those of another kind are left out."""
-    return [line for line in read_lines(path) if line.keys() >= set(FIELDS)]
+    return [x for x in read_lines(path) if x.keys() >= set(FIELDS) and "kind" not in x]
 
 
 def case_key(line: Line) -> tuple[str, str, str, str, str]:
@@ -154,34 +149,36 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def driver() -> str | None:
-    """Of the GPU, as nvidia-smi tells; None where it does not."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.splitlines()[0].strip()
+class Progress:
+    """A bar on standard error, where that is a terminal and tqdm is there."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty() and _version("tqdm"):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, file=sys.stderr, unit="turn")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def tick(self, text: str, done: bool) -> None:
+        """Shows what goes on; done: one more of the total."""
+        if self._bar is not None:
+            self._bar.set_description(text, refresh=False)
+            self._bar.update(done)
+
+    def clear(self) -> None:
+        """Makes room for a line of output."""
+        if self._bar is not None:
+            self._bar.clear()
 
 
-def _device() -> str:
-    """The processor, its family and model (virtual machines hide the name), threads, ISA."""
-    name, family, model = platform.processor() or platform.machine(), "", ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        pairs = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
-        found = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
-        name = found.get("model name", name)
-        family, model = found.get("cpu family", ""), found.get("model", "")
-    numbers = f" (family {family} model {model})" if family and model else ""
-    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
-    return f"{name}{numbers}, {threads}, {_isa()}"
-
-
-def _isa() -> str:
-    try:
-        from onepass import ops
-
-        return ops.cpu_isa()
-    except (ImportError, RuntimeError):
-        return "no compiled library"
+def origin(line: Line) -> str:
+    """When and of what a line is, in words."""
+    dirty = " with uncommitted changes" if line["dirty"] else ""
+    return f"{line['date']}, commit {str(line['commit'])[:12]}{dirty}, torch {line['torch']}"

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onepass.cli.compare.stats import interval
+
 from . import results
 from .results import Line
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T95 = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 RMS_LIMITS = {"mx4": 0.20}  # how far the rms of the step may be from the baseline's
 RMS_LIMIT = 0.03  # of any other state format
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight, and of its gradient
@@ -95,15 +95,13 @@ def judge(runs: dict[str, dict[int, Line]]) -> list[Verdict]:
         settings = next(iter(own.values()))["settings"]
         base = runs.get(settings["baseline"], {})
         seeds = sorted(own.keys() & base.keys())
-        if not 2 <= len(seeds) <= len(T95):
+        if len(seeds) < 2:
             continue
         pairs = tuple(own[s]["validation_loss"] - base[s]["validation_loss"] for s in seeds)
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5
         found.append(
             Verdict(
                 settings,
-                statistics.mean(pairs),
-                T95[len(pairs) - 1] * error,
+                *interval(pairs),
                 statistics.stdev(base[s]["validation_loss"] for s in seeds),
                 statistics.mean(own[s]["rms_u"] / base[s]["rms_u"] for s in seeds) - 1,
                 pairs,

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from onepass.cli.compare.stats import interval
+
 from . import results
 from .results import Line
-from .training_report import RMS_LIMITS, T95
+from .training_report import RMS_LIMITS
 
 PAGE = "training-mx4.md"
 HEAD = """# What 4 bits do to training
@@ -53,9 +55,8 @@ def _row(name: str, lines: dict[int, Line], base: dict[int, Line], spread: float
     if lines is base:
         cells += ["", "", ""]
     else:
-        mean = statistics.fmean(pairs)
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
-        half = f" ± {T95[len(pairs) - 1] * error:.4f}" if error else ""
+        mean, reach = interval(pairs)
+        half = f" ± {reach:.4f}" if len(pairs) > 1 else ""
         inside = abs(mean) <= spread and abs(rms - 1) <= RMS_LIMITS["mx4"]
         cells += [f"{mean:+.4f}{half}", "yes" if inside else "no", f"{rms:.3f}"]
     noise = max(0.0, gain**2 - projection**2) ** 0.5

@@ -9,12 +9,12 @@ STABLE_TORCH_LIBRARY(onepass, m) {
       "sweep_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor spec, "
       "Tensor hyper, Tensor counters) -> ()");
   // The same in parts. make_plan flattens the list once; the plan is a tensor of one int64 on the
-  // device of the parameters. refresh takes the gradients of a step, those of entry first and its
-  // successors, and returns 1, with no tensor changed, when one of them or of the plan's own is not
-  // what the plan was made for. run does the step once all are taken; telemetry is float64
+  // device of the parameters. refresh takes the gradients of a step, and returns 1, with no tensor
+  // changed, when one of them or of the plan's own is not what the plan was made for; Python reads
+  // them in csrc/reader.h instead where it can. run does the step with them; telemetry is float64
   // [rows, 4] (csrc/entry.h).
   m.def("make_plan(Tensor[] params, Tensor[] states, Tensor spec) -> Tensor");
-  m.def("refresh(Tensor plan, Tensor[] grads, int first) -> int");
+  m.def("refresh(Tensor plan, Tensor[] grads) -> int");
   m.def(
       "run(Tensor plan, Tensor hyper, Tensor counters, bool zero_grads=False, "
       "Tensor(a!)? telemetry=None) -> ()");

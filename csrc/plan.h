@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "dlpack.h"
 #include "entry.h"
 
 namespace onepass {
@@ -39,7 +40,6 @@ constexpr int64_t kAbsent = -1;  // a format column of a state that the rule doe
 struct Layout {
   size_t offset;
   int64_t dim;
-  size_t first_held, end_held;  // its tensors in Plan::held
 };
 
 // A tensor that a plan reads and writes beside the parameters, and where it was.
@@ -56,9 +56,9 @@ struct Plan {
   std::vector<Layout> layouts;  // of each parameter
   std::vector<int64_t> dims;    // what they point into: sizes, then strides
   std::vector<Entry> entries;
-  int32_t device_type = 0, device_index = 0;  // of all of these
+  DLDevice device{};  // of all of these
   int64_t rows = 0;
-  size_t taken = 0;  // entries whose gradient is that of the step that is about to run
+  bool taken = false;  // whether the gradients are those of the step that is about to run
 };
 
 std::string at(size_t index) { return " (parameter " + std::to_string(index) + ")"; }
@@ -86,31 +86,55 @@ Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle
 void* address(AtenTensorHandle tensor) { return ask(aoti_torch_get_data_ptr, tensor); }
 
 Layout remember(std::vector<int64_t>& dims, const Tensor& tensor) {
-  const Layout layout{dims.size(), tensor.dim(), 0, 0};
+  const Layout layout{dims.size(), tensor.dim()};
   for (const int64_t size : tensor.sizes()) dims.push_back(size);
   for (const int64_t stride : tensor.strides()) dims.push_back(stride);
   return layout;
 }
 
-bool has_layout(AtenTensorHandle tensor, const std::vector<int64_t>& dims, Layout layout) {
-  if (ask(aoti_torch_get_dim, tensor) != layout.dim) return false;
-  const int64_t* sizes = ask(aoti_torch_get_sizes, tensor);
-  const int64_t* strides = ask(aoti_torch_get_strides, tensor);
+// A tensor as DLPack describes it: not owned, and its sizes and strides are the tensor's own. Its
+// dtype has no lanes where plans have no format for it. layout_of leaves out where it is.
+DLTensor layout_of(AtenTensorHandle tensor) {
+  static const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
+                       fp16 = aoti_torch_dtype_float16();
+  const int32_t found = ask(aoti_torch_get_dtype, tensor);
+  DLTensor view{};
+  if (found == fp32) view.dtype = {kDLFloat, 32, 1};
+  if (found == bf16) view.dtype = {kDLBfloat, 16, 1};
+  if (found == fp16) view.dtype = {kDLFloat, 16, 1};
+  view.ndim = static_cast<int32_t>(ask(aoti_torch_get_dim, tensor));
+  view.shape = ask(aoti_torch_get_sizes, tensor);
+  view.strides = ask(aoti_torch_get_strides, tensor);
+  return view;
+}
+
+DLTensor view_of(AtenTensorHandle tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  DLTensor view = layout_of(tensor);
+  view.device = {kDLCPU, 0};
+  if (ask(aoti_torch_get_device_type, tensor) != cpu)
+    view.device = {kDLCUDA, ask(aoti_torch_get_device_index, tensor)};
+  view.data = address(tensor);
+  return view;
+}
+
+bool has_layout(const DLTensor& tensor, const std::vector<int64_t>& dims, Layout layout) {
+  if (tensor.ndim != layout.dim) return false;
   const int64_t* known = dims.data() + layout.offset;
   for (int64_t d = 0; d < layout.dim; ++d) {
-    if (sizes[d] != known[d]) return false;
-    if (sizes[d] > 1 && strides[d] != known[layout.dim + d]) return false;
+    if (tensor.shape[d] != known[d]) return false;
+    if (tensor.shape[d] > 1 && tensor.strides[d] != known[layout.dim + d]) return false;
   }
   return true;
 }
 
 // The format of a weight or gradient; false for a dtype that has none.
-bool native_format(AtenTensorHandle tensor, Format* format) {
-  static const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
-                       fp16 = aoti_torch_dtype_float16();
-  const int32_t found = ask(aoti_torch_get_dtype, tensor);
-  *format = found == fp32 ? Format::kFp32 : found == bf16 ? Format::kBf16 : Format::kFp16;
-  return found == fp32 || found == bf16 || found == fp16;
+bool native_format(const DLTensor& tensor, Format* format) {
+  const DLDataType found = tensor.dtype;
+  const bool is_float = found.code == kDLFloat, is_bf16 = found.code == kDLBfloat;
+  *format = is_bf16 ? Format::kBf16 : found.bits == 32 ? Format::kFp32 : Format::kFp16;
+  return found.lanes == 1 &&
+         ((is_float && (found.bits == 32 || found.bits == 16)) || (is_bf16 && found.bits == 16));
 }
 
 // Bit f: the rule can have flags f.
@@ -175,9 +199,12 @@ Kind kind_of(const Entry& entry, int k) {
   return kinds.relative >> k & 1 ? kRelative : kFirst;
 }
 
-bool on_device(const Plan& plan, AtenTensorHandle tensor) {
-  return ask(aoti_torch_get_device_type, tensor) == plan.device_type &&
-         ask(aoti_torch_get_device_index, tensor) == plan.device_index;
+bool on_device(const Plan& plan, const DLTensor& tensor) {
+  return tensor.device.device_type == plan.device.device_type &&
+         tensor.device.device_id == plan.device.device_id;
+}
+bool on_device(const Plan& plan, const Tensor& tensor) {
+  return on_device(plan, view_of(tensor.get()));
 }
 
 void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& spec) {
@@ -187,9 +214,7 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
           spec.size(0) == count && spec.size(1) == kColumns,
       "onepass: spec must be a contiguous int64 tensor of ", count, " x ", int(kColumns));
   const int64_t* row = spec.const_data_ptr<int64_t>();
-  const AtenTensorHandle any = count ? params[0].get() : spec.get();
-  plan.device_type = ask(aoti_torch_get_device_type, any);
-  plan.device_index = ask(aoti_torch_get_device_index, any);
+  plan.device = view_of(count ? params[0].get() : spec.get()).device;
   for (Tensor& tensor : held) plan.held.push_back({tensor, tensor.mutable_data_ptr()});
   size_t next = 0;
   // The next of the held tensors, which must have this type and, unless it is flat, this layout.
@@ -199,7 +224,7 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     const bool fits =
         flat < 0 ? same_layout(tensor, like) : tensor.is_contiguous() && tensor.numel() == flat;
     STD_TORCH_CHECK(
-        fits && tensor.scalar_type() == type && on_device(plan, tensor.get()),
+        fits && tensor.scalar_type() == type && on_device(plan, tensor),
         "onepass: a state has another shape, layout, dtype or device than the plan says", at(i));
     return plan.held[next++].address;
   };
@@ -215,10 +240,10 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     entry.param_format = static_cast<Format>(row[kWeight]);
     Format native;
     STD_TORCH_CHECK(
-        native_format(param.get(), &native) && is_weight_format(entry.param_format) &&
+        native_format(view_of(param.get()), &native) && is_weight_format(entry.param_format) &&
             native == native_of(entry.param_format),
         "onepass: a parameter must be float32, bfloat16 or float16, as its format says", at(i));
-    STD_TORCH_CHECK(on_device(plan, param.get()), "onepass: parameters on two devices", at(i));
+    STD_TORCH_CHECK(on_device(plan, param), "onepass: parameters on two devices", at(i));
     entry.rule = static_cast<uint16_t>(row[kRule]);
     entry.flags = static_cast<uint16_t>(row[kFlags]);
     entry.row = static_cast<int32_t>(row[kRow]);
@@ -228,8 +253,7 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     entry.param = {param.mutable_data_ptr(), nullptr};
     STD_TORCH_CHECK(entry.row >= 0, "onepass: negative row", at(i));
     plan.rows = std::max<int64_t>(plan.rows, entry.row + 1);
-    Layout layout = remember(plan.dims, param);
-    layout.first_held = next;
+    plan.layouts.push_back(remember(plan.dims, param));
     put_in_order(entry);
     for (int k = 0; k < kMaxStates; ++k) {
       const int64_t code = row[kFormat0 + k];
@@ -253,41 +277,45 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     if (extra_bytes_of(entry.param_format, 1) > 0)
       entry.param.extra = take(extra_type(entry.param_format), param, -1, i);
     if (row[kEma]) entry.ema = static_cast<float*>(take(ScalarType::Float, param, -1, i));
-    layout.end_held = next;
-    plan.layouts.push_back(layout);
     plan.entries.push_back(entry);
   }
   STD_TORCH_CHECK(next == held.size(), "onepass: more states than the spec names");
   plan.params = std::move(params);
 }
 
-// Takes the gradient of one entry. False, and nothing of any tensor changed, when it or one of the
-// plan's own tensors is not what the plan was made for.
-bool take_gradient(Plan& plan, size_t i, AtenTensorHandle grad) {
-  Entry& entry = plan.entries[i];
-  const AtenTensorHandle param = plan.params[i].get();
-  Format param_format;
-  const Layout layout = plan.layouts[i];
-  if (address(param) != entry.param.data || !native_format(param, &param_format) ||
-      param_format != native_of(entry.param_format) || !has_layout(param, plan.dims, layout))
-    return false;
-  if (!on_device(plan, grad) || !native_format(grad, &entry.grad_format) ||
-      !has_layout(grad, plan.dims, layout))
-    return false;
-  for (size_t h = layout.first_held; h < layout.end_held; ++h)
-    if (address(plan.held[h].tensor.get()) != plan.held[h].address) return false;
-  entry.grad = address(grad);
+// Whether the plan's own tensors are what it was made for. In loops as short as they can be: the
+// tensors lie anywhere in memory, and the processor fetches as many at a time as it sees ahead.
+bool holds(const Plan& plan) {
+  for (const Held& held : plan.held)
+    if (address(held.tensor.get()) != held.address) return false;
+  for (size_t i = 0; i < plan.params.size(); ++i)
+    if (address(plan.params[i].get()) != plan.entries[i].param.data) return false;
+  for (size_t i = 0; i < plan.params.size(); ++i) {
+    const DLTensor param = layout_of(plan.params[i].get());
+    Format format;
+    if (!native_format(param, &format) || format != native_of(plan.entries[i].param_format) ||
+        !has_layout(param, plan.dims, plan.layouts[i]))
+      return false;
+  }
   return true;
 }
 
-// Takes count gradients from entry first on: take(i) answers for the i-th of them.
-template <class Take>
-bool take_gradients(Plan& plan, size_t first, size_t count, const Take& take) {
-  if (first == 0) plan.taken = 0;
-  bool same = first == plan.taken && count <= plan.entries.size() - first;
-  for (size_t i = 0; same && i < count; ++i) same = take(i);
-  plan.taken = same ? first + count : 0;
-  return same;
+// Takes count gradients, those of a step: view(i, &grad) describes that of entry i, or is false
+// where there is none. False, and nothing of any tensor changed, when one of them or of the plan's
+// own tensors is not what the plan was made for.
+template <class View>
+bool take_gradients(Plan& plan, size_t count, const View& view) {
+  plan.taken = false;
+  if (count != plan.entries.size() || !holds(plan)) return false;
+  for (size_t i = 0; i < plan.entries.size(); ++i) {
+    Entry& entry = plan.entries[i];
+    DLTensor grad;
+    if (!view(i, &grad) || !on_device(plan, grad) || !native_format(grad, &entry.grad_format) ||
+        !has_layout(grad, plan.dims, plan.layouts[i]))
+      return false;
+    entry.grad = static_cast<char*>(grad.data) + grad.byte_offset;
+  }
+  return plan.taken = true;
 }
 
 // What every step asks of its tables; after it, gradients have to be taken anew: a pointer is
@@ -296,23 +324,23 @@ void check_step(
     Plan& plan, const Tensor& hyper, const Tensor& counters,
     const std::optional<Tensor>& telemetry) {
   STD_TORCH_CHECK(
-      on_device(plan, hyper.get()) && hyper.scalar_type() == ScalarType::Float &&
-          hyper.is_contiguous() && hyper.numel() >= plan.rows * kHyperWidth,
+      on_device(plan, hyper) && hyper.scalar_type() == ScalarType::Float && hyper.is_contiguous() &&
+          hyper.numel() >= plan.rows * kHyperWidth,
       "onepass: hyper must be a contiguous float32 tensor on the plan's device of ", plan.rows,
       " x ", kHyperWidth);
   STD_TORCH_CHECK(
-      on_device(plan, counters.get()) && counters.scalar_type() == ScalarType::Long &&
+      on_device(plan, counters) && counters.scalar_type() == ScalarType::Long &&
           counters.is_contiguous() && counters.numel() >= plan.rows * 2,
       "onepass: counters must be a contiguous int64 tensor on the plan's device of ", plan.rows,
       " x 2");
   STD_TORCH_CHECK(
-      !telemetry || (on_device(plan, telemetry->get()) && telemetry->is_contiguous() &&
+      !telemetry || (on_device(plan, *telemetry) && telemetry->is_contiguous() &&
                      telemetry->scalar_type() == ScalarType::Double &&
                      telemetry->numel() >= plan.rows * kTelemetryWidth),
       "onepass: telemetry must be a contiguous float64 tensor on the plan's device of ", plan.rows,
       " x ", kTelemetryWidth);
-  STD_TORCH_CHECK(plan.taken == plan.entries.size(), "onepass: run without refresh");
-  plan.taken = 0;
+  STD_TORCH_CHECK(plan.taken, "onepass: run without refresh");
+  plan.taken = false;
 }
 
 }  // namespace

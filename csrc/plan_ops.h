@@ -36,10 +36,11 @@ struct Registry {
     registry.plans.insert_or_assign(key, std::make_pair(handle, std::move(plan)));
     return handle;
   }
-  static std::shared_ptr<DevicePlan> find(const Tensor& handle) {
+  static std::shared_ptr<DevicePlan> find(const Tensor& handle) { return find(handle.data_ptr()); }
+  static std::shared_ptr<DevicePlan> find(const void* key) {
     Registry& registry = all();
     std::lock_guard<std::mutex> lock(registry.mutex);
-    const auto found = registry.plans.find(handle.data_ptr());
+    const auto found = registry.plans.find(key);
     STD_TORCH_CHECK(found != registry.plans.end(), "onepass: this plan has been freed");
     return found->second.second;
   }
@@ -61,23 +62,21 @@ Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor 
   return Registry<DevicePlan>::add(on_device, std::move(plan));
 }
 
-// refresh, boxed by hand: TORCH_BOX would make an owning Tensor of every gradient, and this is the
-// one call whose cost grows with the number of tensors at every step.
+// refresh, boxed by hand: TORCH_BOX would make an owning Tensor of every gradient.
 template <class DevicePlan>
 void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
   const auto grads = torch::stable::detail::to<StableListHandle>(stack[1]);
-  const auto first = static_cast<size_t>(torch::stable::detail::to<int64_t>(stack[2]));
   const std::shared_ptr<DevicePlan> plan = Registry<DevicePlan>::find(handle);
   size_t count = 0;
   TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
-  const bool same = take_gradients(*plan, first, count, [&](size_t i) {
+  const bool same = take_gradients(*plan, count, [&](size_t i, DLTensor* view) {
     StableIValue item;
     TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
     const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
-    const bool taken = take_gradient(*plan, first + i, grad);
+    *view = view_of(grad);  // of a tensor that the list owns
     TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
-    return taken;
+    return true;
   });
   TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
   stack[0] = torch::stable::detail::from(int64_t{same ? 0 : 1});
@@ -104,11 +103,12 @@ void sweep_(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor spec,
     Tensor hyper, Tensor counters) {
   DevicePlan plan(std::move(params), std::move(states), spec);
+  const auto view = [&](size_t i, DLTensor* grad) {
+    *grad = view_of(grads[i].get());
+    return true;
+  };
   STD_TORCH_CHECK(
-      grads.size() == plan.entries.size() &&
-          take_gradients(
-              plan, 0, grads.size(),
-              [&](size_t i) { return take_gradient(plan, i, grads[i].get()); }),
+      take_gradients(plan, grads.size(), view),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
       "bfloat16 or float16");
   check_step(plan, hyper, counters, std::nullopt);

@@ -9,18 +9,30 @@ import pytest
 import torch
 
 import onepass
-from bench import bars, cases, check, measure, providers, report, results
-from bench.lists import gpt2, many, one
+from bench import bars, cases, report, results
+from onepass.benchmark import check, devices, measure, providers
+from onepass.benchmark.cases import DTYPES, OPTIONS, Case
+from onepass.benchmark.lists import (
+    LLAMA_PARTS,
+    NAMED,
+    gpt2,
+    in_words,
+    llama3,
+    many,
+    one,
+    resnet50,
+    vit_l16,
+)
 
 main = importlib.import_module("bench.__main__").main
-TINY = cases.Case("adamw", "fp32", "fp32", many(3, 130, offset=1))
-BY_NAME = {provider.name: provider for provider in providers.PROVIDERS}
+TINY = Case("adamw", "fp32", "fp32", many(3, 130, offset=1))
+BY_NAME = {provider.name: provider for provider in providers.all_providers()}
 
 
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch):
     """The buffers of the limits take a second to fill at their real size."""
-    monkeypatch.setattr(measure, "SMALLEST_COPY", 1 << 12)
+    monkeypatch.setattr(devices.Device, "smallest_copy", 1 << 12)
     monkeypatch.setattr(measure, "BEYOND_CACHE", 1 << 14)
 
 
@@ -41,11 +53,11 @@ def _small_limits(monkeypatch):
     ],
 )
 def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, weights, states, expected):
-    case = cases.Case(rule, dtype, states, many(2, 256), weights)
-    params = [torch.nn.Parameter(t) for t in case.list.normal(1.0, cases.DTYPES[dtype], 0)]
+    case = Case(rule, dtype, states, many(2, 256), weights)
+    params = [torch.nn.Parameter(t) for t in case.list.normal(1.0, DTYPES[dtype], 0)]
     for param in params:
         param.grad = torch.ones_like(param)
-    optimizer = BY_NAME["onepass-cpu"].rules[rule](onepass, params, case)
+    optimizer = BY_NAME["onepass-cpu"].make(params, case)
     optimizer.backend = None  # whichever is there
     optimizer.step()
     moved = 0
@@ -56,10 +68,20 @@ def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, weights, 
 
 
 def test_lists():
-    assert one(50).numel == 50_000_000
-    # As counted by the published model, embeddings tied.
-    assert gpt2(12, 768, 50257, 1024).numel == 124_439_808
-    assert len(gpt2(12, 768, 50257, 1024).shapes) == 148
+    assert one(50_000_000).numel == 50_000_000
+    assert [in_words(n) for n in (7, 1000, 2500, 1_500_000_000)] == ["7", "1K", "2.5K", "1.5B"]
+    assert in_words(124_439_808) == "124M"
+    # As counted by the published models (GPT-2: embeddings tied, as they were trained).
+    assert (gpt2().numel, len(gpt2().shapes)) == (124_439_808, 148)
+    assert (llama3().numel, len(llama3().shapes)) == (8_030_261_248, 291)
+    assert (vit_l16().numel, len(vit_l16().shapes)) == (304_326_632, 296)
+    assert (resnet50().numel, len(resnet50().shapes)) == (25_557_032, 161)
+    for part in LLAMA_PARTS:
+        assert llama3(part).numel == pytest.approx(llama3().numel / part, rel=1e-4)
+    with pytest.raises(ValueError, match="got 3"):
+        llama3(3)
+    for name, make in NAMED.items():
+        assert make().name.startswith(name)
     assert many(300, 1).scalars
     assert not many(300, 2).scalars
     odd = many(3, 5, offset=1).empty(torch.float32)
@@ -67,14 +89,16 @@ def test_lists():
 
 
 def test_case_names_are_unique_and_bars_name_cases():
-    names = [case.name for case in cases.all_cases()]
-    assert len(set(names)) == len(names)
-    assert cases.select(cases.all_cases(), "lion")[0].rule == "lion"
-    assert [c.rule for c in cases.select(cases.all_cases(), "sgd/*")] == ["sgd"]
-    keys = {case.key for case in cases.all_cases()}
-    for bar in bars.BARS:
-        assert (bar.rule, bar.dtype, bar.weights, bar.states, bar.list) in keys
-        assert bar.other in BY_NAME
+    assert cases.select(cases.cpu_cases(), "lion")[0].rule == "lion"
+    assert {c.rule for c in cases.select(cases.cpu_cases(), "sgd/*")} == {"sgd"}
+    for device, (ours, table) in bars.BY_DEVICE.items():
+        found = cases.CASES[device](False)
+        assert len({case.name for case in found}) == len(found)
+        keys = {case.key for case in found}
+        served = {provider.name for provider in providers.all_providers(device)}
+        for bar in table:
+            assert (bar.rule, bar.dtype, bar.weights, bar.states, bar.list) in keys
+            assert {ours, bar.other} <= served | {"copy"}
 
 
 def outcome(case, *chosen):
@@ -82,10 +106,10 @@ def outcome(case, *chosen):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in cases.all_cases(quick=True) if c.list.name == "1M"], ids=lambda c: c.name
+    "case", [c for c in cases.cpu_cases(quick=True) if c.list.name == "1M"], ids=lambda c: c.name
 )
 def test_the_providers_that_every_machine_has_are_right(case):
-    small = cases.Case(case.rule, case.dtype, case.states, many(3, 130))
+    small = Case(case.rule, case.dtype, case.states, many(3, 130))
     found = outcome(small, *(p for p in BY_NAME.values() if p.name.startswith("torch-")))
     assert found.failed == []
     if not onepass.ops.missing:
@@ -96,8 +120,8 @@ def test_the_providers_that_every_machine_has_are_right(case):
 def test_a_wrong_provider_is_named_and_not_timed(fault):
     wrong = {"lr": 1.01e-2, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
 
-    def make(module, params, case):
-        options = dict(cases.OPTIONS["adamw"])
+    def make(module, params, case, device):
+        options = dict(OPTIONS["adamw"])
         if fault == "still":
             return torch.optim.SGD(params, lr=0.0)
         options[fault] = wrong[fault]
@@ -112,13 +136,13 @@ def test_a_wrong_provider_is_named_and_not_timed(fault):
 
 def dynamic_steps(damage):
     """What the check says of two steps with dynamic8 in NumPy whose last one is damaged."""
-    case = cases.Case("adamw", "fp32", "dynamic8", many(1, 4096))
+    case = Case("adamw", "fp32", "dynamic8", many(1, 4096))
     weights = case.list.normal(0.02, torch.float32, 1)
     grads = case.list.normal(0.01, torch.float32, 2)
     grads[0][::256] = 1e-6 * (1 + torch.arange(16))  # some 1e-4 of the largest of a block
     expected = check.Expected(case, weights, grads)
     weights[0].requires_grad_().grad = grads[0]
-    optimizer = BY_NAME["onepass-cpu"].rules["adamw"](onepass, weights, case)
+    optimizer = BY_NAME["onepass-cpu"].make(weights, case)
     optimizer.backend = "reference"
     taken = []
 
@@ -164,11 +188,11 @@ def test_the_check_also_sees_the_end_of_a_long_tensor(monkeypatch):
     monkeypatch.setattr(check, "SAMPLED", 1 << 10)
     long = many(1, 10_001)
     weights, grads = long.normal(1.0, torch.float32, 0), long.normal(1.0, torch.float32, 1)
-    case = cases.Case("sgd", "fp32", "fp32", long)
+    case = Case("sgd", "fp32", "fp32", long)
     expected = check.Expected(case, weights, grads)
     kept = grads[0].clone()
     weights[0].requires_grad_().grad = grads[0]
-    optimizer = torch.optim.SGD(weights, **cases.OPTIONS["sgd"])
+    optimizer = torch.optim.SGD(weights, **OPTIONS["sgd"])
 
     def step():
         before = weights[0][-1].item()
@@ -184,6 +208,54 @@ def test_a_provider_that_is_not_there_says_so():
     assert absent.unavailable() == "not installed"
 
 
+def test_providers_of_a_device_have_names_of_their_own_and_are_found_by_patterns():
+    for device in devices.DEVICES:
+        names = [provider.name for provider in providers.all_providers(device)]
+        assert len(set(names)) == len(names)
+    found = providers.find(providers.all_providers(), "torch-f*,optimi")
+    assert [p.name for p in found] == [
+        "torch-fused-fp32",
+        "torch-fused",
+        "torch-foreach",
+        "torch-forloop",
+        "optimi",
+    ]
+    with pytest.raises(ValueError, match="no provider nobody"):
+        providers.find(found, "nobody")
+
+
+def test_what_does_not_fit_beside_the_others_is_left_out():
+    """A device of which only the first provider fits, once the second has shown what it needs."""
+
+    class Full(devices.Device):
+        left = iter([1 << 20, 126, 1 << 20, 124])
+
+        def free(self):
+            return next(self.left)
+
+        def extra_memory(self, step):
+            return 100  # a quarter more has to be free
+
+    chosen = [BY_NAME["torch-fused"], BY_NAME["torch-foreach"]]
+    found = measure.run_case(TINY, chosen, samples=1, device=Full())
+    assert [one.provider for one in found.timed] == ["torch-fused", "copy", "in-place"]
+    assert found.skipped == [("torch-foreach", "does not fit in memory beside the others")]
+    assert found.failed == []
+
+
+def test_bytes_of_formats_of_their_own():
+    case = Case("adamw", "bf16", "mx8", one(1000), "split8")
+    moved = {
+        "torch-fused-fp32": 28_000,
+        "bitsandbytes-8bit": 6_000 + 4 * 1015.625,
+        "flashoptim-8bit": 6_000 + 2_000 + 4 * 1062.5,
+    }
+    for provider in providers.all_providers("cuda"):
+        if provider.name in moved:
+            assert provider.bytes_in(case) == round(moved.pop(provider.name))
+    assert not moved
+
+
 def test_percentiles():
     assert measure.percentile([3.0, 1.0, 2.0], 50) == 2.0
     assert measure.percentile([0.0, 10.0], 20) == 2.0
@@ -192,7 +264,7 @@ def test_percentiles():
 
 def test_extra_memory_sees_a_temporary():
     source = torch.ones(1 << 22)
-    found = measure.extra_memory(lambda: source + 1)
+    found = devices.DEVICES["cpu"].extra_memory(lambda: source + 1)
     if found is None:
         pytest.skip("the kernel does not tell")
     assert abs(found - source.nbytes) < 1 << 21
@@ -246,8 +318,8 @@ def test_report_says_where_ours_is_slower_and_takes_the_newest(tmp_path):
     assert [line["ms"]["p50"] for line in lines] == [30.0, 33.0]
     elsewhere = fake("torch-fused", 20.0, "2026-02-01", device="another")
     assert report.newest([*lines, elsewhere]) == [elsewhere, *lines]  # it has the picture
-    page = report.markdown(lines, ["cpu.jsonl"], None)
-    assert "torch-fused 30.000 ms, onepass-cpu 33.000 ms (10.0% more)" in page
+    page = report.markdown(lines, ["cpu.jsonl"], {})
+    assert "onepass-cpu 33.000 ms, torch-fused 30.000 ms (10.0% more)" in page
     assert "| fp32 no slower than torch fused | 0.91 | 1 | fail |" in page
     assert report.draw(lines, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000

@@ -58,7 +58,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistyped_command(typed: str, hint: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([typed]) == EXIT_USAGE
     err = capsys.readouterr().err
-    assert f"invalid choice: '{typed}' (choose from demo, info)" in err
+    names = ", ".join(command.name for command in cli.COMMANDS)
+    assert f"invalid choice: '{typed}' (choose from {names})" in err
     assert (hint in err) if hint else ("did you mean" not in err)
 
 

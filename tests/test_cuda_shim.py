@@ -211,7 +211,7 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first, states):
         hyper = torch.zeros(2, HYPER_WIDTH)
         hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
         counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
-        assert backend.refresh(prepared, [grad], 0)
+        assert backend.refresh(prepared, [grad])
         backend.run(prepared, hyper, counters)
         results.append([param, *held.values(), *scales.values()])
     for a, b in zip(*results, strict=True):
@@ -230,7 +230,7 @@ def norm_of(grads):
     ]
     backend = BACKENDS[SHIM]
     prepared = backend.prepare(entries)
-    assert backend.refresh(prepared, grads, 0)
+    assert backend.refresh(prepared, grads)
     found = backend.norm(prepared)
     assert same_bits(found.view(torch.int32), backend.norm(prepared).view(torch.int32))
     return found.tolist()
@@ -287,9 +287,9 @@ def test_what_is_launched_and_when_a_plan_is_stale():
         [good[0].to("meta"), good[1]],
         [good[0][:3], good[1]],
     ):
-        assert not part.backend.refresh(part.prepared, grads, 0)
-    assert part.backend.refresh(part.prepared, good, 0)
-    assert part.backend.refresh(part.prepared, [good[0].to(torch.bfloat16), good[1]], 0)
+        assert not part.backend.refresh(part.prepared, grads)
+    assert part.backend.refresh(part.prepared, good)
+    assert part.backend.refresh(part.prepared, [good[0].to(torch.bfloat16), good[1]])
 
 
 def test_lists_without_elements_launch_no_sweep():

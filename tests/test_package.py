@@ -15,7 +15,7 @@ import onepass
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(onepass.__file__).parent
 LIBRARY = PACKAGE / "libonepass_cpu.so"
-FOLDERS = ("csrc", "python", "triton_kernels", "tests", "bench")
+FOLDERS = ("csrc", "python", "triton_kernels", "tests", "bench", "examples")
 SUFFIXES = {".py", ".h", ".cpp", ".cuh", ".cu", ".sh"}
 MAX_LINES = 400
 

@@ -208,7 +208,7 @@ def test_random_bits_of_a_shard_that_starts_anywhere(first):
         hyper = torch.zeros(2, HYPER_WIDTH)
         hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
         counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
-        assert backend.refresh(prepared, [grad], 0)
+        assert backend.refresh(prepared, [grad])
         backend.run(prepared, hyper, counters)
         results.append([param, *states.values()])
     for a, b in zip(*results, strict=True):

@@ -155,7 +155,10 @@ template <const DynamicMap& Map>
 void load_dynamic8(const Stored& src, int64_t first, int n, float* __restrict tile, float*) {
   const uint8_t* __restrict codes = static_cast<const uint8_t*>(src.data) + first;
   const float scale = static_cast<const float*>(src.extra)[first / kDynamicBlock];
-  for (int i = 0; i < n; ++i) tile[i] = Map.values[codes[i]] * scale;
+  uint32_t wide[kTile];
+  convert(codes, wide, n);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) tile[i] = Map.values[static_cast<int32_t>(wide[i])] * scale;
 }
 
 template <const DynamicMap& Map>
@@ -173,10 +176,10 @@ void store_dynamic8(
     __builtin_memset(codes, 0, n);
     return;
   }
-  float units[kTile];
+  int32_t wide[kTile];
 #pragma omp simd
-  for (int i = 0; i < n; ++i) units[i] = div_rn(tile[i], divisor);
-  for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(encode_dynamic(units[i], Map));
+  for (int i = 0; i < n; ++i) wide[i] = encode_dynamic(div_rn(tile[i], divisor), Map);
+  convert(wide, codes, n);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The ops of the CPU library: the plan of csrc/plan.h, with the cuts between the threads' work.
 #include <algorithm>
 
-#include "../plan_ops.h"
+#include "../reader.h"
 #include "sweep.h"
 
 namespace onepass::cpu {
@@ -22,7 +22,7 @@ struct CpuPlan : Plan {
 
 Tensor norm_of_plan(Tensor handle) {
   const std::shared_ptr<CpuPlan> plan = Registry<CpuPlan>::find(handle);
-  STD_TORCH_CHECK(plan->taken == plan->entries.size(), "onepass: norm without refresh");
+  STD_TORCH_CHECK(plan->taken, "onepass: norm without refresh");
   const Norm found = norm(kernels(), plan->entries, plan->cuts);
   Tensor result = torch::stable::new_empty(handle, {3}, ScalarType::Double);
   double* values = result.mutable_data_ptr<double>();
@@ -55,3 +55,5 @@ STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace onepass::cpu
+
+ONEPASS_READER(onepass::cpu::CpuPlan)

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../plan_ops.h"
+#include "../reader.h"
 #include "kernels.h"
 #include "launch.h"
 
@@ -73,10 +73,10 @@ struct CudaPlan : Plan {
     const Tensor like = params.empty() ? spec : params[0];
     build(*this, std::move(params), std::move(states), spec);
     cut();
-    const OnDevice guard(device_index);
-    made_on = stream_of(device_index);
+    const OnDevice guard(device.device_id);
+    made_on = stream_of(device.device_id);
     ONEPASS_CUDA(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_index));
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.device_id));
     chunk_table = table(like, static_cast<int64_t>(chunks.size()) * kChunkWords);
     grads.table = table(like, static_cast<int64_t>(entries.size()));
   }
@@ -90,8 +90,8 @@ struct CudaPlan : Plan {
   void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
     STD_TORCH_CHECK(!telemetry, "onepass: the cuda backend measures no telemetry, triton does");
     if (chunks.empty()) return;
-    const OnDevice guard(device_index);
-    const cudaStream_t stream = stream_of(device_index);
+    const OnDevice guard(device.device_id);
+    const cudaStream_t stream = stream_of(device.device_id);
     Tables tables = prepare(stream);
     tables.hyper = hyper;
     tables.counters = counters;
@@ -100,9 +100,9 @@ struct CudaPlan : Plan {
   }
 
   Tensor norm() {
-    STD_TORCH_CHECK(taken == entries.size(), "onepass: norm without refresh");
-    const OnDevice guard(device_index);
-    const cudaStream_t stream = stream_of(device_index);
+    STD_TORCH_CHECK(taken, "onepass: norm without refresh");
+    const OnDevice guard(device.device_id);
+    const cudaStream_t stream = stream_of(device.device_id);
     const Tables tables = prepare(stream);
     const int64_t count = static_cast<int64_t>(chunks.size());
     const int64_t most = int64_t{multiprocessors} * kTuning.norm_blocks_per_sm;
@@ -280,3 +280,5 @@ STABLE_TORCH_LIBRARY_IMPL(onepass, CUDA, m) {
 }
 
 }  // namespace onepass::cuda
+
+ONEPASS_READER(onepass::cuda::CudaPlan)

@@ -10,7 +10,7 @@ constexpr int kDynamicBlock = 256;
 
 // Cells of the magnitudes from 2^-24 to 2: 128 in each binade.
 constexpr int kDynamicCells = 25 * 128;
-constexpr uint32_t kFirstCell = 103u << 7;  // the upper half of 2^-24
+constexpr int32_t kFirstCell = 103 << 7;  // the upper half of 2^-24
 
 struct DynamicMap {
   bool is_signed;
@@ -18,8 +18,9 @@ struct DynamicMap {
   // Above zero, the midpoint between each value and the next, then infinity. What lies above k of
   // them has the code of zero + k; below zero it is the same mirrored.
   float edges[256];
-  // How many edges lie below the lowest magnitude of a cell. A cell holds two at most.
-  uint8_t starts[kDynamicCells];
+  // How many edges lie below the lowest magnitude of a cell. A cell holds two at most. Words, which
+  // vectors can gather.
+  int32_t starts[kDynamicCells];
 
   constexpr int zero() const { return is_signed ? 127 : 0; }
 };
@@ -48,24 +49,26 @@ constexpr DynamicMap dynamic_map(bool is_signed) {
     if (cell % 128 == 0 && cell) binade *= 2;
     lowest = binade * (1.0 + (cell % 128) / 128.0);
     while (below < edges && map.edges[below] < lowest) ++below;
-    map.starts[cell] = static_cast<uint8_t>(below);
+    map.starts[cell] = below;
   }
   return map;
 }
 
-// The code of a value in [-1, 1].
-ONEPASS_HD uint32_t encode_dynamic(float value, const DynamicMap& map) {
-  const uint32_t bits = to_bits(value), upper = (bits & 0x7FFFFFFFu) >> 16;
+// The code of a value in [-1, 1]. Without branches, so that a loop of it is a vector's.
+ONEPASS_HD int32_t encode_dynamic(float value, const DynamicMap& map) {
+  const uint32_t bits = to_bits(value);
+  const int32_t cell = static_cast<int32_t>((bits & 0x7FFFFFFFu) >> 16) - kFirstCell;
   const float magnitude = from_bits(bits & 0x7FFFFFFFu);
-  if (upper < kFirstCell) return map.zero();
-  const bool negative = bits >> 31;
-  uint32_t above = map.starts[upper - kFirstCell];
+  const bool negative = static_cast<int32_t>(bits) < 0;
+  int32_t above = map.starts[cell < 0 ? 0 : cell];
   // An edge itself belongs to the lower of two codes, which below zero is the larger magnitude.
-  for (int k = 0; k < 2; ++k)
-    above += (magnitude > map.edges[above]) | (negative & (magnitude == map.edges[above]));
-  const uint32_t zero = map.zero();
-  if (!negative) return zero + above;
-  return above < zero ? zero - above : 0;  // -1 has no code: the lowest value is -0.993
+  for (int k = 0; k < 2; ++k) {
+    const float edge = map.edges[above];
+    above += negative ? magnitude >= edge : magnitude > edge;
+  }
+  above = cell < 0 ? 0 : above;
+  const int32_t zero = map.zero(), code = negative ? zero - above : zero + above;
+  return code < 0 ? 0 : code;  // -1 has no code: the lowest value is -0.993
 }
 
 }  // namespace onepass

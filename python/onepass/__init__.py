@@ -2,10 +2,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, ops
+from . import backends, memory, ops
 from .amp import GradScaler
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .checkpoints import convert_state_dict, full_precision_state_dict
+from .distributed import number_parameters
 from .optim import (
     SGD,
     Adagrad,
@@ -63,6 +64,8 @@ __all__ = [
     "convert_state_dict",
     "from_bitsandbytes",
     "full_precision_state_dict",
+    "memory",
+    "number_parameters",
     "ops",
     "parameter_groups",
     "release_gradients",

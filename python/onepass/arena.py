@@ -28,6 +28,10 @@ class Arena:
             key = (device, layout.dtype)
             self._wanted[key] = self._wanted.get(key, 0) + _room(layout)
 
+    def slab_bytes(self) -> list[int]:
+        """Bytes of each storage that what was announced will take."""
+        return [count * dtype.itemsize for (_, dtype), count in self._wanted.items()]
+
     def take(self, layout: Layout, device: torch.device) -> torch.Tensor:
         """A tensor of this layout, filled with zeros."""
         if layout.numel > SMALL:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checks import check_weight_format
+from .distributed.shards import full_weight
 from .held import ParamState
-from .states import COMPANIONS, full_precision
+from .states import COMPANIONS
 
 if TYPE_CHECKING:
     from .optim.base import Optimizer
@@ -98,6 +99,6 @@ def full_precision_state_dict(model: torch.nn.Module, *optimizers: Optimizer) ->
         if value not in full:
             held = state.get(value, {})
             wide = any(key in held for key in COMPANIONS)
-            full[value] = full_precision(value, held) if wide else value.detach()
+            full[value] = full_weight(value, held) if wide else value.detach()
         result[name] = full[value]
     return result

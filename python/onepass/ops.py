@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -56,11 +57,11 @@ def cuda_missing() -> str:
     return ""
 
 
-def free_plan(plan: torch.Tensor) -> None:
+def free_plan(calls: Any, plan: torch.Tensor) -> None:
     """Frees a plan of the compiled libraries, whenever Python comes to it: in the middle of a trace
-    by torch.compile, too, whose modes must not see it."""
+    by torch.compile, too, whose modes must not see it. calls has the ops of its library."""
     with _disable_current_modes():
-        torch.ops.onepass.free_plan(plan)
+        calls.free_plan(plan)
 
 
 def cpu_isa(name: str = "") -> str:
@@ -90,7 +91,7 @@ if not missing:
         return (params[0] if params else spec).new_empty(1, dtype=torch.int64)
 
     @torch.library.register_fake("onepass::refresh")
-    def _refresh_fake(plan, grads, first):  # type: ignore[no-untyped-def]
+    def _refresh_fake(plan, grads):  # type: ignore[no-untyped-def]
         return 0
 
     @torch.library.register_fake("onepass::run")

@@ -29,27 +29,25 @@ class Part:
 
     def refresh(self) -> bool:
         """Reads the gradients; False, with nothing changed, when the plan is no longer true."""
-        count = len(self.params)
-        chunk = self.backend.chunk or count
         self._copies = []
-        for first in range(0, count, chunk):
-            grads = self._take(first, first + chunk)
-            if grads is None or not self.backend.refresh(self.prepared, grads, first):
-                return False
-        return True
+        if not self.relaid and self._read():
+            return True
+        grads = self._take()
+        return grads is not None and self.backend.refresh(self.prepared, grads)
 
-    def _take(self, first: int, stop: int) -> list[torch.Tensor] | None:
-        """Gradients of some parameters, in the order in which these lie; None if one has none."""
-        part = self.params[first:stop]
-        grads = [grad for p in part if (grad := p.grad) is not None]
-        if len(grads) < len(part):
+    def _read(self) -> bool:
+        """Lets the backend take gradients as they are; False where it has to be given them."""
+        return self.backend.read(self.prepared, self.params)
+
+    def _take(self) -> list[torch.Tensor] | None:
+        """Gradients, in the order in which parameters lie in memory; None if one has none."""
+        grads = [grad for p in self.params if (grad := p.grad) is not None]
+        if len(grads) < len(self.params):
             return None
         for i in self.relaid:
-            if first <= i < stop:
-                grad = grads[i - first]
-                copy = torch.empty_like(self.params[i], dtype=grad.dtype).copy_(grad)
-                grads[i - first] = copy
-                self._copies.append(copy)
+            copy = torch.empty_like(self.params[i], dtype=grads[i].dtype).copy_(grads[i])
+            grads[i] = copy
+            self._copies.append(copy)
         return grads
 
     def norm(self) -> torch.Tensor:

@@ -7,9 +7,7 @@ gradient, a replaced state, a moved tensor, another option of a group), the plan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +15,11 @@ import torch
 from . import backends
 from .arena import Arena
 from .checks import check_tensors, check_weight_format
+from .distributed.part import PagedShards, ShardedPart
+from .distributed.ranks import Groups, Ranks
+from .distributed.shards import local_of, shards_of
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
+from .groups import Reader, is_fixed, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
 from .paging.part import PagedPart
 from .parts import Part
@@ -43,7 +45,7 @@ class Member(NamedTuple):
 
     Attributes:
         param: the tensor.
-        number: its position in the optimizer, which keys its random bits.
+        number: keys its random bits: its position in the optimizer, unless it was given one.
         at, group: its group, and the position of that.
     """
 
@@ -53,31 +55,19 @@ class Member(NamedTuple):
     group: dict[str, Any]
 
 
+class _Place(NamedTuple):
+    """Where entries are that are worked on together: on a device, and if they are shards of
+    DTensors, cut over the same process groups."""
+
+    device: torch.device
+    groups: Groups | None
+
+
 def add_norms(parts: torch.Tensor) -> torch.Tensor:
     """What :meth:`Backend.norm` found of several lists, float64 [lists, 3], as of one."""
     total = parts.sum(0)
     total[1] = parts[:, 1].max()
     return total
-
-
-def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
-    """Whether two sequences of equal length hold the same objects."""
-    return all(map(is_, found, known))
-
-
-def _values_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
-    return chain.from_iterable(group.values() for group in groups)
-
-
-def _options_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
-    return (value for group in groups for key, value in group.items() if key != "params")
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether a value cannot change without being replaced."""
-    if type(value) is tuple:
-        return all(map(_is_fixed, value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 class Plan:
@@ -111,6 +101,12 @@ class Plan:
         self._options = [self._group_options(group) for group in groups]
         self._checked: list[Any] | None = None
 
+        shards = shards_of(chain.from_iterable(group["params"] for group in groups))
+        self._ranks = None
+        if self._whole and (shards or optimizer.norm_group is not None):
+            every = chain.from_iterable(group["params"] for group in groups)
+            self._ranks = Ranks(every, shards, optimizer.norm_group)
+
         arena, pager = Arena(), optimizer.pager
         paged: set[torch.Tensor] = set()
         if pager is not None:
@@ -118,39 +114,48 @@ class Plan:
             paged = pager.places(optimizer.param_groups, self._whole).paged
         for group in groups:
             optimizer.check_options(group)
-        for param, number, _, group in members:
-            which = f"parameter {number} of shape {tuple(param.shape)}"
-            assert param.grad is not None
-            check_tensors(param, param.grad, which)
+        for whole, number, _, group in members:
+            which = f"parameter {number} of shape {tuple(whole.shape)}"
+            assert whole.grad is not None
+            check_tensors(whole, whole.grad, which)
+            param = shards[whole].check(which) if whole in shards else whole
             check_weight_format(param, group["weights"], which)
-            state, form = optimizer.state.get(param, {}), STATE_FORMATS[group["states"]]
+            state, form = optimizer.state.get(whole, {}), STATE_FORMATS[group["states"]]
             for _, name in rule.state_slots(rule.flag_bits(group)):
-                if state.get(name) is None and param not in paged:
+                if state.get(name) is None and whole not in paged:
                     for layout in state_layouts(param, name, form):
                         arena.want(layout, param.device)
         extras = optimizer.measures or any(group["ema_decay"] is not None for group in groups)
         chosen = {
             device: backends.choose(device, optimizer.backend, extras)
-            for device in dict.fromkeys(p.device for p in self._active)
+            for device in dict.fromkeys(
+                shards[p].local.device if p in shards else p.device for p in self._active
+            )
         }
 
         if pager is not None:
             pager.want(members, optimizer)
 
         # New states are gathered first: nothing is kept of them if memory runs out on the way.
-        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], int]] = []
-        numbers: dict[torch.device, dict[tuple[int, float, bool], int]] = {d: {} for d in chosen}
-        entries: dict[torch.device, list[backends.Entry]] = {device: [] for device in chosen}
-        read = _Reader()
-        for param, number, index, group in members:
+        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], _Place, int]] = []
+        numbers: dict[_Place, dict[tuple[int, float, bool], int]] = {}
+        entries: dict[_Place, list[backends.Entry]] = {}
+        wholes: dict[_Place, list[torch.Tensor]] = {}
+        read = Reader()
+        for whole, number, index, group in members:
+            shard = shards.get(whole)
+            param = whole if shard is None else shard.local
+            place = _Place(param.device, None if shard is None else shard.groups)
             flags = rule.flag_bits(group)
             form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
             slots = rule.state_slots(flags)
-            state = optimizer.state.get(param, {})
-            which = f"parameter {number} of shape {tuple(param.shape)}"
+            state = saved = optimizer.state.get(whole, {})
+            which = f"parameter {number} of shape {tuple(whole.shape)}"
             saved_as = getattr(state, "form", "")
-            home = None if pager is None or param not in paged else pager.home
-            held = fit_states(state, param, rule, form, which, saved_as=saved_as, home=home)
+            if shard is not None:
+                saved = shard.inner(state, rule)
+            home = None if pager is None or whole not in paged else pager.home
+            held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
             first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
             for _, name in slots:
                 if name in held:
@@ -162,16 +167,20 @@ class Plan:
                 start = rule.initial_value(name, group)
                 if start:
                     fill(held, name, form, start)
-            companion = fit_companion(state, param, weight, which, home=home)
+            companion = fit_companion(saved, param, weight, which, home=home)
             if companion is not None:
                 held[weight.key] = companion
             if group["ema_decay"] is not None:
-                held[EMA] = fit_ema(state, param, which, home=home)
-            rows = numbers[param.device]
+                held[EMA] = fit_ema(saved, param, which, home=home)
+            rows = numbers.setdefault(place, {})
             row = rows.setdefault((index, read(state.get("step")), first), len(rows))
             order = packed_order(param, form) if slots else {}
-            fresh.append((param, form, {**held, **order}, row))
-            entries[param.device].append(
+            kept = {**held, **order}
+            if shard is not None:
+                kept = shard.wrapped(kept, rule, form)
+            fresh.append((whole, form, kept, place, row))
+            wholes.setdefault(place, []).append(whole)
+            entries.setdefault(place, []).append(
                 backends.Entry(
                     param=param,
                     states={slot: held[name] for slot, name in slots},
@@ -189,28 +198,28 @@ class Plan:
                     flags=flags,
                     row=row,
                     param_id=number,
+                    first=0 if shard is None else shard.start(form),
                 )
             )
         all_groups = optimizer.param_groups
         tables = {
-            device: RowTable(
+            place: RowTable(
                 rule,
                 [(all_groups[index], count, first) for index, count, first in rows],
-                device,
+                place.device,
                 optimizer.measures,
             )
-            for device, rows in numbers.items()
+            for place, rows in numbers.items()
         }
         self._parts = [
-            Part(backend, entries[device], tables[device])
-            if pager is None or paged.isdisjoint(entry.param for entry in entries[device])
-            else PagedPart(backend, entries[device], tables[device], pager, paged)
-            for device, backend in chosen.items()
+            self._part(chosen[place.device], listed, tables[place], wholes[place], place, paged)
+            for place, listed in entries.items()
         ]
+        self._kinds = [place.groups or () for place in entries]
 
         self._watch = Watch()
-        for param, form, held, index in fresh:
-            shared = tables[param.device].rows[index]
+        for param, form, held, place, index in fresh:
+            shared = tables[place].rows[index]
             param_state = optimizer.state[param]
             if not isinstance(param_state, ParamState):
                 param_state = optimizer.state[param] = ParamState(param_state)
@@ -229,6 +238,27 @@ class Plan:
         self._state = optimizer.state
         self._own = optimizer.state[self._active[0]] if len(members) == 1 else None
 
+    def _part(
+        self,
+        backend: backends.Backend,
+        entries: list[backends.Entry],
+        table: RowTable,
+        wholes: list[torch.Tensor],
+        place: _Place,
+        paged: set[torch.Tensor],
+    ) -> Part:
+        pager, moved = self._optimizer.pager, self._optimizer.moved
+        away = {local_of(whole) for whole in wholes if whole in paged}
+        if pager is None or not away:
+            if place.groups is None:
+                return Part(backend, entries, table)
+            return ShardedPart(backend, entries, table, wholes=wholes, moved=moved)
+        if place.groups is None:
+            return PagedPart(backend, entries, table, pager=pager, paged=away)
+        return PagedShards(
+            backend, entries, table, wholes=wholes, moved=moved, pager=pager, paged=away
+        )
+
     def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What entries were made from; the other options are read at every step."""
         return (
@@ -245,8 +275,8 @@ class Plan:
             groups = self._optimizer.param_groups
             for group in groups:
                 self._optimizer.check_options(group)
-            if self._whole and all(map(_is_fixed, _options_of(groups))):
-                self._checked = list(_values_of(groups))
+            if self._whole and all(map(is_fixed, options_of(groups))):
+                self._checked = list(values_of(groups))
 
     def _unchanged(self) -> bool:
         """Whether the groups hold the very objects that were checked, all of them immutable."""
@@ -255,7 +285,7 @@ class Plan:
         return (
             known is not None
             and sum(map(len, groups)) == len(known)
-            and _same(_values_of(groups), known)
+            and same(values_of(groups), known)
         )
 
     def _holds(self) -> bool:
@@ -272,21 +302,25 @@ class Plan:
             return dict.get(state, self._active[0]) is self._own
         groups = optimizer.param_groups
         if len(groups) != len(self._params) or not all(
-            _same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
+            same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
         ):
             return False
         return all(p.grad is None for p in self._idle)
 
     def refresh(self) -> bool:
         """Takes the gradients; False, with nothing changed, when the plan is no longer true."""
-        same = self._holds() and all(part.refresh() for part in self._parts)
-        if same and capturing():
+        holds = self._holds() and all(part.refresh() for part in self._parts)
+        if holds and capturing():
             self._optimizer.captured.append(self)
-        return same
+        return holds
 
     def norm(self) -> torch.Tensor | None:
-        """See :meth:`Backend.norm`, over all devices and on the first; None without gradients."""
+        """See :meth:`Backend.norm`, over all devices and ranks and on the first device; None
+        without gradients."""
         found = [part.norm() for part in self._parts]
+        if self._ranks is not None:
+            largest = self._optimizer.policy().largest
+            return self._ranks.norm(list(zip(self._kinds, found, strict=True)), largest)
         if len(found) < 2:
             return found[0] if found else None
         return add_norms(torch.stack([f.to(found[0].device, non_blocking=True) for f in found]))
@@ -333,29 +367,24 @@ class Plan:
         torch.autograd.graph.increment_version(self._active)
 
     def telemetry(self) -> list[torch.Tensor]:
-        """Of each group, its columns summed over rows, on the first device: see RowTable."""
+        """Of each group, its columns summed over rows and ranks, on the first device: see RowTable.
+
+        Where parameters are sharded all ranks must ask."""
         groups = self._optimizer.param_groups
         device = self._parts[0].table.steps.device if self._parts else torch.device("cpu")
-        sums = [torch.zeros(TELEMETRY_WIDTH, dtype=torch.float64, device=device) for _ in groups]
-        for part in self._parts:
-            found = part.table.telemetry
+        shape = len(groups), TELEMETRY_WIDTH
+        parts = []
+        for kind, part in zip(self._kinds, self._parts, strict=True):
+            sums, found = (
+                torch.zeros(shape, dtype=torch.float64, device=device),
+                part.table.telemetry,
+            )
             for i, row in enumerate(part.table.rows):
                 number = next(n for n, group in enumerate(groups) if group is row.group)
                 if found is not None:
-                    sums[number] = sums[number] + found[i].to(device)
-        return sums
-
-
-class _Reader:
-    """Reads counters, each tensor once: many parameters share one, and it may be on a GPU."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, float] = {}
-
-    def __call__(self, tensor: torch.Tensor | None) -> float:
-        if tensor is None:
-            return 0.0
-        key = id(tensor)
-        if key not in self._known:
-            self._known[key] = float(tensor)
-        return self._known[key]
+                    sums[number] += found[i].to(device)
+            parts.append((kind, sums))
+        if self._ranks is not None:
+            return list(self._ranks.sums(parts, shape).unbind())
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        return list(sum((sums for _, sums in parts), total).unbind())

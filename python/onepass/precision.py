@@ -61,7 +61,7 @@ def cast_model(
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.bfloat16 or torch.float16; got {dtype}")
-    roots, kept = _select(model, keep, "keep")
+    roots, kept = select(model, keep, "keep")
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]!r} has no shape yet: run the model once first")
@@ -106,7 +106,7 @@ def parameter_groups(
     Raises:
         ValueError: a name that the model does not have.
     """
-    _, selected = _select(model, fp32_states, "fp32_states")
+    _, selected = select(model, fp32_states, "fp32_states")
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for param in model.parameters():
         native, wide = param.dtype == torch.float32, param in selected
@@ -115,7 +115,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _select(
+def select(
     model: nn.Module, which: Selection, argument: str
 ) -> tuple[set[nn.Module], set[torch.Tensor]]:
     """The modules that are selected, and all tensors that are, those in the modules included."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .distributed.shards import shards_of
 from .optim import Optimizer
 from .paging.pager import Pager
 from .plan import Plan, add_norms
@@ -60,6 +61,8 @@ def release_gradients(
     ):
         if value:
             raise ValueError(f"{name} needs the gradients of a whole step: it cannot be released")
+    if shards_of(p for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("gradients of DTensors cannot be released: FSDP2 frees them by itself")
     if optimizer.released is not None:
         raise ValueError("the gradients of this optimizer are released already: remove() first")
     return ReleasedGradients(model, optimizer)

@@ -163,8 +163,8 @@ def _format_of(
         return STATE_FORMATS["bf16" if data.dtype == torch.bfloat16 else "fp32"]
     if scale.dtype == torch.float32:
         return STATE_FORMATS["dynamic8"]
-    if saved_as in ("mx8", "mx4") and param.shape == (1,):
-        return STATE_FORMATS[saved_as]  # both have one code then
+    if saved_as in ("mx8", "mx4") and param.shape in ((0,), (1,)):
+        return STATE_FORMATS[saved_as]  # both have as many codes then
     return STATE_FORMATS["mx8" if data.shape == param.shape else "mx4"]
 
 
@@ -196,9 +196,13 @@ def fit_states(
     for _, key in slots:
         data = _tensor(saved[key], f"{key} of {which}")
         scale = saved.get(scale_key(key))
+        if scale is not None and scale.dim() == 0:
+            scale = None  # of values that were saved in place of codes
         source = _format_of(data, scale, param, saved_as or form.name, f"{key} of {which}")
         wanted = state_layouts(param, key, source)
         for layout, value in zip(wanted, [data] if scale is None else [data, scale], strict=True):
+            if len(layout.shape) == 1 and value.numel() == layout.numel:
+                value = value.reshape(-1)  # of a DTensor, whose scales have the shape of its rows
             if tuple(value.shape) != layout.shape:
                 raise ValueError(
                     f"{layout.key} of {which} is {tuple(value.shape)}: it is the state of another "
@@ -354,7 +358,10 @@ def fit_ema(
     layout = ema_layout(param)
     home = home or OnDevice(param.device)
     if saved.get(EMA) is None:
-        return home.empty(layout).copy_(full_precision(param, saved))
+        # Of a weight alone the copy converts: no fp32 tensor on the way, as large as the average.
+        alone = not any(saved.get(key) is not None for key in COMPANIONS)
+        weight = param.detach() if alone else full_precision(param, saved)
+        return home.empty(layout).copy_(weight)
     value = _tensor(saved[EMA], f"{EMA} of {which}")
     if tuple(value.shape) != layout.shape:
         raise ValueError(

@@ -119,7 +119,7 @@ class ShimBackend(CudaBackend):
 
     def __init__(self) -> None:
         _library()
-        self.calls = _Calls()
+        self.calls, self.library = _Calls(), _build()
 
     def unavailable(self, device: torch.device | None) -> str:
         return "" if device is None or device.type == "cpu" else "it serves CPU tensors only"

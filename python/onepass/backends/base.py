@@ -100,12 +100,10 @@ class Backend(ABC):
         name: what users ask for.
         rules: names of the rules it has.
         extras: whether it averages weights and measures telemetry in the sweep.
-        chunk: how many gradients refresh takes at a time; None takes all at once.
     """
 
     name: ClassVar[str]
     rules: ClassVar[Collection[str]] = frozenset(RULES)
-    chunk: ClassVar[int | None] = None
     extras: ClassVar[bool] = True
 
     @abstractmethod
@@ -117,11 +115,29 @@ class Backend(ABC):
         """Flattens the entries once; what it returns goes into the two calls below."""
 
     @abstractmethod
-    def refresh(self, prepared: Any, grads: list[torch.Tensor], first: int) -> bool:
-        """Takes gradients of a step, those of entry first and its successors, in order.
+    def refresh(self, prepared: Any, grads: list[torch.Tensor]) -> bool:
+        """Takes the gradients of a step, in the order of entries; False, with nothing changed, when
+        the plan is stale."""
 
-        False, with nothing changed, when the plan is stale.
+    def read(
+        self,
+        prepared: Any,
+        tensors: list[torch.Tensor],
+        locals: list[torch.Tensor] | None = None,
+        specs: list[Any] | None = None,
+    ) -> bool:
+        """Takes the gradients that tensors have, in the order of entries.
+
+        False, with nothing changed, when the plan is stale, a gradient is missing, or this backend
+        has no quicker way than refresh.
+
+        Args:
+            prepared: of :meth:`prepare`.
+            tensors: what has the gradients.
+            locals, specs: where tensors are DTensors, their local tensors, which entries have as
+                parameters, and the specs of their gradients; they must be these very objects.
         """
+        return False
 
     @abstractmethod
     def run(

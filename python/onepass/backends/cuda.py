@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from .. import ops
 from ..rows import RowTable
-from .base import Backend, Entry, Policy
+from .base import Policy
+from .compiled import CompiledBackend
 
 
-class _Prepared:
-    """A plan held by the library; freed with this object."""
-
-    def __init__(self, entries: Sequence[Entry], calls: Any) -> None:
-        params = [entry.param for entry in entries]
-        states = [tensor for entry in entries for tensor in entry.held()]
-        spec = torch.tensor([entry.spec() for entry in entries], dtype=torch.int64)
-        self.plan: torch.Tensor = calls.make_plan(params, states, spec)
-        weakref.finalize(self, calls.free_plan, self.plan)
-
-
-class CudaBackend(Backend):
+class CudaBackend(CompiledBackend):
     """CUDA C++, compiled when onepass was built (csrc/cuda)."""
 
     name = "cuda"
-    chunk = 1024
     extras = False
-    calls: Any = torch.ops.onepass
+    library = ops.CUDA_LIBRARY
 
     def unavailable(self, device: torch.device | None) -> str:
         if device is not None and device.type != "cuda":
@@ -39,27 +24,6 @@ class CudaBackend(Backend):
         if missing or torch.cuda.is_available():
             return missing
         return "there is no GPU here"
-
-    def prepare(self, entries: Sequence[Entry]) -> _Prepared:
-        return _Prepared(entries, self.calls)
-
-    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor], first: int) -> bool:
-        try:
-            return not self.calls.refresh(prepared.plan, grads, first)
-        except NotImplementedError:
-            # A gradient that the dispatch key does not cover, sparse for one: planning anew finds
-            # it and says which.
-            return False
-
-    def run(
-        self,
-        prepared: _Prepared,
-        hyper: torch.Tensor,
-        counters: torch.Tensor,
-        zero_grads: bool = False,
-        telemetry: torch.Tensor | None = None,
-    ) -> None:
-        self.calls.run(prepared.plan, hyper, counters, zero_grads, telemetry)
 
     def judge(
         self,
@@ -81,9 +45,3 @@ class CudaBackend(Backend):
             *(table.rule.code, table.options, table.steps, table.fresh),
             *(table.hyper, table.counters, verdict),
         )
-
-    def norm(self, prepared: _Prepared) -> torch.Tensor:
-        """float64 [3] on the device, without waiting for it: the sum of the squares of all
-        gradients taken, their largest magnitude, how many are infinite or NaN."""
-        found: torch.Tensor = self.calls.norm(prepared.plan)
-        return found

@@ -41,7 +41,7 @@ class ReferenceBackend(Backend):
     def prepare(self, entries: Sequence[Entry]) -> _Prepared:
         return _Prepared(entries)
 
-    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor], first: int) -> bool:
+    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor]) -> bool:
         prepared.grads = []
         if len(grads) != len(prepared.entries):
             return False

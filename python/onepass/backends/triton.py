@@ -259,7 +259,7 @@ class TritonBackend(Backend):
                 )
         return _Prepared(entries)
 
-    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor], first: int) -> bool:
+    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor]) -> bool:
         p = prepared
         p.bound = False
         if len(grads) != len(p.params):

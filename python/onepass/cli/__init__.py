@@ -28,8 +28,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
+    Command("bench", "time one optimizer step beside other libraries", "onepass.cli.bench"),
+    Command("compare", "the algorithms on surfaces and small models, drawn", "onepass.cli.compare"),
     Command("demo", "train a small text model with several optimizers", "onepass.cli.demo"),
     Command("info", "versions, backends and what each of them supports", "onepass.cli.info"),
+    Command("memory", "what training takes of memory with each optimizer", "onepass.cli.memory"),
 )
 
 
@@ -83,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code of the process.
 
     `argv` is the command line without the program's name; None takes it from `sys.argv`. Codes:
-    0 done, 2 wrong usage, 130 interrupted, 141 the reader of the output went away.
+    0 done, 1 done with a result that the command calls a failure, 2 wrong usage, 130 interrupted,
+    141 the reader of the output went away.
     """
     try:
         args, code = _parse(sys.argv[1:] if argv is None else argv)

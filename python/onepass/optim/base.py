@@ -20,6 +20,8 @@ from ..checks import (
     check_param,
     check_weight_format,
 )
+from ..distributed.numbers import number_of as numbered
+from ..distributed.part import Moved
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
 from ..held import OptimizerState
 from ..paging.options import Paging, paging_of
@@ -27,7 +29,7 @@ from ..paging.pager import Pager
 from ..plan import Member, Plan
 from ..rules import RULES, Rule
 from .findings import Findings
-from .loading import loaded_groups, loaded_state
+from .loading import loaded_groups, loaded_state, save_shards
 from .traced import number_of
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ _SETTINGS = (
     "skip_nonfinite",
     "zero_grads",
     "measures",
+    "norm_group",
     "paging",
 )
 
@@ -88,6 +91,7 @@ class Optimizer(Findings):
         zero_grads: bool = False,
         ema_decay: float | None = None,
         telemetry: bool = False,
+        norm_group: Any = None,
         backend: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -96,6 +100,7 @@ class Optimizer(Findings):
         self.max_grad_norm, self.norm_type = max_grad_norm, norm_type
         self.skip_nonfinite, self.zero_grads = skip_nonfinite, zero_grads
         self.measures = telemetry
+        self.norm_group = norm_group or None
         self.policy()  # checks them
         self.paging = paging_of(self.default_paged if paged is None else paged)
         self.pager = None if self.paging is None else Pager(self.paging, self.rule)
@@ -104,6 +109,7 @@ class Optimizer(Findings):
         # Plans and verdicts that CUDA graphs read and write, which may be replayed at any time.
         self.captured: list[Any] = []
         self._swapped = False
+        self.moved: Moved = {}
         self.released: ReleasedGradients | None = None
         self._number = number_of(self)
         if decoupled_weight_decay is None:
@@ -266,7 +272,7 @@ class Optimizer(Findings):
     def members(self) -> list[Member]:
         """Every parameter with its group and its number."""
         owned = [(p, i, g) for i, g in enumerate(self.param_groups) for p in g["params"]]
-        return [Member(p, number, i, g) for number, (p, i, g) in enumerate(owned)]
+        return [Member(p, numbered(p, at), i, g) for at, (p, i, g) in enumerate(owned)]
 
     def policy(self) -> backends.Policy:
         """What may come between gradients and the rule.
@@ -298,6 +304,7 @@ class Optimizer(Findings):
         self._number = number_of(self)
         self._plan = self.verdict = self._found = self.released = None
         self._swapped = False
+        self.moved = {}
         self.captured = getattr(self, "captured", [])
         if self.pager is not None:
             self.pager.forget()
@@ -323,6 +330,7 @@ class Optimizer(Findings):
             else value
             for key, value in result["state"].items()
         }
+        save_shards(self, result["state"])
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

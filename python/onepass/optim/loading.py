@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checks import check_weight_format
+from ..distributed.shards import shard_of, shards_of
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
 from ..held import ParamState
 from ..states import (
@@ -76,9 +77,12 @@ def loaded_state(
         ValueError: it belongs to another model or another kind of optimizer.
     """
     rule = optimizer.rule
+    shard = shard_of(param)
     which = f"parameter {number} of shape {tuple(param.shape)}"
     check_weight_format(param, group["weights"], which)
     saved = {key: value for key, value in saved.items() if value is not None}
+    if shard is not None:
+        param, saved = shard.local, shard.inner(saved, rule)
     keys = [key for _, key in rule.state_slots(rule.flag_bits(group))]
     missing = [key for key in keys if key not in saved]
     if rule.needs_step and "step" not in saved:
@@ -109,8 +113,24 @@ def loaded_state(
             state[weight.key] = companion
     if EMA in saved and group["ema_decay"] is not None:
         state[EMA] = fit_ema(saved, param, which, copy=True, home=home)
+    if shard is not None:
+        own = {key: state[key] for key in state if key in known}
+        state.update(shard.wrapped(own, rule, form))
     # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
     # it then starts here.
     if state:
         state.setdefault("step", torch.tensor(0.0))
     return state
+
+
+def save_shards(optimizer: Optimizer, state: dict[Any, Any]) -> None:
+    """Brings the states of DTensors, by position, into the form in which they are saved."""
+    groups = optimizer.param_groups
+    owners = [(p, group["states"]) for group in groups for p in group["params"]]
+    shards = shards_of(p for p, _ in owners)
+    for i, (param, states) in enumerate(owners):
+        if param in shards and state.get(i):
+            # The group may have been given another format since.
+            form = STATE_FORMATS[getattr(optimizer.state[param], "form", states)]
+            which = f"parameter {i} of shape {tuple(param.shape)}"
+            state[i] = shards[param].saved(state[i], optimizer.rule, form, which)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from typing_extensions import TypedDict  # torch's own dependency
 
 from ..paging.options import Paging
@@ -28,6 +30,9 @@ class Options(TypedDict, total=False):
         ema_decay: keep an fp32 average of each weight, e <- d e + (1 - d) w, under
             ``state[param]["ema"]``, also per group (default None: none). It starts at the weight.
         telemetry: measure norms in the step, see :attr:`Optimizer.telemetry` (default False).
+        norm_group: of ranks whose optimizers each have other parameters, a process group or True
+            for all ranks: norms are taken over all of them (default None: parameters that are no
+            DTensors are the same on every rank; of DTensors it is known). See docs/zero.md.
         paged: states beyond this budget of bytes on each device rest in host memory: a number, or
             a size such as "2GB"; True is 0 (docs/paging.md). Default: False, but of classes named
             for it.
@@ -47,5 +52,6 @@ class Options(TypedDict, total=False):
     zero_grads: bool
     ema_decay: float | None
     telemetry: bool
+    norm_group: Any
     backend: str | None
     seed: int

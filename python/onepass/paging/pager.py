@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import arena
+from ..distributed.shards import local_of
 from ..rules import Rule
 from ..states import Layout, held_layouts
 from .links import Link, link_for
@@ -49,19 +50,21 @@ class Places:
 
 
 def places_of(groups: Groups, rule: Rule, paging: Paging) -> Places:
-    """Decides by sizes alone: of each device the largest first, as long as they fit its budget.
+    """Decides by sizes alone: of each device the largest first, as long as they fit its budget; of
+    DTensors by those of this rank's shards.
 
     Large ones first leaves little of a budget unused. A parameter's states stay together.
     """
     sizes = []
     for group in groups:
         for param in group["params"]:
-            nbytes = [layout_bytes(layout) for layout in held_layouts(param, rule, group)]
+            local = local_of(param)
+            nbytes = [layout_bytes(layout) for layout in held_layouts(local, rule, group)]
             here = sum(aligned(n, arena.ALIGNMENT) for n in nbytes)
-            sizes.append((here, sum(map(aligned, nbytes)), param))
+            sizes.append((here, sum(map(aligned, nbytes)), param, local.device))
     places = Places()
-    for here, away, param in sorted(sizes, key=lambda size: -size[0]):
-        found = places.footprints.setdefault(param.device, Footprint())
+    for here, away, param, device in sorted(sizes, key=lambda size: -size[0]):
+        found = places.footprints.setdefault(device, Footprint())
         if found.resident + here <= paging.budget:
             found.resident += here
         elif away:
@@ -132,8 +135,8 @@ class Pager:
         for param, _, _, group in members:
             if param in self._places.paged:
                 state = dict.get(optimizer.state, param, {})
-                for layout in held_layouts(param, self.rule, group):
-                    if self.slabs.find(state.get(layout.key)) is None:
+                for layout in held_layouts(local_of(param), self.rule, group):
+                    if self.slabs.find(local_of(state.get(layout.key))) is None:
                         needed += aligned(layout_bytes(layout))
         return needed
 
@@ -148,6 +151,11 @@ class Pager:
                     stacklevel=2,
                 )
         return self._links[device]
+
+    @property
+    def rings(self) -> list[Ring]:
+        """Those that there are, of every device."""
+        return list(self._rings.values())
 
     def ring(self, device: torch.device) -> Ring:
         """The ring of a device."""

@@ -22,7 +22,7 @@ class PagedPart(Part):
 
     Args:
         entries: all of one device; the states of those that are paged are the host's.
-        paged: parameters whose states are.
+        paged: parameters of entries whose states are.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class PagedPart(Part):
         backend: backends.Backend,
         entries: list[backends.Entry],
         table: RowTable,
+        *,
         pager: Pager,
         paged: Collection[torch.Tensor],
     ) -> None:
@@ -70,11 +71,11 @@ class PagedPart(Part):
                 "those of the step before"
             )
         self._copies = []
-        grads = self._take(0, len(self.params))
+        grads = self._take()
         if grads is None or self._properties() != self._known:
             return False
         take = self.backend.refresh
-        if self._rest is not None and not take(self._rest, [grads[i] for i in self._resident], 0):
+        if self._rest is not None and not take(self._rest, [grads[i] for i in self._resident]):
             return False
         grads = [grads[i] for i in self._paged]
         for i in self._pieces:
@@ -82,7 +83,7 @@ class PagedPart(Part):
             if grad.layout != torch.strided or not same_layout(param, grad):
                 return False
         return all(
-            take(made, [span.of(grads[span.entry]) for span in piece.spans], 0)
+            take(made, [span.of(grads[span.entry]) for span in piece.spans])
             for made, piece in zip(self._made, self._cuts, strict=True)
         )
 
@@ -90,9 +91,8 @@ class PagedPart(Part):
         """As if no state was paged: its last bits depend on how a list is divided."""
         if self._whole is None:
             self._whole = self.backend.prepare([_bare(entry) for entry in self._all])
-        copies = dict(zip(self.relaid, self._copies, strict=True))
-        grads = [copies.get(i, p.grad) for i, p in enumerate(self.params)]
-        if not self.backend.refresh(self._whole, [g for g in grads if g is not None], 0):
+        grads = self._take()
+        if grads is None or not self.backend.refresh(self._whole, grads):
             raise RuntimeError("onepass: a gradient changed within a step")
         return self.backend.norm(self._whole)
 

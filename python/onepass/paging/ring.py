@@ -60,6 +60,11 @@ class Ring:
         self._buffers = [_Buffer(stretch) for stretch in stretches]
         self._next = 0
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All buffers, one tensor."""
+        return self._memory
+
     def assign(self) -> tuple[int, torch.Tensor]:
         """The buffer of the next page that is made: its number, its bytes."""
         number = self._next

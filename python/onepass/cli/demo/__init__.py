@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import tempfile
 from pathlib import Path
 
 from onepass.cli import UsageError
+from onepass.cli.checks import check_extra, check_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.steps is not None and args.steps < 1:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")
-    missing = [n for n in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(n) is None]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install 'onepass[cli]'")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.out):
-            pass
-    except OSError as error:
-        raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    check_extra()
+    check_out(args.out)
 
     from onepass.cli.demo import runner
 

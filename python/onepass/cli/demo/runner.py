@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
     if not args.quiet:
         print(
             f"byte-level GPT, {parameters:,} parameters, context {size.shape.context}, batch "
-            f"{size.batch}, on {_device_name(device)}\n"
+            f"{size.batch}, on {device_name(device)}\n"
             f"text: {corpus.train.numel():,} bytes of {len(corpus.train_files)} files of Python "
             f"{platform.python_version()}'s library, validation on {len(corpus.validation_files)} "
             f"other files\n"
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
     if runs:
         report.print_table(runs)
         report.print_deviation(runs, comparison)
-        title = f"byte-level GPT, {parameters / 1e6:.2f} M parameters, {_device_name(device)}"
+        title = f"byte-level GPT, {parameters / 1e6:.2f} M parameters, {device_name(device)}"
         content: dict[str, object] = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": {
@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
             },
-            "device": _device_name(device),
+            "device": device_name(device),
             "cpu_count": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "config": {
@@ -180,7 +180,8 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a device calls itself; of a CPU with torch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -1,40 +1,27 @@
 """Measuring a case: providers one after the other in turns, each sample one ``step()``.
 
-A sample is the wall-clock time of one call of ``step()``, gradients unchanged. Every turn takes a
-sample of every provider and of the limits, in an order that is shuffled, so that what else the
-machine does falls on all of them.
+A sample is the time of one call of ``step()``, gradients unchanged: on the wall for the CPU, of the
+device for a GPU (devices.py). Every turn takes a sample of every provider and of the limits, in an
+order that is shuffled, so that what else the machine does falls on all of them.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import gc
 import random
-import re
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from .cases import BEYOND_CACHE, DTYPES, Case
 from .check import Expected
+from .devices import DEVICES, Device, Step
 from .providers import Provider
 
 WARM_UP = 3
 LIMITS = ("copy", "in-place")
-SMALLEST_COPY = 64 << 20
-"""Bytes read and written by a limit at least: fewer take too little time to be a bandwidth."""
-PAUSE = 0.03
-"""Seconds after a step on a foreign pool of threads: idle OpenMP threads spin for milliseconds
-before they sleep, and would take a core from the next provider."""
-REWARM = 0.003
-"""Seconds of untimed steps before a sample of a case that fits in a cache."""
-
-Step = Callable[[], Any]
 
 
 @dataclass
@@ -46,7 +33,8 @@ class Timed:
         version: of its package; for a limit, of torch.
         step: what is timed.
         bytes: read and written by a step.
-        peak_bytes: see :func:`extra_memory`.
+        peak_bytes: see :meth:`onepass.benchmark.devices.Device.extra_memory`.
+        host_us: what a step keeps the host, where that is not its time or is all of its time.
         samples: milliseconds.
         ours: as in Provider.
         own_threads: as in Provider.
@@ -57,9 +45,15 @@ class Timed:
     step: Step
     bytes: int
     peak_bytes: int | None = None
+    host_us: float | None = None
     samples: list[float] = field(default_factory=list)
     ours: bool = False
     own_threads: bool = False
+
+    @property
+    def gbps(self) -> float:
+        """Bytes of the formula per median time, in 1e9 bytes a second."""
+        return self.bytes / percentile(self.samples, 50) / 1e6
 
 
 @dataclass
@@ -87,6 +81,7 @@ def run_case(
     providers: list[Provider],
     samples: int | None = None,
     tick: Callable[[str], None] = lambda text: None,
+    device: Device | None = None,
 ) -> Outcome:
     """Checks and times every provider that has the case.
 
@@ -95,33 +90,53 @@ def run_case(
         providers: those that are installed.
         samples: per provider; None takes the case's own number.
         tick: called with a few words whenever something was done.
+        device: where; None is the CPU.
     """
+    device = device or DEVICES["cpu"]
     outcome = Outcome(case)
-    weights = case.list.normal(0.02, DTYPES[case.dtype], seed=1)
-    grads = case.list.normal(0.01, DTYPES[case.dtype], seed=2)
+    weights = case.list.normal(0.02, DTYPES[case.dtype], 1, device.type)
+    grads = case.list.normal(0.01, DTYPES[case.dtype], 2, device.type)
     expected = Expected(case, weights, grads)
     outcome.note = expected.note().removeprefix("; ")
+    limits = _limits(case, device)
+    headroom = 0
     for provider in providers:
-        why = provider.skips(case)
+        why = provider.skips(case, device.type)
         if why:
             outcome.skipped.append((provider.name, why))
             continue
         tick(f"checking {provider.name}")
-        timed, problem = _prepare(case, provider, weights, grads, expected)
+        timed, problem, free = None, "", device.free()
+        if free is None or free >= memory_of(case, device, provider) + headroom:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                timed, problem = _prepare(case, provider, weights, grads, expected, device)
+        if timed is not None and free is not None:
+            # What its steps need beyond what it holds has to fit when all are there.
+            headroom = max(headroom, (device.extra_memory(timed.step) or 0) * 5 // 4)
+            if (device.free() or 0) < headroom:
+                timed = None
         if timed is not None:
             outcome.timed.append(timed)
-        else:
+        elif problem:
             outcome.failed.append((provider.name, problem))
             outcome.ours_failed |= provider.ours
+        else:
+            outcome.skipped.append((provider.name, "does not fit in memory beside the others"))
+            device.release()
     del weights
-    outcome.timed += _limits(case)
+    outcome.timed += limits
     gc.collect()
     for timed in outcome.timed:
         for _ in range(WARM_UP):
             timed.step()
         if timed.provider not in LIMITS:
-            timed.peak_bytes = extra_memory(timed.step)
-    _sample(case, outcome.timed, samples or case.samples, tick)
+            timed.peak_bytes = device.extra_memory(timed.step)
+            timed.host_us = device.host_us(timed.step)
+    _sample(case, outcome.timed, samples or case.samples, tick, device)
+    if not device.host_apart and case.list.scalars:
+        for timed in outcome.timed:
+            if timed.provider not in LIMITS:
+                timed.host_us = percentile(timed.samples, 50) * 1e3
     return outcome
 
 
@@ -131,43 +146,65 @@ def _prepare(
     weights: list[torch.Tensor],
     grads: list[torch.Tensor],
     expected: Expected,
+    device: Device,
 ) -> tuple[Timed | None, str]:
-    """The provider on weights of its own, checked; or None and what is wrong with it."""
+    """The provider on weights of its own, checked; or None and what is wrong with it.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
     dtype = DTYPES[provider.dtype_in(case)]
-    params = [torch.nn.Parameter(t) for t in case.list.empty(dtype)]
+    params = [torch.nn.Parameter(t) for t in case.list.empty(dtype, device.type)]
     # Of the case's dtype they are shared by all providers.
     grads = [grad.to(dtype) for grad in grads]
     for param, weight, grad in zip(params, weights, grads, strict=True):
         param.data.copy_(weight)
         param.grad = grad
     try:
-        optimizer = provider.make(list(params), case)
-        problem = expected.problem(optimizer.step, params, grads, provider.slack)
+        step = provider.step(list(params), case, device.type)
+        problem = expected.problem(step, params, grads, provider.slack)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a peer may fail in any way; the others are still measured
         first = (str(error).splitlines() or [""])[0]
         return None, f"{type(error).__name__}: {first}"
     if problem:
         return None, problem
-    timed = Timed(provider.name, provider.version, optimizer.step, provider.bytes_in(case))
+    timed = Timed(provider.name, provider.version, step, provider.bytes_in(case))
     timed.ours, timed.own_threads = provider.ours, provider.own_threads
     return timed, ""
 
 
-def _limits(case: Case) -> list[Timed]:
+def _copied(case: Case, device: Device) -> int:
+    """Bytes that a limit reads and writes."""
+    return min(max(case.bytes, device.smallest_copy), device.largest_copy)
+
+
+def memory_of(case: Case, device: Device, provider: Provider | None = None) -> int:
+    """About how many bytes a case takes: what a provider holds, weights and states, which a step
+    reads and writes; with None, of ours and of what the case needs beside it."""
+    if provider is not None:
+        return provider.bytes_in(case) // 2
+    itemsize = DTYPES[case.dtype].itemsize
+    shared = 2 * case.list.numel * itemsize  # weights to start from, and gradients
+    return shared + max(_copied(case, device), 2 * BEYOND_CACHE) + case.bytes // 2
+
+
+def _limits(case: Case, device: Device) -> list[Timed]:
     """What memory allows for the bytes of a case, half of them read and half written.
 
-    "copy": ``copy_`` from one buffer to another. The processor reads the lines that it is about to
+    "copy": ``copy_`` from one buffer to another. A processor reads the lines that it is about to
     write, which no formula counts. "in-place": ``mul_`` by one, which has no such reads; nor has an
-    optimizer's step, which can therefore be above the copy.
+    optimizer's step, which can therefore be above the copy. A GPU has no such reads at all.
 
     The windows move through buffers beyond the caches, whatever the size of the case.
     """
     # fp32 whatever the case's dtype: mul_ in bf16 is bound by its arithmetic, not by memory.
-    half = max(case.bytes, SMALLEST_COPY) // 2 // 4
+    half = _copied(case, device) // 2 // 4
     windows = -(-BEYOND_CACHE // (half * 4))
     # Written once: pages never written are all the same page of zeros.
-    source = torch.ones(windows, half)
-    target = torch.ones(windows, half)
+    source = torch.ones(windows, half, device=device.type)
+    target = torch.ones(windows, half, device=device.type)
     turn = dict.fromkeys(LIMITS, 0)
 
     def window(name: str) -> int:
@@ -181,13 +218,14 @@ def _limits(case: Case) -> list[Timed]:
     def in_place() -> None:
         source[window("in-place")].mul_(1.0)
 
-    moved = 2 * half * 4
     version = str(torch.__version__)
     steps: dict[str, Step] = {"copy": copy, "in-place": in_place}
-    return [Timed(name, version, steps[name], moved) for name in LIMITS]
+    return [Timed(name, version, steps[name], 2 * half * 4) for name in device.limits]
 
 
-def _sample(case: Case, timed: list[Timed], samples: int, tick: Callable[[str], None]) -> None:
+def _sample(
+    case: Case, timed: list[Timed], samples: int, tick: Callable[[str], None], device: Device
+) -> None:
     """Fills the samples of all, in turns."""
     shuffle = random.Random(0)
     gc.collect()
@@ -196,52 +234,12 @@ def _sample(case: Case, timed: list[Timed], samples: int, tick: Callable[[str], 
         for turn in range(samples):
             # Shuffled, not rotated: in a rotation everyone always follows the same neighbour.
             for one in shuffle.sample(timed, len(timed)):
-                if not case.beyond_cache:
-                    _warm(one.step)
-                start = time.perf_counter_ns()
-                one.step()
-                one.samples.append((time.perf_counter_ns() - start) / 1e6)
-                if one.own_threads:
-                    time.sleep(PAUSE)
+                device.prepare(one.step, one.host_us, not case.beyond_cache)
+                one.samples.append(device.time(one.step))
+                device.rest(one.own_threads)
             tick(f"sample {turn + 1} of {samples}")
     finally:
         gc.enable()
-
-
-def _warm(step: Step) -> None:
-    """Steps for REWARM seconds, at least one.
-
-    In a loop of one optimizer's steps its tables are in a cache and torch's threads awake. Here the
-    provider before it has evicted the tables and let the threads go to sleep.
-    """
-    start = time.perf_counter()
-    step()
-    while time.perf_counter() - start < REWARM:
-        step()
-
-
-def extra_memory(step: Step) -> int | None:
-    """Bytes that the process needs at most during a step beyond what it had before it.
-
-    The high-water mark of the resident set over the step, by any allocator; None where the kernel
-    does not tell (it is Linux that does). The kernel counts in batches, so below about half a MiB
-    it is noise. What the C library held free is given back first, or its reuse would not be seen.
-    """
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the mark is now the current size
-    except (AttributeError, OSError):
-        return None
-    before = _status("VmRSS")
-    step()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    return int(found[1]) * 1024 if found else 0
 
 
 def percentile(values: list[float], percent: float) -> float:

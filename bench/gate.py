@@ -1,0 +1,149 @@
+"""``python -m bench.gate FILE``: whether a new run moved against the committed ones, by ratios.
+
+For a case and another provider, or the copy, the ratio is its time over ours in the same run:
+times differ between machines and days, ratios far less. A ratio has moved where the range that the
+samples give it, from p20 over p80 to p80 over p20, has no point in common with the committed range.
+Only lines of one device are compared, its name to the letter.
+
+A command to run before a release, not a test: what it says depends on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onepass.benchmark.measure import LIMITS
+
+from . import results
+from .report import OURS, newest
+from .results import Line, case_key
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the samples of two providers make of the ratio of their times: theirs over ours."""
+
+    low: float
+    middle: float
+    high: float
+    versions: str
+
+    @staticmethod
+    def of(ours: Line, other: Line) -> Range:
+        """From the percentiles of two lines; the copy's time is that of as many bytes."""
+        scale = ours["bytes"] / other["bytes"] if other["provider"] in LIMITS else 1.0
+        mine, theirs = ours["ms"], other["ms"]
+        return Range(
+            scale * theirs["p20"] / mine["p80"],
+            scale * theirs["p50"] / mine["p50"],
+            scale * theirs["p80"] / mine["p20"],
+            f"{ours['provider_version']} / {other['provider_version']}",
+        )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A ratio before and now."""
+
+    key: Key
+    before: Range
+    now: Range
+
+    @property
+    def worse(self) -> bool:
+        """Whether ours lost."""
+        return self.now.middle < self.before.middle
+
+
+def ranges(lines: Iterable[Line]) -> dict[Key, Range]:
+    """(device, case..., ours, other) -> ratio, of the newest lines of each.
+
+    A run's own providers are compared with each other, never those of two runs.
+    """
+    groups: dict[Key, list[Line]] = {}
+    for line in newest(list(lines)):
+        groups.setdefault((line["device"], *case_key(line), line["date"]), []).append(line)
+    found = {}
+    for key, group in groups.items():
+        for ours in (line for line in group if line["provider"].startswith(OURS)):
+            for other in (line for line in group if not line["provider"].startswith(OURS)):
+                pair: Key = (*key[:-1], ours["provider"], other["provider"])
+                found[pair] = Range.of(ours, other)
+    return found
+
+
+def compare(committed: Iterable[Line], new: Iterable[Line]) -> tuple[int, list[Moved]]:
+    """(how many ratios are in both, those that moved)."""
+    before, now = ranges(committed), ranges(new)
+    both = [key for key in now if key in before]
+    moved = [
+        Moved(key, before[key], now[key])
+        for key in both
+        if now[key].low > before[key].high or now[key].high < before[key].low
+    ]
+    return len(both), moved
+
+
+def _row(moved: Moved) -> str:
+    _, rule, dtype, weights, states, params, ours, other = moved.key
+    name = f"{rule}/{dtype}{'' if weights == 'native' else '-' + weights}/states-{states}/{params}"
+    versions = moved.now.versions
+    if versions != moved.before.versions:
+        versions = f"{moved.before.versions} -> {versions}"
+    before, now = (f"{r.middle:.2f} ({r.low:.2f}-{r.high:.2f})" for r in (moved.before, moved.now))
+    return (
+        f"{'WORSE' if moved.worse else 'better'}  {name}: {other} over {ours} {before} -> {now}; "
+        f"versions {versions}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compares; 0 nothing lost, 1 a ratio is worse, 2 wrong usage or nothing to compare."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gate", description="Says which ratios of a new run moved."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="of python -m bench --out FILE")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        default=results.ROOT / "bench" / "results",
+        metavar="DIR",
+        help="with the committed lines (default bench/results)",
+    )
+    args = parser.parse_args(argv)
+    if not args.file.is_file():
+        parser.error(f"no file {args.file}: python -m bench --out {args.file} makes one")
+    try:
+        new = results.read(args.file)
+        committed = [
+            line
+            for path in sorted(args.against.glob("*.jsonl"))
+            if path.resolve() != args.file.resolve()
+            for line in results.read(path)
+        ]
+    except ValueError as error:
+        print(f"bench.gate: {error}", file=sys.stderr)
+        return 2
+    both, moved = compare(committed, new)
+    if not both:
+        devices = ", ".join(sorted({line["device"] for line in new})) or "no device"
+        print(
+            f"bench.gate: {args.against} has no case of {args.file} on {devices}", file=sys.stderr
+        )
+        return 2
+    for one in sorted(moved, key=lambda one: not one.worse):
+        print(_row(one))
+    worse = sum(one.worse for one in moved)
+    print(f"{both} ratios compared: {worse} worse, {len(moved) - worse} better, the others held")
+    return int(worse > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

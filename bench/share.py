@@ -1,0 +1,172 @@
+"""``python -m bench.share``: what part of a training step the optimizer is, on the demo's model.
+
+Forward and backward, and the optimizer's step, are timed apart and waited for, over the same batch,
+by one model that each optimizer has a copy of; the optimizers take turns. The smaller the batch,
+the larger the part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import onepass
+from onepass.benchmark.devices import DEVICES, Device
+from onepass.benchmark.measure import percentile
+from onepass.cli.demo.model import GPT, VOCABULARY, count_parameters
+from onepass.cli.demo.runner import CPU, GPU, QUICK, Size
+
+from . import results
+from .results import Line
+
+KIND = "share"
+WARM_UP = 3
+OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "onepass": lambda params: onepass.AdamW(params, **OPTIONS),
+    "torch-fused": lambda params: torch.optim.AdamW(params, **OPTIONS, fused=True),
+    "torch-foreach": lambda params: torch.optim.AdamW(params, **OPTIONS, foreach=True),
+    "torch-forloop": lambda params: torch.optim.AdamW(params, **OPTIONS, foreach=False),
+}
+
+
+@dataclass
+class Side:
+    """A model, its optimizer, and the milliseconds of its steps."""
+
+    name: str
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    backward: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+
+
+def measure(size: Size, device: Device, samples: int) -> list[Side]:
+    """Every optimizer on a copy of one model.
+
+    Raises:
+        RuntimeError: the losses after the steps are not those of torch's own loop.
+    """
+    torch.manual_seed(0)
+    weights = GPT(size.shape).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    shape = (size.batch, size.shape.context + 1)
+    batch = torch.randint(VOCABULARY, shape, generator=generator).to(device.type)
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    sides = []
+    for name, make in OPTIMIZERS.items():
+        model = GPT(size.shape)
+        model.load_state_dict(weights)
+        model.to(device.type)
+        sides.append(Side(name, model, make(model.parameters())))
+
+    def backward(side: Side) -> None:
+        # As the demo trains: bf16 on a GPU, fp32 on a CPU.
+        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+            loss = side.model(inputs, targets)
+        loss.backward()
+
+    shuffle = random.Random(0)
+    for turn in range(-WARM_UP, samples):
+        for side in shuffle.sample(sides, len(sides)):
+            device.synchronize()
+            taken = device.time(lambda side=side: backward(side))  # type: ignore[misc]
+            stepped = device.time(side.optimizer.step)
+            side.optimizer.zero_grad()
+            if turn >= 0:
+                side.backward.append(taken)
+                side.step.append(stepped)
+    with torch.no_grad():
+        losses = {side.name: float(side.model(inputs, targets)) for side in sides}
+    for name, loss in losses.items():
+        if not abs(loss - losses["torch-forloop"]) < 0.05 * losses["torch-forloop"]:
+            raise RuntimeError(f"{name} ends at a loss of {loss:g}, not as the others: {losses}")
+    return sides
+
+
+def lines_of(sides: Sequence[Side], size: Size, device: Device) -> list[Line]:
+    """One line for each optimizer."""
+    env = results.environment(device.type)
+    found = []
+    # The same work for all: one median of it.
+    backward = percentile([x for side in sides for x in side.backward], 50)
+    for side in sides:
+        step = percentile(side.step, 50)
+        found.append(
+            {
+                **env,
+                "kind": KIND,
+                "provider": side.name,
+                "parameters": count_parameters(side.model),
+                "tensors": len(list(side.model.parameters())),
+                "batch": size.batch,
+                "context": size.shape.context,
+                "backward_ms": round(backward, 5),
+                "step_ms": round(step, 5),
+                "samples": [round(x, 5) for x in side.step],
+                "backward_samples": [round(x, 5) for x in side.backward],
+                "share": round(step / (step + backward), 5),
+            }
+        )
+    return found
+
+
+def table(lines: Sequence[Line]) -> list[str]:
+    """The newest run of each device, as Markdown."""
+    text: list[str] = []
+    for device in dict.fromkeys(line["device"] for line in lines):
+        own = [line for line in lines if line["device"] == device]
+        run = [line for line in own if line["date"] == max(line["date"] for line in own)]
+        text += [
+            f"{device}; {results.origin(run[0])}; {run[0]['parameters']:,} parameters in "
+            f"{run[0]['tensors']} tensors, batches of {run[0]['batch']} x {run[0]['context']}.",
+            "",
+            "| optimizer | forward and backward ms | step ms | of the whole |",
+            "|---|---:|---:|---:|",
+        ]
+        for line in run:
+            times = f"{line['backward_ms']:.3f} | {line['step_ms']:.3f}"
+            text.append(f"| {line['provider']} | {times} | {line['share']:.2%} |")
+        text.append("")
+    return text[:-1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures; 0 done, 1 a wrong result, 2 wrong usage or no such device."""
+    parser = argparse.ArgumentParser(prog="python -m bench.share", description=__doc__)
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a tiny model; writes no file")
+    parser.add_argument("--samples", type=int, default=40, metavar="N", help="training steps")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default bench/results/share.jsonl"
+    )
+    parser.add_argument("--no-write", action="store_true", help="write no file")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        parser.error(f"--samples must be at least 1; got {args.samples}")
+    device = DEVICES[args.device]
+    if why := device.unavailable():
+        print(f"bench.share: {why}", file=sys.stderr)
+        return 2
+    size = QUICK if args.quick else GPU if device.type == "cuda" else CPU
+    try:
+        sides = measure(size, device, args.samples)
+    except RuntimeError as error:
+        print(f"bench.share: {error}", file=sys.stderr)
+        return 1
+    lines = lines_of(sides, size, device)
+    print("\n".join(table(lines)))
+    if not (args.no_write or (args.quick and args.out is None)):
+        results.append(args.out or results.ROOT / "bench" / "results" / "share.jsonl", lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

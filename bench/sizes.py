@@ -1,0 +1,227 @@
+"""``python -m bench.sizes``: the time of a step against its size, and a constant plus a line.
+
+One tensor of 1 K elements to as many as fit, AdamW in fp32, ours and torch's fused step in turns.
+The time should be a constant, what a step costs whatever its size, plus a line: that of the caches
+for lists that stay in them, the memory's for others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from onepass.benchmark.cases import Case
+from onepass.benchmark.devices import DEVICES, Device
+from onepass.benchmark.lists import in_words, one
+from onepass.benchmark.measure import LIMITS, memory_of, run_case
+from onepass.benchmark.providers import all_providers, find
+
+from . import results
+from .results import Line
+
+KIND = "sizes"
+SIZES = [digit * 10**power for power in range(3, 10) for digit in (1, 3)][:-1]  # 1 K to 1 B
+PROVIDERS = "onepass-cpu,onepass-cuda,torch-fused"
+
+
+class Fit(NamedTuple):
+    """Milliseconds: the constant, and for each element within the caches and beyond them.
+
+    Attributes:
+        last: the largest size within the caches.
+    """
+
+    constant: float
+    cached: float
+    beyond: float
+    last: float
+
+    def at(self, numel: float) -> float:
+        """The time of a step of that size."""
+        return self.constant + numel * (self.cached if numel <= self.last else self.beyond)
+
+
+def straight(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(constant, slope) of the line through (size, time) by least squares of the relative error, so
+    that a small step weighs as much as a large one; neither is negative."""
+    weights = [(1 / t**2, n, t) for n, t in points]
+    s0 = sum(w for w, _, _ in weights)
+    s1 = sum(w * n for w, n, _ in weights)
+    s2 = sum(w * n * n for w, n, _ in weights)
+    t0 = sum(w * t for w, _, t in weights)
+    t1 = sum(w * n * t for w, n, t in weights)
+    determinant = s0 * s2 - s1 * s1
+    constant = (s2 * t0 - s1 * t1) / determinant
+    slope = (s0 * t1 - s1 * t0) / determinant
+    if constant < 0:
+        return 0.0, t1 / s2
+    if slope < 0:
+        return t0 / s0, 0.0
+    return constant, slope
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Fit:
+    """A constant and two slopes, of caches and of memory, by least squares of the relative error;
+    the times themselves say between which sizes the one ends. One slope where that leaves fewer
+    than two sizes on a side."""
+    points = sorted(points)
+
+    def error(found: Fit) -> float:
+        return sum((found.at(n) / t - 1) ** 2 for n, t in points)
+
+    constant, slope = straight(points)
+    best = Fit(constant, slope, slope, points[-1][0])
+    for count in range(2, len(points) - 1):
+        constant, cached = straight(points[:count])
+        rest = [(n, t - constant, t) for n, t in points[count:]]
+        beyond = sum(n * d / t**2 for n, d, t in rest) / sum(n * n / t**2 for n, _, t in rest)
+        found = Fit(constant, cached, max(0.0, beyond), points[count - 1][0])
+        best = min(best, found, key=error)
+    return best
+
+
+def measure(device: Device, most: int, samples: int | None) -> list[Line]:
+    """The lines of every size up to most that fits."""
+    chosen = [p for p in find(all_providers(device.type), None) if p.name in PROVIDERS.split(",")]
+    available = [p for p in chosen if not p.unavailable(device.type)]
+    env = results.environment(device.type)
+    found: list[Line] = []
+    for numel in (n for n in SIZES if n <= most):
+        case = Case("adamw", "fp32", "fp32", one(numel))
+        free = device.free()
+        if free is not None and memory_of(case, device) > free:
+            print(f"{in_words(numel)} does not fit")
+            break
+        outcome = run_case(case, available, samples, device=device)
+        new = [line | {"kind": KIND} for line in results.lines(env, outcome)]
+        for line in new:
+            print(f"{in_words(numel):>6}  {line['provider']:<14} {line['ms']['p50']:>10.4f} ms")
+        for name, why in outcome.failed:
+            print(f"{in_words(numel):>6}  {name:<14} not timed: {why}")
+        found += new
+        outcome.timed.clear()
+        del outcome
+        device.release()
+    return found
+
+
+def table(lines: Sequence[Line]) -> list[str]:
+    """The newest run of each device, as Markdown: times, the fit, and how far it is off."""
+    text: list[str] = []
+    for device in dict.fromkeys(line["device"] for line in lines):
+        run = newest_run(lines, device)
+        names = [n for n in dict.fromkeys(x["provider"] for x in run) if n not in LIMITS]
+        fits = {name: fit(_points(run, name)) for name in names}
+        text += [f"{device}; {results.origin(run[0])}.", ""]
+        per_element = run[0]["bytes"] / run[0]["numel"]
+        for name in names:
+            found = fits[name]
+            words = [f"{1e3 * found.constant:.1f} µs"]
+            for slope, where in ((found.cached, "up to"), (found.beyond, "beyond")):
+                if slope and (found.cached != found.beyond or where == "up to"):
+                    gbps = f"{per_element / slope / 1e6:.1f} GB/s"
+                    words.append(f"{gbps} {where} {in_words(int(found.last))} elements")
+            text.append(f"- {name}: {', '.join(words)}")
+        text += [
+            "",
+            f"| elements | {' | '.join(f'{n} ms | of the fit' for n in names)} | copy ms |",
+        ]
+        text.append("|---:|" + "---:|---:|" * len(names) + "---:|")
+        for numel in dict.fromkeys(line["numel"] for line in run):
+            row = [in_words(numel)]
+            for name in names:
+                time = _time(run, name, numel)
+                part = "" if time is None else f"{time / fits[name].at(numel):.2f}"
+                row += ["" if time is None else f"{time:.4f}", part]
+            # The copy of a small step is of more bytes than the step's: a time of its own.
+            copy = next(x for x in run if x["provider"] == "copy" and x["numel"] == numel)
+            moved = next(
+                x["bytes"] for x in run if x["numel"] == numel and x["provider"] not in LIMITS
+            )
+            row.append(f"{copy['ms']['p50']:.4f}" if copy["bytes"] == moved else "")
+            text.append(f"| {' | '.join(row)} |")
+        text.append("")
+    return text[:-1]
+
+
+def newest_run(lines: Sequence[Line], device: str) -> list[Line]:
+    """The lines of the last run on a device."""
+    own = [line for line in lines if line["device"] == device]
+    return [line for line in own if line["date"] == max(line["date"] for line in own)]
+
+
+def _points(run: Sequence[Line], provider: str) -> list[tuple[float, float]]:
+    return [(x["numel"], x["ms"]["p50"]) for x in run if x["provider"] == provider]
+
+
+def _time(run: Sequence[Line], provider: str, numel: int) -> float | None:
+    return dict(_points(run, provider)).get(numel)
+
+
+def draw(lines: Sequence[Line], path: Path) -> None:
+    """Time against size on logarithmic axes with the fits, a panel for each device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from .report import STYLES
+
+    devices = list(dict.fromkeys(line["device"] for line in lines))
+    figure, panels = plt.subplots(
+        1, len(devices), figsize=(7.5 * len(devices), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, device in zip(panels[0], devices, strict=True):
+        run = newest_run(lines, device)
+        for name in dict.fromkeys(line["provider"] for line in run):
+            points = _points(run, name)
+            if name in LIMITS or len(points) < 2:
+                continue
+            colour, marker = STYLES.get(name, ("0.4", "x"))
+            found = fit(points)
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, marker, color=colour, label=name)
+            axes.plot(x, [found.at(n) for n in x], color=colour, linewidth=1)
+        axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ms a step (p50)")
+        axes.set_title(device, fontsize=9)
+        axes.grid(color="0.9")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        "AdamW, fp32, one tensor; lines: a constant plus a slope, within caches and beyond",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures; 0 done, 2 wrong usage or no such device."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sizes", description=__doc__)
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument("--most", type=int, help="elements (default: 100 M on a CPU, else 1 B)")
+    parser.add_argument("--samples", type=int, metavar="N", help="steps timed per size")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default bench/results/sizes.jsonl"
+    )
+    parser.add_argument("--no-write", action="store_true", help="write no file")
+    args = parser.parse_args(argv)
+    for name in ("most", "samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    device = DEVICES[args.device]
+    if why := device.unavailable():
+        print(f"bench.sizes: {why}", file=sys.stderr)
+        return 2
+    most = args.most or (10**8 if device.type == "cpu" else 10**9)
+    lines = measure(device, most, args.samples)
+    if not args.no_write:
+        results.append(args.out or results.ROOT / "bench" / "results" / "sizes.jsonl", lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

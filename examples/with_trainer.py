@@ -1,0 +1,40 @@
+"""The trainer: mini-batches, checkpoints, and a second process that goes on from one."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from onepass.training import Trainer, loader
+
+
+def trainer() -> Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 1))
+    return Trainer(
+        model,
+        "adamw",
+        lr=1e-2,
+        schedule="cosine",
+        schedule_options={"total_steps": 320},
+        states="bf16",
+    )
+
+
+generator = torch.Generator().manual_seed(1)
+x = torch.rand(2048, 2, generator=generator) * 4 - 2
+data = TensorDataset(x, torch.sin(x[:, :1] * x[:, 1:]))
+path = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()) / "run.pt"
+
+# As if the process had been stopped after two of ten epochs ...
+trainer().fit(loader(data, batch_size=64), epochs=2, checkpoint=path)
+
+# ... and started again: it goes on where the checkpoint was written.
+resumed = trainer()
+resumed.load(path)
+resumed.fit(loader(data, batch_size=64), epochs=10, checkpoint=path, save_every=50)
+print(f"{len(resumed.losses)} steps in all")
+print(f"loss {resumed.evaluate(loader(data, batch_size=None)):.4f}")

@@ -1,0 +1,31 @@
+"""What was measured, as plain text in columns."""
+
+from __future__ import annotations
+
+from .measure import Outcome, Timed, percentile
+
+LEGEND = (
+    "ms: one step; GB/s: bytes of the formula / p50; of copy: over GB/s of copy_ in the same turn; "
+    "extra: memory beyond what was there"
+)
+HEADER = (
+    f"{'provider':<18} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'GB/s':>8} "
+    f"{'of copy':>8} {'host us':>10} {'extra MB':>9}"
+)
+
+
+def row(one: Timed, copy_gbps: float) -> str:
+    """One provider, or one limit."""
+    ms = " ".join(f"{percentile(one.samples, p):>9.3f}" for p in (20, 50, 80))
+    host = "" if one.host_us is None else f"{one.host_us:,.0f}"
+    extra = "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:,.1f}"
+    share = one.gbps / copy_gbps
+    line = f"{one.provider:<18} {ms} {one.gbps:>8.2f} {share:>8.3f} {host:>10} {extra:>9}"
+    return line.rstrip()
+
+
+def rows(outcome: Outcome) -> list[str]:
+    """A line for each provider of a case, those that are wrong included."""
+    copy_gbps = next(one.gbps for one in outcome.timed if one.provider == "copy")
+    found = [row(one, copy_gbps) for one in outcome.timed]
+    return found + [f"{name:<18} not timed: {why}" for name, why in outcome.failed]

@@ -1,0 +1,47 @@
+"""What is compared, in what order and in which colours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An optimizer of :func:`onepass.training.make_optimizer` and how it is drawn.
+
+    Attributes:
+        rates: the middle of its sweep of learning rates, by the name of the task.
+        decay: weight decay in training, decoupled for AdamW and Lion, added to the gradient else.
+        options: beside lr and decay.
+    """
+
+    key: str
+    label: str
+    colour: str
+    line: Any
+    rates: dict[str, float]
+    decay: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+BETAS = {"betas": (0.9, 0.999)}  # Adam and AdamW are to differ by their decay alone
+# Okabe and Ito's colours, which colour-blind readers tell apart, but for yellow, which is too pale
+# on white; lines differ in their dashes too.
+ALGORITHMS = (
+    Algorithm("sgd", "SGD", "#999999", "-", {"CNN": 1.0, "transformer": 1.0}, 1e-4),
+    Algorithm(
+        "momentum", "SGD, momentum 0.9", "#0072B2", "-", {"CNN": 0.1, "transformer": 0.3}, 1e-4
+    ),
+    Algorithm(
+        "nesterov", "Nesterov 0.9", "#56B4E9", (0, (6, 2)), {"CNN": 0.1, "transformer": 0.3}, 1e-4
+    ),
+    Algorithm("adagrad", "Adagrad", "#009E73", "-", {"CNN": 0.1, "transformer": 0.03}, 1e-4),
+    Algorithm("rmsprop", "RMSprop", "#CC79A7", "-", {"CNN": 1e-2, "transformer": 1e-3}, 1e-4),
+    Algorithm(
+        "adam", "Adam", "#E69F00", (0, (4, 1.5)), {"CNN": 1e-2, "transformer": 3e-3}, 1e-4, BETAS
+    ),
+    Algorithm("adamw", "AdamW", "#000000", "-", {"CNN": 1e-2, "transformer": 3e-3}, 1e-2, BETAS),
+    Algorithm("lion", "Lion", "#D55E00", (0, (1, 1.2)), {"CNN": 3e-3, "transformer": 1e-3}, 1e-2),
+)
+BY_KEY = {algorithm.key: algorithm for algorithm in ALGORITHMS}

@@ -1,0 +1,109 @@
+"""Sums over the ranks that have parts of an optimizer's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .shards import Shard
+
+Groups = tuple[Any, ...]
+"""Process groups over which parameters are cut: kinds of parameters, as far as sums go."""
+
+
+class Ranks:
+    """Which sums over parameters go over which ranks: the same on all of them.
+
+    Every rank calls the same collectives at every step, whatever gradients it has: they follow from
+    all parameters of the optimizer. A parameter that several ranks have a copy of counts once.
+
+    Args:
+        params: of the optimizer.
+        shards: of those that are DTensors.
+        norm_group: of ranks that each have other parameters; True for all ranks; None for none.
+    """
+
+    def __init__(
+        self, params: Iterable[torch.Tensor], shards: dict[torch.Tensor, Shard], norm_group: Any
+    ) -> None:
+        more: Groups = () if norm_group is None else (_resolved(norm_group),)
+        local: torch.Tensor | None = None
+        kinds: dict[Groups, None] = {}
+        for param in params:
+            shard = shards.get(param)
+            kinds[() if shard is None else shard.groups] = None
+            if local is None:
+                local = param if shard is None else shard.local
+        self._kinds = list(kinds) or [()]
+        self._over = [(*kind, *more) for kind in self._kinds]
+        self._groups = list(dict.fromkeys(group for over in self._over for group in over))
+        self._device = _device_of(more) if local is None else local.device
+
+    def norm(self, parts: list[tuple[Groups, torch.Tensor]], largest: bool) -> torch.Tensor:
+        """What :meth:`Backend.norm` finds, of the parameters of all ranks.
+
+        One all-reduce over each group, of a sum; where largest is set one more, of a maximum. The
+        largest magnitude is of this rank alone unless largest is set.
+
+        Args:
+            parts: of each kind of parameter here, float64 [3].
+            largest: whether the norm is the largest magnitude.
+        """
+        from torch.distributed import ReduceOp
+
+        device = parts[0][1].device if parts else self._device
+        found = torch.zeros(len(self._kinds), 3, dtype=torch.float64, device=device)
+        for kind, part in parts:
+            row, part = found[self._kinds.index(kind)], part.to(device, non_blocking=True)
+            top = torch.maximum(row[1], part[1])
+            row += part
+            row[1] = top
+        sums = self._reduce(found[:, ::2].contiguous(), ReduceOp.SUM).sum(0)
+        tops = found[:, 1].contiguous()
+        if largest:
+            tops = self._reduce(tops, ReduceOp.MAX)
+        return torch.stack([sums[0], tops.max(), sums[1]])
+
+    def sums(
+        self, parts: list[tuple[Groups, torch.Tensor]], shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """The sum of float64 tensors of a shape, of each kind of parameter here, over all ranks."""
+        from torch.distributed import ReduceOp
+
+        device = parts[0][1].device if parts else self._device
+        found = torch.zeros(len(self._kinds), *shape, dtype=torch.float64, device=device)
+        for kind, part in parts:
+            found[self._kinds.index(kind)] += part
+        return self._reduce(found, ReduceOp.SUM).sum(0)
+
+    def _reduce(self, table: torch.Tensor, op: Any) -> torch.Tensor:
+        """Reduces each row of a table over the groups of its kind, in place."""
+        from torch.distributed import all_reduce
+
+        for group in self._groups:
+            rows = [i for i, over in enumerate(self._over) if group in over]
+            if len(rows) == len(self._over):
+                all_reduce(table, op, group=group)
+            else:
+                part = table[rows]
+                all_reduce(part, op, group=group)
+                table[rows] = part
+        return table
+
+
+def _resolved(group: Any) -> Any:
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise RuntimeError("norm_group needs torch.distributed.init_process_group() first")
+    return dist.group.WORLD if group is True else group
+
+
+def _device_of(groups: Groups) -> torch.device:
+    """Where a rank without parameters has its zeros."""
+    import torch.distributed as dist
+
+    backends = {dist.get_backend(group) for group in groups}
+    return torch.device("cuda" if backends == {"nccl"} else "cpu")

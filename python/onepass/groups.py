@@ -1,0 +1,45 @@
+"""What a plan compares of an optimizer's groups, and what it reads of their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+
+
+def same(found: Iterable[Any], known: Sequence[Any]) -> bool:
+    """Whether two sequences of equal length hold the same objects."""
+    return all(map(is_, found, known))
+
+
+def values_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(group.values() for group in groups)
+
+
+def options_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
+    return (value for group in groups for key, value in group.items() if key != "params")
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether a value cannot change without being replaced."""
+    if type(value) is tuple:
+        return all(map(is_fixed, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+class Reader:
+    """Reads counters, each tensor once: many parameters share one, and it may be on a GPU."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+
+    def __call__(self, tensor: torch.Tensor | None) -> float:
+        if tensor is None:
+            return 0.0
+        key = id(tensor)
+        if key not in self._known:
+            self._known[key] = float(tensor)
+        return self._known[key]

@@ -1,0 +1,232 @@
+"""What would fit, and what to take: the field's rules of thumb, checked against the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from ..formats import STATE_FORMATS
+from .models.shapes import MATRIX, Model, Shape
+from .report import MemoryReport
+from .runs import Candidate, Terms, candidate, predicted, report
+from .simulate import CannotSimulateError
+from .sizes import show
+from .variants import Variant, parse
+
+MOST_SHARDS = 1024
+TASKS = ("pretrain", "finetune", "lora", "qlora")
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits of a weight in QLoRA's NF4: an 8-bit scale for each 64, an fp32 one for each 256 of those.
+Source: Dettmers et al., "QLoRA" (2023), section 3, double quantisation."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What would make an optimizer fit.
+
+    Attributes:
+        words: of it.
+        peak, host: bytes then.
+    """
+
+    words: str
+    peak: int
+    host: int = 0
+
+    def __str__(self) -> str:
+        away = f", {show(self.host)} on the host" if self.host else ""
+        return f"{self.words} would: {show(self.peak)}{away}"
+
+
+def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
+    """Options that take less, from what costs least to what costs most.
+
+    Fewer bits make a step faster, so they come first: 8, then 4; then fewer beside the weights.
+    Paging comes after all that stays on the device, as it waits for the link.
+    """
+    now = STATE_FORMATS[variant.states].bytes
+    states = [(name,) for name in ("mx8", "mx4") if STATE_FORMATS[name].bytes < now]
+    if variant.options.get("centered"):
+        states = [("bf16",)] if now > 2 else []
+    extra = {"master": ("split16", "split8"), "kahan": ("split8",), "split16": ("split8",)}
+    weights = [(name,) for name in extra.get(variant.weights, ())]
+    kept = [*states, *weights, *(s + w for s in states for w in weights)]
+    yield from kept
+    if not variant.paged:
+        # In 8 bits a quarter of the bytes goes over the link; 4 bits cost more than bytes.
+        eight = [words for words in kept if "mx8" in words]
+        others = [words for words in kept if words not in eight]
+        yield from ((*words, "paged") for words in (*eight, (), *others))
+
+
+def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -> Change | None:
+    """The first change with which an optimizer takes at most ``limit`` bytes on each GPU: smaller
+    formats, then paging, then FSDP2 instead of ZeRO-1, then more GPUs. Of a peer's, ours of the
+    same rule. None if there is none.
+    """
+    name = choice.variant.name if choice.variant else choice.peer.rule if choice.peer else "adamw"
+    variant = parse(name)
+    assert variant is not None
+    bf16 = terms.dtype.itemsize == 2
+    options = [] if choice.variant is not None else [()]
+    for words in (*options, *_smaller(variant)):
+        if not bf16 and set(words) & {"split8", "split16"}:
+            continue
+        try:
+            found = predicted(Candidate("", variant=variant.plus(*words)), model, terms)
+        except ValueError:  # options that do not go together
+            continue
+        if found.peak <= limit:
+            words_ = "+".join(words)
+            shown = f"+{words_}" if choice.variant is not None else variant.plus(*words).name
+            return Change(shown, found.peak, found.host)
+    counts = [terms.shards << power for power in range(1, 11)]
+    further = [(f"--shards {n}", replace(terms, shards=n)) for n in counts if n <= MOST_SHARDS]
+    if terms.sharding == "zero1" and terms.shards > 1:
+        # Weights and gradients stay whole under ZeRO-1, on any number of GPUs.
+        further.insert(0, ("--sharding fsdp2", replace(terms, sharding="fsdp2")))
+    for words_, others in further:
+        try:
+            found = predicted(choice, model, others)
+        except (CannotSimulateError, ValueError):
+            return None
+        if found.peak <= limit:
+            return Change(words_, found.peak, found.host)
+    return None
+
+
+def lora(model: Model, rank: int, bits: float | None = None) -> Model:
+    """The model with its own parameters frozen and adapters of a rank on every matrix.
+
+    W + B A with A [rank, inputs] and B [outputs, rank], and only those are trained; the head and
+    embeddings have none. Source: Hu et al., "LoRA" (2021); on every layer as QLoRA has it.
+
+    Args:
+        model: it.
+        rank: of the adapters.
+        bits: of an element of the frozen matrices, None for the dtype of the run.
+    """
+    shapes: list[Shape] = []
+    for shape in model.shapes:
+        adapted = shape.kind == MATRIX and not shape.name.startswith("lm_head")
+        shapes.append(replace(shape, trained=False, bits=bits if adapted else None))
+        if adapted:
+            outputs, inputs = shape.shape[0], shape.numel // shape.shape[0]
+            base = shape.name.removesuffix(".weight")
+            shapes.append(Shape(f"{base}.lora_A.weight", (rank, inputs), MATRIX))
+            shapes.append(Shape(f"{base}.lora_B.weight", (outputs, rank), MATRIX))
+    return model.mapped(shapes)
+
+
+@dataclass
+class Advice:
+    """An answer.
+
+    Attributes:
+        chosen: the report of it, None when nothing fits.
+        reports: of all that was looked at, in the order of preference.
+        reasons: sentences, the first of the choice itself.
+        model: as it is trained: with its adapters, for lora and qlora.
+    """
+
+    chosen: MemoryReport | None
+    reports: list[MemoryReport]
+    reasons: list[str] = field(default_factory=list)
+    model: Model | None = None
+
+
+def _preferences(model: Model, terms: Terms, task: str) -> tuple[list[str], list[str]]:
+    """(optimizers from the first choice to the last, why in this order)."""
+    bf16 = str(terms.dtype) == "torch.bfloat16"
+    split8 = "+split8" if bf16 else ""
+    split16 = "+split16" if bf16 else ""
+    if task in ("lora", "qlora"):
+        return ["adamw", "adamw8bit", "pagedadamw8bit", "pagedlion8bit"], [
+            "adapters are few, so their states cost little: AdamW in fp32 first, 8 bits and paging "
+            "only when it does not fit (QLoRA pages AdamW's states)",
+        ]
+    why = []
+    if model.convolutional:
+        names = [f"sgd+momentum{split16}", f"sgd8bit+momentum{split8}"]
+        names += [f"sgd8bit+momentum{split8}+paged"]
+        why.append(
+            "convolutional nets: SGD with momentum generalises at least as well as adaptive "
+            "methods there (Wilson et al. 2017) and has one moment, not two"
+        )
+    else:
+        names = [f"adamw{split16}", f"adamw+bf16{split16}", f"adamw8bit{split8}"]
+        names += [f"adamw4bit{split8}", f"lion8bit{split8}"]
+        if task == "finetune":
+            names.insert(3, f"rmsprop8bit{split8}")
+            why.append(
+                "fine-tuning: AdamW or RMSprop; AdamW first, which most models were made with, "
+                "RMSprop where one moment less decides in 8 bits"
+            )
+        else:
+            why.append(
+                "transformers: AdamW, as adaptive steps cope with the heavy-tailed noise of their "
+                "gradients (Zhang et al. 2020)"
+            )
+    if not model.convolutional:
+        names += [f"pagedadamw8bit{split8}", f"pagedlion8bit{split8}"]
+    why.append(
+        "smaller formats come before paging: they make a step faster, paging makes it wait for "
+        "the link; the losses of each format against the spread of seeds are in docs/training.md"
+    )
+    if bf16:
+        why.append(
+            "bf16 weights keep bits beside them (split16: exactly fp32; split8: 24 bits): without, "
+            "updates below 1/256 of a weight are lost"
+        )
+    return names, why
+
+
+def recommend(
+    model: Model, terms: Terms, limit: int, reserve: int, task: str, rank: int = 16
+) -> Advice:
+    """The first of the field's choices that fits.
+
+    Args:
+        model: to train.
+        terms: of the run.
+        limit: bytes of a GPU.
+        reserve: of them, for activations and the runtime.
+        task: one of TASKS.
+        rank: of adapters.
+    """
+    whole = model
+    if task in ("lora", "qlora"):
+        model = lora(model, rank, NF4_BITS if task == "qlora" else None)
+    names, why = _preferences(model, terms, task)
+    reports = [report(candidate(name), model, terms) for name in names]
+    advice = Advice(None, reports, model=model)
+    room = limit - reserve
+    for found in reports:
+        assert found.predicted is not None
+        if found.predicted.peak <= room:
+            advice.chosen = found
+            break
+    if advice.chosen is not None:
+        assert advice.chosen.predicted is not None
+        peak = advice.chosen.predicted.peak
+        first = (
+            f"{advice.chosen.name}: {show(peak)} of {show(limit)} at the peak of the step, "
+            f"{show(limit - peak)} left for activations and the runtime"
+        )
+        before = reports[: reports.index(advice.chosen)]
+        refused = [f"{r.name} takes {show(r.predicted.peak)}" for r in before if r.predicted]
+        advice.reasons = [first, *why]
+        if refused:
+            advice.reasons.insert(1, f"preferred, but above {show(room)}: {', '.join(refused)}")
+        return advice
+    advice.reasons = [f"nothing fits in {show(room)} for this task", *why]
+    change = cheapest_change(candidate(names[-1]), model, terms, room)
+    if change is not None:
+        advice.reasons.insert(1, f"{names[-1]} with {change}")
+    later = TASKS[TASKS.index(task) + 1 :]
+    for other in [t for t in later if t in ("lora", "qlora")]:
+        smaller = recommend(whole, terms, limit, reserve, other, rank)
+        if smaller.chosen is not None and not model.convolutional:
+            advice.reasons.insert(1, f"--task {other} would: {smaller.reasons[0]}")
+            break
+    return advice

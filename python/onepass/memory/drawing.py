@@ -1,0 +1,161 @@
+"""Pictures: stacked bars of reports, and timelines. They need matplotlib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .report import CATEGORIES, TITLES, MemoryReport
+from .sizes import show
+
+if TYPE_CHECKING:
+    from .tracking import Timeline
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; the hatches tell neighbours apart
+# in black and white.
+COLOURS = {
+    "weights": "#0072B2",
+    "gradients": "#56B4E9",
+    "moments": "#E69F00",
+    "companions": "#F0E442",
+    "ema": "#CC79A7",
+    "ring": "#009E73",
+    "temporary": "#D55E00",
+    "states": "#E69F00",
+    "activations": "#009E73",
+}
+_HATCHES = {"gradients": "//", "companions": "..", "ring": "xx", "temporary": "\\\\"}
+_GB, _MB = 1000**3, 1000**2
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Any, Any, Any]]:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'onepass[cli]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style: Any = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "hatch.linewidth": 0.5,
+    }
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(figsize=(width, height), dpi=150, layout="constrained")
+        try:
+            yield pyplot, figure, axes
+        finally:
+            pyplot.close(figure)
+
+
+def draw_bars(
+    path: str | os.PathLike[str],
+    reports: Sequence[MemoryReport],
+    title: str,
+    limit: int | None = None,
+) -> None:
+    """Draws a bar a report, the first on top; measured bytes where there are any.
+
+    Args:
+        path: its ending decides the format.
+        reports: those without bytes are left out.
+        title: above it.
+        limit: bytes, drawn as a line.
+    """
+    shown = [(report, found) for report in reports if (found := report.bytes) is not None]
+    largest = max([found.peak for _, found in shown] + [limit or 0], default=0)
+    unit, word = (_GB, "GB") if largest >= _GB else (_MB, "MB")
+    with _figure(8.4, 1.7 + 0.34 * len(shown)) as (_, figure, axes):
+        rows = range(len(shown))
+        left = [0.0] * len(shown)
+        for category in CATEGORIES:
+            widths = [getattr(found, category) / unit for _, found in shown]
+            # What is too thin to be seen has no place in the legend.
+            seen = max(widths, default=0.0) * unit > 0.003 * largest
+            axes.barh(
+                rows,
+                widths,
+                left=left,
+                height=0.72,
+                color=COLOURS[category],
+                hatch=_HATCHES.get(category),
+                edgecolor="white",
+                linewidth=0.4,
+                label=TITLES[category] if seen else None,
+            )
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for row, (_, found), end in zip(rows, shown, left, strict=True):
+            away = f"  + {show(found.host)} on the host" if found.host else ""
+            over = "  does not fit" if limit is not None and found.peak > limit else ""
+            axes.text(
+                end + largest / unit * 0.006,
+                row,
+                f"{show(found.peak)}{away}{over}",
+                va="center",
+                fontsize=8.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            )
+        if limit is not None:
+            axes.axvline(limit / unit, color="black", linestyle="--", linewidth=1, zorder=1.5)
+            axes.annotate(
+                f"{show(limit)} ",
+                (limit / unit, -0.62),
+                ha="right",
+                va="center",
+                fontsize=8.5,
+                annotation_clip=False,
+            )
+        axes.set_yticks(list(rows), [report.name for report, _ in shown])
+        axes.set_ylim(len(shown) - 0.4, -0.85)
+        # Room for what is written behind the longest bar.
+        axes.set_xlim(0, largest / unit * (1.3 if any(f.host for _, f in shown) else 1.22))
+        axes.set_xlabel(f"{word} at the peak of the step, activations not included")
+        axes.set_title(title, fontsize=10.5)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.savefig(path)
+
+
+def draw_timeline(
+    path: str | os.PathLike[str], timeline: Timeline, titles: Mapping[str, str], title: str
+) -> None:
+    """Draws the bytes of each category over time, stacked."""
+    unit, word = (_GB, "GB") if timeline.peak >= _GB else (_MB, "MB")
+    with _figure(8.4, 4.4) as (_, figure, axes):
+        columns = {
+            category: values
+            for category, values in timeline.bytes.items()
+            if max(values, default=0) > 0
+        }
+        axes.stackplot(
+            timeline.seconds,
+            *([value / unit for value in values] for values in columns.values()),
+            labels=[titles[category] for category in columns],
+            colors=[COLOURS[category] for category in columns],
+            step="post",
+            linewidth=0,
+        )
+        axes.margins(x=0)
+        for moment, word_ in timeline.marks:
+            axes.axvline(moment, color="black", linewidth=0.6, alpha=0.6)
+            axes.annotate(
+                word_,
+                (moment, 1),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                fontsize=7,
+                ha="right",
+                va="top",
+            )
+        axes.set_ylim(0, max(timeline.peak, 1) / unit * 1.1)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel(f"{word} held")
+        axes.set_title(title or f"peak {show(timeline.peak)}", fontsize=10.5)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        figure.savefig(path)

@@ -1,0 +1,143 @@
+"""Models as lists of shapes: well-known ones, configurations on disk, and a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .families import FAMILIES
+from .known import KNOWN, known
+from .shapes import Model, Shape, of_module
+
+__all__ = ["FAMILIES", "KNOWN", "Model", "Shape", "find", "known", "near", "of_module"]
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """ "; did you mean a or b?" of the words that look like it; "." where none does."""
+    found = difflib.get_close_matches(word.lower(), list(words), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else "."
+
+
+def find(name: str) -> Model:
+    """The model that a word on the command line means.
+
+    One of the table; else a file or folder with a transformers configuration; else
+    ``module:factory``, called without arguments on the meta device; else an ``owner/name`` that is
+    in the cache of Hugging Face's hub.
+
+    Raises:
+        ValueError: it is none of these, or its configuration is none; says what is accepted.
+    """
+    if name.lower() in KNOWN:
+        return known(name.lower())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return of_config(path, name)
+    if ":" in name and not name.startswith((".", "/")):
+        return of_factory(name)
+    cached = _cached(name)
+    if cached is not None:
+        return of_config(cached, name)
+    raise ValueError(
+        f"no model {name!r}{near(name, KNOWN)} It takes a name of --list-models, a transformers "
+        "config.json or its folder, owner/name that is in the cache of Hugging Face's hub, or "
+        "module:factory"
+    )
+
+
+def of_config(path: Path, name: str) -> Model:
+    """A model by its transformers configuration.
+
+    Raises:
+        ValueError: it is none, or of no known family.
+    """
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no transformers configuration: not JSON ({error})") from error
+    families = ", ".join(FAMILIES)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(
+            f"{path} is no transformers configuration: it has no model_type; one of {families} is "
+            "accepted"
+        )
+    family = config["model_type"]
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{path}: model_type {family!r} is not known{near(family, FAMILIES)} Accepted are "
+            f"{families}; any other model goes as module:factory"
+        )
+    try:
+        shapes = tuple(FAMILIES[family](config))
+    except KeyError as error:
+        raise ValueError(f"{path}: a configuration of {family} needs {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not a configuration of {family}: {error}") from error
+    if any(type(n) is not int or n < 1 for shape in shapes for n in shape.shape):
+        raise ValueError(f"{path}: not a configuration of {family}: its sizes must be integers > 0")
+    return Model(name, shapes, str(path))
+
+
+def of_factory(name: str) -> Model:
+    """A model by ``module:factory``, made on the meta device: its parameters take no memory.
+
+    Raises:
+        ValueError: there is no such factory, it fails, or what it makes is no torch.nn.Module.
+    """
+    made = load(name)
+    try:
+        with torch.device("meta"):
+            model = made()
+    except Exception as error:  # anyone's code
+        raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{name} makes a {type(model).__name__}, not a torch.nn.Module")
+    lazy = [key for key, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(f"{name}: parameter {lazy[0]!r} has no shape yet")
+    return of_module(model, name)
+
+
+def load(name: str) -> Callable[..., Any]:
+    """What ``module:attribute`` names; modules of the working directory are found too.
+
+    Raises:
+        ValueError: there is none that can be called.
+    """
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:  # anyone's code
+        raise ValueError(
+            f"{name}: {module!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{name}: {module!r} has no {attribute!r}{near(part, dir(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{name} is no function: {type(found).__name__}")
+    return found
+
+
+def _cached(name: str) -> Path | None:
+    """The configuration of ``owner/name`` in the hub's cache; the newest one there."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    folder = cache / f"models--{name.replace('/', '--')}" / "snapshots"
+    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None

@@ -1,0 +1,95 @@
+"""The bars as one HTML file: what a bar's part is, is said when the pointer rests on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from .drawing import COLOURS
+from .report import CATEGORIES, TITLES, MemoryReport
+from .sizes import show
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1 { font-size: 1.25rem; } .note { opacity: .75; }
+.row { display: grid; grid-template-columns: 15rem 1fr; align-items: center; margin: .25rem 0; }
+.row > b { font-weight: 500; text-align: right; padding-right: .75rem; overflow-wrap: anywhere; }
+.bar { position: relative; display: flex; height: 1.7rem; }
+.part { flex: none; height: 100%; outline: 1px solid Canvas; position: relative; }
+.part:hover, .part:focus { filter: brightness(1.2); outline: 2px solid CanvasText; z-index: 2; }
+.tip { display: none; position: absolute; top: 105%; left: 0; width: max-content; z-index: 3;
+  background: CanvasText; color: Canvas; padding: .3rem .6rem; border-radius: .3rem; }
+.part:hover .tip, .part:focus .tip { display: block; }
+.peak { padding-left: .5rem; white-space: nowrap; align-self: center; }
+.limit { position: absolute; top: -.25rem; bottom: -.25rem; border-left: 2px dashed CanvasText; }
+.legend span { display: inline-block; margin: 0 1.2rem .3rem 0; }
+.legend i { display: inline-block; width: 1rem; height: 1rem; margin-right: .4rem;
+  vertical-align: -.15rem; }
+.table { overflow-x: auto; } table { border-collapse: collapse; margin-top: 1.5rem; }
+td, th { padding: .2rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #8884; }
+td:first-child, th:first-child { text-align: left; }
+"""
+
+
+def page(
+    reports: Sequence[MemoryReport],
+    title: str,
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    limit: int | None = None,
+) -> str:
+    """The page, with nothing that it would have to load.
+
+    Args:
+        reports: those without bytes have no bar.
+        title: of the page.
+        rows: of the table below the bars, the headings first.
+        notes: below that.
+        limit: bytes, drawn as a line.
+    """
+    shown = [(report, found) for report in reports if (found := report.bytes) is not None]
+    # The bars take three quarters of the width: what they end in is written behind them.
+    whole = max([found.peak for _, found in shown] + [limit or 0, 1]) / 0.75
+    used = [c for c in CATEGORIES if any(getattr(found, c) for _, found in shown)]
+    legend = "".join(
+        f'<span><i style="background:{COLOURS[c]}"></i>{TITLES[c]}</span>' for c in used
+    )
+    line = "" if limit is None else f'<div class="limit" style="left:{100 * limit / whole:.3f}%">'
+    bars = []
+    for report, found in shown:
+        parts = []
+        for category in used:
+            value = getattr(found, category)
+            if not value:
+                continue
+            each = value / report.parameters if report.parameters else 0.0
+            said = f"{TITLES[category]}: {show(value)} ({value:,} bytes, {each:.2f} a parameter)"
+            predicted, measured = report.predicted, report.measured
+            if predicted is not None and measured is not None:
+                said += f"; predicted {show(getattr(predicted, category))}"
+            parts.append(
+                f'<div class="part" tabindex="0" aria-label="{escape(said)}" style="width:'
+                f'{100 * value / whole:.3f}%;background:{COLOURS[category]}">'
+                f'<div class="tip">{escape(said)}</div></div>'
+            )
+        over = "; does not fit" if limit is not None and found.peak > limit else ""
+        away = f" + {show(found.host)} on the host" if found.host else ""
+        bars.append(
+            f'<div class="row"><b>{escape(report.name)}</b><div class="bar">{"".join(parts)}'
+            f'<span class="peak">{show(found.peak)}{away}{over}</span>'
+            f"{line and line + '</div>'}</div></div>"
+        )
+    head, *body = rows
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    table = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body
+    )
+    said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        f"</title><style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
+        f'<p class="legend">{legend}</p>\n{"".join(bars)}\n'
+        f'<div class="table"><table><tr>{cells}</tr>{table}</table></div>\n{said}\n</body></html>\n'
+    )

@@ -1,0 +1,97 @@
+"""The bytes of an optimizer of onepass, from the library's own tables.
+
+What a parameter's group asks for comes from :func:`onepass.states.held_layouts`, where it rests
+from the arena and from the paging's footprints: nothing of a rule or a format is repeated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..arena import SMALL, Arena
+from ..optim import Optimizer
+from ..paging.pager import places_of
+from ..paging.slabs import layout_bytes
+from ..states import COMPANIONS, EMA, held_layouts
+from .report import Bytes
+
+STEP = 2 * torch.float32.itemsize
+"""Bytes that the counters of a group's parameters share: see :class:`onepass.rows.RowTable`."""
+CUDA_BLOCK = 512
+"""Bytes: torch's caching allocator hands out multiples of it."""
+
+
+def block_of(device: torch.device) -> int:
+    """Bytes that storages on a device are rounded up to."""
+    return CUDA_BLOCK if device.type == "cuda" else 1
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor], block: int = 1) -> int:
+    """Bytes of the storages under tensors, each once; views may share one."""
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(-(-n // block) * block for n in found.values())
+
+
+def category_of(key: str) -> str:
+    """The category of a tensor in a parameter's state."""
+    if key == EMA:
+        return "ema"
+    return "companions" if key in COMPANIONS else "moments"
+
+
+def predict(
+    optimizer: Optimizer, grad_dtype: torch.dtype | None = None, block: int | None = None
+) -> Bytes:
+    """The bytes that parameters, gradients and states take once the optimizer has stepped.
+
+    Nothing is made: parameters may be on the meta device.
+
+    Args:
+        optimizer: of any groups, formats and options.
+        grad_dtype: of the gradients; None takes that of each parameter.
+        block: bytes that storages are rounded up to; None takes those of the parameters' device.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for p in params if p.requires_grad]
+    if block is None:
+        block = block_of(params[0].device)
+
+    def rounded(nbytes: int) -> int:
+        return -(-nbytes // block) * block
+
+    found = {"moments": 0, "companions": 0, "ema": 0}
+    paged: set[torch.Tensor] = set()
+    ring = host = 0
+    if optimizer.paging is not None:
+        groups = [
+            {**g, "params": [p for p in g["params"] if p.requires_grad]}
+            for g in optimizer.param_groups
+        ]
+        places = places_of(groups, optimizer.rule, optimizer.paging)
+        paged = places.paged
+        ring = sum(rounded(part.ring) for part in places.footprints.values())
+        host = sum(part.host for part in places.footprints.values())
+    arena = Arena()
+    for group in optimizer.param_groups:
+        members = [p for p in group["params"] if p.requires_grad]
+        # The counters are one storage of all groups.
+        found["moments"] += STEP if members else 0
+        for param in members:
+            if param in paged:
+                continue
+            for layout in held_layouts(param, optimizer.rule, group):
+                category = category_of(layout.key)
+                if category == "moments" and layout.numel <= SMALL:
+                    arena.want(layout, param.device)
+                else:
+                    found[category] += rounded(layout_bytes(layout))
+    found["moments"] += sum(map(rounded, arena.slab_bytes()))
+    return Bytes(
+        weights=storage_bytes(params, block),
+        gradients=sum(rounded(p.numel() * (grad_dtype or p.dtype).itemsize) for p in trained),
+        ring=ring,
+        host=host,
+        **found,
+    )

@@ -1,0 +1,172 @@
+"""``onepass.memory.track``: a timeline of what any training code holds, by category."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .ledger import Entry, Ledger, plain_tensors
+
+CATEGORIES = ("weights", "gradients", "states", "activations", "temporary")
+"""In this order a storage is counted to the first that it ever was."""
+
+_TITLES = {
+    "weights": "weights and buffers",
+    "gradients": "gradients",
+    "states": "optimizer states",
+    "activations": "saved for the backward pass",
+    "temporary": "temporary",
+}
+
+
+@dataclass
+class Timeline:
+    """What was held, at every change.
+
+    Attributes:
+        seconds: since the start, ascending.
+        bytes: category -> bytes from each of these moments on.
+        marks: (seconds, word), of the steps of optimizers and of what :meth:`mark` was called with.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    bytes: dict[str, list[int]] = field(default_factory=lambda: {c: [] for c in CATEGORIES})
+    marks: list[tuple[float, str]] = field(default_factory=list)
+    _ledger: Ledger | None = None
+
+    @property
+    def total(self) -> list[int]:
+        """Bytes of all categories, from each moment on."""
+        return [sum(column) for column in zip(*self.bytes.values(), strict=True)]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were held at once."""
+        return max(self.total, default=0)
+
+    def at_peak(self) -> dict[str, int]:
+        """Category -> bytes, when all of them together were most."""
+        total = self.total
+        moment = total.index(max(total)) if total else 0
+        return {c: values[moment] if values else 0 for c, values in self.bytes.items()}
+
+    def mark(self, word: str) -> None:
+        """Names this moment; only while it is tracked."""
+        if self._ledger is None:
+            raise RuntimeError("mark: tracking has ended")
+        self.marks.append((self._ledger.now, word))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"seconds": self.seconds, "bytes": self.bytes, "marks": self.marks}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as JSON."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.as_dict(), file)
+
+    def plot(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Draws it, stacked, as PNG or whatever else the name ends in.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .drawing import draw_timeline
+
+        draw_timeline(path, self, _TITLES, title)
+
+    def _fill(self, entries: Iterable[Entry]) -> None:
+        changes: list[tuple[float, str, int]] = []
+        for entry in entries:
+            category = next((c for c in CATEGORIES if c in entry.kinds), "temporary")
+            changes.append((entry.born, category, entry.nbytes))
+            if entry.died is not None:
+                changes.append((entry.died, category, -entry.nbytes))
+        now = dict.fromkeys(CATEGORIES, 0)
+        for moment, category, nbytes in sorted(changes, key=lambda change: change[0]):
+            now[category] += nbytes
+            if self.seconds and self.seconds[-1] == moment:
+                for c, value in now.items():
+                    self.bytes[c][-1] = value
+                continue
+            self.seconds.append(moment)
+            for c, value in now.items():
+                self.bytes[c].append(value)
+
+
+@contextmanager
+def track(
+    model: torch.nn.Module | Iterable[torch.Tensor],
+    *optimizers: torch.optim.Optimizer,
+) -> Iterator[Timeline]:
+    """Follows every tensor that the code within makes, until it is freed.
+
+    ::
+
+        with onepass.memory.track(model, optimizer) as timeline:
+            for batch in batches:
+                model(batch).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        timeline.plot("memory.png")
+
+    Weights are the tensors of the model; gradients what accumulates in ``.grad``; states what is in
+    ``optimizer.state`` after a step; activations what autograd saves for the backward pass; all
+    else is temporary. Storages count, each once, on any device. What a kernel allocates and frees
+    within one operation is not seen, nor what other threads than autograd's make.
+
+    It costs some microseconds an operation, keeps no tensor alive and changes no result.
+
+    Args:
+        model: a module, or its parameters.
+        optimizers: theirs.
+
+    Yields:
+        The timeline; filled when the block ends, by an exception too.
+    """
+    timeline, ledger = Timeline(), Ledger()
+    timeline._ledger = ledger
+    if isinstance(model, torch.nn.Module):
+        weights = [*model.parameters(), *model.buffers()]
+    else:
+        weights = list(model)
+    handles: list[Any] = []
+
+    def states(optimizer: Any, *_: Any) -> None:
+        timeline.marks.append((ledger.now, "step"))
+        for tensor in plain_tensors([dict(s) for s in optimizer.state.values()]):
+            ledger.enter(tensor, "states")
+
+    def gradient(param: torch.Tensor) -> None:
+        if param.grad is not None:
+            ledger.enter(param.grad, "gradients")
+
+    def saved(tensor: torch.Tensor) -> torch.Tensor:
+        ledger.enter(tensor, "activations")
+        return tensor
+
+    for tensor in weights:
+        ledger.enter(tensor, "weights")
+        if tensor.grad is not None:
+            ledger.enter(tensor.grad, "gradients")
+        if tensor.requires_grad and tensor.is_leaf:
+            register: Any = tensor.register_post_accumulate_grad_hook
+            handles.append(register(gradient))
+    for optimizer in optimizers:
+        for tensor in plain_tensors([dict(s) for s in optimizer.state.values()]):
+            ledger.enter(tensor, "states")
+        handles.append(optimizer.register_step_post_hook(states))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor), ledger:
+            yield timeline
+    finally:
+        for handle in handles:
+            handle.remove()
+        timeline._ledger = None
+        timeline._fill(ledger.entries)

@@ -1,0 +1,143 @@
+"""Optimizers by the words of the command line: ``adamw``, ``lion8bit``, ``adamw+mx8+split8``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .. import optim
+from ..formats import STATE_FORMATS, WEIGHT_FORMATS
+from .models.shapes import EMBEDDING, NORM
+
+Groups = list[dict[str, Any]]
+
+CLASSES: dict[str, type[optim.Optimizer]] = {
+    name.lower(): getattr(optim, name)
+    for name in optim.__all__
+    if isinstance(getattr(optim, name), type)
+    and issubclass(getattr(optim, name), optim.Optimizer)
+    and getattr(optim, name) is not optim.Optimizer
+}
+"""Every class of the library, by its name in small letters."""
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "centered": {"centered": True},
+    "amsgrad": {"amsgrad": True},
+    "ema": {"ema_decay": 0.999},
+    "paged": {"paged": True},
+}
+WORDS = (*STATE_FORMATS, *WEIGHT_FORMATS, *_OPTIONS, "paged=SIZE")
+"""What may follow a name, after a plus."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer of onepass with its options.
+
+    Attributes:
+        name: as it was written.
+        made: its class.
+        options: of the class.
+    """
+
+    name: str
+    made: type[optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def states(self) -> str:
+        """The format of its states."""
+        return str(self.options.get("states") or self.made.default_states)
+
+    @property
+    def weights(self) -> str:
+        """The format of its weights."""
+        return str(self.options.get("weights", "native"))
+
+    @property
+    def paged(self) -> bool:
+        """Whether states are paged."""
+        return self.options.get("paged", self.made.default_paged) is not False
+
+    def plus(self, *words: str) -> Variant:
+        """With further words."""
+        found = self
+        for word in words:
+            found = replace(
+                found,
+                name=f"{found.name}+{word}",
+                options={**found.options, **_option(word, found.name)},
+            )
+        return found
+
+    def make(self, params: Any) -> optim.Optimizer:
+        """The optimizer over parameters or groups.
+
+        Raises:
+            ValueError: an option that the class refuses.
+        """
+        try:
+            return self.made(params, **self.options)
+        except TypeError as error:  # an option that this class does not have
+            unknown = str(error).rpartition(" ")[2].strip("'")
+            raise ValueError(f"{self.name}: {self.made.__name__} has no {unknown}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+
+def parse(text: str) -> Variant | None:
+    """The variant that a word means; None where its name is no class of the library.
+
+    Raises:
+        ValueError: an unknown word after a plus; says which there are.
+    """
+    name, *words = text.lower().split("+")
+    if name not in CLASSES:
+        return None
+    variant = Variant(name, CLASSES[name]).plus(*words)
+    variant.make([torch.nn.Parameter(torch.empty(1, device="meta", dtype=torch.bfloat16))])
+    return replace(variant, name=text.lower())
+
+
+def _option(word: str, name: str) -> dict[str, Any]:
+    if word in STATE_FORMATS:
+        return {"states": word}
+    if word in WEIGHT_FORMATS:
+        return {"weights": word}
+    if word in _OPTIONS:
+        return _OPTIONS[word]
+    if word.startswith("paged="):
+        from .sizes import parse_size
+
+        return {"paged": parse_size(word.removeprefix("paged="))}
+    from .models import near
+
+    raise ValueError(
+        f"{name}+{word}: no option {word!r}{near(word, WORDS)} Accepted are {', '.join(WORDS)}"
+    )
+
+
+def groups_of(
+    params: Sequence[torch.nn.Parameter], kinds: Sequence[str], careful: bool
+) -> list[torch.nn.Parameter] | Groups:
+    """Groups as an optimizer takes them; frozen parameters are in none.
+
+    Args:
+        params: of the model.
+        kinds: of each.
+        careful: as onepass.parameter_groups makes them: fp32 states for embeddings and norms, and
+            native weights where they are fp32.
+    """
+    trained = [(p, kind) for p, kind in zip(params, kinds, strict=True) if p.requires_grad]
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for param, kind in trained:
+        native = careful and param.dtype == torch.float32
+        wide = careful and kind in (EMBEDDING, NORM)
+        options = ({"weights": "native"} if native else {}) | ({"states": "fp32"} if wide else {})
+        groups.setdefault((native, wide), {"params": [], **options})["params"].append(param)
+    return list(groups.values())

@@ -1,0 +1,94 @@
+"""Reading gradients in the compiled libraries, from Python's own objects (csrc/reader.h).
+
+An op that takes a list of tensors costs torch more for each of them than all that a plan checks.
+torch.Tensor describes itself to C by DLPack's exchange API, and CPython's stable ABI walks the
+list.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NAMES = ("grad", "_local_tensor", "_spec")
+
+
+class _Exchange(ctypes.Structure):
+    """DLPackExchangeAPI of DLPack 1, as far as it is used."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("older", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("export", ctypes.c_void_p),
+        ("wrap", ctypes.c_void_p),
+        ("view", ctypes.c_void_p),
+    )
+
+
+class _Python(ctypes.Structure):
+    """Python of csrc/reader.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in ("item", "attribute", "release", "view", "none", "grad", "local", "spec")
+    )
+
+
+@cache
+def _python() -> _Python | None:
+    """What the libraries need; None where torch or Python has it not."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    api = getattr(ctypes, "pythonapi", None)
+    if capsule is None or api is None:
+        return None
+    pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    at = pointer(("PyCapsule_GetPointer", api))(capsule, b"dlpack_exchange_api")
+    exchange = _Exchange.from_address(at)
+    if exchange.major != 1 or not exchange.view:
+        return None
+    functions = (api.PyList_GetItem, api.PyObject_GetAttr, api.Py_DecRef)
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    return _Python(*addresses, exchange.view, id(None), *map(id, _NAMES))
+
+
+@cache
+def _function(library: Path) -> Any:
+    """onepass_read of a library, which torch has loaded."""
+    read = ctypes.PyDLL(str(library)).onepass_read
+    read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *[ctypes.py_object] * 3)
+    return read
+
+
+class Reader:
+    """Takes the gradients of a plan; false where it cannot.
+
+    Args:
+        library: that made the plan.
+        plan: its handle, a tensor.
+    """
+
+    def __init__(self, library: Path, plan: torch.Tensor) -> None:
+        python = _python()
+        self._usable = python is not None
+        if python is not None:
+            self._read = _function(library)
+            self._plan = ctypes.addressof(python), plan.data_ptr()
+
+    def __call__(
+        self,
+        tensors: list[torch.Tensor],
+        locals: list[torch.Tensor] | None,
+        specs: list[Any] | None,
+    ) -> bool:
+        """See :meth:`onepass.backends.base.Backend.read`."""
+        try:
+            return self._usable and bool(self._read(*self._plan, tensors, locals, specs))
+        except Exception:
+            # A gradient without an address, sparse for one: planning anew says which.
+            return False

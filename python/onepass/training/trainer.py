@@ -1,0 +1,329 @@
+"""The training loop: read `train_step` and `fit`, the rest is set-up, saving and loading."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from ..amp import GradScaler
+from ..precision import EMBEDDINGS, NORMS
+from .checkpoint import (
+    check_fits,
+    loader_generators,
+    rng_state,
+    save_atomically,
+    set_rng_state,
+)
+from .groups import decay_groups
+from .names import check_name
+from .optimizers import make_optimizer
+from .progress import progress_bar
+from .schedules import schedule as make_schedule
+
+VERSION = 1  # of what save() writes
+GUARDS = ("raise", "skip", "off")
+
+
+class Trainer:
+    """Trains a model with an optimizer of onepass.
+
+    ::
+
+        trainer = Trainer(model, "adamw", lr=1e-3, loss=nn.functional.cross_entropy)
+        trainer.fit(loader, epochs=3, checkpoint="run.pt", save_every=100)
+
+    Attributes:
+        model, optimizer, scheduler: what it works with; change them between steps as you like.
+        losses: one per :meth:`train_step`, floats; a batch that was passed over has its NaN or inf.
+        epoch: epochs that :meth:`fit` has finished.
+
+    Args:
+        model: already on its device; data is moved to where its first parameter is.
+        optimizer_type: a name of :data:`onepass.training.OPTIMIZERS`.
+        lr: the highest learning rate of the schedule.
+        weight_decay: see :func:`decay_groups`: none on biases and norms.
+        loss: ``loss(model(data), target)``, a mean over the batch, 0-dim.
+        schedule: a name of :data:`onepass.training.SCHEDULES`.
+        warmup_steps: of linear warm-up before it.
+        schedule_options: further keywords of :func:`onepass.training.schedule`; ``total_steps``
+            for ``"cosine"`` and ``"wsd"``.
+        max_grad_norm: clipping to this global norm inside the step; None for none.
+        accumulate: a batch is cut into this many parts along its first dimension, whose gradients
+            are added up, weighted by their sizes: less memory, the gradient of the same batch.
+        amp: None, torch.bfloat16 or torch.float16: the dtype of autocast; float16 with a loss
+            scale.
+        nan_guard: what a loss or gradient that is not finite does: ``"raise"``, ``"skip"`` (the
+            batch is passed over) or ``"off"``. Either way it reaches no weight and no state. With
+            amp float16, infinite gradients are the loss scale's affair: skipped, never raised.
+        options: of the optimizer: ``betas``, ``states="mx8"``, ``weights="split8"``, ... With a
+            format, embeddings and norms keep fp32 states, as :func:`onepass.parameter_groups` has
+            it. AdamW's betas are (0.9, 0.95) unless given.
+
+    Raises:
+        ValueError: an unknown name, which lists the known ones; an option out of range; a model
+            in which nothing requires a gradient.
+        TypeError: an option that the optimizer does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer_type: str = "adamw",
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.01,
+        loss: Callable[[Any, Any], Tensor] = functional.mse_loss,
+        schedule: str = "warm_restarts",
+        warmup_steps: int = 10,
+        schedule_options: dict[str, Any] | None = None,
+        max_grad_norm: float | None = 1.0,
+        accumulate: int = 1,
+        amp: torch.dtype | None = None,
+        nan_guard: str = "raise",
+        **options: Any,
+    ) -> None:
+        check_name("nan_guard", nan_guard, GUARDS)
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1; got {accumulate}")
+        if amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"amp must be None, torch.bfloat16 or torch.float16; got {amp}")
+        packed = any(options.get(key) for key in ("states", "weights")) or "bit" in optimizer_type
+        groups = decay_groups(
+            model, weight_decay, fp32_states=(*EMBEDDINGS, *NORMS) if packed else None
+        )
+        options = {"skip_nonfinite": nan_guard != "off", **options}
+        self.model, self.loss = model, loss
+        self.device = groups[0]["params"][0].device
+        self.optimizer = make_optimizer(
+            optimizer_type, groups, lr, max_grad_norm=max_grad_norm, **options
+        )
+        self.scheduler = make_schedule(
+            self.optimizer, schedule, warmup_steps=warmup_steps, **(schedule_options or {})
+        )
+        self.accumulate, self.amp, self.nan_guard = accumulate, amp, nan_guard
+        self.scaler = GradScaler(self.device.type, enabled=amp == torch.float16)
+        self.losses: list[float] = []
+        self.epoch = 0
+        # Where fit() is: its first epoch, the batches done of this one, and what was random when
+        # this one began. None outside of it.
+        self._position: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    # --- the loop ---
+
+    def train_step(self, data: Any, target: Any) -> float:
+        """One step: forward, backward, clipped update, schedule. Returns the loss before it.
+
+        Raises:
+            FloatingPointError: a loss or gradient is not finite and ``nan_guard`` is ``"raise"``;
+                weights and states are those of before.
+        """
+        if not self.model.training:
+            self.model.train()
+        self.optimizer.zero_grad()
+        mean = 0.0
+        for part, wanted, share in self._parts(self._move(data), self._move(target)):
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                loss = self.loss(self.model(part), wanted)
+            mean += share * loss.item()
+            if self.nan_guard != "off" and not math.isfinite(mean):
+                return self._refuse(mean, f"the loss is {mean}")
+            self.scaler.scale(share * loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        norm = self.optimizer.grad_norm
+        asked = self.nan_guard == "raise" and not self.scaler.is_enabled()
+        if asked and norm is not None and not math.isfinite(norm):
+            return self._refuse(mean, f"the gradients' norm is {norm:g}, the loss {mean:g}")
+        self.losses.append(mean)
+        self.scheduler.step()
+        return mean
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        epochs: int = 1,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        save_every: int | None = None,
+        progress: bool = True,
+    ) -> list[float]:
+        """Trains for ``epochs`` passes over ``loader``. Returns :attr:`losses`.
+
+        After :meth:`load` of a checkpoint that was written by a fit(), this is that fit() again: it
+        goes on with the batch after the last one saved, and ``epochs`` counts from that fit()'s
+        first. So a script that loads its checkpoint if there is one, killed at any time and
+        started again, ends in the bits of one that was not.
+
+        The order of the data comes again because the epoch is begun again with what was random at
+        its beginning, and the batches done are drawn and dropped. That holds for a
+        torch.utils.data.DataLoader and for any iterable that draws from the global generators of
+        Python, NumPy and torch; ``loader.sampler.set_epoch`` is called if there is one.
+
+        Args:
+            loader: gives pairs (data, target).
+            epochs: passes over it.
+            checkpoint: where to save, after every epoch and every ``save_every`` steps.
+            save_every: in steps.
+            progress: a bar on stderr, if that is a terminal and tqdm is installed.
+
+        Raises:
+            ValueError: the loader gives no batch, or fewer than the checkpoint had done.
+            FloatingPointError: as :meth:`train_step`; the last checkpoint stays as it is.
+        """
+        place = self._loaded or {"first": self.epoch, "batch": 0, "random": _random(loader)}
+        self._loaded, self._position = None, place
+        last = place["first"] + epochs
+        with progress_bar(loader, last - self.epoch, place["batch"], progress) as bar:
+            while self.epoch < last:
+                for data, target in self._rest_of_epoch(loader, place):
+                    loss = self.train_step(data, target)
+                    place["batch"] += 1
+                    bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                    bar.update()
+                    if checkpoint and save_every and len(self.losses) % save_every == 0:
+                        self.save(checkpoint)
+                self.epoch += 1
+                place.update(batch=0, random=_random(loader))
+                if checkpoint:
+                    self.save(checkpoint)
+        self._position = None
+        return self.losses
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Any]) -> float:
+        """The mean loss over ``loader``, each batch counted by its size, in evaluation mode.
+
+        Raises:
+            ValueError: the loader gives no batch.
+        """
+        training, total, count = self.model.training, 0.0, 0
+        self.model.eval()
+        try:
+            for data, target in loader:
+                with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                    loss = self.loss(self.model(self._move(data)), self._move(target))
+                total += loss.item() * len(target)
+                count += len(target)
+        finally:
+            self.model.train(training)
+        if not count:
+            raise ValueError("the loader gave no batch")
+        return total / count
+
+    # --- its parts ---
+
+    def _move(self, data: Any) -> Any:
+        def move(x: Any) -> Any:
+            return x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x
+
+        return tree_map(move, data)
+
+    def _parts(self, data: Any, target: Any) -> Iterator[tuple[Any, Any, float]]:
+        """The batch in parts, each with its share of the samples."""
+        if self.accumulate == 1:
+            yield data, target, 1.0
+            return
+        for part, wanted in zip(
+            data.chunk(self.accumulate), target.chunk(self.accumulate), strict=True
+        ):
+            yield part, wanted, len(part) / len(data)
+
+    def _refuse(self, loss: float, what: str) -> float:
+        self.optimizer.zero_grad()
+        if self.nan_guard == "raise":
+            raise FloatingPointError(
+                f"step {len(self.losses)}: {what}; the weights are those of before this step. "
+                "A lower lr, a longer warm-up or clipping may help; nan_guard='skip' passes over "
+                "such batches"
+            )
+        self.losses.append(loss)
+        return loss
+
+    def _rest_of_epoch(self, loader: Any, place: dict[str, Any]) -> Iterator[Any]:
+        """The batches of this epoch that have not been done."""
+        sampler: Any = getattr(loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
+        done, now = place["batch"], rng_state()
+        set_rng_state(place["random"])
+        own = loader_generators(loader)
+        for generator, state in zip(own, place["random"]["loader"], strict=True):
+            generator.set_state(state)
+        batches = iter(loader)
+        dropped = sum(1 for _ in itertools.islice(batches, done))
+        if dropped < done:
+            raise ValueError(
+                f"the loader gave {dropped} batches; the checkpoint had done {done} of this epoch"
+            )
+        if done:
+            set_rng_state(now)
+        yield from batches
+        if not place["batch"]:
+            raise ValueError(
+                "the loader gave no batch"
+                + (": an iterator can be used once; pass what makes it" if self.losses else "")
+            )
+
+    # --- checkpoints ---
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes model, optimizer, schedule, loss scale, losses and all that is random to ``path``.
+
+        A temporary file is written and then renamed: what was there is whole until the new one is.
+        """
+        content = {
+            "version": VERSION,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "losses": self.losses,
+            "epoch": self.epoch,
+            "random": rng_state(),
+            "position": self._position,
+        }
+        save_atomically(content, path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes back to where :meth:`save` was called, in this process or another.
+
+        Raises:
+            ValueError: ``path`` is of another model, another kind of optimizer or a newer version;
+                nothing has been changed then.
+        """
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["version"] != VERSION:
+            raise ValueError(f"{path} has version {saved['version']}; this onepass reads {VERSION}")
+        check_fits(self.model, saved["model"], path)
+        before = {key: deepcopy(value) for key, value in self.model.state_dict().items()}
+        self.model.load_state_dict(saved["model"])  # the optimizer's companions go by the weights
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except ValueError:
+            self.model.load_state_dict(before)
+            raise
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.losses, self.epoch = saved["losses"], saved["epoch"]
+        self._loaded = saved["position"]
+        set_rng_state(_on_host(saved["random"]))
+        if self._loaded is not None:
+            self._loaded["random"] = _on_host(self._loaded["random"])
+
+
+def _random(loader: Any) -> dict[str, Any]:
+    return {**rng_state(), "loader": [g.get_state() for g in loader_generators(loader)]}
+
+
+def _on_host(state: Any) -> Any:
+    return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, state)

@@ -1,0 +1,54 @@
+"""A run that a test kills: `python tests/killed_run.py CHECKPOINT [--slow]`."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from onepass.training import Trainer
+
+STEPS = 120
+
+
+def train(path: Path | None, slow: bool = False) -> Trainer:
+    """Trains with dropout on shuffled data, going on from the checkpoint if there is one."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
+    x = torch.randn(80, 8)
+    batches = DataLoader(TensorDataset(x, x.prod(1, keepdim=True)), 8, shuffle=True)
+    trainer = Trainer(model, "adamw", 1e-2, states="mx8")
+    if path is not None and path.exists():
+        trainer.load(path)
+    if slow:
+        inner = trainer.loss
+
+        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.03)
+            return inner(output, target)
+
+        trainer.loss = loss
+        print("training", flush=True)
+    trainer.fit(batches, epochs=STEPS // len(batches), checkpoint=path, save_every=7)
+    return trainer
+
+
+def digest(trainer: Trainer) -> str:
+    """SHA-256 over weights, states and losses."""
+    state = trainer.optimizer.state_dict()["state"]
+    tensors = [*trainer.model.state_dict().values()]
+    tensors += [value for key in sorted(state) for _, value in sorted(state[key].items())]
+    found = hashlib.sha256(repr(trainer.losses).encode())
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    print(digest(train(Path(sys.argv[1]), "--slow" in sys.argv)))

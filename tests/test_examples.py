@@ -1,0 +1,41 @@
+"""Every file of examples/ runs as it stands and learns; those of other libraries where they are."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
+NEEDS = {"hf_trainer.py": ("transformers", "accelerate"), "lightning_fit.py": ("lightning",)}
+BELOW = {"hf_trainer.py": 1.0, "low_rank.py": 0.01}  # first losses are 4.2 and 0.2
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_and_learns(name, tmp_path):
+    missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: no dependency of onepass")
+    # One thread: such small models only wait for a second.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, str(FOLDER / name)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    loss = float(re.search(r"^loss (\d+\.\d+)\n\Z", result.stdout, re.M).group(1))
+    assert loss < BELOW.get(name, 0.12), result.stdout
+
+
+def test_the_list_of_examples_is_whole():
+    listed = re.findall(r"\]\((\w+\.py)\)", (FOLDER / "README.md").read_text())
+    assert sorted(listed) == EXAMPLES

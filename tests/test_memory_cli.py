@@ -1,0 +1,275 @@
+"""`onepass memory`: what it prints, writes and refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from onepass.cli import EXIT_USAGE, main
+from onepass.memory import peers
+from onepass.memory.advice import lora, recommend
+from onepass.memory.models import known
+from onepass.memory.runs import Terms, candidate, report
+
+SMALL = ["--model", "bert-base"]
+
+
+def call(capsys, *argv, code=0):
+    assert main(["memory", *argv]) == code
+    return capsys.readouterr()
+
+
+def test_a_table(capsys):
+    out = call(capsys, *SMALL, "--optimizers", "adamw,adamw+mx8+split8,lion8bit,sgd").out
+    assert out.startswith("bert-base: 109,482,240 parameters in bfloat16\n")
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "12.00" in rows["adamw"]  # bytes a parameter: 2 + 2 + 8
+    assert "7.06" in rows["adamw+mx8+split8"]
+    assert "master/split" in rows["optimizer"]
+    assert "EMA" not in rows["optimizer"]  # of nothing but zeros
+    assert "activations" in out
+
+
+def test_what_does_not_fit_is_marked_and_what_would_is_named(capsys):
+    argv = ["--model", "llama-3-8b", "--optimizers", "adamw,lion8bit,adamw+mx8", "--gpu"]
+    out = call(capsys, *argv, "50GB").out
+    assert re.search(r"^adamw .*no: 46.4 GB over$", out, re.M)
+    assert re.search(r"^lion8bit .*9.6\d GB left$", out, re.M)
+    assert "adamw does not fit; +mx8 would: 48.7 GB" in out
+    assert "adamw does not fit; +mx8+paged would" in call(capsys, *argv, "40GB").out
+    assert "adamw does not fit; --shards 8 would" in call(capsys, *argv, "24GB").out
+    zero1 = [*argv, "24GB", "--shards", "8", "--sharding", "zero1"]
+    assert "adamw does not fit; --sharding fsdp2 would: 12." in call(capsys, *zero1).out
+    # Which holds of what it names.
+    assert "does not fit" not in call(capsys, *argv, "24GB", "--shards", "8").out
+    assert "+mx4 would" in call(capsys, *argv, "50GB", "--reserve", "2GB").out
+
+
+def test_json_and_csv_say_the_same(capsys):
+    argv = [*SMALL, "--optimizers", "adamw8bit,adamw+master+ema", "--gpu", "1GB"]
+    content = json.loads(call(capsys, *argv, "--json").out)
+    rows = list(csv.DictReader(io.StringIO(call(capsys, *argv, "--csv").out)))
+    assert [r["name"] for r in rows] == ["adamw8bit", "adamw+master+ema"]
+    for row, found in zip(rows, content["optimizers"], strict=True):
+        for part, value in found["predicted"].items():
+            assert int(row[f"predicted_{part}"]) == value
+        assert row["measured_peak"] == ""
+    first, second = content["optimizers"]
+    assert first["fits"]
+    assert not second["fits"]
+    numel = content["parameters"]
+    assert second["predicted"]["companions"] == second["predicted"]["ema"] == 4 * numel
+    assert content["source"].startswith("https://")
+
+
+def test_measured_beside_predicted(capsys):
+    names = "adamw,adamw+mx8+split8,pagedlion8bit,torch-adamw-foreach,torch-adamw-fused"
+    argv = [*SMALL, "--scale", "0.1", "--optimizers", names, "--measure", "--device", "cpu"]
+    content = json.loads(call(capsys, *argv, "--json").out)
+    found = {row["name"]: row for row in content["optimizers"]}
+    assert all(abs(row["difference"]) < 0.005 for row in found.values())
+    # The copy of the whole list that foreach makes, and that nobody else does.
+    whole = found["torch-adamw-foreach"]["measured"]["weights"]
+    for name, row in found.items():
+        share = 1 if name == "torch-adamw-foreach" else 0
+        assert row["measured"]["temporary"] == pytest.approx(share * whole, abs=0.001 * whole)
+    table = call(capsys, *argv).out
+    assert "measured" in table
+    assert "%" in table
+
+
+def test_a_wrong_prediction_is_exit_code_1(capsys, monkeypatch):
+    from onepass.memory import runs
+    from onepass.memory.report import Bytes
+
+    monkeypatch.setattr(runs, "predicted", lambda *_: Bytes(weights=1))
+    argv = [*SMALL, "--scale", "0.01", "--optimizers", "adamw", "--measure", "--device", "cpu"]
+    assert "more than 0.5 % off" in call(capsys, *argv, code=1).err
+
+
+def test_pictures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    argv = [*SMALL, "--gpu", "1GB", "--plot", str(tmp_path / "a.png")]
+    captured = call(capsys, *argv, "--html", str(tmp_path / "a.html"))
+    assert captured.err.count("wrote ") == 2
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "a.html").read_text()
+    assert not re.search(r"https?://|<script|@import|url\(", page)  # nothing to load
+    assert "moments: 226 MB" in page
+    assert "does not fit" in page
+    assert "pagedadamw8bit" in page
+    assert call(capsys, *argv, "--quiet").err == ""
+
+
+def test_names_in_a_page_are_escaped():
+    from onepass.memory.page import page
+
+    found = report(candidate("adamw"), known("bert-base"), Terms())
+    found.name = "<i>&amp"
+    text = page([found], "<u>", [("<i>",), ("<s>",)], ["<em>"])
+    assert not re.search("<i>|<u>|<s>|<em>", text)
+    assert "&lt;i&gt;&amp;amp" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--model", "bert-bass"], "did you mean bert-base"),
+        ([*SMALL, "--optimizers", "adamx"], "did you mean adam"),
+        ([*SMALL, "--optimizers", "adamw+mx9"], "did you mean mx8"),
+        ([*SMALL, "--optimizers", "adamw+paged=24GX"], "is no size"),
+        ([*SMALL, "--optimizers", ","], "--optimizers is empty"),
+        ([*SMALL, "--optimizers", "rmsprop8bit+centered"], "centered=True needs"),
+        ([*SMALL, "--optimizers", "adamw+split8", "--dtype", "fp32"], "split8"),
+        ([*SMALL, "--gpu", "24GX"], "'24GX' is no size"),
+        ([*SMALL, "--shards", "0"], "--shards 0: a whole number of at least 1 is accepted"),
+        ([*SMALL, "--shards", "many"], "--shards many: a whole number"),
+        ([*SMALL, "--scale", "0"], "--scale 0: a number above 0"),
+        ([*SMALL, "--sharding", "zero3"], "Accepted are fsdp2, zero1"),
+        ([*SMALL, "--dtype", "fp8"], "Accepted are fp32"),
+        ([*SMALL, "--task", "sleep"], "Accepted are pretrain"),
+        ([*SMALL, "--recommend"], "needs the memory to fit in"),
+        ([*SMALL, "--reserve", "1GB"], "it needs --gpu"),
+        ([*SMALL, "--gpu", "1GB", "--reserve", "1GB"], "leaves nothing"),
+        ([*SMALL, "--json", "--csv"], "one of them is accepted"),
+        ([*SMALL, "--measure", "--shards", "2"], "of one device"),
+        ([*SMALL, "--snapshot", "x"], "needs --measure on CUDA"),
+        ([*SMALL, "--plot", "/nonexistent/a.png"], "cannot be written"),
+        ([*SMALL, "--plot", "a.word"], "not supported"),
+        (["--model", __file__], "is no transformers configuration"),
+        (["--model", "llama-3.1-405b", "--measure"], "--scale"),
+        ([], "--model is missing"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(argv, says, capsys):
+    pytest.importorskip("matplotlib")
+    captured = call(capsys, *argv, code=EXIT_USAGE)
+    assert captured.err.startswith("onepass: ")
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+
+
+def test_lists(capsys):
+    out = call(capsys, "--list-models").out
+    assert re.search(r"^llama-3-8b +8,030,261,248 +https://\S+$", out, re.M)
+    out = call(capsys, "--list-optimizers").out
+    assert re.search(r"^adamw8bit +onepass.AdamW8bit$", out, re.M)
+    assert all(name in out for name in peers.PEERS)
+    assert "split8" in out
+
+
+def test_a_peer_that_cannot_run_is_listed_with_the_reason(capsys, monkeypatch):
+    monkeypatch.setattr(peers, "_load", lambda *_: (None, "it is not installed"))
+    names = "adamw,optimi-adamw,flashoptim-adamw"
+    out = call(capsys, *SMALL, "--optimizers", names, "--measure", "--scale", "0.01").out
+    assert "optimi-adamw: it is not installed\n" in out
+    assert "flashoptim-adamw: it is not installed (predicted only)\n" in out
+
+
+@pytest.mark.parametrize("name", [n for n, p in peers.PEERS.items() if p.distribution != "torch"])
+def test_other_libraries_take_what_is_predicted(name):
+    peer = peers.PEERS[name]
+    why = peer.unavailable("cpu")
+    if why:
+        pytest.skip(f"{name}: {why}")
+    found = report(candidate(name), known("gpt2").scaled(0.05), Terms(), measured=True)
+    assert found.problem == ""
+    assert abs(found.difference("held")) < 0.005
+    assert peer.unseen or abs(found.difference()) < 0.005
+
+
+# --- output to a pipe and to a terminal ------------------------------------------------------
+
+COMMAND = [sys.executable, "-m", "onepass", "memory", *SMALL, "--scale", "0.02", "--measure"]
+COMMAND += ["--device", "cpu", "--optimizers", "adamw,lion8bit"]
+
+
+def test_no_control_characters_in_a_pipe():
+    result = subprocess.run(COMMAND, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(char.isprintable() or char == "\n" for char in result.stdout)
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_progress_bar_on_a_terminal_alone(quiet):
+    pytest.importorskip("tqdm")
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    argv = [*COMMAND, "--json", *(["--quiet"] if quiet else [])]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=follower, text=True)
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            shown += chunk
+    except OSError:  # how Linux says that the other end was closed
+        pass
+    os.close(leader)
+    out = process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert len(json.loads(out)["optimizers"]) == 2
+    assert (b"optimizer" in shown) != quiet
+    assert not quiet or shown == b""
+
+
+# --- advice ----------------------------------------------------------------------------------
+
+
+def advice(name, gigabytes, task="pretrain"):
+    return recommend(known(name), Terms(), gigabytes * 10**9, 0, task)
+
+
+def test_the_fields_guide_for_enough_memory():
+    assert advice("resnet-50", 1000).chosen.name.startswith("sgd+momentum")
+    assert advice("llama-3-8b", 1000).chosen.name.startswith("adamw")
+    assert advice("llama-3-8b", 1000, "finetune").chosen.name.startswith("adamw")
+    assert advice("llama-3-8b", 1000, "qlora").chosen.name == "adamw"
+
+
+def test_less_memory_takes_smaller_formats_then_pages():
+    names = [advice("llama-3-8b", gb, "finetune").chosen.name for gb in (120, 60, 49, 40)]
+    assert names == [
+        "adamw+split16",
+        "adamw8bit+split8",
+        "rmsprop8bit+split8",
+        "pagedadamw8bit+split8",
+    ]
+    with_numbers = advice("llama-3-8b", 60).reasons
+    assert with_numbers[0].startswith("adamw8bit+split8: 56.7 GB of 60.0 GB")
+    assert "adamw+split16 takes 112 GB" in with_numbers[1]
+
+
+def test_nothing_fits(capsys):
+    found = advice("llama-3-8b", 24)
+    assert found.chosen is None
+    assert any("--task lora would: adamw: 16.6 GB" in reason for reason in found.reasons)
+    assert any("--shards 2 would" in reason for reason in found.reasons)
+    argv = ["--model", "llama-3-8b", "--gpu", "24GB", "--recommend"]
+    assert "nothing fits in 24.0 GB" in call(capsys, *argv, code=1).out
+    assert "recommended for lora: adamw" in call(capsys, *argv, "--task", "lora").out
+    content = json.loads(call(capsys, *argv, "--task", "qlora", "--json").out)
+    assert content["recommended"] == "adamw"
+    assert content["reasons"]
+
+
+def test_adapters_are_as_many_as_published():
+    """Llama 2 7B, rank 64 on every matrix: 159,907,840, as PEFT counts them; and 4.127 bits."""
+    adapted = lora(known("llama-2-7b"), 64)
+    assert adapted.trained == 159_907_840
+    assert adapted.numel == 159_907_840 + known("llama-2-7b").numel
+    from onepass.memory.advice import NF4_BITS
+
+    assert pytest.approx(4.127, abs=5e-4) == NF4_BITS

@@ -1,0 +1,211 @@
+"""Models as shapes: published numbers of parameters, configurations, factories, shards."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from onepass.memory.models import FAMILIES, KNOWN, find, known, of_module
+from onepass.memory.models.shapes import BIAS, CONV, EMBEDDING, MATRIX, NORM
+from onepass.memory.runs import Terms, candidate, predicted
+from onepass.memory.shards import sharded
+from onepass.memory.sizes import parse_size, show
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_are_as_many_as_published(name):
+    model = known(name)
+    assert model.numel == model.published == KNOWN[name].parameters
+    assert model.source.startswith("https://")
+    assert len({shape.name for shape in model.shapes}) == len(model.shapes)
+    assert {shape.kind for shape in model.shapes} <= {EMBEDDING, NORM, MATRIX, CONV, BIAS}
+
+
+def test_the_table_has_the_families_that_people_ask_for():
+    families = {row.family for row in KNOWN.values()}
+    assert families >= {"gpt2", "llama", "mistral", "qwen2", "gemma", "vit", "resnet", "bert"}
+    assert {"llama-2-7b", "llama-3-8b", "resnet-50"} <= KNOWN.keys()
+
+
+def test_shapes_of_a_layer():
+    shapes = {s.name: s.shape for s in known("llama-3-8b").shapes}
+    assert shapes["model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (4096, 14336)
+    assert known("resnet-50").convolutional
+    assert not known("vit-b-16").convolutional
+
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def test_a_configuration_on_disk(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    expected = 2 * 100 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)
+    assert find(str(path)).numel == find(str(tmp_path)).numel == expected
+    path.write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+    assert find(str(path)).numel == expected - 100 * 64
+
+
+def test_a_name_in_the_hubs_cache(tmp_path, monkeypatch):
+    folder = tmp_path / "models--some--model" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert find("some/model").numel > 0
+    with pytest.raises(ValueError, match="no model 'some/other'"):
+        find("some/other")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", "no model_type"),
+        ('{"hidden_size": 3}', "no model_type; one of bert"),
+        ('{"model_type": "lama"}', "did you mean llama"),
+        ('{"model_type": "llama", "hidden_size": 8}', "needs 'intermediate_size'"),
+        (json.dumps({**CONFIG, "hidden_size": "8"}), "not a configuration of llama"),
+        (json.dumps({**CONFIG, "hidden_size": -64}), "integers > 0"),
+        (json.dumps({**CONFIG, "num_attention_heads": 0}), "not a configuration of llama"),
+    ],
+)
+def test_what_is_no_configuration(content, says, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=says):
+        find(str(path))
+
+
+def test_factories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_model_for_memory.py").write_text(
+        "import torch\n"
+        "def big():\n"
+        "    return torch.nn.Sequential(torch.nn.Embedding(10**6, 10**5), torch.nn.LayerNorm(8))\n"
+        "def none():\n"
+        "    return 3\n"
+        "def broken():\n"
+        "    raise RuntimeError('not today')\n"
+    )
+    model = find("my_model_for_memory:big")  # 400 GB, were it not on the meta device
+    assert model.numel == 10**11 + 16
+    assert [s.kind for s in model.shapes] == [EMBEDDING, NORM, NORM]
+    for name, says in {
+        "my_model_for_memory:none": "makes a int, not a torch.nn.Module",
+        "my_model_for_memory:broken": "RuntimeError: not today",
+        "my_model_for_memory:bigg": "did you mean big",
+        "my_model_for_memorx:big": "cannot be imported",
+        "my_model_for_memory:torch": "is no function",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            find(name)
+
+
+def test_a_shared_parameter_counts_once():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    assert of_module(model, "tied").numel == 9 + 3 + 3
+
+
+def test_near_names():
+    with pytest.raises(ValueError, match="did you mean llama-3-8b"):
+        find("llama3-8b")
+    with pytest.raises(ValueError, match=r"did you mean .*adamw"):
+        candidate("adamww")
+    with pytest.raises(ValueError, match="did you mean mx8"):
+        candidate("adamw+mx88")
+    with pytest.raises(ValueError, match="Lion has no amsgrad"):
+        candidate("lion+amsgrad")
+
+
+def test_every_class_of_the_library_has_a_name():
+    for name in ("adamw", "lion8bit", "pagedadamw8bit", "adamw+mx4+split8+ema", "sgd+nesterov"):
+        model = known("bert-base")
+        assert predicted(candidate(name), model, Terms()).peak > 2 * 2 * model.numel
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24 * 10**9),
+        ("1.5 GiB", 3 << 29),
+        ("100", 100),
+        ("512mib", 1 << 29),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24GX", "", "GB", "-1GB", "0", "1e9", "24 GB left", "nan"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="is no size: a number with B, KB"):
+        parse_size(text)
+
+
+def test_shown_sizes_have_three_digits():
+    shown = [show(n) for n in (0, 999, 1000, 1234, 9_994_999, 9_996_000, 99_960_000, 10**12)]
+    assert shown == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "1.23 kB",
+        "9.99 MB",
+        "10.0 MB",
+        "100 MB",
+        "1.00 TB",
+    ]
+
+
+def test_fsdp2_cuts_rows_and_zero1_the_states():
+    model, count = known("gpt2"), 8
+    shapes = {s.name: s.shape for s in sharded(model.shapes, count)}
+    assert shapes["wte.weight"] == (-(-50257 // count), 768)
+    whole = predicted(candidate("adamw"), model, Terms())
+    fsdp = predicted(candidate("adamw"), model, Terms(shards=count))
+    zero = predicted(candidate("adamw"), model, Terms(shards=count, sharding="zero1"))
+    for part in ("weights", "gradients", "moments"):
+        assert getattr(fsdp, part) == pytest.approx(getattr(whole, part) / count, rel=0.001)
+    assert (zero.weights, zero.gradients) == (whole.weights, whole.gradients)
+    # Whole parameters are dealt out: the embedding's rank has no other, and more than its share.
+    assert zero.moments == pytest.approx(2 * 4 * 50257 * 768, rel=0.001)
+
+
+def test_fsdp2_cuts_as_torch_does():
+    """The first rank's part: what torch.chunk gives it."""
+    for rows in (1, 7, 8, 9, 50257):
+        for count in (1, 2, 3, 8, 16):
+            shape = sharded([known("gpt2").shapes[0].__class__("w", (rows, 4), MATRIX)], count)[0]
+            chunk = torch.empty(rows, 4, device="meta").chunk(count)[0]
+            assert shape.shape == tuple(chunk.shape)
+
+
+def test_careful_groups_are_those_of_the_library():
+    import onepass
+
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(50, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 96)
+    )
+    shapes = of_module(model, "small")
+    onepass.cast_model(model)
+    groups = onepass.parameter_groups(model)
+    real = onepass.memory.profile(onepass.AdamW(groups, states="mx8", weights="split8"))
+    found = predicted(candidate("adamw+mx8+split8"), shapes, Terms(careful=True))
+    assert found == real.predicted
+    plain = predicted(candidate("adamw+mx8+split8"), shapes, Terms())
+    assert plain.moments < found.moments
+
+
+def test_every_family_is_in_the_table_or_tested_by_its_kin():
+    assert FAMILIES.keys() - {row.family for row in KNOWN.values()} == {"gemma3_text"}

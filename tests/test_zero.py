@@ -1,0 +1,59 @@
+"""Optimizers on torch.distributed: gloo, several processes on this machine.
+
+What is checked stands in zero_checks.py and zero_checkpoints.py. All checks of a number of ranks
+run in one set of processes; four ranks come first, because the others load what they save.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from . import zero_checkpoints, zero_checks, zero_ranks
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
+)
+CHECKS = [*zero_checks.EVERYWHERE, *zero_checkpoints.EVERYWHERE]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Runs all checks of a number of ranks when one of them is first asked for."""
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    found = {}
+
+    def of(world):
+        if world not in found:
+            if world != 4:
+                of(4)
+            checks = [zero_checkpoints.save, *CHECKS] if world == 4 else CHECKS
+            directory = tmp_path_factory.mktemp(f"ranks{world}")
+            found[world] = zero_ranks.run(world, checks, directory, checkpoints=checkpoints)
+        return found[world]
+
+    return of
+
+
+@pytest.mark.parametrize("world", [4, 3, 2, 1])
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_ranks(ranks, world, check):
+    why = ranks(world)[check]
+    assert why is None, why
+
+
+def test_the_others_hear_of_a_rank_that_is_killed_and_its_checkpoint_loads(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    start = time.monotonic()
+    check = zero_checkpoints.a_rank_dies
+    found = zero_ranks.run(3, [check], tmp_path / "first", checkpoints=tmp_path)
+    assert time.monotonic() - start < zero_ranks.PATIENCE
+    told = found[check.__name__]
+    assert told.count("heard of it in time") == 2
+    assert "rank 1 of 3: no result (exit code -9)" in told
+    check = zero_checkpoints.the_last_checkpoint_loads
+    found = zero_ranks.run(2, [check], tmp_path / "second", checkpoints=tmp_path)
+    assert found[check.__name__] is None, found[check.__name__]

@@ -1,0 +1,113 @@
+"""The model that ranks train together, and the same run in one process."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+BATCH, TOKENS, VOCABULARY, WIDTH = 12, 5, 50, 32
+LR = 1e-2
+
+
+class Model(torch.nn.Module):
+    """A small transformer: 50 rows are uneven on 3 and 4 ranks, the 2 of the head leave some
+    empty; rows of 32 and 64 are whole blocks of mx8, those of 48 are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
+        self.layer = torch.nn.TransformerEncoderLayer(
+            WIDTH, 4, 64, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.narrow = torch.nn.Linear(WIDTH, 48)
+        self.head = torch.nn.Linear(48, 2)
+        self.out = torch.nn.Linear(2, VOCABULARY)
+
+    def forward(self, tokens):
+        hidden = torch.tanh(self.narrow(self.layer(self.embedding(tokens))))
+        return self.out(self.head(hidden))
+
+
+def make(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Model().to(dtype)
+
+
+def mesh(*shape, names=None):
+    return init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def sharded(model, over=None):
+    over = over or mesh()
+    for part in (model.embedding, model.layer, model.narrow):
+        fully_shard(part, mesh=over)
+    return fully_shard(model, mesh=over)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def loss_of(model, step, parts=1, part=0):
+    """Of a batch, or of one rank's part of it; the mean over ranks is that of the batch."""
+    tokens = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=_generator(step))
+    mine = tokens.chunk(parts)[part]
+    logits = model(mine).float()
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), mine[:, 1:].flatten())
+
+
+def _generator(step):
+    return torch.Generator().manual_seed(step)
+
+
+def backward(model, step):
+    """This rank's part of a step's gradients; all of them in one process."""
+    loss_of(model, step, dist.get_world_size(), dist.get_rank()).backward()
+
+
+def copy_gradients(model, twin):
+    """Gives a whole model the gradients of a sharded one."""
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = None if p.grad is None else whole(p.grad).clone()
+
+
+def pair(optimizer, dtype=torch.float32, over=None, **options):
+    """A sharded model and its whole twin, each with an optimizer."""
+    model = make(dtype)
+    twin = copy.deepcopy(model)
+    sharded(model, over)
+    return (
+        model,
+        optimizer(model.parameters(), lr=LR, **options),
+        twin,
+        optimizer(twin.parameters(), lr=LR, **options),
+    )
+
+
+def train(model, optimizer, twin, reference, steps, first=0):
+    """Steps of both with the gradients of the sharded one."""
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        backward(model, step)
+        copy_gradients(model, twin)
+        optimizer.step()
+        reference.step()
+
+
+def at_blocks(param, block=32):
+    """Whether every rank's shard begins with a block."""
+    local = getattr(param, "_local_tensor", param)
+    cuts = [None] * dist.get_world_size()
+    dist.all_gather_object(cuts, local.numel())
+    return all(sum(cuts[:rank]) % block == 0 for rank, size in enumerate(cuts) if size)
+
+
+def everywhere(value):
+    """The value of each rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

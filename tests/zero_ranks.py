@@ -1,0 +1,75 @@
+"""Processes on one machine that run checks together; what each of them found comes back.
+
+All checks of a number of ranks run in one set of processes, one after the other: starting them and
+importing torch costs more than the checks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 60  # seconds for all checks of one number of ranks
+
+
+def run(world, checks, directory, **arguments):
+    """Runs checks, functions of a directory, on so many ranks; returns name -> None or why not.
+
+    Nothing waits for ever: a collective gives up before the parent does, which ends all ranks.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.zero_ranks", "tests.zero_checks"])
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, checks, directory, arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + PATIENCE
+    for process in ranks:
+        process.join(max(0.1, end - time.monotonic()))
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    found = {check.__name__: [] for check in checks}
+    for rank in range(world):
+        path = Path(directory, f"found{rank}")
+        told = pickle.loads(path.read_bytes()) if path.exists() else {}
+        for name, why in found.items():
+            problem = told.get(name, f"no result (exit code {ranks[rank].exitcode})")
+            if problem is not None:
+                why.append(f"rank {rank} of {world}: {problem}")
+    return {name: "\n".join(why) or None for name, why in found.items()}
+
+
+def _rank(rank, world, checks, directory, arguments):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    told = {}
+    for check in checks:
+        try:
+            torch.manual_seed(0)
+            check(Path(directory), **arguments)
+            told[check.__name__] = None
+        except BaseException:
+            told[check.__name__] = traceback.format_exc()
+            break  # the others may be in another collective: none after it can be trusted
+        finally:
+            Path(directory, f"found{rank}").write_bytes(pickle.dumps(told))
+    os._exit(0)  # without waiting for ranks that are gone
