@@ -175,12 +175,17 @@ constexpr Kind kind_of(int slot) {
   return Rule::kRelative >> slot & 1 ? kRelative : kFirst;
 }
 
-// Asks for what a strip that lies kAheadBytes further on starts with.
+// Asks for what lies kAheadBytes after a strip: of the tensor and of the companion of a weight.
+// Scales are a byte of each strip.
 template <class Format>
 ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
-  constexpr int kBytes = static_cast<int>(bytes_of(Format::kFormat, kStrip));
-  const char* from = static_cast<const char*>(at.data) + bytes_of(Format::kFormat, first);
-  for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + kAheadBytes + line, 0, 3);
+  const auto lines = [](const void* base, int64_t offset, int64_t bytes) {
+    const char* from = static_cast<const char*>(base) + offset + kAheadBytes;
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 3);
+  };
+  constexpr int64_t kExtra = extra_bytes_of(Format::kFormat, kStrip);
+  lines(at.data, bytes_of(Format::kFormat, first), bytes_of(Format::kFormat, kStrip));
+  if (kExtra > 1) lines(at.extra, extra_bytes_of(Format::kFormat, first), kExtra);
 }
 
 // A slot as a type, so that a loop over slots leaves constants.
