@@ -57,3 +57,11 @@ STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
 }  // namespace onepass::cpu
 
 ONEPASS_READER(onepass::cpu::CpuPlan)
+
+// Whether two lists of Python begin with the same count objects.
+extern "C" __attribute__((visibility("default"))) int onepass_same(
+    const onepass::Python* python, void* a, void* b, intptr_t count) {
+  for (intptr_t i = 0; i < count; ++i)
+    if (python->item(a, i) != python->item(b, i)) return 0;
+  return 1;
+}

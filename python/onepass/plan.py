@@ -23,6 +23,7 @@ from .groups import Reader, is_fixed, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
 from .paging.part import PagedPart
 from .parts import Part
+from .reader import same_lists
 from .reference.verdict import VERDICT_WIDTH
 from .rows import TELEMETRY_WIDTH, RowTable, capturing
 from .states import (
@@ -302,7 +303,7 @@ class Plan:
             return dict.get(state, self._active[0]) is self._own
         groups = optimizer.param_groups
         if len(groups) != len(self._params) or not all(
-            same(g["params"], known) for g, known in zip(groups, self._params, strict=True)
+            same_lists(g["params"], known) for g, known in zip(groups, self._params, strict=True)
         ):
             return False
         return all(p.grad is None for p in self._idle)

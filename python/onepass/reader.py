@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from operator import is_
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import ops
+
+_OBJECT = ctypes.py_object
 _NAMES = ("grad", "_local_tensor", "_spec")
 
 
@@ -58,11 +62,22 @@ def _python() -> _Python | None:
 
 
 @cache
-def _function(library: Path) -> Any:
-    """onepass_read of a library, which torch has loaded."""
-    read = ctypes.PyDLL(str(library)).onepass_read
-    read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *[ctypes.py_object] * 3)
-    return read
+def _function(library: Path, name: str, *types: Any) -> Any:
+    """A function of a library, which torch has loaded."""
+    function = getattr(ctypes.PyDLL(str(library)), name)
+    function.argtypes = (ctypes.c_void_p, *types)
+    return function
+
+
+def same_lists(found: list[Any], known: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    if len(found) != len(known):
+        return False
+    python = None if ops.missing else _python()
+    if python is None or not isinstance(found, list):
+        return all(map(is_, found, known))
+    same = _function(ops.LIBRARY, "onepass_same", _OBJECT, _OBJECT, ctypes.c_ssize_t)
+    return bool(same(ctypes.addressof(python), found, known, len(known)))
 
 
 class Reader:
@@ -77,7 +92,7 @@ class Reader:
         python = _python()
         self._usable = python is not None
         if python is not None:
-            self._read = _function(library)
+            self._read = _function(library, "onepass_read", ctypes.c_void_p, *[_OBJECT] * 3)
             self._plan = ctypes.addressof(python), plan.data_ptr()
 
     def __call__(
