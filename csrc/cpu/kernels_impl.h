@@ -175,12 +175,17 @@ constexpr Kind kind_of(int slot) {
   return Rule::kRelative >> slot & 1 ? kRelative : kFirst;
 }
 
-// Asks for what a strip that lies kAheadBytes further on starts with.
+// Asks for what lies kAheadBytes after a strip: of the tensor and of the companion of a weight.
+// Scales are a byte of each strip.
 template <class Format>
 ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
-  constexpr int kBytes = static_cast<int>(bytes_of(Format::kFormat, kStrip));
-  const char* from = static_cast<const char*>(at.data) + bytes_of(Format::kFormat, first);
-  for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + kAheadBytes + line, 0, 3);
+  const auto lines = [](const void* base, int64_t offset, int64_t bytes) {
+    const char* from = static_cast<const char*>(base) + offset + kAheadBytes;
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 3);
+  };
+  constexpr int64_t kExtra = extra_bytes_of(Format::kFormat, kStrip);
+  lines(at.data, bytes_of(Format::kFormat, first), bytes_of(Format::kFormat, kStrip));
+  if (kExtra > 1) lines(at.extra, extra_bytes_of(Format::kFormat, first), kExtra);
 }
 
 // A slot as a type, so that a loop over slots leaves constants.
@@ -199,6 +204,20 @@ ONEPASS_HD void for_each_slot(const Body& body) {
   if constexpr (kLead != 1 && (Rule::kSlots & 2)) body(Slot<1>());
   if constexpr (kLead != 2 && (Rule::kSlots & 4)) body(Slot<2>());
 }
+
+// A tile of each of a rule's states.
+template <class Rule, Order Of, template <Kind> class State>
+struct StateTiles {
+  Tile<Of, State<kind_of<Rule>(0)>> tile0;
+  Tile<Of, State<kind_of<Rule>(1)>> tile1;
+  Tile<Of, State<kind_of<Rule>(2)>> tile2;
+  template <int Index>
+  ONEPASS_HD auto& of(Slot<Index>) {
+    if constexpr (Index == 0) return tile0;
+    if constexpr (Index == 1) return tile1;
+    if constexpr (Index == 2) return tile2;
+  }
+};
 
 // Any formats, a tile at a time. Separate loops over its strips: the division and the root leave
 // room for the other half of the first of them, and for no more.
@@ -222,9 +241,12 @@ void apply_tiles(
   constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
   using Params = Strip<Weight, kOrder>;
   for (int tile = 0; tile < n; tile += kTile) {
-    alignas(64) float params[kStrips][kStrip], values[kMaxStates][kStrips][kStrip];
-    alignas(64) float roots[kStrips][kStrip];
+    alignas(64) float params[kStrips][kStrip], roots[kStrips][kStrip];
+    StateTiles<Rule, kOrder, State> tiles;
     alignas(64) uint32_t words[2][kStrips][kStrip], spare[kStrips][kPairs];
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      tiles.of(slot).begin(states[decltype(slot)::kIndex], tile);
+    });
     for (int strip = 0; strip < kStrips; ++strip) {
       const int first = tile + strip * kStrip;
       float grad_strip[kStrip];
@@ -235,9 +257,8 @@ void apply_tiles(
       float* open[kMaxStates] = {};
       for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
         constexpr int k = decltype(slot)::kIndex;
-        using Stored = State<kind_of<Rule>(k)>;
-        prefetch_strip<Stored>(states[k], first);
-        open[k] = Tile<kOrder, Stored>::open(states[k], first, values[k][strip], roots[strip]);
+        prefetch_strip<State<kind_of<Rule>(k)>>(states[k], first);
+        open[k] = tiles.of(slot).open(states[k], first, strip, roots[strip]);
       });
       float* __restrict t0 = open[0], * __restrict t1 = open[1], * __restrict t2 = open[2];
 #pragma omp simd
@@ -251,6 +272,8 @@ void apply_tiles(
         if (kSlots & 2) t1[i] = value1;
         if (kSlots & 4) t2[i] = value2;
       }
+      for_each_slot<Rule>([&](auto slot)
+                              __attribute__((always_inline)) { tiles.of(slot).measure(strip); });
       if (!Weight::kDraws) Params::store(p, weight, first, {}, nullptr);
     }
     for (int strip = 0; strip < kStrips; ++strip) {
@@ -266,8 +289,7 @@ void apply_tiles(
     }
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
       constexpr int k = decltype(slot)::kIndex;
-      Tile<kOrder, State<kind_of<Rule>(k)>>::store(
-          values[k], states[k], tile, words[k / 2], k % 2 * 16, roots);
+      tiles.of(slot).store(states[k], tile, words[k / 2], k % 2 * 16, roots);
     });
   }
 }

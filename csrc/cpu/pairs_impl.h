@@ -17,6 +17,8 @@ constexpr int kPairs = kStrip / 2;
 // as well, or neighbours, so that a pair is a word of a 16-bit tensor.
 enum Order { kInOrder, kByPairs };
 
+typedef uint16_t Half16 __attribute__((may_alias));  // of a pair
+
 // A value in both halves of a word.
 constexpr uint32_t twice(uint32_t value) { return value << 16 | value; }
 

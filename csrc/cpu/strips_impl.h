@@ -63,15 +63,26 @@ struct Strip<Half<Code>, kByPairs> {
 template <>
 struct Strip<Split8Weight, kByPairs> {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict buffer) {
-    const uint16_t* __restrict weight = static_cast<const uint16_t*>(at.data) + first;
+    const Pair* pairs = pairs_at(at, first);
+    const int8_t* companion = static_cast<const int8_t*>(at.extra) + first;
     alignas(64) int16_t low[kStrip];
-    widen(static_cast<const int8_t*>(at.extra) + first, low);
+    widen(companion, low);
+#if defined(__AVX512BW__)
+    const __m512i weight = load_512(pairs), any = load_512(low);
+    const __mmask32 zero = _mm512_testn_epi16_mask(weight, all_of(twice(0x7FFF)));
+    const __m512i kept = _mm512_mask_max_epi16(any, zero, any, all_of(0));  // the care of joined
+    const __m512i even = _mm512_madd_epi16(kept, all_of(256)), above = all_of(0xFFFF0000u);
+    const __m512i odd = _mm512_madd_epi16(kept, all_of(256 << 16));
+    store_512(buffer, _mm512_add_epi32(_mm512_maskz_slli_epi32(kAll, weight, 16), even));
+    store_512(buffer + kPairs, _mm512_add_epi32(_mm512_and_si512(weight, above), odd));
+#else
+    const uint16_t* __restrict weight = static_cast<const uint16_t*>(at.data) + first;
 #pragma omp simd
     for (int i = 0; i < kStrip; ++i) {  // the care of joined
       const int16_t positive = low[i] > 0 ? low[i] : static_cast<int16_t>(0);
       low[i] = (weight[i] & 0x7FFF) == 0 ? positive : low[i];
     }
-    const Pair *pairs = pairs_at(at, first), *lows = reinterpret_cast<const Pair*>(low);
+    const Pair* lows = reinterpret_cast<const Pair*>(low);
 #pragma omp simd
     for (int i = 0; i < kPairs; ++i) {
       const uint32_t even = static_cast<uint32_t>(static_cast<int32_t>(lows[i] << 16) >> 8);
@@ -79,6 +90,7 @@ struct Strip<Split8Weight, kByPairs> {
       buffer[i] = from_bits((pairs[i] << 16) + even);
       buffer[i + kPairs] = from_bits((pairs[i] & 0xFFFF0000u) + odd);
     }
+#endif
     return buffer;
   }
   ONEPASS_HD static void store(
@@ -178,60 +190,85 @@ ONEPASS_HD void code_strip(
   }
 }
 
-// The scales of a tile's values, which units has prepared.
 template <class Code>
-ONEPASS_HD void scale_tile(
-    const float (*__restrict values)[kStrip], const Stored& at, int64_t first, Scales& of) {
-  alignas(64) uint32_t most[kStrips][kPairs], largest[kStrips];
-  for (int strip = 0; strip < kStrips; ++strip) {
-    const float* __restrict value = values[strip];
+ONEPASS_HD void measure_strip(const float* __restrict values, uint32_t* __restrict most) {
 #pragma omp simd
-    for (int i = 0; i < kPairs; ++i)
-      most[strip][i] = max_u32(Code::measure(value[i]), Code::measure(value[i + kPairs]));
-  }
-  largest_of(most, largest);
+  for (int i = 0; i < kPairs; ++i)
+    most[i] = max_u32(Code::measure(values[i]), Code::measure(values[i + kPairs]));
+}
+
+template <class Code>
+ONEPASS_HD void derive_scales(Scales& of) {
 #pragma omp simd
   for (int i = 0; i < kStrips; ++i) {
-    of.scale[i] = Code::scale(largest[i]);
     of.base[i] = twice(of.scale[i] << Code::kMantissa);
     of.least[i] = of.base[i] + 0x10000u;
     of.lowest[i] = from_bits(of.scale[i] << 23);
   }
+}
+template <class Code>
+ONEPASS_HD void read_scales(const Stored& at, int64_t first, Scales& of) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(at.extra) + first / kMxBlock;
+  for (int i = 0; i < kStrips; ++i) of.scale[i] = bytes[i];
+  derive_scales<Code>(of);
+}
+// Those of a tile that is measured.
+template <class Code>
+ONEPASS_HD void choose_scales(
+    const uint32_t (*most)[kPairs], const Stored& at, int64_t first, Scales& of) {
+  alignas(64) uint32_t largest[kStrips];
+  largest_of(most, largest);
+#pragma omp simd
+  for (int i = 0; i < kStrips; ++i) of.scale[i] = Code::scale(largest[i]);
+  derive_scales<Code>(of);
   uint8_t* bytes = static_cast<uint8_t*>(at.extra) + first / kMxBlock;
   for (int i = 0; i < kStrips; ++i) bytes[i] = static_cast<uint8_t>(of.scale[i]);
 }
 
-// States: open says where a strip lies as fp32, store encodes a tile of them.
+// A tile of a state: begin comes first, open says where a strip lies as fp32, measure sees what has
+// become of it, and store encodes the tile.
 template <Order Of, class State>
 struct Tile;
 
 template <>
 struct Tile<kInOrder, Fp32> {
-  ONEPASS_HD static float* open(const Stored& at, int64_t first, float*, float*) {
+  ONEPASS_HD void begin(const Stored&, int64_t) {}
+  ONEPASS_HD float* open(const Stored& at, int64_t first, int, float*) {
     return static_cast<float*>(at.data) + first;
   }
-  ONEPASS_HD static void store(
-      float (*)[kStrip], const Stored&, int64_t, const uint32_t (*)[kStrip], int,
-      float (*)[kStrip]) {}
+  ONEPASS_HD void measure(int) {}
+  ONEPASS_HD void store(
+      const Stored&, int64_t, const uint32_t (*)[kStrip], int, float (*)[kStrip]) {}
 };
 
 template <Order Of, Kind Is>
 struct Tile<Of, Mx8State<Is>> {
   using Code = typename Mx8State<Is>::Code;
-  ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict out, float*) {
+  alignas(64) float values[kStrips][kStrip];
+  alignas(64) uint32_t most[kStrips][kPairs];
+  Scales scales;
+
+  ONEPASS_HD void begin(const Stored& at, int64_t first) {
+    if (Of == kByPairs) read_scales<Code>(at, first, scales);
+  }
+  ONEPASS_HD float* open(const Stored& at, int64_t first, int strip, float*) {
+    float* __restrict out = values[strip];
     if (Of == kInOrder) {
       Mx8State<Is>::load(at, first, kStrip, out, nullptr);
       return out;
     }
     const uint8_t* codes = static_cast<const uint8_t*>(at.data) + first;
-    const uint32_t scale = static_cast<const uint8_t*>(at.extra)[first / kMxBlock];
-    const uint32_t base = scale << Code::kMantissa;
+    const uint32_t base = scales.base[strip];
     if constexpr (Is == kSecond) {
       alignas(64) uint16_t words[kStrip];
+      alignas(64) uint32_t bases[kPairs];
       widen(codes, words);
 #pragma omp simd
+      for (int i = 0; i < kPairs; ++i) bases[i] = base;
+      const Half16* add = reinterpret_cast<const Half16*>(bases);
+#pragma omp simd
       for (int i = 0; i < kStrip; ++i) {
-        const uint16_t word = static_cast<uint16_t>((words[i] + base) << Code::kRandomShift);
+        const uint16_t word = static_cast<uint16_t>((words[i] + add[i]) << Code::kRandomShift);
         words[i] = words[i] == 0 ? static_cast<uint16_t>(0) : word;
       }
       const Pair* pairs = reinterpret_cast<const Pair*>(words);
@@ -243,13 +280,12 @@ struct Tile<Of, Mx8State<Is>> {
     } else {
       alignas(64) int16_t words[kStrip];
       widen(reinterpret_cast<const int8_t*>(codes), words);
-      const float lowest = from_bits(scale << 23);
+      const float lowest = scales.lowest[strip];
       const Pair* pairs = reinterpret_cast<const Pair*>(words);
 #pragma omp simd
       for (int i = 0; i < kPairs; ++i) {
         const uint32_t pair = pairs[i];
-        const uint32_t lifted = ((pair & twice(Code::kSign - 1)) + twice(base))
-                                << Code::kRandomShift;
+        const uint32_t lifted = ((pair & twice(Code::kSign - 1)) + base) << Code::kRandomShift;
         const float even = lower(lifted) - lowest, odd = upper(lifted) - lowest;
         out[i] = from_bits(to_bits(even) | (pair << 16 & ~kMagnitude));
         out[i + kPairs] = from_bits(to_bits(odd) | (pair & ~kMagnitude));
@@ -257,24 +293,27 @@ struct Tile<Of, Mx8State<Is>> {
     }
     return out;
   }
-  ONEPASS_HD static void store(
-      float (*__restrict values)[kStrip], const Stored& at, int64_t first,
-      const uint32_t (*words)[kStrip], int shift, float (*)[kStrip]) {
+  ONEPASS_HD void measure(int strip) { measure_strip<Code>(values[strip], most[strip]); }
+  ONEPASS_HD void store(
+      const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
+      float (*)[kStrip]) {
     alignas(64) uint32_t codes[kStrips][kPairs];
-    Scales scales;
-    scale_tile<Code>(values, at, first, scales);
+    choose_scales<Code>(most, at, first, scales);
     for (int strip = 0; strip < kStrips; ++strip)
       code_strip<Code>(values[strip], {words[strip], shift}, scales, strip, codes[strip]);
     narrow_tile<Of>(codes, static_cast<uint8_t*>(at.data) + first);
   }
 };
 
+// Only stored can a second moment be measured, whose root relative ones are measured in.
 template <Kind Is>
 struct Tile<kByPairs, Mx4State<Is>> {
   using State = Mx4State<Is>;
   using Code = typename State::Code;
-  ONEPASS_HD static float* open(
-      const Stored& at, int64_t first, float* __restrict out, float* __restrict roots) {
+  alignas(64) float values[kStrips][kStrip];
+
+  ONEPASS_HD void begin(const Stored&, int64_t) {}
+  ONEPASS_HD float* open(const Stored& at, int64_t first, int strip, float* roots) {
     const uint32_t scale = static_cast<const uint8_t*>(at.extra)[first / kMxBlock];
     uint32_t bytes[kPairs], codes[kStrip];
     convert(static_cast<const uint8_t*>(at.data) + first / 2, bytes, kPairs);
@@ -283,15 +322,20 @@ struct Tile<kByPairs, Mx4State<Is>> {
       codes[i] = bytes[i] & 0xF;
       codes[i + kPairs] = bytes[i] >> 4;
     }
-    State::values(codes, scale, kStrip, out, roots);
-    return out;
+    State::values(codes, scale, kStrip, values[strip], roots);
+    return values[strip];
   }
-  ONEPASS_HD static void store(
-      float (*__restrict values)[kStrip], const Stored& at, int64_t first,
-      const uint32_t (*words)[kStrip], int shift, float (*__restrict roots)[kStrip]) {
+  ONEPASS_HD void measure(int) {}
+  ONEPASS_HD void store(
+      const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
+      float (*__restrict roots)[kStrip]) {
+    alignas(64) uint32_t most[kStrips][kPairs];
     Scales scales;
-    for (int strip = 0; strip < kStrips; ++strip) State::units(values[strip], kStrip, roots[strip]);
-    scale_tile<Code>(values, at, first, scales);
+    for (int strip = 0; strip < kStrips; ++strip) {
+      State::units(values[strip], kStrip, roots[strip]);
+      measure_strip<Code>(values[strip], most[strip]);
+    }
+    choose_scales<Code>(most, at, first, scales);
     uint8_t* bytes = static_cast<uint8_t*>(at.data) + first / 2;
     for (int strip = 0; strip < kStrips; ++strip) {
       uint32_t codes[kPairs];
