@@ -135,3 +135,17 @@ def test_too_few_gradients_leave_nothing_to_run():
     assert not part.backend.refresh(part.prepared, grads[:-1])
     with pytest.raises(RuntimeError, match="run without refresh"):
         part.backend.run(part.prepared, part.table.hyper, part.table.counters)
+
+
+def test_gradients_that_are_negated_as_they_are_read():
+    """As imaginary parts of conjugates are: what lies in memory has the other sign."""
+    value = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizer, reference = onepass.SGD([ours], lr=0.1, backend="cpu"), onepass.SGD([theirs], lr=0.1)
+    for _ in range(2):
+        ours.grad = torch._neg_view(value)
+        assert ours.grad.is_neg()
+        theirs.grad = ours.grad.resolve_neg()
+        optimizer.step()
+        reference.step()
+        assert same_bits(ours, theirs)

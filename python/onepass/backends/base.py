@@ -67,10 +67,14 @@ class Entry:
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have one shape and their elements the same order in memory."""
-    return a.shape == b.shape and all(
-        s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
-    )
+    """Whether two tensors have one shape and their elements the same order in memory.
+
+    Not so if torch negates one of them as it reads it, as the imaginary part of a conjugate.
+    """
+    if a.shape != b.shape or a.is_neg() != b.is_neg():
+        return False
+    strides = zip(a.stride(), b.stride(), a.shape, strict=True)
+    return all(s == t for s, t, n in strides if n > 1)
 
 
 @dataclass(frozen=True)
