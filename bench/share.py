@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.share", description=__doc__)
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a tiny model; writes no file")
-    parser.add_argument("--samples", type=int, default=40, metavar="N", help="training steps")
+    parser.add_argument("--samples", type=int, default=100, metavar="N", help="training steps")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default bench/results/share.jsonl"
     )
