@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import onepass
+from onepass.benchmark.devices import DEVICES
 from onepass.benchmark.measure import percentile
 from onepass.paging import Paging
 from onepass.paging.options import SMALLEST_PAGE
@@ -161,16 +162,7 @@ def _shapes(width: int, layers: int, vocabulary: int) -> tuple[tuple[int, ...], 
 
 
 def _device_ms(step: Callable[[], Any], samples: int) -> list[float]:
-    found = []
-    for _ in range(samples):
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end))
-    return found
+    return [DEVICES["cuda"].time(step) for _ in range(samples)]
 
 
 def _step_ms(optimizer: torch.optim.Optimizer, samples: int) -> list[float]:

@@ -7,23 +7,22 @@ the larger the part.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import onepass
-from onepass.benchmark.devices import DEVICES, Device
+from onepass.benchmark.devices import Device
 from onepass.benchmark.measure import percentile
 from onepass.cli.demo.model import GPT, VOCABULARY, count_parameters
 from onepass.cli.demo.runner import CPU, GPU, QUICK, Size
 
 from . import results
+from .options import device_of, keep, parser_of
 from .results import Line
 
 KIND = "share"
@@ -140,20 +139,11 @@ def table(lines: Sequence[Line]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measures; 0 done, 1 a wrong result, 2 wrong usage or no such device."""
-    parser = argparse.ArgumentParser(prog="python -m bench.share", description=__doc__)
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser = parser_of(KIND, __doc__, 100, "training steps")
     parser.add_argument("--quick", action="store_true", help="a tiny model; writes no file")
-    parser.add_argument("--samples", type=int, default=100, metavar="N", help="training steps")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default bench/results/share.jsonl"
-    )
-    parser.add_argument("--no-write", action="store_true", help="write no file")
     args = parser.parse_args(argv)
-    if args.samples < 1:
-        parser.error(f"--samples must be at least 1; got {args.samples}")
-    device = DEVICES[args.device]
-    if why := device.unavailable():
-        print(f"bench.share: {why}", file=sys.stderr)
+    device = device_of(parser, args)
+    if device is None:
         return 2
     size = QUICK if args.quick else GPU if device.type == "cuda" else CPU
     try:
@@ -163,8 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     lines = lines_of(sides, size, device)
     print("\n".join(table(lines)))
-    if not (args.no_write or (args.quick and args.out is None)):
-        results.append(args.out or results.ROOT / "bench" / "results" / "share.jsonl", lines)
+    if not args.quick or args.out is not None:
+        keep(args, KIND, lines)
     return 0
 
 

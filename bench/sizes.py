@@ -7,19 +7,19 @@ for lists that stay in them, the memory's for others.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from onepass.benchmark.cases import Case
-from onepass.benchmark.devices import DEVICES, Device
+from onepass.benchmark.devices import Device
 from onepass.benchmark.lists import in_words, one
 from onepass.benchmark.measure import LIMITS, memory_of, run_case
 from onepass.benchmark.providers import all_providers, find
 
 from . import results
+from .options import device_of, keep, parser_of
 from .results import Line
 
 KIND = "sizes"
@@ -200,26 +200,14 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measures; 0 done, 2 wrong usage or no such device."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sizes", description=__doc__)
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser = parser_of(KIND, __doc__, None, "steps timed per size")
     parser.add_argument("--most", type=int, help="elements (default: 100 M on a CPU, else 1 B)")
-    parser.add_argument("--samples", type=int, metavar="N", help="steps timed per size")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default bench/results/sizes.jsonl"
-    )
-    parser.add_argument("--no-write", action="store_true", help="write no file")
     args = parser.parse_args(argv)
-    for name in ("most", "samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
-    device = DEVICES[args.device]
-    if why := device.unavailable():
-        print(f"bench.sizes: {why}", file=sys.stderr)
+    device = device_of(parser, args, "most")
+    if device is None:
         return 2
     most = args.most or (10**8 if device.type == "cpu" else 10**9)
-    lines = measure(device, most, args.samples)
-    if not args.no_write:
-        results.append(args.out or results.ROOT / "bench" / "results" / "sizes.jsonl", lines)
+    keep(args, KIND, measure(device, most, args.samples))
     return 0
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from onepass.benchmark.cases import Case
-from onepass.benchmark.devices import DEVICES, Device
+from onepass.benchmark.devices import Device
 from onepass.benchmark.lists import ParamList, gpt2, llama3, many, one
 
 from .. import results
+from ..options import device_of, keep, parser_of
 from ..results import Line
 from . import rungs
 from .rungs import Rung
@@ -62,22 +61,13 @@ def run(ladder: Ladder, device: Device, samples: int) -> list[Line]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measures; 0 done, 1 rungs that differ, 2 wrong usage or no such device."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ladder", description=__doc__)
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser = parser_of("ladder", __doc__, 9, "steps timed of each")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="ladders with this in their name"
     )
-    parser.add_argument("--samples", type=int, default=9, metavar="N", help="steps timed of each")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default bench/results/ladder.jsonl"
-    )
-    parser.add_argument("--no-write", action="store_true", help="write no file")
     args = parser.parse_args(argv)
-    if args.samples < 1:
-        parser.error(f"--samples must be at least 1; got {args.samples}")
-    device = DEVICES[args.device]
-    if why := device.unavailable():
-        print(f"bench.ladder: {why}", file=sys.stderr)
+    device = device_of(parser, args)
+    if device is None:
         return 2
     chosen = [ladder for ladder in _ladders(device.type) if args.only in ladder[0]]
     if not chosen:
@@ -96,8 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
                 restore()
         print("\n".join(rungs.table(lines)), flush=True)
-        if not args.no_write:
-            results.append(args.out or results.ROOT / "bench" / "results" / "ladder.jsonl", lines)
+        keep(args, "ladder", lines)
         device.release()
     return status
 

@@ -31,14 +31,12 @@ ONEPASS_HD void encode_block(
   }
 }
 
-// units turns values into what a block's codes are of, and store_scaled stores units.
 template <Kind Of>
 struct Mx8State {
   static constexpr bool kDraws = true;
   static constexpr Format kFormat = Format::kMx8;
   using Code = Mx8<Of == kSecond>;
 
-  ONEPASS_HD static void units(float*, int, const float*) {}
   ONEPASS_HD static void load(
       const Stored& at, int64_t first, int n, float* __restrict out, float*) {
     uint32_t codes[kStrip];
@@ -50,11 +48,7 @@ struct Mx8State {
   ONEPASS_HD static void store(
       const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
       float*) {
-    store_scaled(values, at, first, n, random, scale_of<Code>(values, n), nullptr);
-  }
-  ONEPASS_HD static void store_scaled(
-      const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
-      uint32_t scale, float*) {
+    const uint32_t scale = scale_of<Code>(values, n);
     uint32_t codes[kStrip];
     encode_block<Code>(values, n, random, scale, codes);
     static_cast<uint8_t*>(at.extra)[first / kMxBlock] = static_cast<uint8_t>(scale);
@@ -93,31 +87,28 @@ struct Mx4State {
   }
   ONEPASS_HD static void store(
       const float* __restrict values, const Stored& at, int64_t first, int n, Random random,
-      float* roots) {
+      float* __restrict roots) {
     float scaled[kStrip];
+    uint32_t codes[kStrip] = {};
 #pragma omp simd
     for (int i = 0; i < n; ++i) scaled[i] = values[i];
     units(scaled, n, roots);
-    store_scaled(scaled, at, first, n, random, scale_of<Code>(scaled, n), roots);
-  }
-  ONEPASS_HD static void units(float* __restrict values, int n, const float* __restrict roots) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      if (Of == kSecond) values[i] = sqrt_rn(values[i]);
-      if (Of == kRelative) values[i] = ratio(values[i], roots[i]);
-    }
-  }
-  ONEPASS_HD static void store_scaled(
-      const float* values, const Stored& at, int64_t first, int n, Random random, uint32_t scale,
-      float* __restrict roots) {
-    uint32_t codes[kStrip] = {};
-    encode_block<Code>(values, n, random, scale, codes);
+    const uint32_t scale = scale_of<Code>(scaled, n);
+    encode_block<Code>(scaled, n, random, scale, codes);
     static_cast<uint8_t*>(at.extra)[first / kMxBlock] = static_cast<uint8_t>(scale);
     if (Of == kSecond) {
 #pragma omp simd
       for (int i = 0; i < n; ++i) roots[i] = Code::decode(codes[i], scale);
     }
     join_nibbles(codes, static_cast<uint8_t*>(at.data) + first / 2, (n + 1) / 2);
+  }
+  // What codes are of.
+  ONEPASS_HD static void units(float* __restrict values, int n, const float* __restrict roots) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      if (Of == kSecond) values[i] = sqrt_rn(values[i]);
+      if (Of == kRelative) values[i] = ratio(values[i], roots[i]);
+    }
   }
 };
 

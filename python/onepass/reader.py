@@ -80,7 +80,7 @@ def same_lists(found: list[Any], known: list[Any]) -> bool:
     return bool(same(ctypes.addressof(python), found, known, len(known)))
 
 
-class Reader:
+class GradientReader:
     """Takes the gradients of a plan; false where it cannot.
 
     Args:

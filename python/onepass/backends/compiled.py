@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..reader import Reader
+from ..reader import GradientReader
 from .base import Backend, Entry
 
 
@@ -22,7 +22,7 @@ class _Prepared:
         states = [tensor for entry in entries for tensor in entry.held()]
         spec = torch.tensor([entry.spec() for entry in entries], dtype=torch.int64)
         self.plan: torch.Tensor = calls.make_plan(params, states, spec)
-        self.read = Reader(library, self.plan)
+        self.read = GradientReader(library, self.plan)
         weakref.finalize(self, ops.free_plan, calls, self.plan)
 
 

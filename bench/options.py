@@ -1,0 +1,57 @@
+"""What the commands beside ``python -m bench`` share: the device, samples, where lines go."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from onepass.benchmark.devices import DEVICES, Device
+
+from . import results
+from .results import Line
+
+
+def parser_of(
+    kind: str, about: str | None, samples: int | None, each: str
+) -> argparse.ArgumentParser:
+    """A parser with --device, --samples, --out and --no-write.
+
+    Args:
+        kind: the command is ``python -m bench.<kind>``, its file bench/results/<kind>.jsonl.
+        about: what --help says of it.
+        samples: unless it is told.
+        each: what a sample is.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{kind}", description=about)
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument("--samples", type=int, default=samples, metavar="N", help=each)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=f"default bench/results/{kind}.jsonl"
+    )
+    parser.add_argument("--no-write", action="store_true", help="write no file")
+    return parser
+
+
+def device_of(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *counts: str
+) -> Device | None:
+    """The device that is asked for; None, and a line on stderr, where it is not there.
+
+    Exits with 2 where one of counts, or the samples, is below 1.
+    """
+    for name in ("samples", *counts):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    device = DEVICES[args.device]
+    if why := device.unavailable():
+        print(f"{parser.prog.removeprefix('python -m ')}: {why}", file=sys.stderr)
+        return None
+    return device
+
+
+def keep(args: argparse.Namespace, kind: str, lines: Iterable[Line]) -> None:
+    """Appends lines to the file that is asked for, unless none is."""
+    if not args.no_write:
+        results.append(args.out or results.ROOT / "bench" / "results" / f"{kind}.jsonl", lines)
