@@ -16,39 +16,118 @@ struct Python {
   void* (*attribute)(void* object, void* name);  // owned, or null
   void (*release)(void* object);
   int (*view)(void* tensor, DLTensor* view);  // 0, or an error is set
-  void *none, *grad, *local, *spec;           // None, and names of attributes
+  void *none, *grad;                          // None, and the name of the attribute
+  // Where a tensor's object has the addresses of its type and of what it stands for, in bytes from
+  // its beginning.
+  intptr_t type, impl;
 };
 
-// An object that Python has handed over.
-struct Object {
-  const Python& python;
-  void* object;
+// Where DTensors of a type have the addresses of two attributes, likewise.
+struct Slots {
+  void* type;
+  intptr_t local, spec;
+};
 
-  Object(const Python& from, void* of, void* name)
-      : python(from), object(from.attribute(of, name)) {}
-  Object(const Object&) = delete;
-  ~Object() {
-    if (object) python.release(object);
+void* slot(const void* object, intptr_t at) {
+  return *reinterpret_cast<void* const*>(static_cast<const char*>(object) + at);
+}
+
+void fetch(const void* address, int bytes) {
+  for (int at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(address) + at, 1);
+}
+
+// The gradients of tensors, a list. A gradient is at the end of a chain of objects that lie
+// anywhere in memory; several are looked up at once, a link of all of them at a time, so that the
+// processor waits for many at a time.
+class Gradients {
+ public:
+  // Where locals is a list, tensors are DTensors whose slots are these: each must have that local
+  // tensor, and its gradient, of the same type, that spec.
+  Gradients(
+      const Python& python, const Slots* slots, void* tensors, void* locals, void* specs,
+      size_t count)
+      : python_(python),
+        slots_(slots),
+        tensors_(tensors),
+        locals_(locals),
+        specs_(specs),
+        count_(count) {}
+  Gradients(const Gradients&) = delete;
+  ~Gradients() { release(); }
+
+  // The tensor that has gradient i in its memory, for as long as the next is not asked for; null
+  // where something is not as it must be. In order, from 0.
+  void* at(size_t i) {
+    if (i % kAtOnce == 0 && !gather(i)) return nullptr;
+    return found_[i % kAtOnce];
   }
+
+ private:
+  static constexpr size_t kAtOnce = 16, kRing = 4 * kAtOnce;
+  static constexpr int kImplBytes = 192;  // of them a view reads all, asking for a gradient few
+
+  void* item(void* list, size_t i) { return python_.item(list, static_cast<intptr_t>(i)); }
+
+  void release() {
+    while (held_) python_.release(grads_[--held_]);
+  }
+
+  bool gather(size_t begin) {
+    release();
+    const size_t end = std::min(begin + kAtOnce, count_);
+    // The objects of the round after the next, and what those of the next lead to.
+    for (; ahead_ < std::min(end + 2 * kAtOnce, count_); ++ahead_) {
+      void* tensor = item(tensors_, ahead_);
+      if (!tensor) return false;
+      fetch(tensor_of_[ahead_ % kRing] = tensor, 64);
+    }
+    for (size_t i = end; i < std::min(end + kAtOnce, count_); ++i)
+      fetch(slot(tensor_of_[i % kRing], python_.impl), 64);
+    for (size_t i = begin; i < end; ++i) {
+      void* grad = python_.attribute(tensor_of_[i % kRing], python_.grad);
+      if (!grad) return false;
+      found_[held_] = grads_[held_] = grad;
+      ++held_;
+      if (grad == python_.none) return false;
+    }
+    return locals_ == python_.none || unwrap(begin);
+  }
+
+  bool unwrap(size_t begin) {
+    if (!slots_) return false;
+    for (size_t k = 0; k < held_; ++k) {
+      if (slot(grads_[k], python_.type) != slots_->type ||
+          slot(tensor_of_[(begin + k) % kRing], slots_->local) != item(locals_, begin + k) ||
+          slot(grads_[k], slots_->spec) != item(specs_, begin + k))
+        return false;
+      found_[k] = slot(grads_[k], slots_->local);
+      if (!found_[k]) return false;
+      fetch(found_[k], 64);
+    }
+    for (size_t k = 0; k < held_; ++k) fetch(slot(found_[k], python_.impl), kImplBytes);
+    return true;
+  }
+
+  const Python& python_;
+  const Slots* slots_;
+  void *tensors_, *locals_, *specs_;
+  size_t count_, held_ = 0, ahead_ = 0;
+  void* tensor_of_[kRing];  // of the rounds up to ahead_
+  void* grads_[kAtOnce];    // owned
+  void* found_[kAtOnce];    // they, or their local tensors
 };
 
-// Takes the gradients of tensors, a list in the order of the plan's entries. Where locals is a
-// list, they are DTensors: each must have that local tensor, and its gradient that spec.
+// Takes the gradients of tensors, in the order of the plan's entries; see Gradients.
 template <class DevicePlan>
 bool read_gradients(
-    const Python& python, DevicePlan& plan, void* tensors, void* locals, void* specs) {
-  return take_gradients(plan, plan.entries.size(), [&](size_t i, DLTensor* view) {
-    const auto index = static_cast<intptr_t>(i);
-    void* tensor = python.item(tensors, index);
-    if (!tensor) return false;
-    const Object grad(python, tensor, python.grad);
-    if (!grad.object || grad.object == python.none) return false;
-    if (locals == python.none) return python.view(grad.object, view) == 0;
-    const Object param(python, tensor, python.local), spec(python, grad.object, python.spec);
-    if (param.object != python.item(locals, index) || spec.object != python.item(specs, index))
-      return false;
-    const Object shard(python, grad.object, python.local);
-    return shard.object && python.view(shard.object, view) == 0;
+    const Python& python, DevicePlan& plan, const Slots* slots, void* tensors, void* locals,
+    void* specs) {
+  const size_t count = plan.entries.size();
+  Gradients gradients(python, slots, tensors, locals, specs, count);
+  return take_gradients(plan, count, [&](size_t i, DLTensor* view) {
+    void* grad = gradients.at(i);
+    return grad && python.view(grad, view) == 0;
   });
 }
 
@@ -58,10 +137,11 @@ bool read_gradients(
 // 1: taken; 0: the plan whose handle is at key is stale. See onepass/reader.py.
 #define ONEPASS_READER(DEVICE_PLAN)                                                               \
   extern "C" __attribute__((visibility("default"))) int onepass_read(                             \
-      const onepass::Python* python, const void* key, void* tensors, void* locals, void* specs) { \
+      const onepass::Python* python, const void* key, const onepass::Slots* slots, void* tensors, \
+      void* locals, void* specs) {                                                                \
     try {                                                                                         \
       const auto plan = onepass::Registry<DEVICE_PLAN>::find(key);                                \
-      return onepass::read_gradients(*python, *plan, tensors, locals, specs);                     \
+      return onepass::read_gradients(*python, *plan, slots, tensors, locals, specs);              \
     } catch (const std::exception&) {                                                             \
       return 0;                                                                                   \
     }                                                                                             \

@@ -1,7 +1,8 @@
 """Optimizers on torch.distributed: gloo, several processes on this machine.
 
-What is checked stands in zero_checks.py and zero_checkpoints.py. All checks of a number of ranks
-run in one set of processes; four ranks come first, because the others load what they save.
+What is checked stands in zero_checks.py, zero_checkpoints.py and zero_reading.py. All checks of a
+number of ranks run in one set of processes; four ranks come first, because the others load what
+they save.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import time
 import pytest
 import torch.distributed as dist
 
-from . import zero_checkpoints, zero_checks, zero_ranks
+from . import zero_checkpoints, zero_checks, zero_ranks, zero_reading
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
 )
-CHECKS = [*zero_checks.EVERYWHERE, *zero_checkpoints.EVERYWHERE]
+CHECKS = [*zero_checks.EVERYWHERE, *zero_checkpoints.EVERYWHERE, *zero_reading.EVERYWHERE]
 
 
 @pytest.fixture(scope="module")

@@ -16,26 +16,10 @@ from onepass.memory.predict import storage_bytes
 from onepass.memory.runs import Terms, candidate
 from onepass.memory.runs import predicted as of_terms
 
-from . import zero_checkpoints, zero_model
-from .zero_model import LR, at_blocks, backward, everywhere, make, mesh, pair, train, whole
+from . import zero_model
+from .zero_model import LR, backward, everywhere, make, mesh, pair, same_as_twin, train, whole
 
 BF16 = torch.bfloat16
-
-
-def _same_as_twin(model, optimizer, twin, reference, block=1):
-    """Asserts the bits of weights and states, of parameters that are cut at blocks."""
-    compared = 0
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        if not at_blocks(p, block):
-            continue
-        compared += 1
-        assert torch.equal(whole(p), q)
-        ours, theirs = optimizer.state[p], reference.state[q]
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            if isinstance(value, DTensor) or value.dim() == 0:
-                assert torch.equal(whole(value).flatten(), theirs[key].flatten()), key
-    return compared
 
 
 def elementwise_formats_have_the_bits_of_one_process(directory, checkpoints):
@@ -48,7 +32,7 @@ def elementwise_formats_have_the_bits_of_one_process(directory, checkpoints):
     ):
         four = pair(optimizer, dtype, **options)
         train(*four, 2)
-        assert _same_as_twin(*four) == len(list(four[0].parameters()))
+        assert same_as_twin(*four) == len(list(four[0].parameters()))
 
 
 def block_formats_have_them_where_shards_are_cut_at_blocks(directory, checkpoints):
@@ -59,7 +43,7 @@ def block_formats_have_them_where_shards_are_cut_at_blocks(directory, checkpoint
     ):
         four = pair(optimizer, states=states)
         train(*four, 3)
-        assert _same_as_twin(*four, block=32) >= 5
+        assert same_as_twin(*four, block=32) >= 5
         # Elsewhere other elements share a scale: a step is another within the format's precision.
         for p, q in zip(four[0].parameters(), four[2].parameters(), strict=True):
             assert (whole(p) - q).abs().max() < (2 if optimizer is onepass.Lion else 1) * 3 * LR
@@ -365,5 +349,4 @@ EVERYWHERE = [
     runs_end_where_one_process_does,
     zero1_has_the_bits_of_one_optimizer,
     counters_do_not_drift,
-    *zero_checkpoints.EVERYWHERE,
 ]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 BATCH, TOKENS, VOCABULARY, WIDTH = 12, 5, 50, 32
 LR = 1e-2
@@ -104,6 +105,22 @@ def at_blocks(param, block=32):
     cuts = [None] * dist.get_world_size()
     dist.all_gather_object(cuts, local.numel())
     return all(sum(cuts[:rank]) % block == 0 for rank, size in enumerate(cuts) if size)
+
+
+def same_as_twin(model, optimizer, twin, reference, block=1):
+    """Asserts the bits of weights and states, of parameters that are cut at blocks."""
+    compared = 0
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if not at_blocks(p, block):
+            continue
+        compared += 1
+        assert torch.equal(whole(p), q)
+        ours, theirs = optimizer.state[p], reference.state[q]
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            if isinstance(value, DTensor) or value.dim() == 0:
+                assert torch.equal(whole(value).flatten(), theirs[key].flatten()), key
+    return compared
 
 
 def everywhere(value):

@@ -17,7 +17,7 @@ from .arena import Arena
 from .checks import check_tensors, check_weight_format
 from .distributed.part import PagedShards, ShardedPart
 from .distributed.ranks import Groups, Ranks
-from .distributed.shards import local_of, shards_of
+from .distributed.shards import local_of, shards_of, versioned
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
 from .groups import Reader, is_fixed, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
@@ -103,6 +103,7 @@ class Plan:
         self._checked: list[Any] | None = None
 
         shards = shards_of(chain.from_iterable(group["params"] for group in groups))
+        self._versioned = [versioned(p) if p in shards else p for p in self._active]
         self._ranks = None
         if self._whole and (shards or optimizer.norm_group is not None):
             every = chain.from_iterable(group["params"] for group in groups)
@@ -365,7 +366,7 @@ class Plan:
                 here = verdict.to(part.table.steps.device, non_blocking=True)
             part.run(here, zero_grads)
         # Kernels write behind autograd's back: it must still see that saved weights changed.
-        torch.autograd.graph.increment_version(self._active)
+        torch.autograd.graph.increment_version(self._versioned)
 
     def telemetry(self) -> list[torch.Tensor]:
         """Of each group, its columns summed over rows and ranks, on the first device: see RowTable.

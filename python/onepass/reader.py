@@ -18,7 +18,7 @@ import torch
 from . import ops
 
 _OBJECT = ctypes.py_object
-_NAMES = ("grad", "_local_tensor", "_spec")
+_GRAD = "grad"
 
 
 class _Exchange(ctypes.Structure):
@@ -38,10 +38,34 @@ class _Exchange(ctypes.Structure):
 class _Python(ctypes.Structure):
     """Python of csrc/reader.h."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in ("item", "attribute", "release", "view", "none", "grad", "local", "spec")
+    _fields_ = (
+        ("item", ctypes.c_void_p),
+        ("attribute", ctypes.c_void_p),
+        ("release", ctypes.c_void_p),
+        ("view", ctypes.c_void_p),
+        ("none", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("type", ctypes.c_ssize_t),
+        ("impl", ctypes.c_ssize_t),
     )
+
+
+class _Slots(ctypes.Structure):
+    """Slots of csrc/reader.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_void_p),
+        ("local", ctypes.c_ssize_t),
+        ("spec", ctypes.c_ssize_t),
+    )
+
+
+def _place(owner: Any, address: int) -> int | None:
+    """Where an object has an address, in bytes from its own; None where it is not there once. All
+    objects of its type have it there."""
+    places = range(0, type(owner).__basicsize__, ctypes.sizeof(ctypes.c_void_p))
+    found = [at for at in places if ctypes.c_void_p.from_address(id(owner) + at).value == address]
+    return found[0] if len(found) == 1 else None
 
 
 @cache
@@ -54,11 +78,24 @@ def _python() -> _Python | None:
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     at = pointer(("PyCapsule_GetPointer", api))(capsule, b"dlpack_exchange_api")
     exchange = _Exchange.from_address(at)
-    if exchange.major != 1 or not exchange.view:
+    tensor = torch.empty(0)
+    places = [_place(tensor, address) for address in (id(type(tensor)), tensor._cdata)]
+    if exchange.major != 1 or not exchange.view or None in places:
         return None
     functions = (api.PyList_GetItem, api.PyObject_GetAttr, api.Py_DecRef)
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    return _Python(*addresses, exchange.view, id(None), *map(id, _NAMES))
+    return _Python(*addresses, exchange.view, id(None), id(_GRAD), *places)
+
+
+def _slots(tensors: list[Any]) -> _Slots | None:
+    """Where DTensors, all of one type, have their local tensors and specs; None where that cannot
+    be told."""
+    first = tensors[0]
+    kind = type(first)
+    places = [_place(first, id(getattr(first, name))) for name in ("_local_tensor", "_spec")]
+    if None in places or any(type(tensor) is not kind for tensor in tensors):
+        return None
+    return _Slots(id(kind), *places)
 
 
 @cache
@@ -91,8 +128,11 @@ class GradientReader:
     def __init__(self, library: Path, plan: torch.Tensor) -> None:
         python = _python()
         self._usable = python is not None
+        self._slots: _Slots | None = None
+        self._known: list[torch.Tensor] | None = None
         if python is not None:
-            self._read = _function(library, "onepass_read", ctypes.c_void_p, *[_OBJECT] * 3)
+            types = ctypes.c_void_p, ctypes.POINTER(_Slots), *[_OBJECT] * 3
+            self._read = _function(library, "onepass_read", *types)
             self._plan = ctypes.addressof(python), plan.data_ptr()
 
     def __call__(
@@ -102,8 +142,12 @@ class GradientReader:
         specs: list[Any] | None,
     ) -> bool:
         """See :meth:`onepass.backends.base.Backend.read`."""
+        if locals is not None and tensors is not self._known:
+            self._known, self._slots = tensors, _slots(tensors)
         try:
-            return self._usable and bool(self._read(*self._plan, tensors, locals, specs))
+            return self._usable and bool(
+                self._read(*self._plan, self._slots, tensors, locals, specs)
+            )
         except Exception:
             # A gradient without an address, sparse for one: planning anew says which.
             return False

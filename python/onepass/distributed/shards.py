@@ -51,6 +51,13 @@ def local_of(value: Any) -> Any:
     return local.wait() if hasattr(local, "wait") else local
 
 
+def versioned(whole: torch.Tensor) -> torch.Tensor:
+    """A plain tensor with the version counter of a DTensor, to increment it by: asking a DTensor
+    whether it is a tensor takes longer than the rest of that."""
+    with torch.no_grad(), torch._C._DisableTorchDispatch():
+        return torch.Tensor.detach(whole)
+
+
 class Shard:
     """A rank's part of a parameter.
 
