@@ -32,9 +32,12 @@ void* slot(const void* object, intptr_t at) {
   return *reinterpret_cast<void* const*>(static_cast<const char*>(object) + at);
 }
 
-void fetch(const void* address, int bytes) {
-  for (int at = 0; at < bytes; at += 64)
-    __builtin_prefetch(static_cast<const char*>(address) + at, 1);
+// The lines of so many bytes, 64 at least.
+template <int Bytes>
+void fetch(const void* address) {
+  const char* from = static_cast<const char*>(address);
+  for (int at = 0; at < Bytes; at += 64) __builtin_prefetch(from + at, 1);
+  __builtin_prefetch(from + Bytes - 1, 1);
 }
 
 // The gradients of tensors, a list. A gradient is at the end of a chain of objects that lie
@@ -80,10 +83,10 @@ class Gradients {
     for (; ahead_ < std::min(end + 2 * kAtOnce, count_); ++ahead_) {
       void* tensor = item(tensors_, ahead_);
       if (!tensor) return false;
-      fetch(tensor_of_[ahead_ % kRing] = tensor, 64);
+      fetch<64>(tensor_of_[ahead_ % kRing] = tensor);
     }
     for (size_t i = end; i < std::min(end + kAtOnce, count_); ++i)
-      fetch(slot(tensor_of_[i % kRing], python_.impl), 64);
+      fetch<64>(slot(tensor_of_[i % kRing], python_.impl));
     for (size_t i = begin; i < end; ++i) {
       void* grad = python_.attribute(tensor_of_[i % kRing], python_.grad);
       if (!grad) return false;
@@ -103,9 +106,9 @@ class Gradients {
         return false;
       found_[k] = slot(grads_[k], slots_->local);
       if (!found_[k]) return false;
-      fetch(found_[k], 64);
+      fetch<64>(found_[k]);
     }
-    for (size_t k = 0; k < held_; ++k) fetch(slot(found_[k], python_.impl), kImplBytes);
+    for (size_t k = 0; k < held_; ++k) fetch<kImplBytes>(slot(found_[k], python_.impl));
     return true;
   }
 
