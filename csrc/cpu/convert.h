@@ -3,7 +3,7 @@
 
 #include "../macros.h"
 
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
 #include <immintrin.h>  // always inlined: no copy of these functions reaches the linker
 #endif
 

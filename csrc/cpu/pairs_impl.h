@@ -102,6 +102,21 @@ ONEPASS_HD void narrow_tile(const uint32_t (*pairs)[kPairs], uint8_t* to) {
       store_512(to, _mm512_maskz_permutexvar_epi32(kAll, words, apart));
     }
   }
+#elif defined(__AVX2__)
+  // The bytes of four pairs go to half a lane, and halves to where they belong.
+  const bool by_pairs = Of == kByPairs;
+  const __m128i lane =
+      by_pairs ? _mm_set_epi64x(-1, 0x0E0C0A0806040200) : _mm_set_epi64x(-1, 0x0E0A06020C080400);
+  const __m256i order = by_pairs ? _mm256_set_epi32(7, 6, 3, 2, 5, 4, 1, 0)
+                                 : _mm256_set_epi32(7, 3, 5, 1, 6, 2, 4, 0);
+  const auto apart = [&](const uint32_t* from) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(lane));
+  };
+  for (int strip = 0; strip < kStrips; ++strip, to += kStrip) {
+    const __m256i halves = _mm256_unpacklo_epi64(apart(pairs[strip]), apart(pairs[strip] + 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(halves, order));
+  }
 #else
   for (int strip = 0; strip < kStrips; ++strip, to += kStrip) {
     const uint32_t* __restrict pair = pairs[strip];
