@@ -1,8 +1,9 @@
 // Reading gradients from Python's own objects. An op that takes a list of tensors costs torch more
 // for each of them than all that a plan checks; here nothing is copied or counted. The library has
 // no symbol of Python: onepass/reader.py hands over what it needs, functions of CPython's stable
-// ABI and the one that torch.Tensor offers by DLPack's exchange API. They are called with the
-// interpreter's lock held, and an error that they set is raised by the caller.
+// ABI and the one that torch.Tensor offers by DLPack's exchange API, and where objects keep what
+// those would be slow to hand over. They are called with the interpreter's lock held, and an error
+// that they set is raised by the caller.
 #pragma once
 
 #include "plan_ops.h"

@@ -2,7 +2,9 @@
 
 An op that takes a list of tensors costs torch more for each of them than all that a plan checks.
 torch.Tensor describes itself to C by DLPack's exchange API, and CPython's stable ABI walks the
-list.
+list. What would take them long, the local tensor of a DTensor for one, is read where an object has
+its address. That place is found by looking for a known address in one object of the type; where it
+is not there once, the list serves.
 """
 
 from __future__ import annotations
@@ -21,17 +23,16 @@ _OBJECT = ctypes.py_object
 _GRAD = "grad"
 
 
+def _fields(kind: type, *names: str) -> tuple[tuple[str, type], ...]:
+    return tuple((name, kind) for name in names)
+
+
 class _Exchange(ctypes.Structure):
     """DLPackExchangeAPI of DLPack 1, as far as it is used."""
 
     _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("older", ctypes.c_void_p),
-        ("allocate", ctypes.c_void_p),
-        ("export", ctypes.c_void_p),
-        ("wrap", ctypes.c_void_p),
-        ("view", ctypes.c_void_p),
+        *_fields(ctypes.c_uint32, "major", "minor"),
+        *_fields(ctypes.c_void_p, "older", "allocate", "export", "wrap", "view"),
     )
 
 
@@ -39,14 +40,8 @@ class _Python(ctypes.Structure):
     """Python of csrc/reader.h."""
 
     _fields_ = (
-        ("item", ctypes.c_void_p),
-        ("attribute", ctypes.c_void_p),
-        ("release", ctypes.c_void_p),
-        ("view", ctypes.c_void_p),
-        ("none", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("type", ctypes.c_ssize_t),
-        ("impl", ctypes.c_ssize_t),
+        *_fields(ctypes.c_void_p, "item", "attribute", "release", "view", "none", "grad"),
+        *_fields(ctypes.c_ssize_t, "type", "impl"),
     )
 
 
@@ -54,9 +49,8 @@ class _Slots(ctypes.Structure):
     """Slots of csrc/reader.h."""
 
     _fields_ = (
-        ("type", ctypes.c_void_p),
-        ("local", ctypes.c_ssize_t),
-        ("spec", ctypes.c_ssize_t),
+        *_fields(ctypes.c_void_p, "type"),
+        *_fields(ctypes.c_ssize_t, "local", "spec"),
     )
 
 
@@ -142,12 +136,12 @@ class GradientReader:
         specs: list[Any] | None,
     ) -> bool:
         """See :meth:`onepass.backends.base.Backend.read`."""
+        if not self._usable:
+            return False
         if locals is not None and tensors is not self._known:
             self._known, self._slots = tensors, _slots(tensors)
         try:
-            return self._usable and bool(
-                self._read(*self._plan, self._slots, tensors, locals, specs)
-            )
+            return bool(self._read(*self._plan, self._slots, tensors, locals, specs))
         except Exception:
             # A gradient without an address, sparse for one: planning anew says which.
             return False
