@@ -41,15 +41,16 @@ void fetch(const void* address) {
   __builtin_prefetch(from + Bytes - 1, 1);
 }
 
-// The gradients of tensors, a list. A gradient is at the end of a chain of objects that lie
-// anywhere in memory; several are looked up at once, a link of all of them at a time, so that the
-// processor waits for many at a time.
-class Gradients {
+// The local tensors of the gradients of DTensors, a list. Each is at the end of a chain of objects
+// that lie anywhere in memory; several are looked up at once, a link of all of them at a time, so
+// that the processor waits for many at a time. (The chain of a plain tensor is short enough: it was
+// slower so.)
+class LocalGradients {
  public:
-  // Where locals is a list, tensors are DTensors whose slots are these: each must have that local
-  // tensor, and its gradient, of the same type, that spec.
-  Gradients(
-      const Python& python, const Slots* slots, void* tensors, void* locals, void* specs,
+  // Each DTensor must have that local tensor, and its gradient, of the type that the slots are of,
+  // that spec.
+  LocalGradients(
+      const Python& python, const Slots& slots, void* tensors, void* locals, void* specs,
       size_t count)
       : python_(python),
         slots_(slots),
@@ -57,11 +58,11 @@ class Gradients {
         locals_(locals),
         specs_(specs),
         count_(count) {}
-  Gradients(const Gradients&) = delete;
-  ~Gradients() { release(); }
+  LocalGradients(const LocalGradients&) = delete;
+  ~LocalGradients() { release(); }
 
-  // The tensor that has gradient i in its memory, for as long as the next is not asked for; null
-  // where something is not as it must be. In order, from 0.
+  // That of gradient i, for as long as the next is not asked for; null where something is not as it
+  // must be. In order, from 0.
   void* at(size_t i) {
     if (i % kAtOnce == 0 && !gather(i)) return nullptr;
     return found_[i % kAtOnce];
@@ -91,21 +92,18 @@ class Gradients {
     for (size_t i = begin; i < end; ++i) {
       void* grad = python_.attribute(tensor_of_[i % kRing], python_.grad);
       if (!grad) return false;
-      found_[held_] = grads_[held_] = grad;
-      ++held_;
-      if (grad == python_.none) return false;
+      grads_[held_++] = grad;
     }
-    return locals_ == python_.none || unwrap(begin);
+    return unwrap(begin);
   }
 
   bool unwrap(size_t begin) {
-    if (!slots_) return false;
     for (size_t k = 0; k < held_; ++k) {
-      if (slot(grads_[k], python_.type) != slots_->type ||
-          slot(tensor_of_[(begin + k) % kRing], slots_->local) != item(locals_, begin + k) ||
-          slot(grads_[k], slots_->spec) != item(specs_, begin + k))
+      if (slot(grads_[k], python_.type) != slots_.type ||
+          slot(tensor_of_[(begin + k) % kRing], slots_.local) != item(locals_, begin + k) ||
+          slot(grads_[k], slots_.spec) != item(specs_, begin + k))
         return false;
-      found_[k] = slot(grads_[k], slots_->local);
+      found_[k] = slot(grads_[k], slots_.local);
       if (!found_[k]) return false;
       fetch<64>(found_[k]);
     }
@@ -114,21 +112,32 @@ class Gradients {
   }
 
   const Python& python_;
-  const Slots* slots_;
+  const Slots& slots_;
   void *tensors_, *locals_, *specs_;
   size_t count_, held_ = 0, ahead_ = 0;
   void* tensor_of_[kRing];  // of the rounds up to ahead_
   void* grads_[kAtOnce];    // owned
-  void* found_[kAtOnce];    // they, or their local tensors
+  void* found_[kAtOnce];    // their local tensors
 };
 
-// Takes the gradients of tensors, in the order of the plan's entries; see Gradients.
+// Takes the gradients of tensors, a list in the order of the plan's entries. Where locals is a
+// list, they are DTensors; see LocalGradients.
 template <class DevicePlan>
 bool read_gradients(
     const Python& python, DevicePlan& plan, const Slots* slots, void* tensors, void* locals,
     void* specs) {
   const size_t count = plan.entries.size();
-  Gradients gradients(python, slots, tensors, locals, specs, count);
+  if (locals == python.none)
+    return take_gradients(plan, count, [&](size_t i, DLTensor* view) {
+      void* tensor = python.item(tensors, static_cast<intptr_t>(i));
+      void* grad = tensor ? python.attribute(tensor, python.grad) : nullptr;
+      if (!grad) return false;
+      const bool seen = grad != python.none && python.view(grad, view) == 0;
+      python.release(grad);
+      return seen;
+    });
+  if (!slots) return false;
+  LocalGradients gradients(python, *slots, tensors, locals, specs, count);
   return take_gradients(plan, count, [&](size_t i, DLTensor* view) {
     void* grad = gradients.at(i);
     return grad && python.view(grad, view) == 0;
