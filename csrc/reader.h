@@ -21,6 +21,9 @@ struct Python {
   // Where a tensor's object has the addresses of its type and of what it stands for, in bytes from
   // its beginning.
   intptr_t type, impl;
+  // Where what it stands for has those of its autograd metadata and of its object, and where the
+  // metadata has that of what the gradient stands for; zeros where that is not known.
+  intptr_t meta, object, meta_grad;
 };
 
 // Where DTensors of a type have the addresses of two attributes, likewise.
@@ -37,87 +40,86 @@ void* slot(const void* object, intptr_t at) {
 template <int Bytes>
 void fetch(const void* address) {
   const char* from = static_cast<const char*>(address);
-  for (int at = 0; at < Bytes; at += 64) __builtin_prefetch(from + at, 1);
-  __builtin_prefetch(from + Bytes - 1, 1);
+  for (int at = 0; at < Bytes; at += 64) __builtin_prefetch(from + at);
+  __builtin_prefetch(from + Bytes - 1);
 }
 
 // The local tensors of the gradients of DTensors, a list. Each is at the end of a chain of objects
-// that lie anywhere in memory; several are looked up at once, a link of all of them at a time, so
-// that the processor waits for many at a time. (The chain of a plain tensor is short enough: it was
-// slower so.)
+// that lie anywhere in memory. Tensors are followed in rounds, one object further in each, so that
+// the processor waits for many at a time and not for each in turn. (The chain of a plain tensor is
+// short enough: it was slower so.) An object is borrowed: its tensor owns the gradient, and that
+// its object and its local tensor.
 class LocalGradients {
  public:
   // Each DTensor must have that local tensor, and its gradient, of the type that the slots are of,
   // that spec.
   LocalGradients(
       const Python& python, const Slots& slots, void* tensors, void* locals, void* specs,
-      size_t count)
+      int64_t count)
       : python_(python),
         slots_(slots),
         tensors_(tensors),
         locals_(locals),
         specs_(specs),
         count_(count) {}
-  LocalGradients(const LocalGradients&) = delete;
-  ~LocalGradients() { release(); }
 
-  // That of gradient i, for as long as the next is not asked for; null where something is not as it
-  // must be. In order, from 0.
-  void* at(size_t i) {
-    if (i % kAtOnce == 0 && !gather(i)) return nullptr;
-    return found_[i % kAtOnce];
+  // That of gradient i; null where something is not as it must be. In order, from 0.
+  void* at(int64_t i) {
+    if (i % kRound == 0 && !follow(i)) return nullptr;
+    return local_[i % kRing];
   }
 
  private:
-  static constexpr size_t kAtOnce = 16, kRing = 4 * kAtOnce;
-  static constexpr int kImplBytes = 192;  // of them a view reads all, asking for a gradient few
+  static constexpr int64_t kRound = 8, kRing = 8 * kRound;
+  static constexpr int kImplBytes = 192;  // of them a view reads all, the others few
 
-  void* item(void* list, size_t i) { return python_.item(list, static_cast<intptr_t>(i)); }
+  void* item(void* list, int64_t i) { return python_.item(list, i); }
 
-  void release() {
-    while (held_) python_.release(grads_[--held_]);
-  }
-
-  bool gather(size_t begin) {
-    release();
-    const size_t end = std::min(begin + kAtOnce, count_);
-    // The objects of the round after the next, and what those of the next lead to.
-    for (; ahead_ < std::min(end + 2 * kAtOnce, count_); ++ahead_) {
-      void* tensor = item(tensors_, ahead_);
-      if (!tensor) return false;
-      fetch<64>(tensor_of_[ahead_ % kRing] = tensor);
+  // Follows the tensors of the round that is so many after another: next(i, object) is the object
+  // after that of tensor i, null where there is none.
+  template <int Bytes = 64, class Next>
+  bool follow(int64_t begin, int64_t after, const Next& next) {
+    const int64_t from = begin + after * kRound, to = std::min(from + kRound, count_);
+    for (int64_t i = std::max<int64_t>(from, 0); i < to; ++i) {
+      void*& object = object_[i % kRing];
+      object = next(i, object);
+      if (!object) return false;
+      fetch<Bytes>(object);
     }
-    for (size_t i = end; i < std::min(end + kAtOnce, count_); ++i)
-      fetch<64>(slot(tensor_of_[i % kRing], python_.impl));
-    for (size_t i = begin; i < end; ++i) {
-      void* grad = python_.attribute(tensor_of_[i % kRing], python_.grad);
-      if (!grad) return false;
-      grads_[held_++] = grad;
-    }
-    return unwrap(begin);
-  }
-
-  bool unwrap(size_t begin) {
-    for (size_t k = 0; k < held_; ++k) {
-      if (slot(grads_[k], python_.type) != slots_.type ||
-          slot(tensor_of_[(begin + k) % kRing], slots_.local) != item(locals_, begin + k) ||
-          slot(grads_[k], slots_.spec) != item(specs_, begin + k))
-        return false;
-      found_[k] = slot(grads_[k], slots_.local);
-      if (!found_[k]) return false;
-      fetch<64>(found_[k]);
-    }
-    for (size_t k = 0; k < held_; ++k) fetch<kImplBytes>(slot(found_[k], python_.impl));
     return true;
+  }
+
+  bool follow(int64_t begin) {
+    constexpr int64_t kLinks = 7;
+    const auto to = [](intptr_t place) {
+      return [place](int64_t, void* object) { return slot(object, place); };
+    };
+    const auto tensor = [&](int64_t i, void*) { return item(tensors_, i); };
+    const auto local = [&](int64_t i, void* grad) { return local_of(i, grad); };
+    for (int64_t round = begin ? begin : -kLinks * kRound; round <= begin; round += kRound)
+      if (!follow(round, 7, tensor) || !follow(round, 6, to(python_.impl)) ||
+          !follow(round, 5, to(python_.meta)) || !follow(round, 4, to(python_.meta_grad)) ||
+          !follow(round, 3, to(python_.object)) || !follow(round, 2, local) ||
+          !follow<kImplBytes>(round, 1, to(python_.impl)))
+        return false;
+    return true;
+  }
+
+  void* local_of(int64_t i, void* grad) {
+    // Before torch 2.12 the lowest bit says who owns the object.
+    grad = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(grad) & ~uintptr_t{1});
+    if (slot(grad, python_.type) != slots_.type || slot(grad, slots_.spec) != item(specs_, i) ||
+        slot(item(tensors_, i), slots_.local) != item(locals_, i))
+      return nullptr;
+    return local_[i % kRing] = slot(grad, slots_.local);
   }
 
   const Python& python_;
   const Slots& slots_;
   void *tensors_, *locals_, *specs_;
-  size_t count_, held_ = 0, ahead_ = 0;
-  void* tensor_of_[kRing];  // of the rounds up to ahead_
-  void* grads_[kAtOnce];    // owned
-  void* found_[kAtOnce];    // their local tensors
+  int64_t count_;
+  void* object_[kRing];  // as far as each has been followed
+  void* local_[kRing];
 };
 
 // Takes the gradients of tensors, a list in the order of the plan's entries. Where locals is a
@@ -137,7 +139,7 @@ bool read_gradients(
       return seen;
     });
   if (!slots) return false;
-  LocalGradients gradients(python, *slots, tensors, locals, specs, count);
+  LocalGradients gradients(python, *slots, tensors, locals, specs, static_cast<int64_t>(count));
   return take_gradients(plan, count, [&](size_t i, DLTensor* view) {
     void* grad = gradients.at(i);
     return grad && python.view(grad, view) == 0;

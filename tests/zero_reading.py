@@ -59,4 +59,20 @@ def dtensors_of_unknown_slots_are_asked(directory, checkpoints):
     assert same_as_twin(*four) == len(list(four[0].parameters()))
 
 
-EVERYWHERE = [gradients_are_read_where_they_are, dtensors_of_unknown_slots_are_asked]
+def the_place_of_gradients_is_known_and_only_used_for_them(directory, checkpoints):
+    tensor = distribute_tensor(torch.randn(8, 2), mesh(), [Shard(0)])
+    assert all(reader._chain())
+    assert reader._slots([tensor]) is not None
+
+    class Own(type(tensor)):
+        grad = property(lambda self: None)
+
+    tensor.__class__ = Own
+    assert reader._slots([tensor]) is None
+
+
+EVERYWHERE = [
+    gradients_are_read_where_they_are,
+    dtensors_of_unknown_slots_are_asked,
+    the_place_of_gradients_is_known_and_only_used_for_them,
+]

@@ -10,6 +10,7 @@ is not there once, the list serves.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from functools import cache
 from operator import is_
 from pathlib import Path
@@ -41,7 +42,7 @@ class _Python(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_void_p, "item", "attribute", "release", "view", "none", "grad"),
-        *_fields(ctypes.c_ssize_t, "type", "impl"),
+        *_fields(ctypes.c_ssize_t, "type", "impl", "meta", "object", "meta_grad"),
     )
 
 
@@ -54,12 +55,44 @@ class _Slots(ctypes.Structure):
     )
 
 
+_LINE = 64  # bytes; what a tensor stands for and its autograd metadata are longer
+
+
+def _words(start: int, size: int) -> dict[int, int | None]:
+    """Memory in words, by where they are from its start, in bytes."""
+    places = range(0, size, ctypes.sizeof(ctypes.c_void_p))
+    return {at: ctypes.c_void_p.from_address(start + at).value for at in places}
+
+
+def _only(places: Iterable[int]) -> int | None:
+    found = list(places)
+    return found[0] if len(found) == 1 else None
+
+
 def _place(owner: Any, address: int) -> int | None:
     """Where an object has an address, in bytes from its own; None where it is not there once. All
     objects of its type have it there."""
-    places = range(0, type(owner).__basicsize__, ctypes.sizeof(ctypes.c_void_p))
-    found = [at for at in places if ctypes.c_void_p.from_address(id(owner) + at).value == address]
-    return found[0] if len(found) == 1 else None
+    words = _words(id(owner), type(owner).__basicsize__)
+    return _only(at for at, word in words.items() if word == address)
+
+
+@cache
+def _chain() -> tuple[int, int, int]:
+    """Where a tensor's gradient is found: _Python's meta, object and meta_grad; zeros where they
+    cannot be told.
+
+    A tensor that has a gradient has autograd metadata, what its data gives has none."""
+    tensor = torch.nn.Parameter(torch.empty(1))
+    tensor.grad = torch.empty(1)
+    other = tensor.data
+    impl, bare = (_words(t._cdata, _LINE) for t in (tensor, other))
+    meta = _only(at for at, word in impl.items() if word and not bare[at])
+    object = _only(at for at, word in impl.items() if (word or 0) & ~1 == id(tensor))
+    if meta is None or object is None:
+        return 0, 0, 0
+    words = _words(impl[meta] or 0, _LINE)
+    grad = _only(at for at, word in words.items() if word == tensor.grad._cdata)
+    return (0, 0, 0) if grad is None else (meta, object, grad)
 
 
 @cache
@@ -78,16 +111,18 @@ def _python() -> _Python | None:
         return None
     functions = (api.PyList_GetItem, api.PyObject_GetAttr, api.Py_DecRef)
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    return _Python(*addresses, exchange.view, id(None), id(_GRAD), *places)
+    return _Python(*addresses, exchange.view, id(None), id(_GRAD), *places, *_chain())
 
 
 def _slots(tensors: list[Any]) -> _Slots | None:
-    """Where DTensors, all of one type, have their local tensors and specs; None where that cannot
-    be told."""
+    """Where DTensors, all of one type, have their local tensors and specs; None where that or the
+    way to their gradients cannot be told."""
     first = tensors[0]
     kind = type(first)
     places = [_place(first, id(getattr(first, name))) for name in ("_local_tensor", "_spec")]
     if None in places or any(type(tensor) is not kind for tensor in tensors):
+        return None
+    if not all(_chain()) or kind.grad is not torch.Tensor.grad:
         return None
     return _Slots(id(kind), *places)
 
