@@ -106,7 +106,7 @@ class LocalGradients {
   }
 
   void* local_of(int64_t i, void* grad) {
-    // Before torch 2.12 the lowest bit says who owns the object.
+    // In older torch (2.11) the lowest bit says which of the two owns the other.
     grad = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(grad) & ~uintptr_t{1});
     if (slot(grad, python_.type) != slots_.type || slot(grad, slots_.spec) != item(specs_, i) ||
         slot(item(tensors_, i), slots_.local) != item(locals_, i))
