@@ -106,6 +106,10 @@ def test_sizes_and_share_end_to_end(tmp_path, monkeypatch):
         assert abs(x["share"] - x["step_ms"] / (x["step_ms"] + x["backward_ms"])) < 1e-5
     assert results.read(out) == []
     assert "| torch-forloop |" in "\n".join(share.table(lines))
+    times = {"onepass": 2.0, "torch-fused": 1.5}
+    timed = [{**line, "step_ms": times.get(line["provider"], 3.0)} for line in lines]
+    slower = [x for x in share.table(timed) if x.startswith("Not the fastest")]
+    assert slower == ["Not the fastest here: torch-fused takes 25.0% less."]
 
 
 @pytest.mark.parametrize("name", ["bench.sizes", "bench.share"])
