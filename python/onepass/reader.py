@@ -58,10 +58,10 @@ class _Slots(ctypes.Structure):
 _LINE = 64  # bytes; what a tensor stands for and its autograd metadata are longer
 
 
-def _words(start: int, size: int) -> dict[int, int | None]:
+def _words(start: int, size: int = _LINE) -> dict[int, int]:
     """Memory in words, by where they are from its start, in bytes."""
     places = range(0, size, ctypes.sizeof(ctypes.c_void_p))
-    return {at: ctypes.c_void_p.from_address(start + at).value for at in places}
+    return {at: ctypes.c_void_p.from_address(start + at).value or 0 for at in places}
 
 
 def _only(places: Iterable[int]) -> int | None:
@@ -76,23 +76,35 @@ def _place(owner: Any, address: int) -> int | None:
     return _only(at for at, word in words.items() if word == address)
 
 
+def _with_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+    tensor, grad = torch.nn.Parameter(torch.empty(1)), torch.empty(1)
+    tensor.grad = grad
+    return tensor, grad
+
+
 @cache
 def _chain() -> tuple[int, int, int]:
     """Where a tensor's gradient is found: _Python's meta, object and meta_grad; zeros where they
     cannot be told.
 
-    A tensor that has a gradient has autograd metadata, what its data gives has none."""
-    tensor = torch.nn.Parameter(torch.empty(1))
-    tensor.grad = torch.empty(1)
-    other = tensor.data
-    impl, bare = (_words(t._cdata, _LINE) for t in (tensor, other))
-    meta = _only(at for at, word in impl.items() if word and not bare[at])
-    object = _only(at for at, word in impl.items() if (word or 0) & ~1 == id(tensor))
+    A tensor that has a gradient has autograd metadata, what its data gives has none. The places
+    found in one tensor must lead to the gradient of another."""
+    unknown = 0, 0, 0
+    (tensor, grad), (other, its_grad) = _with_gradient(), _with_gradient()
+    bare = tensor.data
+    impl, without = _words(tensor._cdata), _words(bare._cdata)
+    meta = _only(at for at, word in impl.items() if word and not without[at])
+    object = _only(at for at, word in impl.items() if word & ~1 == id(tensor))
     if meta is None or object is None:
-        return 0, 0, 0
-    words = _words(impl[meta] or 0, _LINE)
-    grad = _only(at for at, word in words.items() if word == tensor.grad._cdata)
-    return (0, 0, 0) if grad is None else (meta, object, grad)
+        return unknown
+    words = _words(impl[meta])
+    meta_grad = _only(at for at, word in words.items() if word == grad._cdata)
+    if meta_grad is None:
+        return unknown
+    address = other._cdata
+    for at in (meta, meta_grad, object):
+        address = _words(address)[at] if address else 0
+    return (meta, object, meta_grad) if address & ~1 == id(its_grad) else unknown
 
 
 @cache
