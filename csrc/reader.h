@@ -70,7 +70,8 @@ class LocalGradients {
   }
 
  private:
-  static constexpr int64_t kRound = 8, kRing = 8 * kRound;
+  static constexpr int64_t kLinks = 7;  // from a tensor to what a local tensor stands for
+  static constexpr int64_t kRound = 8, kRing = (kLinks + 1) * kRound;
   static constexpr int kImplBytes = 192;  // of them a view reads all, the others few
 
   void* item(void* list, int64_t i) { return python_.item(list, i); }
@@ -90,14 +91,13 @@ class LocalGradients {
   }
 
   bool follow(int64_t begin) {
-    constexpr int64_t kLinks = 7;
     const auto to = [](intptr_t place) {
       return [place](int64_t, void* object) { return slot(object, place); };
     };
     const auto tensor = [&](int64_t i, void*) { return item(tensors_, i); };
     const auto local = [&](int64_t i, void* grad) { return local_of(i, grad); };
     for (int64_t round = begin ? begin : -kLinks * kRound; round <= begin; round += kRound)
-      if (!follow(round, 7, tensor) || !follow(round, 6, to(python_.impl)) ||
+      if (!follow(round, kLinks, tensor) || !follow(round, 6, to(python_.impl)) ||
           !follow(round, 5, to(python_.meta)) || !follow(round, 4, to(python_.meta_grad)) ||
           !follow(round, 3, to(python_.object)) || !follow(round, 2, local) ||
           !follow<kImplBytes>(round, 1, to(python_.impl)))

@@ -2,9 +2,9 @@
 
 An op that takes a list of tensors costs torch more for each of them than all that a plan checks.
 torch.Tensor describes itself to C by DLPack's exchange API, and CPython's stable ABI walks the
-list. What would take them long, the local tensor of a DTensor for one, is read where an object has
-its address. That place is found by looking for a known address in one object of the type; where it
-is not there once, the list serves.
+list. What would take them long, the gradient of a DTensor and its local tensor, is read where an
+object, of Python's or of torch's own, has its address. That place is found by looking for a known
+address in one object of the type; where it is not there once, the list serves.
 """
 
 from __future__ import annotations
