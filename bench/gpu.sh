@@ -83,10 +83,12 @@ build() {
   ONEPASS_CUDA=1 ONEPASS_CUDA_ARCH=$arch "$PYTHON" setup.py -q build_ext --inplace
 }
 
-# Tests in four processes where pytest can: the reference, on the CPU, is what takes the time.
+# Tests in several processes where pytest can: the reference, on the CPU, is what takes the time.
 tests() {
-  local workers=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+  local workers=() cores
+  cores=$(nproc)
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$((cores < 12 ? cores : 12))")
+  export OMP_NUM_THREADS=1
   "$PYTHON" -m pytest -rs --maxfail 20 ${workers[@]+"${workers[@]}"} "$@"
 }
 
