@@ -12,7 +12,7 @@
 #   PYTHON=...  a Python with torch for CUDA, numpy, pytest and setuptools (default python3)
 #   OUT=...     where gpu.log and the result lines, *.jsonl, go (default gpu-out)
 #   WHEELS=...  a folder of wheels of other libraries, installed under OUT for this run
-#   COMMIT=...  what the sources are of, for the result lines, where there is no git
+#   COMMIT=...  what the sources are of, for the result lines, where git does not know
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

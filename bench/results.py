@@ -55,10 +55,12 @@ def environment(device: str = "cpu") -> Line:
     """What all lines of a run share; device: "cpu" or "cuda", the current one."""
     gpu = device == "cuda"
     found = DEVICES[device]
+    told = os.environ.get("COMMIT")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")),
+        "commit": told or _git("rev-parse", "HEAD"),
+        "dirty": not told
+        and bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")),
         "device": found.name,
         "driver": found.driver,
         "cuda": torch.version.cuda if gpu else None,

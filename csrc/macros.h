@@ -52,4 +52,10 @@ ONEPASS_HD float div_rn(float x, float y) {
 #endif
 }
 
+// The roots and quotients of a rule, unless a sweep brings others of the same bits.
+struct Exact {
+  ONEPASS_HD static float sqrt(float x) { return sqrt_rn(x); }
+  ONEPASS_HD static float div(float x, float y) { return div_rn(x, y); }
+};
+
 }  // namespace onepass

@@ -30,9 +30,17 @@ struct Random {
   uint32_t low;  // lower half of the index of the warp's first element
 
   ONEPASS_HD uint32_t draw(int use, int at) const {
+    return word(use, at) >> (use % 2 * 16) & 0xFFFFu;
+  }
+  ONEPASS_HD Upper16 draw_upper(int use, int at) const {
+    const uint32_t drawn = word(use, at);
+    return {use % 2 ? select_bytes(drawn, 0, 0x3244) : drawn << 16};
+  }
+
+ private:
+  ONEPASS_HD uint32_t word(int use, int at) const {
     const RandomKey key = keys[use / 2];
-    const uint32_t start = random_start(key, low + static_cast<uint32_t>(at));
-    return random_mix(key, start) >> (use % 2 * 16) & 0xFFFFu;
+    return random_mix(key, random_start(key, low + static_cast<uint32_t>(at)));
   }
 };
 
@@ -44,7 +52,8 @@ ONEPASS_HD uint32_t code_fp16(float value) { return encode_fp16(value); }
 ONEPASS_HD float from_bf16(uint32_t code) { return decode_bf16(static_cast<uint16_t>(code)); }
 ONEPASS_HD float from_fp16(uint32_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
 
-template <Format F>
+// Quick: see quick.cuh, which asks about the value afterwards.
+template <Format F, bool Quick>
 ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
   switch (F) {
     case Format::kFp32:
@@ -61,52 +70,70 @@ ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
       return code_half_away(from_bits(companion)) == code ? from_bits(companion) : from_bf16(code);
     case Format::kMasterFp16:
       return code_fp16(from_bits(companion)) == code ? from_bits(companion) : from_fp16(code);
-    case Format::kSplit16:
-      return decode_split16(code, static_cast<int16_t>(companion));
-    case Format::kSplit8:
-      return decode_split8(code, static_cast<int8_t>(companion));
+    case Format::kSplit16: {
+      const int32_t low = static_cast<int16_t>(companion);
+      return Quick ? joined_plain(code, low) : decode_split16(code, low);
+    }
+    case Format::kSplit8: {
+      const int32_t low = static_cast<int8_t>(companion);
+      return Quick ? joined_plain(code, low * 256) : decode_split8(code, low);
+    }
     default:
       return from_bf16(code);
   }
+}
+
+// Where in the words that encode_one gives the codes are.
+constexpr int code_at(Format format) { return bits_of(format) == 16 ? 16 : 0; }
+constexpr int companion_at(Format format) {
+  const bool kahan = format == Format::kKahanBf16 || format == Format::kKahanFp16;
+  return kahan ? 16 : format == Format::kSplit8 ? 8 : 0;
 }
 
 struct Pair {
   uint32_t code, companion;
 };
 
-template <Format F, class Draw>
+// Quick: the value is finite.
+template <Format F, bool Quick, class Draw>
 ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
+  const uint32_t bits = to_bits(value);
   switch (F) {
     case Format::kFp32:
-      return {to_bits(value), 0};
+      return {bits, 0};
     case Format::kFp16:
-      return {code_fp16(value), 0};
+      return {code_fp16(value) << 16, 0};
     case Format::kFp16Stochastic:
-      return {encode_fp16_stochastic(value, random16() >> 3), 0};
+      return {uint32_t{encode_fp16_stochastic(value, random16() >> 3)} << 16, 0};
     case Format::kBf16Stochastic:
-      return {round_bf16_stochastic(value, random16()) >> 16, 0};
+      return {Quick ? bits + random16() : round_bf16_stochastic(value, random16()), 0};
     case Format::kKahanBf16: {
-      const uint32_t code = code_bf16(value);
-      return {code, code_bf16(left_over(value, from_bf16(code)))};
+      const uint32_t code = round_bf16(value);
+      return {code, round_bf16(left_over(value, from_bf16(code >> 16)))};
     }
     case Format::kKahanFp16: {
       const uint32_t code = code_fp16(value);
-      return {code, code_fp16(left_over(value, from_fp16(code)))};
+      return {code << 16, code_fp16(left_over(value, from_fp16(code))) << 16};
     }
     case Format::kMasterBf16:
-      return {code_half_away(value), to_bits(value)};
+      return {Quick ? bits + 0x8000u : round_half_away(value), bits};
     case Format::kMasterFp16:
-      return {code_fp16(value), to_bits(value)};
+      return {code_fp16(value) << 16, bits};
     case Format::kSplit16: {
+      if (Quick) return {bits + 0x8000u, bits};
       const Split split = encode_split16(value);
-      return {split.weight, split.low & 0xFFFFu};
+      return {split.weight << 16, split.low};
     }
     case Format::kSplit8: {
+      if (Quick) {
+        const uint32_t rounded = bits + (random16() & 0xFFu);
+        return {rounded + 0x8000u, rounded};
+      }
       const Split split = encode_split8(value, random16());
-      return {split.weight, split.low & 0xFFu};
+      return {split.weight << 16, split.low << 8};
     }
     default:
-      return {code_bf16(value), 0};
+      return {Quick ? bits + (0x7FFFu + (bits >> 16 & 1u)) : round_bf16(value), 0};
   }
 }
 
@@ -125,10 +152,10 @@ struct Block<Format::kMx4, K> {
 };
 
 // mx4 codes the root of a second moment, and a relative one in units of that root.
-template <Format F, Kind K>
-ONEPASS_HD float to_units(float value, float root) {
+template <Format F, Kind K, class Math>
+ONEPASS_HD float to_units(float value, float root, Math& math) {
   if (F != Format::kMx4 || K == kFirst) return value;
-  return K == kSecond ? sqrt_rn(value) : ratio(value, root);
+  return K == kSecond ? math.sqrt(value) : ratio(value, root, math);
 }
 template <Format F, Kind K>
 ONEPASS_HD float from_units(float units, float* root) {
@@ -175,10 +202,35 @@ struct StateCodec {
     }
   }
 
+  __device__ __forceinline__ static void fetch(const Stored& from, int offset, const L& lanes) {
+    C::fetch(static_cast<const char*>(from.data) + int64_t{offset} * bits_of(F) / 8, lanes);
+    if (kScaled && lanes.has(0))
+      fetch_ahead(
+          static_cast<const char*>(from.extra) +
+          (offset + lanes.at(0)) / kBlock * (kDynamic ? 4 : 1));
+  }
+
+  template <class Math>
   __device__ __forceinline__ static void decode(
-      const State<Vector>& state, float (&values)[kElements], float (&roots)[kElements]) {
+      const State<Vector>& state, float (&values)[kElements], float (&roots)[kElements],
+      Math& math) {
+    if constexpr (F == Format::kMx8 && K == kSecond) {
+#pragma unroll
+      for (int w = 0; w < kElements / 4; ++w)
+        math.note_codes(state.raw[w], state.scales[w / (Vector / 4)]);
+    }
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
+      if constexpr (F == Format::kMx8) {
+        using Code = typename Block<F, K>::Code;
+        const uint32_t upper = select_bytes(state.raw[j / 4], 0, j % 4 << 12 | 0x444);
+        const uint32_t scale = state.scales[j / Vector];
+        if constexpr (Math::kQuick && K == kSecond)
+          values[j] = Code::decode_upper_normal(upper, scale);
+        else
+          values[j] = Code::decode_upper(upper, scale);
+        continue;
+      }
       const uint32_t code = C::get(state.raw, j);
       if constexpr (kDynamic) {
         values[j] = kDynamicMaps[K != kSecond].values[code] * from_bits(state.scales[0]);
@@ -186,28 +238,31 @@ struct StateCodec {
         const float units = Block<F, K>::Code::decode(code, state.scales[j / Vector]);
         values[j] = from_units<F, K>(units, &roots[j]);
       } else {
-        values[j] = decode_one<F>(code, 0);
+        values[j] = decode_one<F, Math::kQuick>(code, 0);
       }
     }
   }
 
-  template <bool Full>
+  template <bool Full, class Math>
   __device__ __forceinline__ static void encode(
       const float (&values)[kElements], const Random& random, int use, const L& lanes,
-      State<Vector>& state, float (&roots)[kElements]) {
-    C::clear(state.raw);
+      State<Vector>& state, float (&roots)[kElements], Math& math) {
+    uint32_t words[kElements];
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) math.template note_state<K>(values[j]);
     if constexpr (!kScaled) {
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
         const auto draw = [&] { return random.draw(use, lanes.at(j)); };
-        C::put(state.raw, j, encode_one<F>(values[j], draw).code);
+        words[j] = encode_one<F, Math::kQuick>(values[j], draw).code;
       }
+      C::template pack<code_at(F)>(words, state.raw);
     } else {
       uint32_t largest[kScales] = {};
       float units[kElements];
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
-        units[j] = Full || lanes.has(j) ? to_units<F, K>(values[j], roots[j]) : 0.0f;
+        units[j] = Full || lanes.has(j) ? to_units<F, K>(values[j], roots[j], math) : 0.0f;
         uint32_t& most = largest[kDynamic ? 0 : j / Vector];
         most = max_u32(most, measure(units[j]));
       }
@@ -220,7 +275,8 @@ struct StateCodec {
         const DynamicMap& map = kDynamicMaps[K != kSecond];
 #pragma unroll
         for (int j = 0; j < kElements; ++j)
-          C::put(state.raw, j, finite ? encode_dynamic(div_rn(units[j], divisor), map) : 0u);
+          words[j] = finite ? encode_dynamic(div_rn(units[j], divisor), map) : 0u;
+        C::template pack<0>(words, state.raw);
       } else {
         using Code = typename Block<F, K>::Code;
 #pragma unroll
@@ -228,11 +284,28 @@ struct StateCodec {
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {
           const uint32_t scale = state.scales[j / Vector];
-          const uint32_t finite = Code::encode(units[j], random.draw(use, lanes.at(j)), scale);
-          const uint32_t code = scale == kNotFinite ? Code::kNan : finite;
-          // mx4 shares a byte between two elements, of which the second may not be there.
-          C::put(state.raw, j, Full || lanes.has(j) ? code : 0u);
-          if (K == kSecond && F == Format::kMx4) roots[j] = Code::decode(code, scale);
+          const Upper16 bits = random.draw_upper(use, lanes.at(j));
+          if constexpr (Math::kQuick && F == Format::kMx8) {
+            if constexpr (K == kSecond)
+              words[j] = Code::encode_normal(units[j], bits, scale);
+            else
+              words[j] = Code::encode_magnitude(units[j], bits, scale);
+          } else {
+            const uint32_t finite = Code::encode(units[j], bits, scale);
+            const uint32_t code = scale == kNotFinite ? Code::kNan : finite;
+            // mx4 shares a byte between two elements, of which the second may not be there.
+            words[j] = Full || lanes.has(j) ? code : 0u;
+            if (K == kSecond && F == Format::kMx4) roots[j] = Code::decode(code, scale);
+          }
+        }
+        C::template pack<0>(words, state.raw);
+        if constexpr (Math::kQuick && F == Format::kMx8 && K != kSecond) {
+          Raw signs;
+#pragma unroll
+          for (int j = 0; j < kElements; ++j) words[j] = to_bits(units[j]);
+          C::template pack<24>(words, signs);
+#pragma unroll
+          for (int w = 0; w < kElements / 4; ++w) state.raw[w] |= signs[w] & 0x80808080u;
         }
       }
     }

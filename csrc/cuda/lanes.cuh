@@ -89,6 +89,31 @@ __device__ __forceinline__ T* global(T* address) {
   return address;
 }
 
+// Has the cache of the whole device fetch what a later read asks for.
+__device__ __forceinline__ void fetch_ahead(const void* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// Four of the eight bytes of two words, the second above the first; each hexadecimal digit of which
+// says where a byte comes from, the sign of it repeated where 8 is added.
+ONEPASS_HD uint32_t select_bytes(uint32_t first, uint32_t second, unsigned which) {
+#if defined(__CUDA_ARCH__)
+  uint32_t found;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(first), "r"(second), "r"(which));
+  return found;
+#else
+  const uint64_t both = static_cast<uint64_t>(second) << 32 | first;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i, which >>= 4) {
+    const uint32_t byte = both >> (which % 8 * 8) & 0xFFu;
+    found |= (which & 8 ? (byte & 0x80u ? 0xFFu : 0u) : byte) << (8 * i);
+  }
+  return found;
+#endif
+}
+
 // Codes of Bits bits, of eight elements.
 template <int Bits, int Vector>
 struct Codes {
@@ -109,6 +134,27 @@ struct Codes {
   ONEPASS_HD static void put(Raw& raw, int j, uint32_t code) {
     const int bit = j % Vector * Bits;
     raw[j / Vector * kWords + bit / 32] |= code << (bit % 32);
+  }
+  // All eight. The code of each is in bits From and up of its word; the others do not matter.
+  template <int From = 0>
+  ONEPASS_HD static void pack(const uint32_t (&words)[kElements], Raw& raw) {
+    if constexpr (Bits == 16 && From % 16 == 0) {
+      constexpr unsigned kHalf = From == 0 ? 0x5410 : 0x7632;
+#pragma unroll
+      for (int w = 0; w < kElements / 2; ++w)
+        raw[w] = select_bytes(words[2 * w], words[2 * w + 1], kHalf);
+    } else if constexpr (Bits == 8 && From % 8 == 0) {
+      constexpr unsigned kByte = From / 8, kPair = kByte | (kByte + 4) << 4;
+#pragma unroll
+      for (int w = 0; w < kElements / 4; ++w)
+        raw[w] = select_bytes(
+            select_bytes(words[4 * w], words[4 * w + 1], kPair),
+            select_bytes(words[4 * w + 2], words[4 * w + 3], kPair), 0x5410);
+    } else {
+      clear(raw);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) put(raw, j, words[j] >> From & kMask);
+    }
   }
 
   // Full: every element of the warp is there, and the address is a multiple of 16.
@@ -135,6 +181,12 @@ struct Codes {
       if (lanes.has(j)) Access<kOne>::load(from + L::step(j) * Bits / 8, &code);
       put(raw, j, code);
     }
+  }
+  __device__ __forceinline__ static void fetch(const void* warp, const L& lanes) {
+    const char* from = global(static_cast<const char*>(warp) + lanes.lane * (Vector * Bits / 8));
+#pragma unroll
+    for (int v = 0; v < L::kVectors; ++v)
+      if (lanes.has(v * Vector)) fetch_ahead(from + v * L::kStretch * Bits / 8);
   }
   template <bool Full>
   __device__ __forceinline__ static void store(void* warp, const L& lanes, const Raw& raw) {

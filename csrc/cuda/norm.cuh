@@ -7,14 +7,38 @@
 
 namespace onepass::cuda {
 
-// A NaN is passed over by the largest; it shows in the other two.
-__device__ __forceinline__ void add_to(Norm& norm, float value) {
-  const double wide = value;
-  const float magnitude = from_bits(to_bits(value) & kMagnitude);
-  norm.squares = norm.squares + wide * wide;
-  norm.largest = magnitude > norm.largest ? magnitude : norm.largest;
-  norm.nonfinite += is_finite(value) ? 0 : 1;
-}
+// What one thread has found. largest is the bits of a magnitude, and passes over a NaN, which shows
+// in the other two. Two sums, that no addition waits for the one before it.
+struct Found {
+  double squares[2] = {};
+  uint32_t largest = 0, nonfinite = 0;
+
+  __device__ __forceinline__ void add(const float (&values)[kElements]) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      // The product of two fp32 is exact, so that this rounds once, as the sum alone would.
+      const double wide = values[j];
+      squares[j % 2] = __fma_rn(wide, wide, squares[j % 2]);
+      most = max_u32(most, to_bits(values[j]) & kMagnitude);
+    }
+    if (most >= kInfinity) {
+      most = 0;
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const uint32_t magnitude = to_bits(values[j]) & kMagnitude;
+        nonfinite += magnitude >= kInfinity;
+        most = magnitude > kInfinity ? most : max_u32(most, magnitude);
+      }
+    }
+    largest = max_u32(largest, most);
+  }
+  __device__ __forceinline__ Norm norm() const {
+    return {
+        squares[0] + squares[1], static_cast<double>(from_bits(largest)),
+        static_cast<double>(nonfinite)};
+  }
+};
 
 __device__ __forceinline__ void add_to(Norm& norm, const Norm& other) {
   norm.squares = norm.squares + other.squares;
@@ -40,45 +64,67 @@ __device__ __forceinline__ void add_block(Norm& norm) {
     for (int w = 1; w < kTuning.threads / kWarp; ++w) add_to(norm, warps[w]);
 }
 
+constexpr int kBatch = 4;  // rounds of a block whose reads are asked for before the first is used
+
 template <Format F>
-__device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads, Norm& norm) {
+__device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads, Found& found) {
   constexpr int kBits = bits_of(F), kVector = 128 / kBits;
+  constexpr int kRound = kTuning.threads * kElements;
   using C = Codes<kBits, kVector>;
   const char* grad = static_cast<const char*>(grads) + chunk.start * kBits / 8;
   const bool aligned = reinterpret_cast<uintptr_t>(grad) % 16 == 0;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  for (int offset = warp * kWarpElements; offset < chunk.count;
-       offset += kTuning.threads * kElements) {
-    const Lanes<kVector> lanes{static_cast<int>(threadIdx.x) % kWarp, chunk.count - offset};
+  const auto lanes = [&](int offset) {
+    return Lanes<kVector>{static_cast<int>(threadIdx.x) % kWarp, chunk.count - offset};
+  };
+  const auto add = [&](const Raw& codes) {
+    float values[kElements];
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) values[j] = decode_one<F, false>(C::get(codes, j), 0);
+    found.add(values);
+  };
+  int offset = static_cast<int>(threadIdx.x) / kWarp * kWarpElements;
+#pragma unroll 1
+  for (; aligned && offset + (kBatch - 1) * kRound + kWarpElements <= chunk.count;
+       offset += kBatch * kRound) {
+    Raw codes[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      C::template load<true>(
+          grad + int64_t{offset + i * kRound} * kBits / 8, lanes(offset), codes[i]);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) add(codes[i]);
+  }
+#pragma unroll 1
+  for (; offset < chunk.count; offset += kRound) {
     const char* at = grad + int64_t{offset} * kBits / 8;
     Raw codes;
-    if (aligned && lanes.left >= kWarpElements)
-      C::template load<true>(at, lanes, codes);
+    if (aligned && offset + kWarpElements <= chunk.count)
+      C::template load<true>(at, lanes(offset), codes);
     else
-      C::template load<false>(at, lanes, codes);  // zeros beyond the end
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) add_to(norm, decode_one<F>(C::get(codes, j), 0));
+      C::template load<false>(at, lanes(offset), codes);  // zeros beyond the end
+    add(codes);
   }
 }
 
 // Block b of the grid takes chunks b, b + grid, ... and writes partial b.
 __global__ void __launch_bounds__(kTuning.threads)
     norm_chunks(Tables tables, int64_t chunks, Norm* partials) {
-  Norm norm{0, 0, 0};
+  Found found;
   for (int64_t c = blockIdx.x; c < chunks; c += gridDim.x) {
     const Chunk& chunk = tables.chunks[c];
     const void* grad = tables.grads[chunk.entry];
     switch (chunk.grad_format) {
       case Format::kFp32:
-        norm_chunk<Format::kFp32>(chunk, grad, norm);
+        norm_chunk<Format::kFp32>(chunk, grad, found);
         break;
       case Format::kBf16:
-        norm_chunk<Format::kBf16>(chunk, grad, norm);
+        norm_chunk<Format::kBf16>(chunk, grad, found);
         break;
       default:
-        norm_chunk<Format::kFp16>(chunk, grad, norm);
+        norm_chunk<Format::kFp16>(chunk, grad, found);
     }
   }
+  Norm norm = found.norm();
   add_block(norm);
   if (threadIdx.x == 0) partials[blockIdx.x] = norm;
 }

@@ -31,14 +31,14 @@ void* offset(void* base, int64_t bytes) {
   return base ? static_cast<char*>(base) + bytes : nullptr;
 }
 
-// Where the chunks of an entry start, and its end: every kTuning.chunk elements, and at multiples
-// of 2^32 of the index, where the keys of the random bits change.
-std::vector<int64_t> cut_chunks(int64_t numel, int64_t first) {
+// Where the chunks of an entry start, and its end: every so many elements, and at multiples of 2^32
+// of the index, where the keys of the random bits change.
+std::vector<int64_t> cut_chunks(int64_t numel, int64_t first, int64_t most) {
   constexpr int64_t kHalf = int64_t{1} << 32;
   std::vector<int64_t> cuts;
   for (int64_t at = 0; at < numel;) {
     cuts.push_back(at);
-    const int64_t chunk = (at / kTuning.chunk + 1) * kTuning.chunk;
+    const int64_t chunk = (at / most + 1) * most;
     const int64_t half = at + kHalf - (first + at) % kHalf;
     at = std::min(chunk, half);
   }
@@ -134,7 +134,8 @@ struct CudaPlan : Plan {
         STD_TORCH_CHECK(
             !entry.has(k) || entry.state_formats[k] == held,
             "onepass: states of one parameter in two formats", at(e));
-      const std::vector<int64_t> cuts = cut_chunks(entry.numel, entry.first);
+      const int64_t most = held == Format::kFp32 ? kTuning.wide_chunk : kTuning.chunk;
+      const std::vector<int64_t> cuts = cut_chunks(entry.numel, entry.first, most);
       for (size_t c = 0; c + 1 < cuts.size(); ++c) {
         const int64_t start = cuts[c];
         Chunk chunk{};

@@ -30,6 +30,7 @@ constexpr uint32_t kReducedPrecision[kRules] = {
   COMBINATION(kBf16Stochastic, kBf16, kFp32)           \
   COMBINATION(kBf16Stochastic, kBf16, kBf16Stochastic) \
   COMBINATION(kBf16Stochastic, kBf16, kMx8)            \
+  COMBINATION(kBf16Stochastic, kBf16, kMx4)            \
   COMBINATION(kMasterBf16, kBf16, kFp32)               \
   COMBINATION(kMasterBf16, kBf16, kBf16Stochastic)     \
   COMBINATION(kMasterBf16, kBf16, kMx8)                \

@@ -16,6 +16,12 @@ constexpr uint32_t kRatioLimit = 0x40E00000u;  // 7: bounds what mx4 can make of
 
 ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
+// 16 random bits in the upper half of a word whose lower half is zero; elsewhere they are its
+// value.
+struct Upper16 {
+  uint32_t word;
+};
+
 template <int Exponent, int Mantissa>
 struct Minifloat {
   static constexpr int kMantissa = Mantissa;
@@ -33,10 +39,13 @@ struct Minifloat {
     const uint32_t e = max_u32(top, kSpan + least) - kSpan;
     return largest >= kInfinity ? kNotFinite : e;
   }
-  // The code of bits that are at least those of the lowest exponent; random16 becomes the upper of
-  // the bits that are dropped.
-  ONEPASS_HD static uint32_t round(uint32_t bits, uint32_t random16, uint32_t scale) {
-    return ((bits + (random16 << (kDropped - 16))) >> kDropped) - (scale << Mantissa);
+  // The 16 random bits become the upper of the bits that are dropped.
+  ONEPASS_HD static uint32_t spread(uint32_t random16) { return random16 << kRandomShift; }
+  ONEPASS_HD static uint32_t spread(Upper16 random) { return random.word >> (32 - kDropped); }
+  // The code of bits that are at least those of the lowest exponent.
+  template <class Random>
+  ONEPASS_HD static uint32_t round(uint32_t bits, Random random, uint32_t scale) {
+    return ((bits + spread(random)) >> kDropped) - (scale << Mantissa);
   }
   ONEPASS_HD static float value(uint32_t code, uint32_t scale) {
     return from_bits((code + (scale << Mantissa)) << kDropped);
@@ -53,14 +62,28 @@ struct Unsigned : Minifloat<Exponent, Mantissa> {
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
   ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 0); }
-  ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
+  template <class Random>
+  ONEPASS_HD static uint32_t encode(float value, Random random, uint32_t scale) {
     const uint32_t bits = to_bits(value);
-    const int32_t steps = static_cast<int32_t>(Base::round(bits, random16, scale));
-    const uint32_t code = static_cast<uint32_t>(steps > 1 ? steps : 1);
+    const uint32_t code = encode_normal(value, random, scale);
     return code < bits ? code : bits;
+  }
+  // Of a value whose bits are more than any code.
+  template <class Random>
+  ONEPASS_HD static uint32_t encode_normal(float value, Random random, uint32_t scale) {
+    const int32_t steps = static_cast<int32_t>(Base::round(to_bits(value), random, scale));
+    return static_cast<uint32_t>(steps > 1 ? steps : 1);
   }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
     return code == 0 ? 0.0f : Base::value(code, scale);
+  }
+  // Of a code in the upper bits of a word whose other bits are zero.
+  ONEPASS_HD static float decode_upper(uint32_t word, uint32_t scale) {
+    return word == 0 ? 0.0f : decode_upper_normal(word, scale);
+  }
+  // Likewise; the code is not 0, unless the scale is 0 as well.
+  ONEPASS_HD static float decode_upper_normal(uint32_t word, uint32_t scale) {
+    return from_bits((word >> (32 - Exponent - Mantissa - Base::kDropped)) + (scale << 23));
   }
 };
 
@@ -73,8 +96,9 @@ struct Positive : Minifloat<Exponent, Mantissa> {
   ONEPASS_HD static uint32_t scale(uint32_t largest) {
     return largest == 0 ? 0u : Base::lowest(largest, kLowestRoot);
   }
-  ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
-    const uint32_t code = Base::round(max_u32(to_bits(value), scale << 23), random16, scale);
+  template <class Random>
+  ONEPASS_HD static uint32_t encode(float value, Random random, uint32_t scale) {
+    const uint32_t code = Base::round(max_u32(to_bits(value), scale << 23), random, scale);
     return scale == 0 ? 0u : code;
   }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
@@ -93,22 +117,33 @@ struct Signed : Minifloat<Exponent, Mantissa> {
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value) & kMagnitude; }
   ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 1, kLift); }
-  ONEPASS_HD static uint32_t encode(float value, uint32_t random16, uint32_t scale) {
-    const uint32_t bits = to_bits(value);
-    const float lifted = from_bits(bits & kMagnitude) + from_bits(scale << 23);
-    const uint32_t code = Base::round(to_bits(lifted), random16, scale);
-    return code | (bits >> (31 - kWidth) & 1u << kWidth);
+  template <class Random>
+  ONEPASS_HD static uint32_t encode(float value, Random random, uint32_t scale) {
+    const uint32_t sign = to_bits(value) >> (31 - kWidth) & kSign;
+    return encode_magnitude(value, random, scale) | sign;
+  }
+  template <class Random>
+  ONEPASS_HD static uint32_t encode_magnitude(float value, Random random, uint32_t scale) {
+    const float lifted = from_bits(to_bits(value) & kMagnitude) + from_bits(scale << 23);
+    return Base::round(to_bits(lifted), random, scale);
   }
   ONEPASS_HD static float decode(uint32_t stored, uint32_t scale) {
     const uint32_t code = stored & ((1u << kWidth) - 1);
     const float value = Base::value(code, scale) - from_bits(scale << 23);
     return from_bits(to_bits(value) | (stored << (31 - kWidth) & 1u << 31));
   }
+  // Of a code in the upper bits of a word whose other bits are zero.
+  ONEPASS_HD static float decode_upper(uint32_t word, uint32_t scale) {
+    const uint32_t magnitude = (word & kMagnitude) >> (31 - kWidth - Base::kDropped);
+    const float value = from_bits(magnitude + (scale << 23)) - from_bits(scale << 23);
+    return from_bits(to_bits(value) | (word & ~kMagnitude));
+  }
 };
 
 // value / root as mx4 codes it, held to the limit where it is finite.
-ONEPASS_HD float ratio(float value, float root) {
-  const uint32_t bits = to_bits(div_rn(value, root == 0.0f ? 1.0f : root));
+template <class Math = Exact>
+ONEPASS_HD float ratio(float value, float root, Math&& math = Math()) {
+  const uint32_t bits = to_bits(math.div(value, root == 0.0f ? 1.0f : root));
   const uint32_t magnitude = bits & kMagnitude;
   const bool over = magnitude > kRatioLimit && magnitude < kInfinity;
   return from_bits((over ? kRatioLimit : magnitude) | (bits & ~kMagnitude));

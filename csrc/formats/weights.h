@@ -38,6 +38,10 @@ ONEPASS_HD float joined(uint32_t weight, int32_t low) {
   const int32_t kept = (weight & 0x7FFFu) == 0 ? positive : low;
   return from_bits((weight << 16) + static_cast<uint32_t>(kept));
 }
+// Of any other weight: of such a one it is that NaN.
+ONEPASS_HD float joined_plain(uint32_t weight, int32_t low) {
+  return from_bits((weight << 16) + static_cast<uint32_t>(low));
+}
 ONEPASS_HD float decode_split16(uint32_t weight, int32_t low) { return joined(weight, low); }
 
 // The upper 24 bits, the lowest of them rounded stochastically by the lower 8 of 16 random bits.

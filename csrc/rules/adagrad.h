@@ -23,12 +23,13 @@ struct Adagrad {
     return {rounded(lr), rounded(decay_of(o, lr)), rounded(eps)};
   }
 
+  template <class Math = Exact>
   ONEPASS_HD static void update(
-      const Hyper& h, float& param, float grad, float& sum, float&, float&) {
+      const Hyper& h, float& param, float grad, float& sum, float&, float&, Math&& math = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     sum = sum + grad * grad;
-    const float denom = kEpsInSqrt ? sqrt_rn(sum + h.eps) : sqrt_rn(sum) + h.eps;
-    float delta = h.lr * div_rn(grad, denom);
+    const float denom = kEpsInSqrt ? math.sqrt(sum + h.eps) : math.sqrt(sum) + h.eps;
+    float delta = h.lr * math.div(grad, denom);
     if (kDecoupled) delta = delta + h.weight_decay * param;
     param = param - delta;
   }

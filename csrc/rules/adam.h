@@ -29,9 +29,10 @@ struct Adam {
         rounded(beta2),     rounded(1.0 - beta2),       rounded(eps * root)};
   }
 
+  template <class Math = Exact>
   ONEPASS_HD static void update(
       const Hyper& h, float& param, float grad, float& exp_avg, float& exp_avg_sq,
-      float& max_exp_avg_sq) {
+      float& max_exp_avg_sq, Math&& math = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
@@ -40,8 +41,8 @@ struct Adam {
       max_exp_avg_sq = max_exp_avg_sq >= exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
       second = max_exp_avg_sq;
     }
-    const float denom = sqrt_rn(second) + h.eps;
-    float delta = h.step_size * div_rn(exp_avg, denom);
+    const float denom = math.sqrt(second) + h.eps;
+    float delta = h.step_size * math.div(exp_avg, denom);
     if (kDecoupled) delta = delta + h.weight_decay * param;
     param = param - delta;
   }

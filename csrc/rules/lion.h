@@ -22,8 +22,9 @@ struct Lion {
             rounded(beta2), rounded(1.0 - beta2)};
   }
 
+  template <class Math = Exact>
   ONEPASS_HD static void update(
-      const Hyper& h, float& param, float grad, float& exp_avg, float&, float&) {
+      const Hyper& h, float& param, float grad, float& exp_avg, float&, float&, Math&& = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     const float blend = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     // sign(0) is 0, and sign(NaN) is NaN: a broken gradient shows in the weights at once.

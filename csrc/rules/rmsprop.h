@@ -26,9 +26,10 @@ struct Rmsprop {
             rounded(eps),  rounded(momentum)};
   }
 
+  template <class Math = Exact>
   ONEPASS_HD static void update(
       const Hyper& h, float& param, float grad, float& square_avg, float& momentum_buffer,
-      float& grad_avg) {
+      float& grad_avg, Math&& math = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     square_avg = h.alpha * square_avg + h.one_minus_alpha * (grad * grad);
     float variance = square_avg;
@@ -38,8 +39,8 @@ struct Rmsprop {
       // Rounding can leave it below zero, where torch.optim's root is NaN. NaN itself passes.
       variance = variance < 0.0f ? 0.0f : variance;
     }
-    const float denom = kEpsInSqrt ? sqrt_rn(variance + h.eps) : sqrt_rn(variance) + h.eps;
-    float direction = div_rn(grad, denom);
+    const float denom = kEpsInSqrt ? math.sqrt(variance + h.eps) : math.sqrt(variance) + h.eps;
+    float direction = math.div(grad, denom);
     if (kMomentum) {
       momentum_buffer = h.momentum * momentum_buffer + direction;
       direction = momentum_buffer;

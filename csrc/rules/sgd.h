@@ -26,8 +26,10 @@ struct Sgd {
   }
 
   // one_minus_dampening is 1 on the step that creates the buffer: torch starts it at the gradient.
+  template <class Math = Exact>
   ONEPASS_HD static void update(
-      const Hyper& h, float& param, float grad, float& momentum_buffer, float&, float&) {
+      const Hyper& h, float& param, float grad, float& momentum_buffer, float&, float&,
+      Math&& = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     float direction = grad;
     if (kMomentum) {

@@ -32,6 +32,8 @@ struct alignas(16) uint4 {
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+inline double __fma_rn(double x, double y, double z) { return __builtin_fma(x, y, z); }
+
 namespace shim {
 
 constexpr int kWarp = 32, kMostThreads = 1024;
@@ -91,6 +93,13 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   std::memcpy(&value, warp.values[lane ^ static_cast<unsigned>(distance)], sizeof value);
   shim::meet(warp.meeting, shim::kWarp);  // nobody writes before all have read
   return value;
+}
+
+inline bool __all_sync(unsigned mask, bool value) {
+  int all = value;
+  for (int distance = 1; distance < shim::kWarp; distance *= 2)
+    all &= __shfl_xor_sync(mask, all, distance);
+  return all != 0;
 }
 
 // --- the host's side ---

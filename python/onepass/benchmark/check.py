@@ -24,8 +24,15 @@ of its value from the next, a code of mx4 a half, and both moments of an element
 SECOND = -0.5
 """The second gradient over the first, exact to form. With equal gradients Adam's update would not
 depend on its betas."""
-BLOCK = 256
-"""Elements of dynamic8 that share a scale."""
+BLOCKS = {"dynamic8": 256, "mx8": 32}
+"""Elements that share a scale."""
+SMALL = 2**-7
+"""Below so much of the largest of its block a first moment has codes in mx8 that lie evenly, an
+eighth of EVEN of the largest from each other, whatever its own size."""
+EVEN = 2**-14
+"""Where those codes begin, over the largest of the block, at most."""
+FLOOR = 2**-29
+"""The lowest code of a second moment in mx8, over the largest of the block, at most."""
 LOWEST = 0.325e-6
 """The lowest value above zero of dynamic8's map of second moments, over the largest of the block:
 the centre of the lower half of the lowest decade, 1e-7 to 1e-6."""
@@ -86,13 +93,13 @@ def sample(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts).double()
 
 
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """Beside each sampled element, the largest magnitude of its block of dynamic8."""
+def _largest(tensors: Sequence[Tensor], block: int) -> Tensor:
+    """Beside each sampled element, the largest magnitude of its block."""
     parts = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1).abs()
-        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-        parts.append(blocks.amax(1).repeat_interleave(BLOCK)[: len(flat)])
+        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+        parts.append(blocks.amax(1).repeat_interleave(block)[: len(flat)])
     return sample(parts)
 
 
@@ -104,7 +111,7 @@ def _neighbours(unit: Tensor) -> tuple[Tensor, Tensor]:
     values = [0.0, 1.0]
     for k in range(7):
         values += [(0.1 + 0.9 * (j + 0.5) / 2**k) * 10.0 ** (k - 6) for j in range(2**k)]
-    ladder = torch.tensor(sorted(values), dtype=torch.float64)
+    ladder = torch.tensor(sorted(values), dtype=torch.float64, device=unit.device)
     above = torch.searchsorted(ladder, unit).clamp(1, len(ladder) - 1)
     return ladder[above - 1], ladder[above]
 
@@ -115,8 +122,8 @@ class Expected:
     Attributes:
         after: with exact states.
         low, high: what they may be before any rounding is allowed for: after, but for the elements
-            of which dynamic8 loses the second moment.
-        lost: which those are; None without dynamic8.
+            that are lost.
+        lost: those that are too small in their block for its codes; None without codes in blocks.
     """
 
     def __init__(self, case: Case, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -127,8 +134,9 @@ class Expected:
         self.after, self.path = self.before, zero
         self.lost: Tensor | None = None
         for t in range(1, STEPS + 1):
-            if t == STEPS and case.rule == "adamw" and case.states == "dynamic8":
-                lost, low, high = self._bounds(states, grad, _largest(grads))
+            if t == STEPS and case.rule == "adamw" and case.states in BLOCKS:
+                bounds = self._bounds if case.states == "dynamic8" else self._bounds_mx8
+                lost, low, high = bounds(states, grad, _largest(grads, BLOCKS[case.states]))
                 self.lost = lost
             now = RULES[case.rule](self.after, grad, t, states, OPTIONS[case.rule])
             self.path = self.path + (now - self.after).abs()
@@ -169,6 +177,28 @@ class Expected:
         found = torch.stack(ends)
         return lost, found.amin(0), found.amax(0)
 
+    def _bounds_mx8(
+        self, states: list[Tensor], grad: Tensor, largest: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(which first moments are small in their block, lowest weight, highest weight): after
+        AdamW's second step, from either end of what the codes may make of each moment.
+
+        Args: as :meth:`_bounds`.
+        """
+        beta1, beta2 = OPTIONS["adamw"]["betas"]
+        first, second = states
+        scale = (1 - beta1) * largest
+        lost = first.abs() < SMALL * scale
+        reach = (first.abs() + EVEN * scale) / 8
+        lowest = FLOOR * (1 - beta2) * largest**2
+        ends = [
+            _adamw(self.after, grad, STEPS, [m, v], OPTIONS["adamw"])
+            for m in (first - reach, first + reach)
+            for v in (second * 7 / 8, torch.maximum(second * 9 / 8, lowest))
+        ]
+        found = torch.stack(ends)
+        return lost, found.amin(0), found.amax(0)
+
     def problem(
         self,
         step: Callable[[], Any],
@@ -197,7 +227,7 @@ class Expected:
         # A weight that is rounded stochastically may be a whole spacing off.
         rounding = 4.0 if self.case.weights == "stochastic" else 2.0
         coarse = torch.full_like(unit, COARSE.get(self.case.states, 0.0))
-        if self.lost is not None:
+        if self.lost is not None and self.case.states == "dynamic8":
             coarse[self.lost] = 0.0  # low and high have it already
         limit = rounding * STEPS * unit + (slack + coarse) * self.path
         off = torch.maximum(self.low - found, found - self.high)
@@ -215,7 +245,12 @@ class Expected:
         """Of how many elements less is required, and why; empty when of none."""
         if self.lost is None:
             return ""
+        count = int(self.lost.sum())
+        if self.case.states == "mx8":
+            return (
+                f"; {count} are small in their block, where codes lie evenly, and may be a code off"
+            )
         return (
-            f"; {int(self.lost.sum())} have a second moment that the map of dynamic8 has no "
+            f"; {count} have a second moment that the map of dynamic8 has no "
             "value for, and may step by anything up to what their own gradient allows"
         )

@@ -22,7 +22,7 @@ ONE_EACH = {"cpu": 1, "cuda": 300}  # a call, or several, for each tensor
 COMPILED = {"cpu": 1, "cuda": 50}  # minutes of compilation on a list of hundreds
 EVERYWHERE = CPU | CUDA
 # Forming 1 - beta2**t in fp32 costs up to 6e-5 of the first update; onepass and torch do it in
-# float64, unless torch compiles its step, and several others do not.
+# float64, unless torch compiles its step or runs its fused one on a GPU; several others do not.
 FP32_CORRECTION = 1e-4
 
 
@@ -178,7 +178,9 @@ def _torch(kind: str, rules: list[str], **fixed: Any) -> Provider:
     options = {"most_tensors": fixed.pop("most_tensors", None)}
     options["compiled"] = fixed.pop("compiled", False)
     options["devices"] = fixed.pop("devices", EVERYWHERE)
-    options["slack"] = FP32_CORRECTION if options["compiled"] else 0.0
+    # The CUDA kernel forms it in fp32 as well.
+    single = options["compiled"] or (options["devices"] == CUDA and "fused" in fixed)
+    options["slack"] = FP32_CORRECTION if single else 0.0
     makers = {rule: named(CLASSES[rule], **fixed) for rule in rules}
     name = f"torch-{kind}"
     return Provider(name, "torch", "torch.optim", makers, formats=AS_WEIGHTS, **options)

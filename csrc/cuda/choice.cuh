@@ -1,0 +1,150 @@
+// What a kernel knows of its chunks when it is compiled, and what each chunk says for itself.
+#pragma once
+
+#include <type_traits>
+
+#include "codecs.cuh"
+#include "quick.cuh"
+
+namespace onepass::cuda {
+
+// The formats of a chunk, known when the kernel is compiled. Any is what every chunk of a mixed
+// list says for itself; the code below is the same, with a branch that a whole block takes.
+template <Format Param, Format Grad, Format Held>
+struct Fixed {
+  // 16 bytes of the widest tensor at once, and of a list of fp32 two such vectors.
+  static constexpr bool kWide = bits_of(Param) == 32 || bits_of(Grad) == 32 ||
+                                bits_of(Held) == 32 || companion_bits_of(Param) == 32;
+  static constexpr int kVector = kWide ? 4 : 8;
+  static constexpr bool kDraws = is_stochastic(Param) || is_stochastic(Held);
+  static constexpr bool kQuick = true;
+  static constexpr bool kFetch = true;
+
+  ONEPASS_HD explicit Fixed(const Chunk&) {}
+  template <class Work>
+  ONEPASS_HD void param(const Work& work) const {
+    work(Tag<Param>{});
+  }
+  template <class Work>
+  ONEPASS_HD void grad(const Work& work) const {
+    work(Tag<Grad>{});
+  }
+  template <class Work>
+  ONEPASS_HD void held(const Work& work) const {
+    work(Tag<Held>{});
+  }
+};
+
+struct Any {
+  static constexpr int kVector = 4;
+  static constexpr bool kDraws = true;
+  static constexpr bool kQuick = false;  // its registers do not hold eight elements of everything
+  static constexpr bool kFetch = false;
+  Format param_, grad_, held_;
+
+  ONEPASS_HD explicit Any(const Chunk& chunk)
+      : param_(chunk.param_format), grad_(chunk.grad_format), held_(chunk.state_format) {}
+
+#define ONEPASS_CASE(NAME) \
+  case Format::NAME:       \
+    return work(Tag<Format::NAME>{});
+  template <class Work>
+  ONEPASS_HD void param(const Work& work) const {
+    switch (param_) {
+      ONEPASS_CASE(kFp32)
+      ONEPASS_CASE(kBf16)
+      ONEPASS_CASE(kFp16)
+      ONEPASS_CASE(kBf16Stochastic)
+      ONEPASS_CASE(kFp16Stochastic)
+      ONEPASS_CASE(kKahanBf16)
+      ONEPASS_CASE(kKahanFp16)
+      ONEPASS_CASE(kMasterBf16)
+      ONEPASS_CASE(kMasterFp16)
+      ONEPASS_CASE(kSplit16)
+      ONEPASS_CASE(kSplit8)
+      default:
+        return;
+    }
+  }
+  template <class Work>
+  ONEPASS_HD void grad(const Work& work) const {
+    switch (grad_) {
+      ONEPASS_CASE(kFp32)
+      ONEPASS_CASE(kBf16)
+      ONEPASS_CASE(kFp16)
+      default:
+        return;
+    }
+  }
+  template <class Work>
+  ONEPASS_HD void held(const Work& work) const {
+    switch (held_) {
+      ONEPASS_CASE(kFp32)
+      ONEPASS_CASE(kBf16Stochastic)
+      ONEPASS_CASE(kMx8)
+      ONEPASS_CASE(kMx4)
+      ONEPASS_CASE(kDynamic8)
+      default:
+        return;
+    }
+  }
+#undef ONEPASS_CASE
+};
+
+// The flags of a rule, likewise.
+template <template <unsigned> class Rule, unsigned Flags>
+struct FixedRule {
+  using Sample = Rule<Flags>;  // whose kinds of states are those of every flag
+  ONEPASS_HD explicit FixedRule(const Chunk&) {}
+  ONEPASS_HD static constexpr bool has(int slot) { return Rule<Flags>::kSlots >> slot & 1; }
+  template <class Work>
+  ONEPASS_HD void with(const Work& work) const {
+    work(Rule<Flags>{});
+  }
+};
+
+template <template <unsigned> class Rule>
+struct AnyRule {
+  using Sample = Rule<0>;
+  unsigned flags_;
+  ONEPASS_HD explicit AnyRule(const Chunk& chunk) : flags_(chunk.flags) {}
+  ONEPASS_HD bool has(int slot) const {
+    unsigned slots = 0;
+    with([&](auto rule) { slots = decltype(rule)::kSlots; });
+    return slots >> slot & 1;
+  }
+  template <class Work>
+  ONEPASS_HD void with(const Work& work) const {
+    from<0>(work);
+  }
+
+ private:
+  template <unsigned Flags, class Work>
+  ONEPASS_HD void from(const Work& work) const {
+    if constexpr (Flags < kMaxFlags) {
+      if constexpr (Rule<Flags>::kValid) {
+        if (flags_ == Flags) return work(Rule<Flags>{});
+      }
+      from<Flags + 1>(work);
+    }
+  }
+};
+
+template <class Work>
+__device__ __forceinline__ void for_each_slot(const Work& work) {
+  work(std::integral_constant<int, 0>{});
+  work(std::integral_constant<int, 1>{});
+  work(std::integral_constant<int, 2>{});
+}
+
+// The slots with the first second moment in front, which mx4's other states depend on.
+template <class Rule, class Work>
+__device__ __forceinline__ void for_each_slot_in_order(const Work& work) {
+  constexpr unsigned kSecond = Rule::kSecond;
+  constexpr int kFront = kSecond & 1 ? 0 : kSecond & 2 ? 1 : kSecond & 4 ? 2 : 0;
+  work(std::integral_constant<int, kFront>{});
+  work(std::integral_constant<int, kFront == 0 ? 1 : 0>{});
+  work(std::integral_constant<int, kFront == 2 ? 1 : 2>{});
+}
+
+}  // namespace onepass::cuda
