@@ -122,9 +122,8 @@ def _run(
             print(f"{name:<18} {why}")
     print("\nbars (AdamW)")
     for verdict in bars.judge(found, device.type):
-        ratio = "" if verdict.ratio is None else f"{verdict.ratio:.2f}"
         bar = verdict.bar
-        print(f"{bar.text:<42} {ratio:>7}  (needs {bar.needed:g})  {verdict.result}")
+        print(f"{bar.text:<42} {verdict.shown:>7}  (needs {bar.needed:g})  {verdict.result}")
     if out is not None:
         print(f"\n{len(found)} lines appended to {out}")
     return int(wrong)

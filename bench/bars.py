@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .results import Line
@@ -121,6 +122,11 @@ class Verdict:
         if self.ratio is None:
             return "not measured"
         return "pass" if self.ratio >= self.bar.needed else "fail"
+
+    @property
+    def shown(self) -> str:
+        """The ratio, rounded down, that no failure looks like a pass; nothing for None."""
+        return "" if self.ratio is None else f"{math.floor(self.ratio * 1000) / 1000:.3f}"
 
 
 def judge(lines: list[Line], device: str = "cpu") -> list[Verdict]:

@@ -22,7 +22,7 @@ LOG=$OUT/gpu.log
 : >"$LOG"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH="$PWD/python:$PWD${WHEELS:+:$OUT/peers}${PYTHONPATH:+:$PYTHONPATH}"
-wanted=" ${*:-tools wheels build info code bits memcheck racecheck bench phase counters} "
+wanted=" ${*:-tools wheels build info code bits quick memcheck racecheck bench phase counters} "
 failed=()
 skipped=()
 
@@ -92,6 +92,11 @@ tests() {
   "$PYTHON" -m pytest -rs --maxfail 20 ${workers[@]+"${workers[@]}"} "$@"
 }
 
+quick() {
+  tool nvcc -std=c++17 -O3 --fmad=false --expt-relaxed-constexpr -arch=native \
+    tests/cuda_quick.cu -o "$OUT/quick" && "$OUT/quick"
+}
+
 sanitize() { # --report-api-errors: torch asks the driver for functions that it may lack.
   tool compute-sanitizer --error-exitcode 1 --report-api-errors no --tool "$1" \
     "$PYTHON" tests/cuda_sanitize.py
@@ -102,7 +107,7 @@ counters() { # Clocks as they are: a container may not set them.
     --kernel-name regex:sweep --launch-skip 2 "$PYTHON" -m bench.steps --steps 3
 }
 
-export -f tool tools wheels build tests sanitize counters
+export -f tool tools wheels build tests quick sanitize counters
 export PYTHON OUT WHEELS
 
 part tools 10 bash -c tools
@@ -111,6 +116,7 @@ part build 150 bash -c build
 part info 20 "$PYTHON" -m onepass info
 part code 30 bash -c 'tests tests/test_cuda_code.py'
 part bits 130 bash -c 'tests tests/test_cuda_gpu.py tests/test_cuda_gpu_step.py'
+part quick 60 bash -c quick
 part pages 100 bash -c 'tests tests/test_paging_gpu.py'
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'

@@ -42,12 +42,16 @@ RULE_NAMES = {
     "adagrad": "Adagrad",
     "rmsprop": "RMSprop",
 }
-# Of cases on a CPU, by the format of the states.
-REASONS = {
+# By the format of the states.
+CPU_REASONS = {
     "mx4": "Arithmetic bounds it: an element takes as long in a cache as in memory. Its bytes are "
     "less than a third of fp32's, and memory is what 4 bits save.",
     "dynamic8": "bitsandbytes' map is a table without a formula: a code is a gather to decode and "
     "three to encode. It is here for their checkpoints; mx8 is the fast 8-bit format.",
+}
+GPU_REASONS = {
+    "dynamic8": "Its map is searched for each code, in a kernel that serves every mix of formats: "
+    "it has none of its own. It is here for bitsandbytes' checkpoints.",
 }
 UNEXPLAINED = "Not explained yet."
 
@@ -77,7 +81,7 @@ def _cases(lines: list[Line]) -> list[list[Line]]:
 def title(line: Line) -> str:
     """A case in words."""
     rule = RULE_NAMES.get(line["rule"], line["rule"])
-    if line["param_dtype"] == line["states"]:
+    if line["param_dtype"] == line["states"] and line["weights"] == "native":
         formats = line["states"] if line["states"] == "fp32" else f"all {line['states']}"
     else:
         kept = "" if line["weights"] == "native" else f" {line['weights']}"
@@ -115,11 +119,8 @@ def slower_cases(cases: list[list[Line]]) -> list[str]:
 
 def reason(line: Line) -> str:
     """Why a case of ours may take longer than others', in a sentence."""
-    if line["cuda"] is None:
-        for states, text in REASONS.items():
-            if line["states"] == states:
-                return text
-    return UNEXPLAINED
+    reasons = GPU_REASONS if line["cuda"] else CPU_REASONS
+    return reasons.get(line["states"], UNEXPLAINED)
 
 
 def unmeasured(lines: list[Line]) -> str:
@@ -178,8 +179,8 @@ def _bar_table(lines: list[Line]) -> list[str]:
     rows = ["| bar (AdamW) | ratio | needed | result |", "|---|---:|---:|---|"]
     for of_each_run in zip(*runs, strict=True):
         verdict = next((v for v in of_each_run if v.ratio is not None), of_each_run[0])
-        ratio = "" if verdict.ratio is None else f"{verdict.ratio:.2f}"
-        rows.append(f"| {verdict.bar.text} | {ratio} | {verdict.bar.needed:g} | {verdict.result} |")
+        bar = verdict.bar
+        rows.append(f"| {bar.text} | {verdict.shown} | {bar.needed:g} | {verdict.result} |")
     return rows
 
 

@@ -21,7 +21,7 @@ from .floats import from_bf16, from_fp16, from_fp32
 from .table import COLUMNS, COUNT, ENTRY, INTERPRETED, START, Tuning
 
 # Programs of a launch, if there are so many chunks. They take chunks in turn, so that each has the
-# same share; the last program reads what they leave. Untuned: no GPU has run these yet.
+# same share; the last program reads what they leave. Untuned.
 PROGRAMS = tl.constexpr(8192)
 # Groups that a program reads at once: four accesses a thread of 256.
 GROUPS = tl.constexpr(1024)

@@ -57,7 +57,7 @@ class Tuning:
         return {**found, "maxnreg": self.registers} if narrow and self.registers else found
 
 
-# By warp size: NVIDIA, AMD CDNA. Untuned: no GPU has run these yet.
+# By warp size: NVIDIA, AMD CDNA. Untuned.
 TUNING = {32: Tuning(1024, 8, 8192, 128), 64: Tuning(1024, 4, 8192, None)}
 THREADS = tl.constexpr(256)  # of a program, in each of them
 

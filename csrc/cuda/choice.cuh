@@ -19,6 +19,12 @@ struct Fixed {
   static constexpr bool kDraws = is_stochastic(Param) || is_stochastic(Held);
   static constexpr bool kQuick = true;
   static constexpr bool kFetch = true;
+  // Blocks that leave each other the registers in which nothing spills.
+  static constexpr bool kMx8 = Held == Format::kMx8;
+  static constexpr int kBits = companion_bits_of(Param);
+  static constexpr bool kFp16 = Param == Format::kFp16Stochastic || Param == Format::kMasterFp16;
+  static constexpr int kFewer = ((kMx8 && (kBits == 8 || kBits == 32)) || kFp16) + (kMx8 && kFp16);
+  static constexpr int kBlocks = kTuning.blocks_per_sm - kFewer;
 
   ONEPASS_HD explicit Fixed(const Chunk&) {}
   template <class Work>

@@ -259,8 +259,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
 
 // One combination of rule, flags and formats: a list that has no other.
 template <template <unsigned> class Rule, unsigned Flags, class Formats>
-__global__ void __launch_bounds__(kTuning.threads, kTuning.blocks_per_sm)
-    sweep_fixed(Tables tables) {
+__global__ void __launch_bounds__(kTuning.threads, Formats::kBlocks) sweep_fixed(Tables tables) {
   sweep_chunk<FixedRule<Rule, Flags>, Formats>(tables);
 }
 

@@ -162,7 +162,8 @@ def _prepare(
         param.grad = grad
     try:
         step = provider.step(list(params), case, device.type)
-        problem = expected.problem(step, params, grads, provider.slack)
+        other_codes = case.states in provider.compared
+        problem = expected.problem(step, params, grads, provider.slack, other_codes)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a peer may fail in any way; the others are still measured

@@ -113,7 +113,7 @@ PEERS = [
         _bitsandbytes(32),
         formats=frozenset({("fp32", "fp32"), ("bf16", "fp32")}),
         most_tensors=ONE_EACH,
-        slack=FP32_CORRECTION,
+        slack=2 * FP32_CORRECTION,  # 1.3e-4 seen on an H200, with fast powers
     ),
     # Its blocks are of 256, with an fp32 scale.
     Provider(
