@@ -48,14 +48,17 @@ def test_every_row_of_the_table_has_a_kernel():
     assert {"norm_chunks", "norm_total", "judge_step", "advance_rows"} <= names
 
 
-def test_no_kernel_spills_or_has_local_memory():
-    """But for sm_100, where the registers of sm_90 are a few too few for some mixes of formats."""
+def test_no_kernel_spills_more_than_a_word():
+    """Of eight bytes, stored and loaded once. Elsewhere sm_90's choice is a little tight."""
     for kernel in kernels():
         what = (kernel.name, kernel.arch)
         assert kernel.resources["LOCAL"] == 0, what
-        assert kernel.resources["STACK"] <= (64 if kernel.arch == "sm_100" else 0), what
-        if kernel.resources["STACK"] == 0:
-            assert not [op for op in kernel.opcodes if op.startswith(("LDL", "STL"))], what
+        if kernel.arch != "sm_90":
+            assert kernel.resources["STACK"] <= 64, what
+            continue
+        assert kernel.resources["STACK"] <= 8, what
+        spills = [op for op in kernel.opcodes.elements() if op.startswith(("LDL", "STL"))]
+        assert len(spills) == kernel.resources["STACK"] // 4, what
 
 
 def test_registers():
@@ -85,7 +88,8 @@ def test_registers():
 def test_the_main_path_is_of_accesses_of_16_bytes_all_in_flight_at_once(name, loads, stores):
     """Every read of a round comes before its first write, and no narrow one among them.
 
-    Twice: the quick arithmetic ends in a vote, and the careful one reads everything again.
+    The quick arithmetic ends in a vote; the careful one, where it is asked for, goes element by
+    element.
     """
     zeroed = 2 if "fp32 fp32 fp32" in name else 1
     for kernel in named(name):
@@ -93,19 +97,16 @@ def test_the_main_path_is_of_accesses_of_16_bytes_all_in_flight_at_once(name, lo
         wide = re.compile(r"(LDG|STG)\.E(\.\w+)*\.128")
         (vote,) = [i for i, op in enumerate(ops) if op == "VOTE.ALL"]
         reads = [i for i, op in enumerate(ops) if wide.fullmatch(op) and op.startswith("LDG")]
-        assert len(reads) == 2 * loads
-        assert reads[loads - 1] < vote < reads[loads]
+        assert len(reads) == loads
         writes = [i for i, op in enumerate(ops) if wide.fullmatch(op) and op.startswith("STG")]
         # The last is of a row that is left alone and zeroes its gradients.
-        assert len(writes) == 2 * (stores + zeroed) + 1
-        assert reads[-1] < writes[0]
-        for path in (writes[: stores + zeroed], writes[stores + zeroed : -1]):
-            zeros = [kernel.instructions[i].endswith(", RZ") for i in path]
-            # Writing to what is still being read makes a sweep take twice as long.
-            assert zeros == [False] * stores + [True] * zeroed
-        for first, last in ((0, loads - 1), (loads, 2 * loads - 1)):
-            between = ops[reads[first] : reads[last] + 1]
-            assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
+        assert len(writes) == stores + zeroed + 1
+        assert reads[-1] < vote < writes[0]
+        zeros = [kernel.instructions[i].endswith(", RZ") for i in writes[:-1]]
+        # Writing to what is still being read makes a sweep take twice as long.
+        assert zeros == [False] * stores + [True] * zeroed
+        between = ops[reads[0] : reads[-1] + 1]
+        assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
 
 
 def test_the_next_round_is_fetched_ahead():

@@ -7,6 +7,7 @@ importing torch costs more than the checks.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -45,7 +46,9 @@ def run(world, checks, directory, **arguments):
         path = Path(directory, f"found{rank}")
         told = pickle.loads(path.read_bytes()) if path.exists() else {}
         for name, why in found.items():
-            problem = told.get(name, f"no result (exit code {ranks[rank].exitcode})")
+            fault = Path(directory, f"fault{rank}")
+            where = fault.read_text() if fault.exists() else ""
+            problem = told.get(name, f"no result (exit code {ranks[rank].exitcode})\n{where}")
             if problem is not None:
                 why.append(f"rank {rank} of {world}: {problem}")
     return {name: "\n".join(why) or None for name, why in found.items()}
@@ -53,6 +56,8 @@ def run(world, checks, directory, **arguments):
 
 def _rank(rank, world, checks, directory, arguments):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # A rank that dies of a signal leaves where it was.
+    faulthandler.enable(open(f"{directory}/fault{rank}", "w"))  # noqa: SIM115
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -245,15 +245,13 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
       return sweep_warp<decltype(full)::value, decltype(math)>(
           rules, formats, chunk, grad, row, keys, tables.zero_grads, from);
     };
-    if (!(aligned && offset + kWarpElements <= chunk.count)) {
-      sweep(std::false_type{}, Careful{}, offset);
-    } else if (!Formats::kQuick) {
-      sweep(std::true_type{}, Careful{}, offset);
-    } else if (!sweep(std::true_type{}, Quick{}, offset)) {
-      // The same offset, which the compiler cannot know: it would keep all that was read until here
-      // in registers, and spill others.
-      sweep(std::true_type{}, Careful{}, __shfl_xor_sync(~0u, offset, 1));
-    }
+    const bool full = aligned && offset + kWarpElements <= chunk.count;
+    using First = std::conditional_t<Formats::kQuick, Quick, Careful>;
+    if (full && sweep(std::true_type{}, First{}, offset)) continue;
+    // The same offset, which the compiler cannot know: it would keep all that was read until here
+    // in registers, and spill others. Element by element, for a third copy of the code would take
+    // as long to compile as the other two.
+    sweep(std::false_type{}, Careful{}, __shfl_xor_sync(~0u, offset, 1));
   }
 }
 
