@@ -185,7 +185,9 @@ class _Loop:
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("scaler_of", [torch.amp.GradScaler, onepass.GradScaler])
-def test_200_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(name, scaler_of):
+def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(name, scaler_of):
+    # Triton is interpreted here, a step takes a tenth of a second.
+    steps = 60 if name == "triton" else 200
     ours = make_params([(33,), (4, 5), ()], torch.float32, seed=1)
     theirs = clone(ours)
     scaled = adamw(ours, backend=name)
@@ -193,7 +195,7 @@ def test_200_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(name, scale
     scaler = scaler_of("cpu", init_scale=1024.0, growth_interval=7)
     oracle = _Loop(1024.0, 7)
     generator = torch.Generator().manual_seed(0)
-    for step in range(200):
+    for step in range(steps):
         scale = float(scaler.scale(torch.ones(())))
         assert scale == oracle.scale
         for params in (ours, theirs):
@@ -208,8 +210,8 @@ def test_200_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(name, scale
         scaler.update()
         oracle.step(plain, theirs)
     assert_same(scaled, plain)
-    skipped = 200 - int(scaled.state[ours[0]]["step"])
-    assert 20 < skipped < 60
+    skipped = steps - int(scaled.state[ours[0]]["step"])
+    assert steps / 10 < skipped < steps * 0.3
     assert int(scaled.skipped_steps) == skipped
     assert not hasattr(scaled, "grad_scale")
 

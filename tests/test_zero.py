@@ -51,7 +51,7 @@ def test_the_others_hear_of_a_rank_that_is_killed_and_its_checkpoint_loads(tmp_p
     start = time.monotonic()
     check = zero_checkpoints.a_rank_dies
     found = zero_ranks.run(3, [check], tmp_path / "first", checkpoints=tmp_path)
-    assert time.monotonic() - start < zero_ranks.PATIENCE
+    assert time.monotonic() - start < zero_ranks.PATIENCE / 4
     told = found[check.__name__]
     assert told.count("heard of it in time") == 2
     assert "rank 1 of 3: no result (exit code -9)" in told
