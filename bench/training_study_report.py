@@ -66,18 +66,33 @@ def _row(name: str, lines: dict[int, Line], base: dict[int, Line], spread: float
 
 
 def page(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """The page of the newest machine's lines, rows in the order of names."""
-    device = max(lines, key=lambda line: str(line["date"]))["device"]
-    own = [line for line in lines if line["device"] == device]
+    """The page: machines by their newest line, newest first, rows in the order of names.
+
+    A machine with fewer than two seeds of the first name has no spread to compare with and is left
+    out, unless it is the only one: then ValueError.
+    """
+    devices: dict[str, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: str(line["date"]), reverse=True):
+        devices.setdefault(line["device"], []).append(line)
+    sections = [_section(device, own, names) for device, own in devices.items()]
+    found = [section for section in sections if section]
+    if not found:
+        raise ValueError(f"two seeds of {names[0]} are needed for their spread")
+    return "\n".join([HEAD.format(limit=RMS_LIMITS["mx4"]), *found])
+
+
+def _section(device: str, lines: Sequence[Line], names: Sequence[str]) -> str:
+    """The lines of one machine, the newest first; empty if there is no spread of seeds."""
     by_name: dict[str, dict[int, Line]] = {}
-    for line in own:
-        by_name.setdefault(line["settings"]["variant"]["name"], {})[line["seed"]] = line
-    base = by_name[names[0]]
+    for line in lines:
+        by_name.setdefault(line["settings"]["variant"]["name"], {}).setdefault(line["seed"], line)
+    base = by_name.get(names[0], {})
+    if len(base) < 2:
+        return ""
     spread = statistics.stdev(line["validation_loss"] for line in base.values())
-    versions = "; ".join(sorted({_version(line) for line in own}))
-    dates = sorted(str(line["date"]) for line in own)
-    out = [HEAD.format(limit=RMS_LIMITS["mx4"]), f"## {device}", ""]
-    out += [f"Runs: {dates[0]} to {dates[-1]}; {versions}.", ""]
+    versions = "; ".join(sorted({_version(line) for line in lines}))
+    out = [f"## {device}", ""]
+    out += [f"Runs: {lines[-1]['date']} to {lines[0]['date']}; {versions}.", ""]
     out += [f"Spread of seeds (standard deviation of fp32's losses): {spread:.4f}.", ""]
     out += [
         "| run | seeds | loss | minus fp32's | parity | over fp32's | over the exact | projection "
@@ -95,5 +110,9 @@ def write(source: Path, docs: Path, names: Sequence[str]) -> int:
     if not lines:
         print(f"no results in {source}: run python -m bench.training_study", file=sys.stderr)
         return 2
-    (docs / PAGE).write_text(page(lines, names))
+    try:
+        (docs / PAGE).write_text(page(lines, names))
+    except ValueError as error:
+        print(f"{source}: {error}", file=sys.stderr)
+        return 2
     return 0

@@ -85,6 +85,25 @@ def test_runs_are_kept_and_not_repeated_and_make_a_page(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_the_page_has_every_machine_with_a_spread_of_seeds():
+    line = {
+        "validation_loss": 2.0, "rms_u": 0.2, "rms_u_exact": 0.2, "projection": 1.0,
+        "signs_differ": 0.0, "max_u": 2.0, "commit": "0" * 40, "dirty": False, "torch": "2",
+        "settings": {"variant": {"name": "fp32"}},
+    }  # fmt: skip
+    runs = [("old", 0), ("old", 1), ("new", 0), ("new", 1), ("new", 1), ("short", 0)]
+    lines = [
+        {**line, "device": device, "seed": seed, "date": f"2026-01-0{i}", "validation_loss": i}
+        for i, (device, seed) in enumerate(runs, 1)
+    ]
+    page = report.page(lines, ["fp32"])
+    assert [x for x in page.splitlines() if x.startswith("## ")] == ["## new", "## old"]
+    # Of two lines of one seed the newer counts: (3 + 5) / 2.
+    assert "| fp32 | 2 | 4.0000 |" in page
+    with pytest.raises(ValueError, match="two seeds of fp32"):
+        report.page(lines[-1:], ["fp32"])
+
+
 def test_usage_errors():
     for arguments in (["--seeds", "0"], ["--quick"], ["--variants", "none"]):
         with pytest.raises(SystemExit) as stop:
