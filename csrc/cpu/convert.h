@@ -10,33 +10,40 @@
 namespace onepass::cpu {
 namespace {
 
-// 16 elements by hand with AVX-512. GCC 12 vectorises such a loop in halves that meet in memory,
-// where a load of two stores waits for both: a third of an mx8 step was waiting. (Masks of all
-// ones: the functions without a mask warn of their own undefined values.)
-#if defined(__AVX512BW__)
-constexpr int kByHand = 16;
-constexpr __mmask16 kAll = 0xFFFF;
-
+#if defined(__AVX2__)
 ONEPASS_HD __m128i load_128(const void* from) {
   return _mm_loadu_si128(static_cast<const __m128i*>(from));
 }
 ONEPASS_HD __m256i load_256(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
-ONEPASS_HD void convert_16(const uint8_t* from, uint32_t* to) {
+ONEPASS_HD void store_256(void* to, __m256i value) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), value);
+}
+#endif
+
+// kByHand elements by hand. GCC 12 vectorises such a loop in halves that meet in memory, where a
+// load of two stores waits for both: a third of an mx8 step was waiting (AVX-512), and a fifth of
+// an mx4 step (AVX2). (Masks of all ones: the functions without a mask warn of their own undefined
+// values.)
+#if defined(__AVX512BW__)
+constexpr int kByHand = 16;
+constexpr __mmask16 kAll = 0xFFFF;
+
+ONEPASS_HD void convert_some(const uint8_t* from, uint32_t* to) {
   _mm512_storeu_si512(to, _mm512_maskz_cvtepu8_epi32(kAll, load_128(from)));
 }
-ONEPASS_HD void convert_16(const int8_t* from, int32_t* to) {
+ONEPASS_HD void convert_some(const int8_t* from, int32_t* to) {
   _mm512_storeu_si512(to, _mm512_maskz_cvtepi8_epi32(kAll, load_128(from)));
 }
-ONEPASS_HD void convert_16(const uint16_t* from, uint32_t* to) {
+ONEPASS_HD void convert_some(const uint16_t* from, uint32_t* to) {
   _mm512_storeu_si512(to, _mm512_maskz_cvtepu16_epi32(kAll, load_256(from)));
 }
-ONEPASS_HD void convert_16(const int16_t* from, int32_t* to) {
+ONEPASS_HD void convert_some(const int16_t* from, int32_t* to) {
   _mm512_storeu_si512(to, _mm512_maskz_cvtepi16_epi32(kAll, load_256(from)));
 }
 template <class To, class From>
-ONEPASS_HD void convert_16(const From* from, To* to) {
+ONEPASS_HD void convert_some(const From* from, To* to) {
   static_assert(sizeof(From) == 4 && sizeof(To) <= 2, "no such conversion");
   const __m512i wide = _mm512_loadu_si512(from);
   if constexpr (sizeof(To) == 1)
@@ -44,10 +51,42 @@ ONEPASS_HD void convert_16(const From* from, To* to) {
   else
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(kAll, wide));
 }
+#elif defined(__AVX2__)
+constexpr int kByHand = 8;
+
+ONEPASS_HD __m128i load_64(const void* from) {
+  return _mm_loadl_epi64(static_cast<const __m128i*>(from));
+}
+ONEPASS_HD void convert_some(const uint8_t* from, uint32_t* to) {
+  store_256(to, _mm256_cvtepu8_epi32(load_64(from)));
+}
+ONEPASS_HD void convert_some(const int8_t* from, int32_t* to) {
+  store_256(to, _mm256_cvtepi8_epi32(load_64(from)));
+}
+ONEPASS_HD void convert_some(const uint16_t* from, uint32_t* to) {
+  store_256(to, _mm256_cvtepu16_epi32(load_128(from)));
+}
+ONEPASS_HD void convert_some(const int16_t* from, int32_t* to) {
+  store_256(to, _mm256_cvtepi16_epi32(load_128(from)));
+}
+template <class To, class From>
+ONEPASS_HD void convert_some(const From* from, To* to) {
+  static_assert(sizeof(From) == 4 && sizeof(To) <= 2, "no such conversion");
+  // The lowest bytes of its words to the beginning of each half.
+  const __m128i lane = sizeof(To) == 1 ? _mm_set_epi32(-1, -1, -1, 0x0C080400)
+                                       : _mm_set_epi32(-1, -1, 0x0D0C0908, 0x05040100);
+  const __m256i lanes = _mm256_broadcastsi128_si256(lane);
+  const __m256i halves = _mm256_shuffle_epi8(load_256(from), lanes);
+  const __m128i low = _mm256_castsi256_si128(halves), high = _mm256_extracti128_si256(halves, 1);
+  if constexpr (sizeof(To) == 1)
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(low, high));
+  else
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi64(low, high));
+}
 #else
 constexpr int kByHand = 0;
 template <class To, class From>
-ONEPASS_HD void convert_16(const From*, To*) {}
+ONEPASS_HD void convert_some(const From*, To*) {}
 #endif
 
 // Apart from the arithmetic: a vectoriser fills its widest vectors with the narrowest type of a
@@ -56,7 +95,7 @@ template <class To, class From>
 ONEPASS_HD void convert(const From* __restrict from, To* __restrict to, int n) {
   int first = 0;
   if (kByHand != 0)
-    for (; first + kByHand <= n; first += kByHand) convert_16(from + first, to + first);
+    for (; first + kByHand <= n; first += kByHand) convert_some(from + first, to + first);
 #pragma omp simd
   for (int i = first; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }

@@ -21,10 +21,17 @@ typename Rule::Hyper load_hyper(const float* row) {
   return hyper;
 }
 
-// Elements between two rounds of prefetching, and how far ahead they reach: the hardware's own
-// prefetching ends at every page. Worth 10 % of an fp32 and of a bf16 AdamW step (AVX-512, two
-// cores, 2026-11; 128 and 1024 were the best of 64 to 256 and 512 to 2048).
+// How far ahead prefetching reaches: the hardware's own ends at every page. Loops that only compute
+// do it in rounds of kBlock elements, worth 10 % of an fp32 and of a bf16 AdamW step (AVX-512,
+// Intel, two cores, 2026-11; 128 and 1024 were the best of 64 to 256 and 512 to 2048). With AVX2
+// such a round cost 20 % of an fp32 step, and a smaller one gained nothing (AMD Zen 3, two cores,
+// 2026-11); the single lines of prefetch_strip gained 3 to 15 %.
 constexpr int kBlock = 128, kAheadBytes = 1024;
+#if defined(__AVX512BW__)
+constexpr bool kRounds = true;
+#else
+constexpr bool kRounds = false;
+#endif
 
 // Asks for the block that lies kAheadBytes after the one at offset, in each of the rule's streams.
 template <unsigned Slots, int Block>
@@ -55,7 +62,7 @@ void apply_fp32(
   auto* __restrict state2 = static_cast<float*>(states[2].data);
   for (int block = 0; block < n; block += kBlock) {
     const int end = n - block < kBlock ? n : block + kBlock;
-    if (block + kAheadBytes / 4 < n)
+    if (kRounds && block + kAheadBytes / 4 < n)
       prefetch<Rule::kSlots, kBlock * 4>(int64_t{4} * block, param_at.data, grad_ptr, states);
 #pragma omp simd
     for (int i = block; i < end; ++i) {
@@ -121,7 +128,7 @@ void apply_bf16_scaled(
   uint32_t start1 = random_start(random.keys[1], random.low);
   for (int block = 0; block < pairs; block += kBlock / 2) {
     const int end = pairs - block < kBlock / 2 ? pairs : block + kBlock / 2;
-    if (block + kAheadBytes / 4 < pairs)
+    if (kRounds && block + kAheadBytes / 4 < pairs)
       prefetch<Rule::kSlots, kBlock * 2>(int64_t{4} * block, param_at.data, grad_ptr, states);
 #pragma omp simd linear(start0, start1 : 2 * kWeyl)
     for (int i = block; i < end; ++i) {
@@ -243,7 +250,7 @@ void apply_tiles(
   for (int tile = 0; tile < n; tile += kTile) {
     alignas(64) float params[kStrips][kStrip], roots[kStrips][kStrip];
     StateTiles<Rule, kOrder, State> tiles;
-    alignas(64) uint32_t words[2][kStrips][kStrip], spare[kStrips][kPairs];
+    alignas(64) uint32_t words[2][kStrips][kStrip];
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
       tiles.of(slot).begin(states[decltype(slot)::kIndex], tile);
     });
@@ -276,16 +283,17 @@ void apply_tiles(
                               __attribute__((always_inline)) { tiles.of(slot).measure(strip); });
       if (!Weight::kDraws) Params::store(p, weight, first, {}, nullptr);
     }
-    for (int strip = 0; strip < kStrips; ++strip) {
-      if (kDraws0) draw_strip<kOrder>(random, 0, tile + strip * kStrip, words[0][strip]);
-      if (kDraws1) draw_strip<kOrder>(random, 1, tile + strip * kStrip, words[1][strip]);
-    }
-    if (Weight::kDraws) {
-      for (int strip = 0; strip < kStrips; ++strip)
-        Params::store(
-            params[strip], weight, tile + strip * kStrip, {words[kUse / 2][strip], kUse % 2 * 16},
-            spare[strip]);
-      Params::finish(spare, weight, tile);
+    for (int strip = 0; strip < kStrips; strip += kNarrowed) {
+      alignas(64) uint32_t spare[kNarrowed][kPairs];
+      for (int i = strip; i < strip + kNarrowed; ++i) {
+        if (kDraws0) draw_strip<kOrder>(random, 0, tile + i * kStrip, words[0][i]);
+        if (kDraws1) draw_strip<kOrder>(random, 1, tile + i * kStrip, words[1][i]);
+        if (Weight::kDraws)
+          Params::store(
+              params[i], weight, tile + i * kStrip, {words[kUse / 2][i], kUse % 2 * 16},
+              spare[i - strip]);
+      }
+      if (Weight::kDraws) Params::finish(spare, weight, tile + strip * kStrip);
     }
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
       constexpr int k = decltype(slot)::kIndex;

@@ -58,10 +58,23 @@ ONEPASS_HD void join_512(__m512i low, __m512i high, void* pairs) {
 }
 #endif
 
+// --- by hand with AVX2 ---
+
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+ONEPASS_HD __m256i all_of(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
+// In each word, the upper half of low below that of high.
+ONEPASS_HD __m256i join_256(__m256i low, __m256i high) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA);
+}
+#endif
+
 // The upper halves of a strip.
 ONEPASS_HD void join_strip(const uint32_t* __restrict words, Pair* __restrict pairs) {
 #if defined(__AVX512BW__)
   join_512(load_512(words), load_512(words + kPairs), pairs);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kPairs; i += 8)
+    store_256(pairs + i, join_256(load_256(words + i), load_256(words + kPairs + i)));
 #else
 #pragma omp simd
   for (int i = 0; i < kPairs; ++i) pairs[i] = join(words[i], words[i + kPairs]);
@@ -80,60 +93,62 @@ ONEPASS_HD void widen(const From* from, To* to) {
   store_512(
       to,
       with_sign ? _mm512_maskz_cvtepi8_epi16(all, bytes) : _mm512_maskz_cvtepu8_epi16(all, bytes));
+#elif defined(__AVX2__)
+  for (int i = 0; i < kStrip; i += 16) {
+    const __m128i bytes = load_128(from + i);
+    const bool with_sign = static_cast<From>(-1) < 0;
+    store_256(to + i, with_sign ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes));
+  }
 #else
 #pragma omp simd
   for (int i = 0; i < kStrip; ++i) to[i] = from[i];
 #endif
 }
 
-// A tile of pairs of bytes, each in the lower part of its half: the bytes in memory's order.
+// Strips of pairs of bytes, each in the lower part of its half, kNarrowed of them at once: the
+// bytes in memory's order.
+#if defined(__AVX512BW__)
+constexpr int kNarrowed = 2;
+#else
+constexpr int kNarrowed = 1;
+#endif
 template <Order Of>
-ONEPASS_HD void narrow_tile(const uint32_t (*pairs)[kPairs], uint8_t* to) {
+ONEPASS_HD void narrow(const uint32_t (*pairs)[kPairs], uint8_t* to) {
 #if defined(__AVX512BW__)
   const __m512i strips = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
   const __m512i words = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   const __m128i halves = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
-  for (int strip = 0; strip < kStrips; strip += 2, to += 2 * kStrip) {
-    const __m512i bytes = _mm512_packus_epi16(load_512(pairs[strip]), load_512(pairs[strip + 1]));
-    if (Of == kByPairs) {
-      store_512(to, _mm512_maskz_permutexvar_epi64(0xFF, strips, bytes));
-    } else {
-      const __m512i apart = _mm512_shuffle_epi8(bytes, _mm512_maskz_broadcast_i32x4(kAll, halves));
-      store_512(to, _mm512_maskz_permutexvar_epi32(kAll, words, apart));
-    }
+  const __m512i bytes = _mm512_packus_epi16(load_512(pairs[0]), load_512(pairs[1]));
+  if (Of == kByPairs) {
+    store_512(to, _mm512_maskz_permutexvar_epi64(0xFF, strips, bytes));
+  } else {
+    const __m512i apart = _mm512_shuffle_epi8(bytes, _mm512_maskz_broadcast_i32x4(kAll, halves));
+    store_512(to, _mm512_maskz_permutexvar_epi32(kAll, words, apart));
   }
 #elif defined(__AVX2__)
-  // The bytes of four pairs go to half a lane, and halves to where they belong.
-  const bool by_pairs = Of == kByPairs;
-  const __m128i lane =
-      by_pairs ? _mm_set_epi64x(-1, 0x0E0C0A0806040200) : _mm_set_epi64x(-1, 0x0E0A06020C080400);
-  const __m256i order = by_pairs ? _mm256_set_epi32(7, 6, 3, 2, 5, 4, 1, 0)
-                                 : _mm256_set_epi32(7, 3, 5, 1, 6, 2, 4, 0);
-  const auto apart = [&](const uint32_t* from) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(lane));
-  };
-  for (int strip = 0; strip < kStrips; ++strip, to += kStrip) {
-    const __m256i halves = _mm256_unpacklo_epi64(apart(pairs[strip]), apart(pairs[strip] + 8));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(halves, order));
-  }
+  const __m128i lane = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m256i halves = _mm256_broadcastsi128_si256(lane);
+  const __m256i words = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+  const __m256i bytes = _mm256_packus_epi16(load_256(pairs[0]), load_256(pairs[0] + 8));
+  if (Of == kByPairs)
+    store_256(to, _mm256_permute4x64_epi64(bytes, 0xD8));
+  else
+    store_256(to, _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(bytes, halves), words));
 #else
-  for (int strip = 0; strip < kStrips; ++strip, to += kStrip) {
-    const uint32_t* __restrict pair = pairs[strip];
-    if (Of == kByPairs) {
-      uint32_t both[kPairs];
-      uint16_t words[kPairs];
+  const uint32_t* __restrict pair = pairs[0];
+  if (Of == kByPairs) {
+    uint32_t both[kPairs];
+    uint16_t words[kPairs];
 #pragma omp simd
-      for (int i = 0; i < kPairs; ++i) both[i] = pair[i] | pair[i] >> 8;
-      convert(both, words, kPairs);
-      __builtin_memcpy(to, words, kStrip);
-    } else {
-      uint32_t upper[kPairs];
+    for (int i = 0; i < kPairs; ++i) both[i] = pair[i] | pair[i] >> 8;
+    convert(both, words, kPairs);
+    __builtin_memcpy(to, words, kStrip);
+  } else {
+    uint32_t upper[kPairs];
 #pragma omp simd
-      for (int i = 0; i < kPairs; ++i) upper[i] = pair[i] >> 16;
-      convert(pair, to, kPairs);
-      convert(upper, to + kPairs, kPairs);
-    }
+    for (int i = 0; i < kPairs; ++i) upper[i] = pair[i] >> 16;
+    convert(pair, to, kPairs);
+    convert(upper, to + kPairs, kPairs);
   }
 #endif
 }
@@ -163,6 +178,22 @@ ONEPASS_HD void largest_of(const uint32_t (*values)[kPairs], uint32_t* __restric
   // (A store with a mask would not be forwarded to the loads that follow.)
   _mm256_storeu_si256(
       reinterpret_cast<__m256i*>(largest), _mm512_maskz_extracti64x4_epi64(0xF, ordered, 0));
+#elif defined(__AVX2__)
+  static_assert(kStrips == 8, "the tree is of eight");
+  const auto larger = [](__m256i a, __m256i b) { return _mm256_max_epu32(a, b); };
+  __m256i ones[8], twos[4], fours[2];
+  for (int i = 0; i < 8; ++i) ones[i] = larger(load_256(values[i]), load_256(values[i] + 8));
+  for (int i = 0; i < 4; ++i) {
+    const __m256i a = ones[2 * i], b = ones[2 * i + 1];
+    twos[i] = larger(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256i a = twos[2 * i], b = twos[2 * i + 1];
+    fours[i] = larger(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  }
+  const __m256i low = _mm256_permute2x128_si256(fours[0], fours[1], 0x20);
+  const __m256i high = _mm256_permute2x128_si256(fours[0], fours[1], 0x31);
+  store_256(largest, larger(low, high));
 #else
   for (int strip = 0; strip < kStrips; ++strip) {
     uint32_t most = 0;

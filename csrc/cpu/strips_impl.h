@@ -9,8 +9,8 @@ namespace {
 
 // --- weights and gradients ---
 
-// open says where a strip lies as fp32, store writes it back; spare takes what finish writes of a
-// tile's companion.
+// open says where a strip lies as fp32, store writes it back; spare takes what finish writes of the
+// companions of kNarrowed strips.
 template <class Format, Order Of>
 struct Strip {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* buffer) {
@@ -75,6 +75,17 @@ struct Strip<Split8Weight, kByPairs> {
     const __m512i odd = _mm512_madd_epi16(kept, all_of(256 << 16));
     store_512(buffer, _mm512_add_epi32(_mm512_maskz_slli_epi32(kAll, weight, 16), even));
     store_512(buffer + kPairs, _mm512_add_epi32(_mm512_and_si512(weight, above), odd));
+#elif defined(__AVX2__)
+    const __m256i least = all_of(twice(0x8000)), above = all_of(0xFFFF0000u);
+    for (int i = 0; i < kPairs; i += 8) {
+      const __m256i weight = load_256(pairs + i), any = load_256(low + 2 * i);
+      const __m256i zero = _mm256_cmpeq_epi16(_mm256_add_epi16(weight, weight), all_of(0));
+      const __m256i kept = _mm256_max_epi16(any, _mm256_andnot_si256(zero, least));
+      const __m256i even = _mm256_madd_epi16(kept, all_of(256));
+      const __m256i odd = _mm256_madd_epi16(kept, all_of(256 << 16));
+      store_256(buffer + i, _mm256_add_epi32(_mm256_slli_epi32(weight, 16), even));
+      store_256(buffer + kPairs + i, _mm256_add_epi32(_mm256_and_si256(weight, above), odd));
+    }
 #else
     const uint16_t* __restrict weight = static_cast<const uint16_t*>(at.data) + first;
 #pragma omp simd
@@ -108,6 +119,21 @@ struct Strip<Split8Weight, kByPairs> {
     join_512(_mm512_add_epi32(even, half), _mm512_add_epi32(odd, half), pairs);
     const __m512i first_bytes = move_bytes(all_of(0), 0x1111111111111111, even, 0x01);
     store_512(spare, move_bytes(first_bytes, 0x4444444444444444, odd, 0x010000));
+#elif defined(__AVX2__)
+    const auto round = [&](int i) {
+      const __m256 value = _mm256_loadu_ps(values + i);
+      const __m256i drawn = _mm256_and_si256(load_256(random.words + i), all_of(0xFF));
+      const __m256i rounded = _mm256_add_epi32(_mm256_castps_si256(value), drawn);
+      const __m256 number = _mm256_cmp_ps(value, value, _CMP_ORD_Q);
+      return _mm256_blendv_epi8(all_of(kBf16Nan), rounded, _mm256_castps_si256(number));
+    };
+    const __m256i half = all_of(0x8000);
+    for (int i = 0; i < kPairs; i += 8) {
+      const __m256i even = round(i), odd = round(i + kPairs);
+      store_256(pairs + i, join_256(_mm256_add_epi32(even, half), _mm256_add_epi32(odd, half)));
+      const __m256i low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
+      store_256(spare + i, _mm256_srli_epi16(low, 8));
+    }
 #else
     uint32_t kept[kStrip];
 #pragma omp simd
@@ -121,7 +147,7 @@ struct Strip<Split8Weight, kByPairs> {
 #endif
   }
   ONEPASS_HD static void finish(const uint32_t (*spare)[kPairs], const Stored& at, int64_t first) {
-    narrow_tile<kByPairs>(spare, static_cast<uint8_t*>(at.extra) + first);
+    narrow<kByPairs>(spare, static_cast<uint8_t*>(at.extra) + first);
   }
 };
 
@@ -181,6 +207,11 @@ ONEPASS_HD void code_strip(
     constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;  // from where it is in its byte
     const __m512i bytes = all_of(twice(1u << 8 << kBack | 1u));
     store_512(codes, _mm512_maddubs_epi16(load_512(codes), bytes));
+#elif defined(__AVX2__)
+    constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;
+    const __m256i bytes = all_of(twice(1u << 8 << kBack | 1u));
+    for (int i = 0; i < kPairs; i += 8)
+      store_256(codes + i, _mm256_maddubs_epi16(load_256(codes + i), bytes));
 #else
 #pragma omp simd
     for (int i = 0; i < kPairs; ++i)
@@ -297,11 +328,14 @@ struct Tile<Of, Mx8State<Is>> {
   ONEPASS_HD void store(
       const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
       float (*)[kStrip]) {
-    alignas(64) uint32_t codes[kStrips][kPairs];
     choose_scales<Code>(most, at, first, scales);
-    for (int strip = 0; strip < kStrips; ++strip)
-      code_strip<Code>(values[strip], {words[strip], shift}, scales, strip, codes[strip]);
-    narrow_tile<Of>(codes, static_cast<uint8_t*>(at.data) + first);
+    uint8_t* bytes = static_cast<uint8_t*>(at.data) + first;
+    for (int strip = 0; strip < kStrips; strip += kNarrowed) {
+      alignas(64) uint32_t codes[kNarrowed][kPairs];
+      for (int i = strip; i < strip + kNarrowed; ++i)
+        code_strip<Code>(values[i], {words[i], shift}, scales, i, codes[i - strip]);
+      narrow<Of>(codes, bytes + strip * kStrip);
+    }
   }
 };
 
