@@ -104,7 +104,14 @@ def architecture_flags(listed: str) -> list[str]:
 
 
 class BuildLibrary(build_ext):
-    """Compiles every source with the flags of its instruction set and links them."""
+    """Compiles every source with the flags of its instruction set and links them; the two libraries
+    side by side, for each has a few files that take longest."""
+
+    compiling = ThreadPoolExecutor(os.cpu_count())
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or 2
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -138,8 +145,7 @@ class BuildLibrary(build_ext):
             extra = X86_FLAGS.get(source.name, [])
             call([compiler, *flags, *extra, "-c", str(source), "-o", str(target)])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, sources, objects))
+        list(self.compiling.map(compile_one, sources, objects))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [compiler, "-shared", *map(str, objects), "-o", str(output)]
@@ -177,8 +183,7 @@ class BuildLibrary(build_ext):
             flags = device if source.suffix == ".cu" else [*CUDA_FLAGS, include]
             call([*host, *flags, "-c", str(source), "-o", str(target)])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, sources, objects))
+        list(self.compiling.map(compile_one, sources, objects))
         # A torch without CUDA lacks the library with the current stream's function. Ours is linked
         # against an empty one of that name, and finds the real one that torch has loaded.
         stub = Path(self.build_temp, "libtorch_cuda.so")

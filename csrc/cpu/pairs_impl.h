@@ -153,8 +153,15 @@ ONEPASS_HD void narrow(const uint32_t (*pairs)[kPairs], uint8_t* to) {
 #endif
 }
 
-// The largest of each strip of a tile.
-ONEPASS_HD void largest_of(const uint32_t (*values)[kPairs], uint32_t* __restrict largest) {
+// Words of a vector.
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+constexpr int kWords = 8;
+#else
+constexpr int kWords = 16;
+#endif
+
+// The largest of each strip of a tile, of which values has the largest of every kWords-th.
+ONEPASS_HD void largest_of(const uint32_t (*values)[kWords], uint32_t* __restrict largest) {
 #if defined(__AVX512BW__)
   static_assert(kStrips == 8, "the tree is of eight");
   const auto larger = [](__m512i a, __m512i b) { return _mm512_maskz_max_epu32(kAll, a, b); };
@@ -181,10 +188,9 @@ ONEPASS_HD void largest_of(const uint32_t (*values)[kPairs], uint32_t* __restric
 #elif defined(__AVX2__)
   static_assert(kStrips == 8, "the tree is of eight");
   const auto larger = [](__m256i a, __m256i b) { return _mm256_max_epu32(a, b); };
-  __m256i ones[8], twos[4], fours[2];
-  for (int i = 0; i < 8; ++i) ones[i] = larger(load_256(values[i]), load_256(values[i] + 8));
+  __m256i twos[4], fours[2];
   for (int i = 0; i < 4; ++i) {
-    const __m256i a = ones[2 * i], b = ones[2 * i + 1];
+    const __m256i a = load_256(values[2 * i]), b = load_256(values[2 * i + 1]);
     twos[i] = larger(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
   }
   for (int i = 0; i < 2; ++i) {
@@ -198,7 +204,7 @@ ONEPASS_HD void largest_of(const uint32_t (*values)[kPairs], uint32_t* __restric
   for (int strip = 0; strip < kStrips; ++strip) {
     uint32_t most = 0;
 #pragma omp simd reduction(max : most)
-    for (int i = 0; i < kPairs; ++i) most = max_u32(most, values[strip][i]);
+    for (int i = 0; i < kWords; ++i) most = max_u32(most, values[strip][i]);
     largest[strip] = most;
   }
 #endif

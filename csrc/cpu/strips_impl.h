@@ -223,9 +223,12 @@ ONEPASS_HD void code_strip(
 
 template <class Code>
 ONEPASS_HD void measure_strip(const float* __restrict values, uint32_t* __restrict most) {
+  const auto at = [&](int i) { return Code::measure(values[i]); };
 #pragma omp simd
-  for (int i = 0; i < kPairs; ++i)
-    most[i] = max_u32(Code::measure(values[i]), Code::measure(values[i + kPairs]));
+  for (int i = 0; i < kWords; ++i) {
+    most[i] = max_u32(at(i), at(i + kPairs));
+    if (kWords != kPairs) most[i] = max_u32(most[i], max_u32(at(i + 8), at(i + kPairs + 8)));
+  }
 }
 
 template <class Code>
@@ -246,7 +249,7 @@ ONEPASS_HD void read_scales(const Stored& at, int64_t first, Scales& of) {
 // Those of a tile that is measured.
 template <class Code>
 ONEPASS_HD void choose_scales(
-    const uint32_t (*most)[kPairs], const Stored& at, int64_t first, Scales& of) {
+    const uint32_t (*most)[kWords], const Stored& at, int64_t first, Scales& of) {
   alignas(64) uint32_t largest[kStrips];
   largest_of(most, largest);
 #pragma omp simd
@@ -276,7 +279,7 @@ template <Order Of, Kind Is>
 struct Tile<Of, Mx8State<Is>> {
   using Code = typename Mx8State<Is>::Code;
   alignas(64) float values[kStrips][kStrip];
-  alignas(64) uint32_t most[kStrips][kPairs];
+  alignas(64) uint32_t most[kStrips][kWords];
   Scales scales;
 
   ONEPASS_HD void begin(const Stored& at, int64_t first) {
@@ -363,7 +366,7 @@ struct Tile<kByPairs, Mx4State<Is>> {
   ONEPASS_HD void store(
       const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
       float (*__restrict roots)[kStrip]) {
-    alignas(64) uint32_t most[kStrips][kPairs];
+    alignas(64) uint32_t most[kStrips][kWords];
     Scales scales;
     for (int strip = 0; strip < kStrips; ++strip) {
       State::units(values[strip], kStrip, roots[strip]);
