@@ -16,7 +16,10 @@ if not torch.cuda.is_available():
 import onepass
 from onepass.paging import pager
 
+from .interpreter import patch_once
 from .paging_links import RandomLink
+
+patch_once()
 
 
 @pytest.fixture(autouse=True)
