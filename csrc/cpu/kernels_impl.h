@@ -228,9 +228,9 @@ struct StateTiles {
 
 // Any formats, a tile at a time. Separate loops over its strips: the division and the root leave
 // room for the other half of the first of them, and for no more. (Tried with AVX2 on Zen 3:
-// encoding a tile between the strips of the next, 13 % slower; a loop of its own for decoding, 5 %
-// faster with mx8 and 8 % slower with mx4; roots in one loop and quotients in the next, 5 % faster,
-// for a second function in every rule.)
+// encoding a tile between the strips of the next, more than a tenth slower; a loop of its own for
+// decoding, up to 5 % faster with mx8 and 8 % slower with mx4; roots in one loop and quotients in
+// the next, 5 % faster, for a second function in every rule.)
 template <class Rule, class Weight, class Grad, template <Kind> class State>
 void apply_tiles(
     const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,

@@ -19,6 +19,13 @@ enum Order { kInOrder, kByPairs };
 
 typedef uint16_t Half16 __attribute__((may_alias));  // of a pair
 
+// Words of a vector.
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+constexpr int kWords = 8;
+#else
+constexpr int kWords = 16;
+#endif
+
 // A value in both halves of a word.
 constexpr uint32_t twice(uint32_t value) { return value << 16 | value; }
 
@@ -73,7 +80,7 @@ ONEPASS_HD void join_strip(const uint32_t* __restrict words, Pair* __restrict pa
 #if defined(__AVX512BW__)
   join_512(load_512(words), load_512(words + kPairs), pairs);
 #elif defined(__AVX2__)
-  for (int i = 0; i < kPairs; i += 8)
+  for (int i = 0; i < kPairs; i += kWords)
     store_256(pairs + i, join_256(load_256(words + i), load_256(words + kPairs + i)));
 #else
 #pragma omp simd
@@ -129,7 +136,7 @@ ONEPASS_HD void narrow(const uint32_t (*pairs)[kPairs], uint8_t* to) {
   const __m128i lane = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m256i halves = _mm256_broadcastsi128_si256(lane);
   const __m256i words = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-  const __m256i bytes = _mm256_packus_epi16(load_256(pairs[0]), load_256(pairs[0] + 8));
+  const __m256i bytes = _mm256_packus_epi16(load_256(pairs[0]), load_256(pairs[0] + kWords));
   if (Of == kByPairs)
     store_256(to, _mm256_permute4x64_epi64(bytes, 0xD8));
   else
@@ -152,13 +159,6 @@ ONEPASS_HD void narrow(const uint32_t (*pairs)[kPairs], uint8_t* to) {
   }
 #endif
 }
-
-// Words of a vector.
-#if defined(__AVX2__) && !defined(__AVX512BW__)
-constexpr int kWords = 8;
-#else
-constexpr int kWords = 16;
-#endif
 
 // The largest of each strip of a tile, of which values has the largest of every kWords-th.
 ONEPASS_HD void largest_of(const uint32_t (*values)[kWords], uint32_t* __restrict largest) {

@@ -77,7 +77,7 @@ struct Strip<Split8Weight, kByPairs> {
     store_512(buffer + kPairs, _mm512_add_epi32(_mm512_and_si512(weight, above), odd));
 #elif defined(__AVX2__)
     const __m256i least = all_of(twice(0x8000)), above = all_of(0xFFFF0000u);
-    for (int i = 0; i < kPairs; i += 8) {
+    for (int i = 0; i < kPairs; i += kWords) {
       const __m256i weight = load_256(pairs + i), any = load_256(low + 2 * i);
       const __m256i zero = _mm256_cmpeq_epi16(_mm256_add_epi16(weight, weight), all_of(0));
       const __m256i kept = _mm256_max_epi16(any, _mm256_andnot_si256(zero, least));
@@ -128,7 +128,7 @@ struct Strip<Split8Weight, kByPairs> {
       return _mm256_blendv_epi8(all_of(kBf16Nan), rounded, _mm256_castps_si256(number));
     };
     const __m256i half = all_of(0x8000);
-    for (int i = 0; i < kPairs; i += 8) {
+    for (int i = 0; i < kPairs; i += kWords) {
       const __m256i even = round(i), odd = round(i + kPairs);
       store_256(pairs + i, join_256(_mm256_add_epi32(even, half), _mm256_add_epi32(odd, half)));
       const __m256i low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
@@ -203,14 +203,14 @@ ONEPASS_HD void code_strip(
   for (int i = 0; i < kPairs; ++i) codes[i] -= of.base[strip];
   // A sign has been shifted with the rest, and comes to lie above the code.
   if constexpr (Code::kSign != 0) {
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
     constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;  // from where it is in its byte
-    const __m512i bytes = all_of(twice(1u << 8 << kBack | 1u));
+    const auto bytes = all_of(twice(1u << 8 << kBack | 1u));
+#endif
+#if defined(__AVX512BW__)
     store_512(codes, _mm512_maddubs_epi16(load_512(codes), bytes));
 #elif defined(__AVX2__)
-    constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;
-    const __m256i bytes = all_of(twice(1u << 8 << kBack | 1u));
-    for (int i = 0; i < kPairs; i += 8)
+    for (int i = 0; i < kPairs; i += kWords)
       store_256(codes + i, _mm256_maddubs_epi16(load_256(codes + i), bytes));
 #else
 #pragma omp simd
@@ -227,7 +227,8 @@ ONEPASS_HD void measure_strip(const float* __restrict values, uint32_t* __restri
 #pragma omp simd
   for (int i = 0; i < kWords; ++i) {
     most[i] = max_u32(at(i), at(i + kPairs));
-    if (kWords != kPairs) most[i] = max_u32(most[i], max_u32(at(i + 8), at(i + kPairs + 8)));
+    if (kWords < kPairs)
+      most[i] = max_u32(most[i], max_u32(at(i + kWords), at(i + kPairs + kWords)));
   }
 }
 
