@@ -88,6 +88,55 @@ ONEPASS_HD void join_strip(const uint32_t* __restrict words, Pair* __restrict pa
 #endif
 }
 
+// Codes in pairs whose sign has been shifted with the rest, above the code: to its place in a byte.
+template <class Code>
+ONEPASS_HD void fold_signs(Pair* __restrict codes) {
+#if defined(__AVX2__)
+  constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;  // from where it is in its byte
+  const auto bytes = all_of(twice(1u << 8 << kBack | 1u));
+#endif
+#if defined(__AVX512BW__)
+  store_512(codes, _mm512_maddubs_epi16(load_512(codes), bytes));
+#elif defined(__AVX2__)
+  for (int i = 0; i < kPairs; i += kWords)
+    store_256(codes + i, _mm256_maddubs_epi16(load_256(codes + i), bytes));
+#else
+#pragma omp simd
+  for (int i = 0; i < kPairs; ++i)
+    codes[i] =
+        (codes[i] & twice(Code::kSign - 1)) | (codes[i] >> Code::kRandomShift & twice(Code::kSign));
+#endif
+}
+
+// Leaves of each half of a strip what it is above base, which both halves hold; false, and any
+// result, unless all of them are above.
+ONEPASS_HD bool subtract_base(Pair* __restrict pairs, uint32_t base) {
+#if defined(__AVX512BW__)
+  const __m512i left = _mm512_maskz_subs_epu16(0xFFFFFFFF, load_512(pairs), all_of(base));
+  store_512(pairs, left);
+  return _mm512_testn_epi16_mask(left, left) == 0;
+#elif defined(__AVX2__)
+  const __m256i bases = all_of(base);
+  const __m256i low = _mm256_subs_epu16(load_256(pairs), bases);
+  const __m256i high = _mm256_subs_epu16(load_256(pairs + kWords), bases);
+  store_256(pairs, low);
+  store_256(pairs + kWords, high);
+  const __m256i least = _mm256_min_epu16(low, high);
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi16(least, all_of(0))) == 0;
+#else
+  const uint32_t half = base & 0xFFFF;
+  uint32_t least = 0xFFFF;
+#pragma omp simd reduction(min : least)
+  for (int i = 0; i < kPairs; ++i) {
+    const uint32_t low = pairs[i] & 0xFFFF, high = pairs[i] >> 16;
+    least = low < least ? low : least;
+    least = high < least ? high : least;
+    pairs[i] -= base;
+  }
+  return least > half;
+#endif
+}
+
 // --- bytes ---
 
 // 32 bytes, each in 16 bits.

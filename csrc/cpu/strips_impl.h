@@ -196,29 +196,19 @@ ONEPASS_HD void code_strip(
     return;
   }
   uint32_t lifted[kStrip];
+  if constexpr (Code::kHasZero) {  // without the care of lift, unless a value needs it
+#pragma omp simd
+    for (int i = 0; i < kStrip; ++i)
+      lifted[i] = (to_bits(values[i]) >> Code::kRandomShift) + random[i];
+    join_strip(lifted, codes);
+    if (__builtin_expect(subtract_base(codes, of.base[strip]), 1)) return;
+  }
 #pragma omp simd
   for (int i = 0; i < kStrip; ++i) lifted[i] = lift(Code(), values[i], random[i], of, strip);
   join_strip(lifted, codes);
 #pragma omp simd
   for (int i = 0; i < kPairs; ++i) codes[i] -= of.base[strip];
-  // A sign has been shifted with the rest, and comes to lie above the code.
-  if constexpr (Code::kSign != 0) {
-#if defined(__AVX2__)
-    constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;  // from where it is in its byte
-    const auto bytes = all_of(twice(1u << 8 << kBack | 1u));
-#endif
-#if defined(__AVX512BW__)
-    store_512(codes, _mm512_maddubs_epi16(load_512(codes), bytes));
-#elif defined(__AVX2__)
-    for (int i = 0; i < kPairs; i += kWords)
-      store_256(codes + i, _mm256_maddubs_epi16(load_256(codes + i), bytes));
-#else
-#pragma omp simd
-    for (int i = 0; i < kPairs; ++i)
-      codes[i] = (codes[i] & twice(Code::kSign - 1)) |
-                 (codes[i] >> Code::kRandomShift & twice(Code::kSign));
-#endif
-  }
+  if constexpr (Code::kSign != 0) fold_signs<Code>(codes);
 }
 
 template <class Code>

@@ -28,7 +28,8 @@ struct Minifloat {
   static constexpr int kDropped = 23 - Mantissa;      // bits of an fp32 below the code's last
   static constexpr int kRandomShift = kDropped - 16;  // the upper 16 of them are random
   static constexpr uint32_t kSpan = (1u << Exponent) - 1;
-  static constexpr uint32_t kSign = 0;  // of a code that has a sign, its bit
+  static constexpr uint32_t kSign = 0;     // of a code that has a sign, its bit
+  static constexpr bool kHasZero = false;  // a code of its own for zero
   static constexpr uint32_t kNan = 1u
                                    << (Mantissa - 1);  // every code of a block that is not finite
 
@@ -59,6 +60,7 @@ struct Minifloat {
 template <int Exponent, int Mantissa>
 struct Unsigned : Minifloat<Exponent, Mantissa> {
   using Base = Minifloat<Exponent, Mantissa>;
+  static constexpr bool kHasZero = true;
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
   ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 0); }
