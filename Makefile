@@ -36,7 +36,7 @@ demo: $(VENV)/.built ## train a small text model with onepass and with torch.opt
 	$(RUN) -m onepass demo
 
 test: $(VENV)/.built ## run the tests
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.built ## measure the steps on this machine
 	$(RUN) -m bench

@@ -77,6 +77,35 @@ def root_e3m1(v: F32, random: Random) -> F32:
     return root * root
 
 
+def root_e2m2(v: F32, random: Random) -> F32:
+    """Likewise in finer codes, where all of a block lies within their fourteenfold; else as in mx4.
+
+    A block's scale has values to spare that could say which.
+    """
+    root = np.sqrt(v)
+    bits = _bits(random, len(v))
+    fine = blocks.Minifloat(2, 2)
+    codes, scale = blocks.encode_positive(root, bits, fine)
+    found = blocks.decode_positive(codes, scale, fine)
+    lowest = blocks.decode_positive(np.zeros_like(codes), scale, fine)
+    coarse = blocks.decode_positive(*blocks.encode_positive(root, bits))
+    inside = np.pad(root >= lowest, (0, -len(v) % blocks.MX_BLOCK), constant_values=True)
+    fits = inside.reshape(-1, blocks.MX_BLOCK).all(1)
+    root = np.where(np.repeat(fits, blocks.MX_BLOCK)[: len(v)], found, coarse)
+    return root * root
+
+
+def second_mx8(v: F32, random: Random) -> F32:
+    """The second moment in mx8."""
+    return blocks.decode_unsigned(*blocks.encode_unsigned(v, _bits(random, len(v))))
+
+
+def first_mx8(m: F32, root: F32, random: Random) -> F32:
+    """The first moment in mx8."""
+    codes, scale = blocks.encode_signed(m, _bits(random, len(m)), blocks.E4M3)
+    return blocks.decode_signed(codes, scale, blocks.E4M3)
+
+
 def floored(v: F32, random: Random) -> F32:
     """Exact, but for what is below the lowest code of mx4, which becomes it."""
     codes, scale = blocks.encode_positive(np.sqrt(v), np.zeros(len(v), np.uint32))
@@ -121,18 +150,29 @@ def ratio_e2m1(m: F32, root: F32, random: Random) -> F32:
     return blocks.decode_signed(codes, scale, blocks.E2M1) * divisor
 
 
-def ratio_even(m: F32, root: F32, random: Random, size: int = 32) -> F32:
-    """The first moment as a ratio in 15 even codes up to the block's largest, a scale in fp32."""
+def ratio_even(m: F32, root: F32, random: Random, size: int = 32, dithered: bool = False) -> F32:
+    """The first moment as a ratio in 15 even codes up to the block's largest, a scale in fp32.
+
+    dithered: what is added before rounding is subtracted again from what is decoded, which a
+    generator without a state allows. The error then is uniform whatever the value, of half the
+    variance on average (Schuchman, "Dither signals and their effect on quantization noise", 1964);
+    zero stays zero, by the sixteenth code.
+    """
     divisor = np.where(root == 0, np.float32(1), root)
     unit = blocks.ratio(m, divisor)
     grid = np.pad(unit, (0, -len(unit) % size)).reshape(-1, size)
     step = np.maximum(np.abs(grid).max(1, keepdims=True) / 7, np.float32(1e-30))
-    code = np.floor(grid / step + random.random(grid.shape, dtype=np.float32))
+    dither = random.random(grid.shape, dtype=np.float32)
+    code = np.floor(grid / step + dither)
+    if dithered:
+        code = np.where(grid == 0, 0, code + np.float32(0.5) - dither)
     return np.asarray((code * step).reshape(-1)[: len(m)] * divisor, np.float32)
 
 
 SECOND: dict[str, Code] = {
     "mx4": root_e3m1,
+    "mx8": second_mx8,
+    "E2M2": root_e2m2,
     "floored": floored,
     "root, log": root_log,
     "2^k": lambda v, random: powers_of_two(v, random, log=False),
@@ -140,9 +180,11 @@ SECOND: dict[str, Code] = {
 }
 FIRST: dict[str, FirstCode] = {
     "mx4": ratio_e2m1,
+    "mx8": first_mx8,
     "nearest": lambda m, root, random: ratio_e2m1(m, root, Nearest()),
     "even": ratio_even,
     "even 16": lambda m, root, random: ratio_even(m, root, random, 16),
+    "dithered": lambda m, root, random: ratio_even(m, root, random, dithered=True),
 }
 
 
@@ -177,6 +219,7 @@ VARIANTS = (
     Variant("fp32, noise 0.1", noise=0.1),
     Variant("fp32, noise 0.5", noise=0.5),
     Variant("fp32, noise 0.4 with memory 0.9", noise=0.4, memory=0.9),
+    Variant("mx8", first="mx8", second="mx8"),
     Variant("mx4", first="mx4", second="mx4"),
     Variant("mx4, lr / 1.03", lr=1 / 1.03, first="mx4", second="mx4"),
     Variant("mx4, lr / 1.17", lr=1 / 1.17, first="mx4", second="mx4"),
@@ -191,6 +234,9 @@ VARIANTS = (
     Variant("first: nearest", first="nearest", second="mx4"),
     Variant("first: 15 even codes", first="even", second="mx4"),
     Variant("first: 15 even codes, blocks of 16", first="even 16", second="mx4"),
+    Variant("second: E2M2 where it fits", first="mx4", second="E2M2"),
+    Variant("first: 15 even codes, second: E2M2", first="even", second="E2M2"),
+    Variant("first: dithered, second: E2M2", first="dithered", second="E2M2"),
 )
 
 

@@ -21,6 +21,25 @@ from .paging_links import RandomLink
 
 patch_once()
 
+# The files that take longest, of which the Makefile's two workers take the next as they come free:
+# one that started last would run alone.
+SLOWEST = (
+    "test_triton",
+    "test_triton_compile",
+    "test_zero",
+    "test_bits",
+    "test_cuda_shim",
+    "test_triton_step",
+    "test_compare",
+    "test_memory_cli",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first, the others in their order."""
+    turn = {name: i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))
+
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:

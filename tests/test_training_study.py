@@ -21,6 +21,8 @@ def spread(seed):
     ("name", "measure"),
     [
         ("mx4", np.sqrt),
+        ("E2M2", np.sqrt),
+        ("mx8", lambda v: v),
         ("root, log", np.log),
         ("2^k", lambda v: v),
         ("2^k, log", np.log),
@@ -35,7 +37,20 @@ def test_second_moments_are_right_on_average_in_what_they_say(name, measure):
     # A neighbour so unlikely that no draw took it leaves no spread: 5 draws of 4,000 at the most.
     assert (np.abs(draws.mean(0) - measure(v)) <= 5 * error + 5 / 4000).all()
     assert len(np.unique(draws[:, 0])) <= 2
-    assert max(len(np.unique(draws[:, i : i + 32])) for i in range(0, 512, 32)) <= 16
+    assert max(len(np.unique(draws[:, i : i + 32])) for i in range(0, 512, 32)) <= (
+        256 if name == "mx8" else 16
+    )
+
+
+def test_fine_codes_where_a_block_lies_within_their_range():
+    random = np.random.default_rng(5)
+    v = np.exp2(random.uniform(-7, 0, 64)).astype(np.float32)
+    v[40] = 1e-3  # the second block is too wide
+    fine = study.SECOND["E2M2"](v, np.random.default_rng(6))
+    coarse = study.SECOND["mx4"](v, np.random.default_rng(6))
+    assert (fine[32:] == coarse[32:]).all()
+    off = np.abs(np.sqrt(fine[:32]) / np.sqrt(v[:32]) - 1)
+    assert 0.1 < off.max() < 0.25
 
 
 @pytest.mark.parametrize("name", [name for name in study.FIRST if name != "nearest"])
