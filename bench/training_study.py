@@ -78,7 +78,7 @@ def root_e3m1(v: F32, random: Random) -> F32:
 
 
 def root_e2m2(v: F32, random: Random) -> F32:
-    """Likewise in finer codes, where all of a block lies within their fourteenfold; else as in mx4.
+    """Likewise in finer codes, where all of a block is within their range of 8 to 14, else as mx4.
 
     A block's scale has values to spare that could say which.
     """
