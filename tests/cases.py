@@ -158,6 +158,30 @@ def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
             assert same, f"{key} of parameter {i}"
 
 
+def mx4_at_its_edges(backend: str, device: str = "cpu") -> torch.optim.Optimizer:
+    """AdamW after steps with ratios that are held to their limit, and blocks of roots whose values
+    are close, far apart or few."""
+    generator = torch.Generator().manual_seed(11)
+    params = [torch.zeros(64 * 32 + tail, dtype=torch.bfloat16, device=device) for tail in (0, 5)]
+    params = [param.requires_grad_() for param in params]
+    # Held: a gradient alone has a ratio of 0.1 / sqrt(1e-4).
+    options = {"states": "mx4", "weights": "stochastic", "betas": (0.9, 0.9999), "seed": 5}
+    optimizer = onepass.AdamW(params, lr=0.1, **options, backend=backend)
+    for step in range(3):
+        for param in params:
+            block = torch.arange(len(param)) // 32
+            size = torch.tensor([1.0, 1e-12, 1e12, 1e-4])[block % 4]
+            close = 1 + torch.rand(len(param), generator=generator)
+            far = torch.exp2(-12 * torch.rand(len(param), generator=generator))
+            sign = torch.randint(0, 2, (len(param),), generator=generator) * 2 - 1
+            grad = size * sign * torch.where(block % 3 == 2, far, close)
+            if step == 1:
+                grad[block % 5 == 1] = 0
+            param.grad = grad.to(device, param.dtype)
+        optimizer.step()
+    return optimizer
+
+
 SHAPES = [(33,), (), (4, 5), (0,)]
 
 

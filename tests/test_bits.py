@@ -19,6 +19,7 @@ from .cases import (
     VARIANTS,
     assert_same,
     make_params,
+    mx4_at_its_edges,
     served,
     set_grads,
 )
@@ -67,6 +68,18 @@ def test_every_format_of_states_and_weights(case, variant, name, every_isa):
 
 def run_formats(backend, case, variant, dtype, grad_dtype, states, weights):
     return run(case, variant, backend, dtype, grad_dtype, states, 2, BLOCK_SIZES, weights)
+
+
+def test_mx4_at_its_edges(every_isa):
+    expected = mx4_at_its_edges("reference")
+    (param, _) = expected.param_groups[0]["params"]
+    scales, ratio_scales = (expected.state[param][f"{n}_scale"] for n in ("exp_avg_sq", "exp_avg"))
+    assert (scales >= 132).any()  # roots in fine codes, and in coarse ones
+    assert ((scales > 0) & (scales < 132)).any()
+    assert (ratio_scales == 254).any()
+    for isa in every_isa:
+        onepass.ops.cpu_isa(isa)
+        assert_same(mx4_at_its_edges("cpu"), expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -194,7 +194,7 @@ def test_state_dicts_of_others_are_refused_before_anything_changes():
         (another_kind.state_dict(), "no exp_avg_sq for parameter 0"),
         (lost, "no exp_avg_sq for parameter 1"),
         (bad_option, "eps must be"),
-        (newer, f"has formats of version {VERSION + 1}; this onepass knows version {VERSION}"),
+        (newer, f"has fp32 states of version {VERSION + 1}; this onepass knows version {VERSION}"),
         (bare, "exp_avg of parameter 1 .* is torch.uint8 without a scale"),
         (fewer, "parameter group 0 has 1 parameters in the state dict, 2 in the optimizer"),
         (two_groups, "has 2 parameter groups, the optimizer 1"),
@@ -205,3 +205,20 @@ def test_state_dicts_of_others_are_refused_before_anything_changes():
         assert now["param_groups"] == held["param_groups"]
         for i, state in held["state"].items():
             assert all(torch.equal(state[key], now["state"][i][key]) for key in state)
+
+
+def test_codes_of_version_1_are_what_they_were_but_those_of_mx4():
+    for states in ("fp32", "bf16", "mx8", "mx4", "dynamic8"):
+        params = make_params([(6, 4)], torch.float32, 0)
+        optimizer = onepass.AdamW(params, states=states)
+        train(optimizer, params, 1)
+        older = copy.deepcopy(optimizer.state_dict())
+        older["param_groups"][0]["format_version"] = 1
+        if states == "mx4":
+            with pytest.raises(
+                ValueError, match="group 0 of the state dict has mx4 states of version 1;"
+            ):
+                optimizer.load_state_dict(older)
+        else:
+            optimizer.load_state_dict(older)
+            assert optimizer.state_dict()["param_groups"][0]["format_version"] == VERSION

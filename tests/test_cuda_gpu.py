@@ -9,7 +9,16 @@ import onepass
 from onepass import reference
 from onepass.backends import BACKENDS
 
-from .cases import CASES, SIZES, last_variant, make_params, same_bits, served, set_grads
+from .cases import (
+    CASES,
+    SIZES,
+    last_variant,
+    make_params,
+    mx4_at_its_edges,
+    same_bits,
+    served,
+    set_grads,
+)
 from .test_bits import SPECIAL
 from .test_cuda_shim import STORED, STORED_IDS, VARIANTS
 from .test_triton_gpu import assert_same_as_cpu, copy_grads, on_gpu
@@ -92,6 +101,10 @@ def test_special_values(case, dtype, weights, states):
         cpu.step()
         gpu.step()
     assert_same_as_cpu(gpu, cpu)
+
+
+def test_mx4_at_its_edges():
+    assert_same_as_cpu(mx4_at_its_edges("cuda", "cuda"), mx4_at_its_edges("reference"))
 
 
 @pytest.mark.parametrize("first", [1, 8])

@@ -23,6 +23,7 @@ from .cases import (
     assert_same,
     last_variant,
     make_params,
+    mx4_at_its_edges,
     same_bits,
     served,
     set_grads,
@@ -151,6 +152,10 @@ def test_special_values(case, dtype, weights, states):
             optimizer.step()
         optimizers.append(optimizer)
     assert_same(*optimizers)
+
+
+def test_mx4_at_its_edges():
+    assert_same(mx4_at_its_edges(SHIM), mx4_at_its_edges("reference"))
 
 
 @pytest.mark.parametrize("states", STATE_FORMATS)

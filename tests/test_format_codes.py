@@ -13,7 +13,7 @@ LARGEST = np.finfo(np.float32).max
 SMALLEST = np.float32(2.0**-149)
 
 # What the formats code of one moment: (format, kind, exponent bits, mantissa bits). mx4 codes the
-# root of a second moment.
+# root of a second moment, in finer codes where a block allows it; ratios have a test of their own.
 CODES = {
     "mx8 first": ("mx8", "first", 4, 3),
     "mx8 second": ("mx8", "second", 5, 3),
@@ -23,6 +23,7 @@ CODES = {
 # The least exponent of a block's lowest level: that of the normal numbers, but the second moment of
 # mx8 goes down to the denormals, and squares of what mx4 holds have to be exact.
 LEAST = {"mx8 first": -126, "mx8 second": -127, "mx4 first": -126, "mx4 second": -73}
+FINE, LEAST_FINE = (2, 2), -61  # of mx4's root; below, its scale has no value that says so
 BLOCK_FORMATS = ("mx8", "mx4", "dynamic8")
 STOCHASTIC = ("bf16", "mx8", "mx4")
 
@@ -31,16 +32,32 @@ def signed(case: str) -> bool:
     return CODES[case][1] == "first"
 
 
-def levels(case: str, largest: float) -> np.ndarray:
-    """The magnitudes, ascending and in float64, that a block with this largest one can hold."""
-    _, _, exponent_bits, mantissa_bits = CODES[case]
+def floats(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """The levels of a minifloat without denormals, the lowest of them 1."""
     fractions = 1 + np.arange(1 << mantissa_bits) / (1 << mantissa_bits)
-    unit = (2.0 ** np.arange(1 << exponent_bits)[:, None] * fractions).ravel()
-    if signed(case):
-        unit = unit - 1  # lifted by the lowest power of two, so that zero is one of them
-    exponent = LEAST[case]  # the scale is the smallest at which the largest value does not clip
+    return (2.0 ** np.arange(1 << exponent_bits)[:, None] * fractions).ravel()
+
+
+def lowest_exponent(unit: np.ndarray, largest: float, least: int) -> int:
+    """Of the scale: the smallest at which the largest value does not clip."""
+    exponent = least
     while unit[-1] * 2.0**exponent < largest:
         exponent += 1
+    return exponent
+
+
+def levels(case: str, block: np.ndarray) -> np.ndarray:
+    """The magnitudes, ascending and in float64, that a block of such values can hold."""
+    _, _, exponent_bits, mantissa_bits = CODES[case]
+    if case == "mx4 second" and len(block) == 32:
+        unit = floats(*FINE)
+        exponent = lowest_exponent(unit, block.max(), LEAST[case])
+        if exponent >= LEAST_FINE and block.min() >= 2.0**exponent:
+            return unit * 2.0**exponent
+    unit = floats(exponent_bits, mantissa_bits)
+    if signed(case):
+        unit = unit - 1  # lifted by the lowest power of two, so that zero is one of them
+    exponent = lowest_exponent(unit, block.max(), LEAST[case])
     values = unit * 2.0**exponent
     if case == "mx8 second":
         values[0] = 0  # its place is the code of zero
@@ -86,6 +103,8 @@ def blocks_to_try() -> dict[str, np.ndarray]:
     for exponent in range(-125, 126, 10):  # scales from end to end, the top's rounding included
         x = 2.0**exponent * (1 + rng.random(32)) * 2.0 ** -rng.integers(0, 12, 32)
         found[f"2^{exponent}"] = np.r_[x[:31], 1.999 * 2.0**exponent]
+        found[f"2^{exponent}, close"] = np.r_[x[:31] * 0 + x[:31].max() * 0.3, 2.0**exponent]
+        found[f"2^{exponent}, within 100"] = 2.0**exponent * 100.0 ** -rng.random(32)
     return {name: values.astype(F32) for name, values in found.items()}
 
 
@@ -95,7 +114,7 @@ def test_values_become_the_levels_beside_them_and_are_right_on_average(case):
     for label, block in blocks_to_try().items():
         for start in range(0, len(block), 32):
             part = block[start : start + 32]
-            held = levels(case, roots(case, part).max())
+            held = levels(case, roots(case, part))
             if case == "mx4 second" and not part.any():
                 held[:] = 0
             # A block for each value of the random bits; every 64th of them does for most blocks.
@@ -131,6 +150,9 @@ def stored_everything(case: str) -> tuple[np.ndarray, np.ndarray]:
     lowest = LEAST[case] + 127
     highest = 127 + 62 if case == "mx4 second" else 254  # so that no value or square overflows
     scales = np.arange(lowest, highest - (1 << exponent_bits) + 2, dtype=np.uint8)
+    if case == "mx4 second":  # from 1, and those of the finer codes from 132
+        fine = np.arange(132, 132 + highest - 3 - (LEAST_FINE + 127) + 1, dtype=np.uint8)
+        scales = np.r_[scales - np.uint8(lowest - 1), fine]
     return np.tile(blocks.ravel(), len(scales)), np.repeat(scales, len(blocks))
 
 
@@ -160,13 +182,39 @@ def test_every_ratio_of_mx4_comes_back(random):
     ratio, root = (np.resize(x, (9, 31)) for x in np.divmod(np.arange(256), 16))
     ratio, root = (np.c_[x, np.full(9, top)].ravel() for x, top in ((ratio, 7), (root, 15)))
     first, second = ((x[0::2] | x[1::2] << 4).astype(np.uint8) for x in (ratio, root))
-    for scale in range(90, 127):  # up to ratios of 5.5
-        stored = [(first, np.full(9, scale, np.uint8)), (second, np.full(9, 120, np.uint8))]
-        values = decode("mx4", stored, ADAM, len(ratio))
-        again = encode("mx4", values, ADAM, random)
-        for (data, scales), (other, others) in zip(stored, again, strict=True):
-            np.testing.assert_array_equal(data, other)
-            np.testing.assert_array_equal(scales, others)
+    for scale in range(255):
+        for of_roots in (70, 190):  # coarse and fine
+            stored = [(first, np.full(9, scale, np.uint8))]
+            stored += [(second, np.full(9, of_roots, np.uint8))]
+            values = decode("mx4", stored, ADAM, len(ratio))
+            again = encode("mx4", values, ADAM, random)
+            for (data, scales), (other, others) in zip(stored, again, strict=True):
+                np.testing.assert_array_equal(data, other)
+                np.testing.assert_array_equal(scales, others)
+
+
+def test_ratios_of_mx4_become_the_even_steps_beside_them_and_are_right_on_average():
+    """A step is the least float of three bits of mantissa that is a seventh of the largest."""
+    rng = np.random.default_rng(12)
+    cases = [rng.standard_normal(32), rng.random(5) * 1e-3, np.r_[3.0, np.zeros(31)], [7.0, -1e-3]]
+    cases += [10.0 ** rng.uniform(-8, 0.8, 32), [7e-12, 1e-12], [0.0], [-6.999, 0.9]]
+    draws = ALL_RANDOM[::64]
+    for ratios in cases:
+        exp_avg = np.zeros((len(draws), 32), F32)
+        exp_avg[:, : len(ratios)] = F32(2) * np.asarray(ratios, F32)
+        second = np.full(exp_avg.size, 4, F32)
+        random = [np.repeat(draws, 32)] * 2
+        stored = encode("mx4", (exp_avg.ravel(), second), ADAM, random)
+        found = decode("mx4", stored, ADAM, second.size)[0].reshape(exp_avg.shape) / 2
+        truth = exp_avg[0].astype(np.float64) / 2
+        floats = 2.0 ** np.arange(-32, 1)[:, None] * (1 + np.arange(8) / 8)
+        step = floats[(floats >= np.abs(truth).max() / 7) & (floats >= 1.25 * 2.0**-32)].min()
+        below = np.floor(np.abs(truth) / step)
+        seen = np.abs(found.astype(np.float64)) / step
+        assert ((seen == below) | (seen == below + 1)).all()
+        assert (np.sign(found) * np.sign(truth) >= 0).all()
+        share = (seen == below + 1).mean(0)
+        assert np.abs(share - (np.abs(truth) / step - below)).max() <= 1.01 / len(draws)
 
 
 def test_mx4_limits_the_ratio_and_nothing_else():

@@ -22,6 +22,7 @@ from .cases import (
     SIZES,
     assert_same,
     make_params,
+    mx4_at_its_edges,
     same_bits,
     served,
     set_grads,
@@ -115,6 +116,10 @@ def test_block_formats_over_several_chunks(states, weights, first):
         return params, onepass.AdamW(params, lr=0.1, **options, backend=backend)
 
     step_both(build, 2, [torch.bfloat16, torch.float32])
+
+
+def test_mx4_at_its_edges():
+    assert_same(mx4_at_its_edges("triton"), mx4_at_its_edges("reference"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -18,6 +18,12 @@ NOT_FINITE = tl.constexpr(255)  # the scale of a block that holds a NaN or an in
 _INFINITY = tl.constexpr(0x7F800000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _ONE = tl.constexpr(0x3F800000)
+_FINE = tl.constexpr(132)  # the first scale of roots in E2M2
+_COARSE_BIAS = tl.constexpr(53)  # from a scale of E3M1 to its lowest exponent
+_FINE_BIAS = tl.constexpr(66)  # from the lowest exponent of E2M2 to its scale
+_RATIO_LIMIT = tl.constexpr(0x40E00000)  # 7
+_LEAST_STEP = tl.constexpr(762)  # the upper 12 bits of the step of scale 0
+_LEAST_LARGEST = tl.constexpr(0x310C0000)  # seven of that
 _NAN = tl.constexpr(0x7FC00000)
 
 
@@ -26,6 +32,13 @@ def largest_of(bits, SIZE: tl.constexpr):
     """The largest of each block: [elements] -> [blocks]."""
     BLOCKS: tl.constexpr = bits.shape[0] // SIZE
     return tl.max(tl.reshape(bits, (BLOCKS, SIZE)), axis=1)
+
+
+@triton.jit
+def least_of(bits, SIZE: tl.constexpr):
+    """The least of each block: [elements] -> [blocks]."""
+    BLOCKS: tl.constexpr = bits.shape[0] // SIZE
+    return tl.min(tl.reshape(bits, (BLOCKS, SIZE)), axis=1)
 
 
 @triton.jit
@@ -81,23 +94,6 @@ def decode_unsigned(codes, scales, M: tl.constexpr):
 
 
 @triton.jit
-def encode_positive(values, random, M: tl.constexpr, SPAN: tl.constexpr):
-    bits = values.to(tl.uint32, bitcast=True)
-    largest = largest_of(bits, MX_BLOCK)
-    scales = tl.where(largest == 0, 0, lowest_binade(largest, M, SPAN, 1, 0)).to(tl.uint32)
-    lowest = each(scales << 23, MX_BLOCK)
-    # In a block of zeros nothing is added to 0 that would reach a code.
-    return finish(round_up(tl.maximum(bits, lowest), random, lowest, M), scales, M)
-
-
-@triton.jit
-def decode_positive(codes, scales, M: tl.constexpr):
-    lowest = each(scales.to(tl.uint32) << 23, MX_BLOCK)
-    bits = (codes.to(tl.uint32) << (23 - M)) + lowest
-    return tl.where(lowest == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def encode_signed(values, random, M: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
     """WIDTH: bits of a code below its sign."""
     bits = values.to(tl.uint32, bitcast=True)
@@ -143,24 +139,49 @@ def encode_mx8_first(values, random, root, maps):
     return encode_signed(values, random, 3, 15, 7)
 
 
-# --- mx4: roots of second moments E3M1 without a zero, first moments E2M1 with a sign ----------
+# --- mx4: roots of second moments in E3M1 or E2M2 without a zero, ratios in 15 even steps, other
+# first moments in E2M1 with a sign ---
+
+
+@triton.jit
+def root_unit(scales):
+    """(the lowest power of two, by how much a code lies below it) of each element of a block."""
+    scales = scales.to(tl.uint32)
+    kept = (scales == 0) | (scales == NOT_FINITE)
+    fine = (scales >= _FINE) & (scales != NOT_FINITE)
+    shifted = tl.where(fine, scales - _FINE_BIAS, scales + _COARSE_BIAS)
+    exponent = tl.where(kept, scales, shifted).to(tl.uint32)
+    return each(exponent << 23, MX_BLOCK), each(tl.where(fine, 21, 22).to(tl.uint32), MX_BLOCK)
 
 
 @triton.jit
 def root_mx4(codes, scales):
     """What second moments are the squares of."""
-    return decode_positive(codes, scales, 1)
+    lowest, dropped = root_unit(scales)
+    bits = (codes.to(tl.uint32) << dropped) + lowest
+    return tl.where(lowest == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def decode_mx4_second(codes, scales, root, maps):
-    value = decode_positive(codes, scales, 1)
+    value = root_mx4(codes, scales)
     return value * value
 
 
 @triton.jit
 def encode_mx4_second(values, random, root, maps):
-    return encode_positive(tl.sqrt_rn(values), random, 1, 7)
+    bits = tl.sqrt_rn(values).to(tl.uint32, bitcast=True)
+    largest = largest_of(bits, MX_BLOCK)
+    fine = lowest_binade(largest, 2, 3, 54, 0)
+    coarse = lowest_binade(largest, 1, 7, 54, 0) - _COARSE_BIAS
+    fits = (least_of(bits, MX_BLOCK) >= (fine << 23)) & (fine >= _FINE - _FINE_BIAS)
+    scales = tl.where(fits, fine + _FINE_BIAS, coarse)
+    scales = tl.where(largest >= _INFINITY, NOT_FINITE, tl.where(largest == 0, 0, scales))
+    scales = scales.to(tl.uint32)
+    lowest, dropped = root_unit(scales)
+    # In a block of zeros nothing is added to 0 that would reach a code.
+    code = (tl.maximum(bits, lowest) - lowest + (random << (dropped - 16))) >> dropped
+    return finish(code, scales, 1)
 
 
 @triton.jit
@@ -174,13 +195,37 @@ def encode_mx4_first(values, random, root, maps):
 
 
 @triton.jit
+def ratio_step(scales):
+    """The step of the ratios of each block; NaN where it is not finite."""
+    bits = (scales.to(tl.uint32) + _LEAST_STEP) << 20
+    return tl.where(scales == NOT_FINITE, _NAN, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def decode_mx4_relative(codes, scales, root, maps):
-    return decode_signed(codes, scales, 1, 3) * root
+    code = codes.to(tl.uint32)
+    value = (code & 7).to(tl.float32) * each(ratio_step(scales), MX_BLOCK)
+    sign = (code >> 3) << 31
+    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True) * root
 
 
 @triton.jit
 def encode_mx4_relative(values, random, root, maps):
-    return encode_signed(tl.div_rn(values, root), random, 1, 3, 3)
+    bits = tl.div_rn(values, root).to(tl.uint32, bitcast=True)
+    magnitude = bits & _MAGNITUDE
+    over = (magnitude > _RATIO_LIMIT) & (magnitude < _INFINITY)
+    magnitude = tl.where(over, _RATIO_LIMIT, magnitude).to(tl.uint32)
+    largest = largest_of(magnitude, MX_BLOCK)
+    held = tl.maximum(largest, _LEAST_LARGEST).to(tl.float32, bitcast=True)
+    seventh = tl.div_rn(held, tl.full(held.shape, 7.0, tl.float32))
+    upper = (seventh.to(tl.uint32, bitcast=True) + 0xFFFFF) >> 20
+    scales = tl.where(largest >= _INFINITY, NOT_FINITE, upper - _LEAST_STEP).to(tl.uint32)
+    step = ratio_step(scales)
+    per_step = each(tl.div_rn(tl.full(step.shape, 65536.0, tl.float32), step), MX_BLOCK)
+    finite = each(scales, MX_BLOCK) != NOT_FINITE
+    steps = tl.where(finite, magnitude.to(tl.float32, bitcast=True) * per_step, 0.0)
+    code = (steps.to(tl.int32).to(tl.uint32, bitcast=True) + random) >> 16
+    return finish(code | ((bits >> 31) << 3), scales, 1)
 
 
 @triton.jit

@@ -9,13 +9,28 @@ namespace {
 
 // --- blocks ---
 
+// The bits of the least of 32 values of at least zero.
+ONEPASS_HD uint32_t least_of(const float* __restrict values) {
+  uint32_t least = ~0u;
+#pragma omp simd reduction(min : least)
+  for (int i = 0; i < kMxBlock; ++i) {
+    const uint32_t bits = to_bits(values[i]);
+    least = bits < least ? bits : least;
+  }
+  return least;
+}
+
 // The scale of a block.
 template <class Code>
 ONEPASS_HD uint32_t scale_of(const float* __restrict values, int n) {
   uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int i = 0; i < n; ++i) largest = max_u32(largest, Code::measure(values[i]));
-  return Code::scale(largest);
+  if constexpr (Code::kTakesLeast) {
+    return Code::scale(largest, n < kMxBlock ? 0 : least_of(values));
+  } else {
+    return Code::scale(largest);
+  }
 }
 
 // The codes of a block.
@@ -26,8 +41,9 @@ ONEPASS_HD void encode_block(
   if (__builtin_expect(scale == kNotFinite, 0)) {
     for (int i = 0; i < n; ++i) codes[i] = Code::kNan;
   } else {
+    const auto encoder = Code::encoder(scale);
 #pragma omp simd
-    for (int i = 0; i < n; ++i) codes[i] = Code::encode(values[i], random[i], scale);
+    for (int i = 0; i < n; ++i) codes[i] = Code::encode(values[i], random[i], encoder);
   }
 }
 
@@ -35,7 +51,7 @@ template <Kind Of>
 struct Mx8State {
   static constexpr bool kDraws = true;
   static constexpr Format kFormat = Format::kMx8;
-  using Code = Mx8<Of == kSecond>;
+  using Code = Mx8<Of>;
 
   ONEPASS_HD static void load(
       const Stored& at, int64_t first, int n, float* __restrict out, float*) {
@@ -61,7 +77,7 @@ template <Kind Of>
 struct Mx4State {
   static constexpr bool kDraws = true;
   static constexpr Format kFormat = Format::kMx4;
-  using Code = Mx4<Of == kSecond>;
+  using Code = Mx4<Of>;
 
   ONEPASS_HD static void load(
       const Stored& at, int64_t first, int n, float* __restrict out, float* roots) {
@@ -76,9 +92,10 @@ struct Mx4State {
   ONEPASS_HD static void values(
       const uint32_t* __restrict codes, uint32_t scale, int n, float* __restrict out,
       float* __restrict root) {
+    const auto decoder = Code::decoder(scale);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      const float value = Code::decode(codes[i], scale);
+      const float value = Code::decode(codes[i], decoder);
       if (Of == kSecond) root[i] = value;
       if (Of == kSecond) out[i] = value * value;
       if (Of == kRelative) out[i] = value * (root[i] == 0.0f ? 1.0f : root[i]);
@@ -97,8 +114,9 @@ struct Mx4State {
     encode_block<Code>(scaled, n, random, scale, codes);
     static_cast<uint8_t*>(at.extra)[first / kMxBlock] = static_cast<uint8_t>(scale);
     if (Of == kSecond) {
+      const auto decoder = Code::decoder(scale);
 #pragma omp simd
-      for (int i = 0; i < n; ++i) roots[i] = Code::decode(codes[i], scale);
+      for (int i = 0; i < n; ++i) roots[i] = Code::decode(codes[i], decoder);
     }
     join_nibbles(codes, static_cast<uint8_t*>(at.data) + first / 2, (n + 1) / 2);
   }

@@ -160,6 +160,8 @@ struct Scales {
   alignas(32) uint32_t base[kStrips];   // the code of its lowest exponent, in both halves
   alignas(32) uint32_t least[kStrips];  // one more in the upper half
   alignas(32) float lowest[kStrips];    // its lowest power of two
+  alignas(32) uint32_t shift[kStrips];  // of a Root's bits, to where codes are in the upper half
+  alignas(32) float per_step[kStrips];  // of a Ratio
 };
 
 // A code, dithered, above base in the upper half of a word.
@@ -172,11 +174,13 @@ lift(Unsigned<Exponent, Mantissa>, float value, uint32_t random16, const Scales&
   const uint32_t kept = max_u32(code, least);
   return bits == 0 ? none : kept;
 }
-template <int Exponent, int Mantissa>
-ONEPASS_HD uint32_t
-lift(Positive<Exponent, Mantissa>, float value, uint32_t random16, const Scales& of, int strip) {
+ONEPASS_HD uint32_t lift(Root, float value, uint32_t random16, const Scales& of, int strip) {
   const uint32_t bits = max_u32(to_bits(value), to_bits(of.lowest[strip]));
-  return (bits >> Positive<Exponent, Mantissa>::kRandomShift) + random16;
+  return (bits >> of.shift[strip]) + random16;
+}
+ONEPASS_HD uint32_t lift(Ratio, float value, uint32_t random16, const Scales& of, int strip) {
+  const uint32_t sign = (to_bits(value) & ~kMagnitude) >> Ratio::kRandomShift;
+  return Ratio::dithered(value, random16, of.per_step[strip]) + sign;
 }
 template <int Exponent, int Mantissa>
 ONEPASS_HD uint32_t
@@ -222,14 +226,27 @@ ONEPASS_HD void measure_strip(const float* __restrict values, uint32_t* __restri
   }
 }
 
+template <int Exponent, int Mantissa>
+ONEPASS_HD void derive(Minifloat<Exponent, Mantissa>, Scales& of, int strip) {
+  of.base[strip] = twice(of.scale[strip] << Mantissa);
+  of.least[strip] = of.base[strip] + 0x10000u;
+  of.lowest[strip] = from_bits(of.scale[strip] << 23);
+}
+ONEPASS_HD void derive(Root, Scales& of, int strip) {
+  const Root::Unit unit = Root::decoder(of.scale[strip]);
+  of.base[strip] = twice(unit.lowest >> (23 - unit.mantissa));
+  of.lowest[strip] = from_bits(unit.lowest);
+  of.shift[strip] = 7 - unit.mantissa;
+}
+ONEPASS_HD void derive(Ratio, Scales& of, int strip) {
+  of.base[strip] = 0;
+  of.per_step[strip] = Ratio::encoder(of.scale[strip]);
+}
+
 template <class Code>
 ONEPASS_HD void derive_scales(Scales& of) {
 #pragma omp simd
-  for (int i = 0; i < kStrips; ++i) {
-    of.base[i] = twice(of.scale[i] << Code::kMantissa);
-    of.least[i] = of.base[i] + 0x10000u;
-    of.lowest[i] = from_bits(of.scale[i] << 23);
-  }
+  for (int i = 0; i < kStrips; ++i) derive(Code(), of, i);
 }
 template <class Code>
 ONEPASS_HD void read_scales(const Stored& at, int64_t first, Scales& of) {
@@ -240,11 +257,17 @@ ONEPASS_HD void read_scales(const Stored& at, int64_t first, Scales& of) {
 // Those of a tile that is measured.
 template <class Code>
 ONEPASS_HD void choose_scales(
-    const uint32_t (*most)[kWords], const Stored& at, int64_t first, Scales& of) {
+    const uint32_t (*most)[kWords], const uint32_t* least, const Stored& at, int64_t first,
+    Scales& of) {
   alignas(64) uint32_t largest[kStrips];
   largest_of(most, largest);
 #pragma omp simd
-  for (int i = 0; i < kStrips; ++i) of.scale[i] = Code::scale(largest[i]);
+  for (int i = 0; i < kStrips; ++i) {
+    if constexpr (Code::kTakesLeast)
+      of.scale[i] = Code::scale(largest[i], least[i]);
+    else
+      of.scale[i] = Code::scale(largest[i]);
+  }
   derive_scales<Code>(of);
   uint8_t* bytes = static_cast<uint8_t*>(at.extra) + first / kMxBlock;
   for (int i = 0; i < kStrips; ++i) bytes[i] = static_cast<uint8_t>(of.scale[i]);
@@ -322,7 +345,7 @@ struct Tile<Of, Mx8State<Is>> {
   ONEPASS_HD void store(
       const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
       float (*)[kStrip]) {
-    choose_scales<Code>(most, at, first, scales);
+    choose_scales<Code>(most, nullptr, at, first, scales);
     uint8_t* bytes = static_cast<uint8_t*>(at.data) + first;
     for (int strip = 0; strip < kStrips; strip += kNarrowed) {
       alignas(64) uint32_t codes[kNarrowed][kPairs];
@@ -358,21 +381,24 @@ struct Tile<kByPairs, Mx4State<Is>> {
       const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
       float (*__restrict roots)[kStrip]) {
     alignas(64) uint32_t most[kStrips][kWords];
+    uint32_t least[kStrips];
     Scales scales;
     for (int strip = 0; strip < kStrips; ++strip) {
       State::units(values[strip], kStrip, roots[strip]);
       measure_strip<Code>(values[strip], most[strip]);
+      if (Code::kTakesLeast) least[strip] = least_of(values[strip]);
     }
-    choose_scales<Code>(most, at, first, scales);
+    choose_scales<Code>(most, least, at, first, scales);
     uint8_t* bytes = static_cast<uint8_t*>(at.data) + first / 2;
     for (int strip = 0; strip < kStrips; ++strip) {
       uint32_t codes[kPairs];
       code_strip<Code>(values[strip], {words[strip], shift}, scales, strip, codes);
       float* __restrict root = roots[strip];
+      const auto decoder = Code::decoder(scales.scale[strip]);
 #pragma omp simd
       for (int i = 0; i < kPairs; ++i) {
-        if (Is == kSecond) root[i] = Code::decode(codes[i] & 0xFFFF, scales.scale[strip]);
-        if (Is == kSecond) root[i + kPairs] = Code::decode(codes[i] >> 16, scales.scale[strip]);
+        if (Is == kSecond) root[i] = Code::decode(codes[i] & 0xFFFF, decoder);
+        if (Is == kSecond) root[i + kPairs] = Code::decode(codes[i] >> 16, decoder);
         codes[i] |= codes[i] >> 12;
       }
       convert(codes, bytes + strip * kPairs, kPairs);

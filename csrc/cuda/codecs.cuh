@@ -144,11 +144,11 @@ template <Format F, Kind K>
 struct Block;
 template <Kind K>
 struct Block<Format::kMx8, K> {
-  using Code = Mx8<K == kSecond>;
+  using Code = Mx8<K>;
 };
 template <Kind K>
 struct Block<Format::kMx4, K> {
-  using Code = Mx4<K == kSecond>;
+  using Code = Mx4<K>;
 };
 
 // mx4 codes the root of a second moment, and a relative one in units of that root.
@@ -235,7 +235,8 @@ struct StateCodec {
       if constexpr (kDynamic) {
         values[j] = kDynamicMaps[K != kSecond].values[code] * from_bits(state.scales[0]);
       } else if constexpr (kScaled) {
-        const float units = Block<F, K>::Code::decode(code, state.scales[j / Vector]);
+        using Code = typename Block<F, K>::Code;
+        const float units = Code::decode(code, Code::decoder(state.scales[j / Vector]));
         values[j] = from_units<F, K>(units, &roots[j]);
       } else {
         values[j] = decode_one<F, Math::kQuick>(code, 0);
@@ -258,13 +259,17 @@ struct StateCodec {
       }
       C::template pack<code_at(F)>(words, state.raw);
     } else {
-      uint32_t largest[kScales] = {};
+      uint32_t largest[kScales] = {}, least[kScales];
+#pragma unroll
+      for (int v = 0; v < kScales; ++v) least[v] = ~0u;
       float units[kElements];
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
         units[j] = Full || lanes.has(j) ? to_units<F, K>(values[j], roots[j], math) : 0.0f;
         uint32_t& most = largest[kDynamic ? 0 : j / Vector];
         most = max_u32(most, measure(units[j]));
+        if (to_bits(units[j]) < least[kDynamic ? 0 : j / Vector])
+          least[kDynamic ? 0 : j / Vector] = to_bits(units[j]);
       }
 #pragma unroll
       for (int v = 0; v < kScales; ++v) largest[v] = largest_in<kLanes>(largest[v]);
@@ -280,7 +285,14 @@ struct StateCodec {
       } else {
         using Code = typename Block<F, K>::Code;
 #pragma unroll
-        for (int v = 0; v < kScales; ++v) state.scales[v] = Code::scale(largest[v]);
+        for (int v = 0; v < kScales; ++v) {
+          if constexpr (Code::kTakesLeast)
+            state.scales[v] = Code::scale(largest[v], ~largest_in<kLanes>(~least[v]));
+          else if constexpr (F == Format::kMx4 && K == kRelative)
+            state.scales[v] = Code::scale(largest[v], math);
+          else
+            state.scales[v] = Code::scale(largest[v]);
+        }
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {
           const uint32_t scale = state.scales[j / Vector];
@@ -291,11 +303,12 @@ struct StateCodec {
             else
               words[j] = Code::encode_magnitude(units[j], bits, scale);
           } else {
-            const uint32_t finite = Code::encode(units[j], bits, scale);
+            const uint32_t finite = Code::encode(units[j], bits, Code::encoder(scale, math));
             const uint32_t code = scale == kNotFinite ? Code::kNan : finite;
             // mx4 shares a byte between two elements, of which the second may not be there.
             words[j] = Full || lanes.has(j) ? code : 0u;
-            if (K == kSecond && F == Format::kMx4) roots[j] = Code::decode(code, scale);
+            if (K == kSecond && F == Format::kMx4)
+              roots[j] = Code::decode(code, Code::decoder(scale));
           }
         }
         C::template pack<0>(words, state.raw);

@@ -29,10 +29,6 @@ enum class Format : uint8_t {
 
 constexpr int kFormats = 14;
 
-// What a state is: a mean with a sign; a mean of squares; a first moment whose size goes with the
-// root of the rule's first second moment.
-enum Kind : uint8_t { kFirst, kSecond, kRelative, kKinds };
-
 // Elements that share a scale; 1 where there is none.
 constexpr int block_of(Format format) {
   if (format == Format::kDynamic8) return kDynamicBlock;

@@ -13,7 +13,18 @@ import torch
 ABSENT = -1  # in place of a format's number: the rule has no such state
 
 # Written into every checkpoint; one more whenever the codes of a format change their meaning.
-VERSION = 1
+# 2: those of mx4, and no others.
+VERSION = 2
+
+
+def readable(version: int, states: str) -> bool:
+    """Whether codes that a checkpoint has of a version mean what they do now.
+
+    Args:
+        version: the group's "format_version".
+        states: the format of its states.
+    """
+    return version == VERSION or (version == 1 and states != "mx4")
 
 
 @dataclass(frozen=True)

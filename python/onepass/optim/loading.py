@@ -10,7 +10,7 @@ import torch
 
 from ..checks import check_weight_format
 from ..distributed.shards import shard_of, shards_of
-from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, scale_key
+from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_key
 from ..held import ParamState
 from ..states import (
     COMPANIONS,
@@ -45,10 +45,11 @@ def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> l
                 f"{len(group['params'])} in the optimizer"
             )
         version = saved.get("format_version", VERSION)
-        if version != VERSION:
+        if not readable(version, saved.get("states", "fp32")):
             raise ValueError(
-                f"parameter group {i} of the state dict has formats of version {version}; this "
-                f"onepass knows version {VERSION}: load it with the onepass that saved it"
+                f"parameter group {i} of the state dict has {saved.get('states', 'fp32')} states "
+                f"of version {version}; this onepass knows version {VERSION}: load it with the "
+                "onepass that saved it"
             )
         merged = {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
         # A state dict of torch.optim does not name states; its Adam and AdamW differ only in

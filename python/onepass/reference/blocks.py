@@ -1,10 +1,10 @@
 """The block formats of states, in NumPy: a block of elements in memory order shares one scale.
 
 mx8 and mx4 take Microscaling's idea (OCP, "Microscaling formats (MX) specification", 2023): blocks
-of 32 with a power of two as scale. All of it is integer arithmetic on the bits of fp32: a code is
-the upper part of the float, its exponent counted from the scale byte, and the bits below are
-rounded stochastically. dynamic8 is the map and block size of bitsandbytes (Dettmers et al., "8-bit
-optimizers via block-wise quantization", 2022).
+of 32 with a byte as scale, most often a power of two. Nearly all of it is integer arithmetic on the
+bits of fp32: a code is the upper part of the float, its exponent counted from the scale byte, and
+the bits below are rounded stochastically; only mx4's ratios are even steps. dynamic8 is the map and
+block size of bitsandbytes (Dettmers et al., "8-bit optimizers via block-wise quantization", 2022).
 """
 
 from __future__ import annotations
@@ -21,11 +21,20 @@ DYNAMIC_BLOCK = 256
 NOT_FINITE = np.uint8(255)  # the scale of a block that holds a NaN or an infinity
 LOWEST_ROOT = 54  # least scale of a root: the squares of 2^-73 and above are exact, and not zero
 
+# The scales of roots: 0 of a block of zeros, from 1 of codes in E3M1, from FINE of codes in E2M2.
+# What is left for the latter begins at roots of 2^-61.
+FINE = 132
+_COARSE_BIAS = np.uint32(LOWEST_ROOT - 1)  # from a scale to the lowest exponent
+_FINE_BIAS = np.uint32(66)  # and from the lowest exponent to a scale
+
 # Of |m| / sqrt(v). A step of Adam then is at most
 #     sqrt((limit beta1)^2 / beta2 + (1 - beta1)^2 / (1 - beta2)) lr,
 # by Cauchy and Schwarz: 7.1 lr at betas of 0.9 and 0.999, where exact averages allow 7.3. Without
 # it, the noise of a ratio upon that of its root takes growing gradients to twice as much.
 RATIO_LIMIT = np.float32(7)
+# The upper 12 bits of the least step of a ratio, 1.25 * 2^-32. The largest, 1, has the scale 254:
+# seven of them are RATIO_LIMIT.
+_LEAST_STEP = np.uint32(762)
 
 _INFINITY = np.uint32(0x7F800000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -57,7 +66,8 @@ class Minifloat:
 E4M3 = Minifloat(4, 3)  # with a sign, lifted
 E5M3 = Minifloat(5, 3)  # the code 0 is zero
 E2M1 = Minifloat(2, 1)  # with a sign, lifted
-E3M1 = Minifloat(3, 1)  # no zero
+E3M1 = Minifloat(3, 1)  # no zero, nor has
+E2M2 = Minifloat(2, 2)
 
 
 def _blocks(values: F32, size: int) -> F32:
@@ -94,6 +104,11 @@ def _spread(random: U32, small: Minifloat) -> U32:
 def _each(scale: U8, count: int) -> U32:
     """The scale of each element."""
     return np.repeat(scale.astype(np.uint32), MX_BLOCK)[:count]
+
+
+def _each_float(of_blocks: F32, count: int) -> F32:
+    """What is of each block, of each element."""
+    return np.repeat(of_blocks, MX_BLOCK)[:count]
 
 
 def encode_unsigned(values: F32, random: U32, small: Minifloat = E5M3) -> tuple[U8, U8]:
@@ -145,12 +160,76 @@ def decode_positive(codes: U8, scale: U8, small: Minifloat = E3M1) -> F32:
     return np.where(e == 0, np.uint32(0), bits).view(np.float32)
 
 
+def encode_root(values: F32, random: U32) -> tuple[U8, U8]:
+    """Roots of second moments to (codes, scales): in E2M2 a block of which all 32 lie within the
+    codes' range, of eight to fourteen, in E3M1 any other. The rest as in encode_positive.
+
+    The scale says which; it has values for E2M2 from a lowest power of two of 2^-61.
+    """
+    coarse, scale = encode_positive(values, random, E3M1)
+    fine, exponent = encode_positive(values, random, E2M2)
+    least = _blocks(values, MX_BLOCK).view(np.uint32).min(axis=1, initial=_MAGNITUDE)
+    wide = exponent.astype(np.uint32)
+    fits = (least >= wide << np.uint32(23)) & (wide >= FINE - _FINE_BIAS) & (wide != NOT_FINITE)
+    code = np.where(_each(fits.astype(np.uint8), len(values)) != 0, fine, coarse)
+    kept = (scale == 0) | (scale == NOT_FINITE)
+    coarse_scale = np.where(kept, scale, scale - _COARSE_BIAS)
+    return code, np.where(fits, wide + _FINE_BIAS, coarse_scale).astype(np.uint8)
+
+
+def decode_root(codes: U8, scale: U8) -> F32:
+    """What :func:`encode_root` wrote: exact."""
+    wide = scale.astype(np.uint32)
+    kept = (scale == 0) | (scale == NOT_FINITE)
+    fine = (scale >= FINE) & ~kept
+    exponent = np.where(kept, wide, np.where(fine, wide - _FINE_BIAS, wide + _COARSE_BIAS))
+    exponent = exponent.astype(np.uint8)
+    is_fine = _each(fine.astype(np.uint8), len(codes)) != 0
+    return np.where(
+        is_fine, decode_positive(codes, exponent, E2M2), decode_positive(codes, exponent, E3M1)
+    )
+
+
 def ratio(values: F32, root: F32) -> F32:
-    """values / root as mx4 codes it: finite ones held to RATIO_LIMIT, a code of E2M1 at the scale
-    of a block whose largest value it is, so that nothing decodes to more."""
+    """values / root as mx4 codes it: finite ones held to RATIO_LIMIT, which is a code of the block
+    whose largest it is, so that nothing decodes to more."""
     unit = values / root
     over = np.isfinite(unit) & (np.abs(unit) > RATIO_LIMIT)
     return np.where(over, np.copysign(RATIO_LIMIT, unit), unit)
+
+
+def _step(scale: U8) -> F32:
+    """The step of the ratios of a block."""
+    bits = (scale.astype(np.uint32) + _LEAST_STEP) << np.uint32(20)
+    return np.where(scale == NOT_FINITE, np.uint32(0x7FC00000), bits).view(np.float32)
+
+
+def encode_ratio(values: F32, random: U32) -> tuple[U8, U8]:
+    """Ratios, of at most RATIO_LIMIT, to (codes, scales): a sign above the number of steps, 0 to 7.
+
+    The step is the least float of three bits of mantissa, and of at least 1.25 * 2^-32, that is a
+    seventh of the block's largest or more.
+    """
+    largest = _largest(values, signed=True)
+    least = (np.float32(7) * _step(np.zeros(1, np.uint8))).view(np.uint32)
+    seventh = np.maximum(largest, least).view(np.float32) / np.float32(7)
+    upper = (seventh.view(np.uint32) + np.uint32(0xFFFFF)) >> np.uint32(20)
+    scale = (upper - _LEAST_STEP).astype(np.uint8)
+    scale[largest >= _INFINITY] = NOT_FINITE
+    per_step = _each_float(np.float32(65536) / _step(scale), len(values))
+    finite = _each(scale, len(values)) != NOT_FINITE
+    bits = np.where(finite, values.view(np.uint32), np.uint32(0))
+    steps = (bits & _MAGNITUDE).view(np.float32) * per_step
+    whole = (np.where(finite, steps, np.float32(0)).astype(np.uint32) + random) >> np.uint32(16)
+    code = np.where(finite, bits >> np.uint32(31) << np.uint32(3) | whole, np.uint32(1))
+    return code.astype(np.uint8), scale
+
+
+def decode_ratio(codes: U8, scale: U8) -> F32:
+    """What :func:`encode_ratio` wrote: exact."""
+    stored = codes.astype(np.uint32)
+    value = (stored & np.uint32(7)).astype(np.float32) * _each_float(_step(scale), len(codes))
+    return (value.view(np.uint32) | stored >> np.uint32(3) << np.uint32(31)).view(np.float32)
 
 
 def encode_signed(values: F32, random: U32, small: Minifloat) -> tuple[U8, U8]:

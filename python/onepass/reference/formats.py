@@ -65,10 +65,11 @@ def _encode_state(
         return blocks.encode_signed(values, random, blocks.E4M3)
     if code == MX4:
         if kind == "second":
-            codes, scale = blocks.encode_positive(np.sqrt(values), random)
+            codes, scale = blocks.encode_root(np.sqrt(values), random)
+        elif root is not None:
+            codes, scale = blocks.encode_ratio(blocks.ratio(values, root), random)
         else:
-            unit = values if root is None else blocks.ratio(values, root)
-            codes, scale = blocks.encode_signed(unit, random, blocks.E2M1)
+            codes, scale = blocks.encode_signed(values, random, blocks.E2M1)
         return blocks.pack(codes), scale
     if code == DYNAMIC8:
         return blocks.encode_dynamic(values, signed=kind != "second" or slot == 0)
@@ -91,10 +92,11 @@ def _decode_state(
     if code == MX4:
         codes = blocks.unpack(data, count)
         if kind == "second":
-            value = blocks.decode_positive(codes, extra)
+            value = blocks.decode_root(codes, extra)
             return value * value
-        value = blocks.decode_signed(codes, extra, blocks.E2M1)
-        return value if root is None else value * root
+        if root is not None:
+            return blocks.decode_ratio(codes, extra) * root
+        return blocks.decode_signed(codes, extra, blocks.E2M1)
     if code == DYNAMIC8:
         return blocks.decode_dynamic(data, extra, signed=kind != "second" or slot == 0)
     raise ValueError(f"no state format {code}")
