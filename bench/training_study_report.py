@@ -21,7 +21,9 @@ not edit. Measured by `python -m bench.training_study`, one thread per run.
 
 The model, data and steps of [training.md](training.md), with fp32 weights and gradients, so that
 the averages are all that differs. AdamW is written out; between steps its averages are exact, or go
-through the code that a row names.
+through the code that a row names. *mx4* is what it was in version 1 of the formats: the ratio in
+E2M1, the root in E3M1, powers of two as scales. It has since become the row *first: 15 even codes,
+second: E2M2*, whose scales are fp32 here and floats of three bits of mantissa there.
 
 - **loss**: validation loss after the last step, nats per byte, mean over the seeds. **minus
   fp32's**: of the same seeds, mean and 95 % interval of the paired t.

@@ -50,8 +50,8 @@ class Seconds:
 
     def _put(self, values: np.ndarray) -> None:
         random = random_bits(self.time, len(values), slots=1, seed=self.seed)
-        stored = encode(self.name, [values], ["second"], random)
-        self.found = decode(self.name, stored, ["second"], len(values))[0]
+        self.stored = encode(self.name, [values], ["second"], random)
+        self.found = decode(self.name, self.stored, ["second"], len(values))[0]
 
     def step(self) -> None:
         grad = self.rng.standard_normal(len(self.scale), F32) * self.scale
@@ -87,6 +87,16 @@ def test_second_moments_are_right_on_average_and_do_not_wander(name, beta2):
     for decade, found in ratios.items():
         assert lowest <= np.mean(found) <= highest, decade
     assert np.std(np.log(seconds.found / seconds.exact) / 2) <= SPREAD[name, beta2]
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.99, 0.999])
+def test_roots_of_mx4_are_finer_where_a_block_is_even(beta2):
+    seconds = Seconds("mx4", beta2, scales(COUNT[beta2], 0.5), seed=2)
+    for _ in range(round(3 / (1 - beta2))):
+        seconds.step()
+    assert (seconds.stored[0][1] >= 132).mean() >= 0.9  # the share of blocks in E2M2
+    assert 0.97 <= seconds.ratio(seconds.scale > 0) <= 1.12
+    assert np.std(np.log(seconds.found / seconds.exact) / 2) <= 0.23
 
 
 @pytest.mark.parametrize(("name", "beta2"), SPREAD)
