@@ -71,14 +71,14 @@ def _bits(random: Random, count: int) -> U32:
 
 
 def root_e3m1(v: F32, random: Random) -> F32:
-    """The second moment in mx4: its root, rounded stochastically."""
+    """The second moment in version 1 of mx4: its root, rounded stochastically."""
     codes, scale = blocks.encode_positive(np.sqrt(v), _bits(random, len(v)))
     root = blocks.decode_positive(codes, scale)
     return root * root
 
 
 def root_e2m2(v: F32, random: Random) -> F32:
-    """Likewise in finer codes, where all of a block is within their range of 8 to 14, else as mx4.
+    """Likewise in finer codes, where all of a block is within their range of 8 to 14, else in E3M1.
 
     A block's scale has values to spare that could say which.
     """
@@ -128,7 +128,7 @@ def powers_of_two(v: F32, random: Random, log: bool) -> F32:
 
 
 def root_log(v: F32, random: Random) -> F32:
-    """The codes of mx4, rounded up with the probability that makes log v right on average."""
+    """Those codes, rounded up with the probability that makes log v right on average."""
     root = np.sqrt(v)
     nothing = np.zeros(len(v), np.uint32)
     codes, scale = blocks.encode_positive(root, nothing)
@@ -142,7 +142,7 @@ def root_log(v: F32, random: Random) -> F32:
 
 
 def ratio_e2m1(m: F32, root: F32, random: Random) -> F32:
-    """The first moment in mx4."""
+    """The first moment in version 1 of mx4."""
     divisor = np.where(root == 0, np.float32(1), root)
     codes, scale = blocks.encode_signed(
         blocks.ratio(m, divisor), _bits(random, len(m)), blocks.E2M1
