@@ -54,6 +54,8 @@ ONEPASS_HD float div_rn(float x, float y) {
 
 // The roots and quotients of a rule, unless a sweep brings others of the same bits.
 struct Exact {
+  static constexpr bool kQuick = false;  // whether it is only asked of what is finite
+
   ONEPASS_HD static float sqrt(float x) { return sqrt_rn(x); }
   ONEPASS_HD static float div(float x, float y) { return div_rn(x, y); }
 };

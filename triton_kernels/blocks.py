@@ -158,8 +158,7 @@ def root_unit(scales):
 def root_mx4(codes, scales):
     """What second moments are the squares of."""
     lowest, dropped = root_unit(scales)
-    bits = (codes.to(tl.uint32) << dropped) + lowest
-    return tl.where(lowest == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    return ((codes.to(tl.uint32) << dropped) + lowest).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -304,7 +304,7 @@ struct StateCodec {
               words[j] = Code::encode_magnitude(units[j], bits, scale);
           } else {
             const uint32_t finite = Code::encode(units[j], bits, Code::encoder(scale, math));
-            const uint32_t code = scale == kNotFinite ? Code::kNan : finite;
+            const uint32_t code = !Math::kQuick && scale == kNotFinite ? Code::kNan : finite;
             // mx4 shares a byte between two elements, of which the second may not be there.
             words[j] = Full || lanes.has(j) ? code : 0u;
             if (K == kSecond && F == Format::kMx4)

@@ -7,8 +7,6 @@ namespace onepass::cuda {
 
 // Everything as it is defined, special cases included.
 struct Careful : Exact {
-  static constexpr bool kQuick = false;
-
   ONEPASS_HD static void note_codes(uint32_t, uint32_t) {}
   template <Kind K>
   ONEPASS_HD static void note_state(float) {}

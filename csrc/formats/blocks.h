@@ -144,10 +144,10 @@ struct Root {
   ONEPASS_HD static uint32_t encode(float value, Random random, Unit unit) {
     const uint32_t bits = max_u32(to_bits(value), unit.lowest);
     const uint32_t dithered = bits - unit.lowest + (value16(random) << (7 - unit.mantissa));
-    return unit.lowest == 0 ? 0u : dithered >> (23 - unit.mantissa);
+    return dithered >> (23 - unit.mantissa);  // of a zero, 0
   }
   ONEPASS_HD static float decode(uint32_t code, Unit unit) {
-    return unit.lowest == 0 ? 0.0f : from_bits((code << (23 - unit.mantissa)) + unit.lowest);
+    return from_bits((code << (23 - unit.mantissa)) + unit.lowest);
   }
 };
 
@@ -236,7 +236,7 @@ template <class Math = Exact>
 ONEPASS_HD float ratio(float value, float root, Math&& math = Math()) {
   const uint32_t bits = to_bits(math.div(value, root == 0.0f ? 1.0f : root));
   const uint32_t magnitude = bits & kMagnitude;
-  const bool over = magnitude > kRatioLimit && magnitude < kInfinity;
+  const bool over = magnitude > kRatioLimit && (math.kQuick || magnitude < kInfinity);
   return from_bits((over ? kRatioLimit : magnitude) | (bits & ~kMagnitude));
 }
 

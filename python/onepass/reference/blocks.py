@@ -137,8 +137,9 @@ def decode_unsigned(codes: U8, scale: U8, small: Minifloat = E5M3) -> F32:
 def encode_positive(values: F32, random: U32, small: Minifloat = E3M1) -> tuple[U8, U8]:
     """Values of at least +0 to (codes, scales), without a code for zero.
 
-    What is below the lowest code takes that code; a block of zeros has scale 0, any other at least
-    LOWEST_ROOT. Negative values and those that are not finite as in :func:`encode_unsigned`.
+    What is below the lowest code takes that code; a block of zeros has scale 0 and codes of 0, any
+    other a scale of at least LOWEST_ROOT. Negative values and those that are not finite as in
+    :func:`encode_unsigned`.
     """
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
     largest = _largest(values, signed=False)
@@ -147,7 +148,6 @@ def encode_positive(values: F32, random: U32, small: Minifloat = E3M1) -> tuple[
     e = _each(scale, len(values))
     bits = np.maximum(values.view(np.uint32), e << np.uint32(23))
     code = ((bits + _spread(random, small)) >> dropped) - (e << m)
-    code = np.where(e == 0, np.uint32(0), code)
     code = np.where(e == NOT_FINITE, np.uint32(1 << (small.mantissa - 1)), code)
     return code.astype(np.uint8), scale
 
@@ -156,8 +156,7 @@ def decode_positive(codes: U8, scale: U8, small: Minifloat = E3M1) -> F32:
     """What :func:`encode_positive` wrote: exact."""
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
     e = _each(scale, len(codes))
-    bits = (codes.astype(np.uint32) + (e << m)) << dropped
-    return np.where(e == 0, np.uint32(0), bits).view(np.float32)
+    return ((codes.astype(np.uint32) + (e << m)) << dropped).view(np.float32)
 
 
 def encode_root(values: F32, random: U32) -> tuple[U8, U8]:
