@@ -266,10 +266,10 @@ struct StateCodec {
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
         units[j] = Full || lanes.has(j) ? to_units<F, K>(values[j], roots[j], math) : 0.0f;
-        uint32_t& most = largest[kDynamic ? 0 : j / Vector];
-        most = max_u32(most, measure(units[j]));
-        if (to_bits(units[j]) < least[kDynamic ? 0 : j / Vector])
-          least[kDynamic ? 0 : j / Vector] = to_bits(units[j]);
+        const int v = kDynamic ? 0 : j / Vector;
+        const uint32_t bits = to_bits(units[j]);
+        largest[v] = max_u32(largest[v], measure(units[j]));
+        least[v] = bits < least[v] ? bits : least[v];  // dropped where nothing takes it
       }
 #pragma unroll
       for (int v = 0; v < kScales; ++v) largest[v] = largest_in<kLanes>(largest[v]);
