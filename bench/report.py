@@ -44,8 +44,8 @@ RULE_NAMES = {
 }
 # By the format of the states.
 CPU_REASONS = {
-    "mx8": "With AVX2 arithmetic bounds it: an element takes about as long in a cache as in memory. "
-    "It is faster than fp32 where memory is slower than this, or with AVX-512.",
+    "mx8": "With AVX2 arithmetic bounds it: an element takes about as long in a cache as in "
+    "memory. It is faster than fp32 where memory is slower than this, or with AVX-512.",
     "mx4": "Arithmetic bounds it: an element takes as long in a cache as in memory. Its bytes are "
     "less than a third of fp32's, and memory is what 4 bits save.",
     "dynamic8": "bitsandbytes' map is a table without a formula: a code is a gather to decode and "
