@@ -78,20 +78,8 @@ def root_e3m1(v: F32, random: Random) -> F32:
 
 
 def root_e2m2(v: F32, random: Random) -> F32:
-    """Likewise in finer codes, where all of a block is within their range of 8 to 14, else in E3M1.
-
-    A block's scale has values to spare that could say which.
-    """
-    root = np.sqrt(v)
-    bits = _bits(random, len(v))
-    fine = blocks.Minifloat(2, 2)
-    codes, scale = blocks.encode_positive(root, bits, fine)
-    found = blocks.decode_positive(codes, scale, fine)
-    lowest = blocks.decode_positive(np.zeros_like(codes), scale, fine)
-    coarse = blocks.decode_positive(*blocks.encode_positive(root, bits))
-    inside = np.pad(root >= lowest, (0, -len(v) % blocks.MX_BLOCK), constant_values=True)
-    fits = inside.reshape(-1, blocks.MX_BLOCK).all(1)
-    root = np.where(np.repeat(fits, blocks.MX_BLOCK)[: len(v)], found, coarse)
+    """The second moment as mx4 has it now: E2M2 where all of a block is within its range."""
+    root = blocks.decode_root(*blocks.encode_root(np.sqrt(v), _bits(random, len(v))))
     return root * root
 
 

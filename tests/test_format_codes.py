@@ -103,7 +103,7 @@ def blocks_to_try() -> dict[str, np.ndarray]:
     for exponent in range(-125, 126, 10):  # scales from end to end, the top's rounding included
         x = 2.0**exponent * (1 + rng.random(32)) * 2.0 ** -rng.integers(0, 12, 32)
         found[f"2^{exponent}"] = np.r_[x[:31], 1.999 * 2.0**exponent]
-        found[f"2^{exponent}, close"] = np.r_[x[:31] * 0 + x[:31].max() * 0.3, 2.0**exponent]
+        found[f"2^{exponent}, close"] = np.r_[np.full(31, 0.3 * x[:31].max()), 2.0**exponent]
         found[f"2^{exponent}, within 100"] = 2.0**exponent * 100.0 ** -rng.random(32)
     return {name: values.astype(F32) for name, values in found.items()}
 

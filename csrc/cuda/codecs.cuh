@@ -288,10 +288,8 @@ struct StateCodec {
         for (int v = 0; v < kScales; ++v) {
           if constexpr (Code::kTakesLeast)
             state.scales[v] = Code::scale(largest[v], ~largest_in<kLanes>(~least[v]));
-          else if constexpr (F == Format::kMx4 && K == kRelative)
-            state.scales[v] = Code::scale(largest[v], math);
           else
-            state.scales[v] = Code::scale(largest[v]);
+            state.scales[v] = Code::scale(largest[v], math);
         }
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {

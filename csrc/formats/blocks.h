@@ -77,7 +77,10 @@ struct Unsigned : Minifloat<Exponent, Mantissa> {
   static constexpr bool kHasZero = true;
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
-  ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 0); }
+  template <class Math = Exact>
+  ONEPASS_HD static uint32_t scale(uint32_t largest, Math&& = Math()) {
+    return Base::lowest(largest, 0);
+  }
   template <class Random>
   ONEPASS_HD static uint32_t encode(float value, Random random, uint32_t scale) {
     const uint32_t bits = to_bits(value);
@@ -207,7 +210,10 @@ struct Signed : Minifloat<Exponent, Mantissa> {
   static constexpr uint32_t kLift = 1u << (23 - Base::kSpan);  // T beside the top binade
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value) & kMagnitude; }
-  ONEPASS_HD static uint32_t scale(uint32_t largest) { return Base::lowest(largest, 1, kLift); }
+  template <class Math = Exact>
+  ONEPASS_HD static uint32_t scale(uint32_t largest, Math&& = Math()) {
+    return Base::lowest(largest, 1, kLift);
+  }
   template <class Random>
   ONEPASS_HD static uint32_t encode(float value, Random random, uint32_t scale) {
     const uint32_t sign = to_bits(value) >> (31 - kWidth) & kSign;

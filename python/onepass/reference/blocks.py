@@ -217,7 +217,7 @@ def encode_ratio(values: F32, random: U32) -> tuple[U8, U8]:
     scale[largest >= _INFINITY] = NOT_FINITE
     per_step = _each_float(np.float32(65536) / _step(scale), len(values))
     finite = _each(scale, len(values)) != NOT_FINITE
-    bits = np.where(finite, values.view(np.uint32), np.uint32(0))
+    bits = values.view(np.uint32)
     steps = (bits & _MAGNITUDE).view(np.float32) * per_step
     whole = (np.where(finite, steps, np.float32(0)).astype(np.uint32) + random) >> np.uint32(16)
     code = np.where(finite, bits >> np.uint32(31) << np.uint32(3) | whole, np.uint32(1))
