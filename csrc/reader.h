@@ -7,6 +7,7 @@
 #pragma once
 
 #include "plan_ops.h"
+#include "prefetch.h"
 
 namespace onepass {
 namespace {
@@ -40,8 +41,8 @@ void* slot(const void* object, intptr_t at) {
 template <int Bytes>
 void fetch(const void* address) {
   const char* from = static_cast<const char*>(address);
-  for (int at = 0; at < Bytes; at += 64) __builtin_prefetch(from + at);
-  __builtin_prefetch(from + Bytes - 1);
+  prefetch_lines(from, Bytes);
+  prefetch_lines(from + Bytes - 1, 1);
 }
 
 // The local tensors of the gradients of DTensors, a list. Each is at the end of a chain of objects

@@ -4,6 +4,7 @@
 // compiled here could be the copy that the linker keeps for everybody.
 #pragma once
 
+#include "../prefetch.h"
 #include "extras_impl.h"
 #include "formats_impl.h"
 #include "kernels.h"
@@ -38,8 +39,7 @@ template <unsigned Slots, int Block>
 ONEPASS_HD void prefetch(
     int64_t offset, const void* param, const void* grad, const Stored* states) {
   const auto lines = [=](const void* base) {
-    const char* from = static_cast<const char*>(base) + offset + kAheadBytes;
-    for (int line = 0; line < Block; line += 64) __builtin_prefetch(from + line, 0, 3);
+    prefetch_lines(static_cast<const char*>(base) + offset + kAheadBytes, Block);
   };
   lines(param);
   lines(grad);
@@ -187,8 +187,7 @@ constexpr Kind kind_of(int slot) {
 template <class Format>
 ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
   const auto lines = [](const void* base, int64_t offset, int64_t bytes) {
-    const char* from = static_cast<const char*>(base) + offset + kAheadBytes;
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 3);
+    prefetch_lines(static_cast<const char*>(base) + offset + kAheadBytes, bytes);
   };
   constexpr int64_t kExtra = extra_bytes_of(Format::kFormat, kStrip);
   lines(at.data, bytes_of(Format::kFormat, first), bytes_of(Format::kFormat, kStrip));

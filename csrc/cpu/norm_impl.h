@@ -2,6 +2,7 @@
 // hold here too.
 #pragma once
 
+#include "../prefetch.h"
 #include "kernels.h"
 #include "pair.h"
 
@@ -57,7 +58,7 @@ void norm(const void* src, int64_t n, Norm* into) {
     const Code* codes = static_cast<const Code*>(src) + first;
     const int count = n - first < kStretch ? static_cast<int>(n - first) : kStretch;
     // All of the next stretch: reading one twice, the hardware sees no stream in it.
-    for (int i = 0; i < count; i += 64 / sizeof(Code)) __builtin_prefetch(codes + kStretch + i);
+    prefetch_lines(codes + kStretch, count * static_cast<int64_t>(sizeof(Code)));
     const float top = Decode(scan<Code, Infinity>(codes, count, &into->nonfinite));
     into->largest = top > into->largest ? top : into->largest;
     const int32_t exponent = (253 << 23) - static_cast<int32_t>(to_bits(top) & 0x7F800000u);

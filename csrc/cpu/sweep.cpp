@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../prefetch.h"
 #include "rounding.h"
 
 namespace onepass::cpu {
@@ -134,16 +135,12 @@ constexpr int64_t kEntriesAhead = 4;
 
 void prefetch_entry(const Entry& entry) {
   if (entry.numel > kTile) return;
-  const auto lines = [](const void* base, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64)
-      __builtin_prefetch(static_cast<const char*>(base) + line);
-  };
   const auto stored = [&](const Stored& tensor, Format format) {
-    lines(tensor.data, bytes_of(format, entry.numel));
-    lines(tensor.extra, extra_bytes_of(format, entry.numel));
+    prefetch_lines(tensor.data, bytes_of(format, entry.numel));
+    prefetch_lines(tensor.extra, extra_bytes_of(format, entry.numel));
   };
   stored(entry.param, entry.param_format);
-  lines(entry.grad, bytes_of(entry.grad_format, entry.numel));
+  prefetch_lines(entry.grad, bytes_of(entry.grad_format, entry.numel));
   for (int k = 0; k < kMaxStates; ++k)
     if (entry.has(k)) stored(entry.states[k], entry.state_formats[k]);
 }
