@@ -54,14 +54,17 @@ ONEPASS_HD __m512i all_of(uint32_t word) { return _mm512_set1_epi32(static_cast<
 ONEPASS_HD __m512i right_512(__m512i value, int shift) {
   return _mm512_maskz_srli_epi32(kAll, value, shift);
 }
-// In each word, the bytes of to that mask names become those of from that order names.
-ONEPASS_HD __m512i move_bytes(__m512i to, __mmask64 mask, __m512i from, int order) {
-  const __m128i words = _mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
-  const __m128i lane = _mm_add_epi32(words, _mm_set1_epi32(order));
+// In each lane of 16, the bytes of to that mask names become those of from that lane names.
+ONEPASS_HD __m512i move_bytes(__m512i to, __mmask64 mask, __m512i from, __m128i lane) {
   return _mm512_mask_shuffle_epi8(to, mask, from, _mm512_maskz_broadcast_i32x4(kAll, lane));
 }
 ONEPASS_HD void join_512(__m512i low, __m512i high, void* pairs) {
-  store_512(pairs, move_bytes(high, 0x3333333333333333, low, 0x0302));
+  const __m128i upper = _mm_set_epi32(0x0F0E, 0x0B0A, 0x0706, 0x0302);
+  store_512(pairs, move_bytes(high, 0x3333333333333333, low, upper));
+}
+// Two strips whose values alternate in 64 bits each: one after the other.
+ONEPASS_HD __m512i strips_apart(__m512i bytes) {
+  return _mm512_maskz_permutexvar_epi64(0xFF, _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes);
 }
 #endif
 
@@ -108,35 +111,6 @@ ONEPASS_HD void fold_signs(Pair* __restrict codes) {
 #endif
 }
 
-// Leaves of each half of a strip what it is above base, which both halves hold; false, and any
-// result, unless all of them are above.
-ONEPASS_HD bool subtract_base(Pair* __restrict pairs, uint32_t base) {
-#if defined(__AVX512BW__)
-  const __m512i left = _mm512_maskz_subs_epu16(0xFFFFFFFF, load_512(pairs), all_of(base));
-  store_512(pairs, left);
-  return _mm512_testn_epi16_mask(left, left) == 0;
-#elif defined(__AVX2__)
-  const __m256i bases = all_of(base);
-  const __m256i low = _mm256_subs_epu16(load_256(pairs), bases);
-  const __m256i high = _mm256_subs_epu16(load_256(pairs + kWords), bases);
-  store_256(pairs, low);
-  store_256(pairs + kWords, high);
-  const __m256i least = _mm256_min_epu16(low, high);
-  return _mm256_movemask_epi8(_mm256_cmpeq_epi16(least, all_of(0))) == 0;
-#else
-  const uint32_t half = base & 0xFFFF;
-  uint32_t least = 0xFFFF;
-#pragma omp simd reduction(min : least)
-  for (int i = 0; i < kPairs; ++i) {
-    const uint32_t low = pairs[i] & 0xFFFF, high = pairs[i] >> 16;
-    least = low < least ? low : least;
-    least = high < least ? high : least;
-    pairs[i] -= base;
-  }
-  return least > half;
-#endif
-}
-
 // --- bytes ---
 
 // 32 bytes, each in 16 bits.
@@ -162,7 +136,7 @@ ONEPASS_HD void widen(const From* from, To* to) {
 }
 
 // Strips of pairs of bytes, each in the lower part of its half, kNarrowed of them at once: the
-// bytes in memory's order.
+// bytes in memory's order. By hand, a half that is negative becomes zero.
 #if defined(__AVX512BW__)
 constexpr int kNarrowed = 2;
 #else
@@ -171,12 +145,11 @@ constexpr int kNarrowed = 1;
 template <Order Of>
 ONEPASS_HD void narrow(const uint32_t (*pairs)[kPairs], uint8_t* to) {
 #if defined(__AVX512BW__)
-  const __m512i strips = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
   const __m512i words = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   const __m128i halves = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
   const __m512i bytes = _mm512_packus_epi16(load_512(pairs[0]), load_512(pairs[1]));
   if (Of == kByPairs) {
-    store_512(to, _mm512_maskz_permutexvar_epi64(0xFF, strips, bytes));
+    store_512(to, strips_apart(bytes));
   } else {
     const __m512i apart = _mm512_shuffle_epi8(bytes, _mm512_maskz_broadcast_i32x4(kAll, halves));
     store_512(to, _mm512_maskz_permutexvar_epi32(kAll, words, apart));
@@ -206,6 +179,76 @@ ONEPASS_HD void narrow(const uint32_t (*pairs)[kPairs], uint8_t* to) {
     convert(pair, to, kPairs);
     convert(upper, to + kPairs, kPairs);
   }
+#endif
+}
+
+// The second byte of each word of kNarrowed strips, with the bits of flip turned, in memory's
+// order.
+ONEPASS_HD void second_bytes(const uint32_t (*words)[kStrip], uint32_t flip, uint8_t* to) {
+#if defined(__AVX512BW__)
+  // Each to every other byte of eight, those of the second strip to the upper eight of a lane.
+  const __m512i lane = _mm512_set1_epi64(0x0D0D090905050101);
+  const auto move = [&](__m512i bytes, int k, int half) {
+    const __mmask64 places = 0x0001000100010001 * (0x55ull << (8 * k + half));
+    return _mm512_mask_shuffle_epi8(bytes, places, load_512(words[k] + half * kPairs), lane);
+  };
+  const __m512i bytes = move(move(move(move(all_of(0), 0, 0), 0, 1), 1, 0), 1, 1);
+  store_512(to, _mm512_xor_si512(strips_apart(bytes), all_of(flip * 0x01010101)));
+#else
+  alignas(64) uint32_t bytes[1][kPairs];
+#if defined(__AVX2__)
+  for (int i = 0; i < kPairs; i += kWords) {
+    const __m256i even = load_256(words[0] + i), odd = load_256(words[0] + kPairs + i);
+    const __m256i both = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
+    store_256(bytes[0] + i, _mm256_xor_si256(_mm256_srli_epi16(both, 8), all_of(twice(flip))));
+  }
+#else
+#pragma omp simd
+  for (int i = 0; i < kPairs; ++i) {
+    const uint32_t even = words[0][i], odd = words[0][i + kPairs];
+    bytes[0][i] = ((even >> 8 & 0xFF) | (odd << 8 & 0xFF0000)) ^ twice(flip);
+  }
+#endif
+  narrow<kByPairs>(bytes, to);
+#endif
+}
+
+// Whether a byte of kNarrowed strips is zero.
+#if defined(__AVX2__)
+constexpr bool kFindsZeros = true;
+ONEPASS_HD bool has_zero(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  const __m512i all = load_512(bytes);
+  return _mm512_testn_epi8_mask(all, all) != 0;
+#else
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(load_256(bytes), all_of(0))) != 0;
+#endif
+}
+#else
+constexpr bool kFindsZeros = false;  // narrow leaves none of what was negative
+ONEPASS_HD bool has_zero(const uint8_t*) { return true; }
+#endif
+
+// Whether kNarrowed strips hold no NaN.
+ONEPASS_HD bool are_ordered(const float (*values)[kStrip]) {
+#if defined(__AVX512BW__)
+  static_assert(kNarrowed == 2, "one strip and the next");
+  const auto unordered = [&](int k) {
+    const __m512 low = _mm512_loadu_ps(values[k]), high = _mm512_loadu_ps(values[k] + kPairs);
+    return _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q);
+  };
+  return _kortestz_mask16_u8(unordered(0), unordered(1)) != 0;
+#elif defined(__AVX2__)
+  const auto unordered = [&](int i) {
+    const __m256 low = _mm256_loadu_ps(values[0] + i), high = _mm256_loadu_ps(values[0] + i + 8);
+    return _mm256_cmp_ps(low, high, _CMP_UNORD_Q);
+  };
+  return _mm256_movemask_ps(_mm256_or_ps(unordered(0), unordered(16))) == 0;
+#else
+  uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < kStrip; ++i) largest = max_u32(largest, to_bits(values[0][i]) & kMagnitude);
+  return largest <= kInfinity;
 #endif
 }
 

@@ -12,7 +12,8 @@ namespace {
 struct Scales {
   alignas(32) uint32_t scale[kStrips];
   alignas(32) uint32_t base[kStrips];   // the code of its lowest exponent, in both halves
-  alignas(32) uint32_t least[kStrips];  // one more in the upper half
+  alignas(32) uint32_t least[kStrips];  // of an Unsigned, one more in the upper half
+  alignas(32) uint32_t minus[kStrips];  // of a Signed, what takes the base off the upper half
   alignas(32) float lowest[kStrips];    // its lowest power of two
   alignas(32) uint32_t shift[kStrips];  // of a Root's bits, to where codes are in the upper half
   alignas(32) float per_step[kStrips];  // of a Ratio
@@ -44,6 +45,44 @@ lift(Signed<Exponent, Mantissa>, float value, uint32_t random16, const Scales& o
   return (to_bits(lifted) >> Signed<Exponent, Mantissa>::kRandomShift) + random16;
 }
 
+template <int Exponent, int Mantissa>
+constexpr bool is_signed(Signed<Exponent, Mantissa>) {
+  return true;
+}
+constexpr bool is_signed(...) { return false; }
+
+// The codes above base of a strip, signs above them.
+template <class Code>
+ONEPASS_HD void lift_strip(
+    const float* __restrict values, Random random, const Scales& of, int strip,
+    uint32_t* __restrict codes) {
+  uint32_t lifted[kStrip];
+#pragma omp simd
+  for (int i = 0; i < kStrip; ++i) lifted[i] = lift(Code(), values[i], random[i], of, strip);
+  join_strip(lifted, codes);
+#pragma omp simd
+  for (int i = 0; i < kPairs; ++i) codes[i] -= of.base[strip];
+}
+#if defined(__AVX512BW__)
+// Of a Signed: with operations of three operands, which the compiler does not find across types.
+template <class Code>
+ONEPASS_HD void lift_signed(
+    const float* values, Random random, const Scales& of, int strip, uint32_t* codes) {
+  constexpr int kBitOr = 0xEA;  // (a & b) | c
+  const __m512i sign = all_of(~kMagnitude), half = all_of(0xFFFF), minus = all_of(of.minus[strip]);
+  const __m512i lowest = all_of(to_bits(of.lowest[strip]));
+  const auto lifted = [&](int i) {
+    const __m512i value = load_512(values + i), word = load_512(random.words + i);
+    const __m512i with_sign = _mm512_ternarylogic_epi32(value, sign, lowest, kBitOr);
+    const __m512 sum = _mm512_castsi512_ps(value) + _mm512_castsi512_ps(with_sign);
+    const __m512i drawn = random.shift ? _mm512_or_si512(right_512(word, 16), minus)
+                                       : _mm512_ternarylogic_epi32(word, half, minus, kBitOr);
+    return _mm512_add_epi32(right_512(_mm512_castps_si512(sum), Code::kRandomShift), drawn);
+  };
+  join_512(lifted(0), lifted(kPairs), codes);
+}
+#endif
+
 // The codes of a strip, each in a half of a pair.
 template <class Code>
 ONEPASS_HD void code_strip(
@@ -53,20 +92,53 @@ ONEPASS_HD void code_strip(
     for (int i = 0; i < kPairs; ++i) codes[i] = twice(Code::kNan);
     return;
   }
-  uint32_t lifted[kStrip];
-  if constexpr (Code::kHasZero) {  // without the care of lift, unless a value needs it
-#pragma omp simd
-    for (int i = 0; i < kStrip; ++i)
-      lifted[i] = (to_bits(values[i]) >> Code::kRandomShift) + random[i];
-    join_strip(lifted, codes);
-    if (__builtin_expect(subtract_base(codes, of.base[strip]), 1)) return;
-  }
-#pragma omp simd
-  for (int i = 0; i < kStrip; ++i) lifted[i] = lift(Code(), values[i], random[i], of, strip);
-  join_strip(lifted, codes);
-#pragma omp simd
-  for (int i = 0; i < kPairs; ++i) codes[i] -= of.base[strip];
+#if defined(__AVX512BW__)
+  if constexpr (is_signed(Code()))
+    lift_signed<Code>(values, random, of, strip, codes);
+  else
+#endif
+    lift_strip<Code>(values, random, of, strip, codes);
   if constexpr (Code::kSign != 0) fold_signs<Code>(codes);
+}
+
+// Those of values that are more than the code 0 stands for: a byte that comes out zero says that
+// one was not.
+template <class Code>
+ONEPASS_HD void code_above(
+    const float* __restrict values, Random random, const Scales& of, int strip,
+    uint32_t* __restrict codes) {
+  uint32_t lifted[kStrip];
+#pragma omp simd
+  for (int i = 0; i < kStrip; ++i)
+    lifted[i] = (to_bits(values[i]) >> Code::kRandomShift) + random[i];
+  join_strip(lifted, codes);
+  alignas(64) uint32_t bases[kPairs];
+  const uint32_t base = of.base[strip];
+#pragma omp simd
+  for (int i = 0; i < kPairs; ++i) bases[i] = base;
+  Half16* halves = reinterpret_cast<Half16*>(codes);
+  const Half16* subtract = reinterpret_cast<const Half16*>(bases);
+#pragma omp simd
+  for (int i = 0; i < kStrip; ++i) halves[i] = static_cast<Half16>(halves[i] - subtract[i]);
+}
+
+// The bytes of kNarrowed strips, the first of which is strip.
+template <class Code, Order Of>
+ONEPASS_HD void code_strips(
+    const float (*values)[kStrip], const uint32_t (*words)[kStrip], int shift, const Scales& of,
+    int strip, uint8_t* bytes) {
+  alignas(64) uint32_t codes[kNarrowed][kPairs];
+  bool above = Code::kHasZero && kFindsZeros;
+  for (int i = 0; i < kNarrowed; ++i) above = above && of.scale[strip + i] != kNotFinite;
+  if (__builtin_expect(above, 1)) {
+    for (int i = 0; i < kNarrowed; ++i)
+      code_above<Code>(values[i], {words[i], shift}, of, strip + i, codes[i]);
+    narrow<Of>(codes, bytes);
+    if (__builtin_expect(!has_zero(bytes), 1)) return;
+  }
+  for (int i = 0; i < kNarrowed; ++i)
+    code_strip<Code>(values[i], {words[i], shift}, of, strip + i, codes[i]);
+  narrow<Of>(codes, bytes);
 }
 
 template <class Code>
@@ -81,9 +153,14 @@ ONEPASS_HD void measure_strip(const float* __restrict values, uint32_t* __restri
 }
 
 template <int Exponent, int Mantissa>
-ONEPASS_HD void derive(Minifloat<Exponent, Mantissa>, Scales& of, int strip) {
+ONEPASS_HD void derive(Unsigned<Exponent, Mantissa>, Scales& of, int strip) {
   of.base[strip] = twice(of.scale[strip] << Mantissa);
   of.least[strip] = of.base[strip] + 0x10000u;
+}
+template <int Exponent, int Mantissa>
+ONEPASS_HD void derive(Signed<Exponent, Mantissa>, Scales& of, int strip) {
+  of.base[strip] = twice(of.scale[strip] << Mantissa);
+  of.minus[strip] = 0u - (of.scale[strip] << (16 + Mantissa));
   of.lowest[strip] = from_bits(of.scale[strip] << 23);
 }
 ONEPASS_HD void derive(Root, Scales& of, int strip) {

@@ -9,19 +9,17 @@ namespace {
 
 // --- weights and gradients ---
 
-// open says where a strip lies as fp32, store writes it back; spare takes what finish writes of the
-// companions of kNarrowed strips.
+// open says where a strip lies as fp32, store writes it back; store_dithered writes kNarrowed
+// strips of a format that draws.
 template <class Format, Order Of>
 struct Strip {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* buffer) {
     Format::load(at, first, kStrip, buffer, nullptr);
     return buffer;
   }
-  ONEPASS_HD static void store(
-      const float* values, const Stored& at, int64_t first, Random random, uint32_t*) {
-    Format::store(values, at, first, kStrip, random, nullptr);
+  ONEPASS_HD static void store(const float* values, const Stored& at, int64_t first) {
+    Format::store(values, at, first, kStrip, {}, nullptr);
   }
-  ONEPASS_HD static void finish(const uint32_t (*)[kPairs], const Stored&, int64_t) {}
 };
 
 // In place. (A copy would be a memcpy to the compiler, whose narrow stores the wide loads after it
@@ -31,12 +29,27 @@ struct Strip<Fp32, kInOrder> {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float*) {
     return static_cast<float*>(at.data) + first;
   }
-  ONEPASS_HD static void store(const float*, const Stored&, int64_t, Random, uint32_t*) {}
-  ONEPASS_HD static void finish(const uint32_t (*)[kPairs], const Stored&, int64_t) {}
+  ONEPASS_HD static void store(const float*, const Stored&, int64_t) {}
 };
 
 ONEPASS_HD Pair* pairs_at(const Stored& at, int64_t first) {
   return reinterpret_cast<Pair*>(static_cast<uint16_t*>(at.data) + first);
+}
+
+// Adds what drawn has for each value of kNarrowed strips to its bits; NaNs, which are rare, become
+// nan.
+template <class Drawn>
+ONEPASS_HD void dither(
+    const float (*values)[kStrip], const Drawn& drawn, uint32_t nan, uint32_t (*kept)[kStrip]) {
+  for (int k = 0; k < kNarrowed; ++k) {
+#pragma omp simd
+    for (int i = 0; i < kStrip; ++i) kept[k][i] = to_bits(values[k][i]) + drawn(k, i);
+  }
+  if (__builtin_expect(are_ordered(values), 1)) return;
+  for (int k = 0; k < kNarrowed; ++k) {
+#pragma omp simd
+    for (int i = 0; i < kStrip; ++i) kept[k][i] = values[k][i] != values[k][i] ? nan : kept[k][i];
+  }
 }
 
 template <class Code>
@@ -50,14 +63,20 @@ struct Strip<Half<Code>, kByPairs> {
     }
     return buffer;
   }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, Random random, uint32_t*) {
+  ONEPASS_HD static void store(const float* __restrict values, const Stored& at, int64_t first) {
     uint32_t codes[kStrip];
 #pragma omp simd
-    for (int i = 0; i < kStrip; ++i) codes[i] = Code::round(values[i], random[i]);
+    for (int i = 0; i < kStrip; ++i) codes[i] = Code::round(values[i], 0);
     join_strip(codes, pairs_at(at, first));
   }
-  ONEPASS_HD static void finish(const uint32_t (*)[kPairs], const Stored&, int64_t) {}
+  ONEPASS_HD static void store_dithered(
+      const float (*values)[kStrip], const Stored& at, int64_t first,
+      const uint32_t (*words)[kStrip], int shift) {
+    uint32_t kept[kNarrowed][kStrip];
+    const auto drawn = [=](int k, int i) { return Random{words[k], shift}[i]; };
+    dither(values, drawn, kBf16Nan, kept);
+    for (int k = 0; k < kNarrowed; ++k) join_strip(kept[k], pairs_at(at, first + k * kStrip));
+  }
 };
 
 template <>
@@ -104,50 +123,16 @@ struct Strip<Split8Weight, kByPairs> {
 #endif
     return buffer;
   }
-  ONEPASS_HD static void store(
-      const float* __restrict values, const Stored& at, int64_t first, Random random,
-      uint32_t* __restrict spare) {
-    Pair* pairs = pairs_at(at, first);
-#if defined(__AVX512BW__)
-    const auto round = [&](int i) {
-      const __m512 value = _mm512_loadu_ps(values + i);
-      const __m512i drawn = _mm512_and_si512(load_512(random.words + i), all_of(0xFF));
-      const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-      return _mm512_mask_add_epi32(all_of(kBf16Nan), number, _mm512_castps_si512(value), drawn);
-    };
-    const __m512i even = round(0), odd = round(kPairs), half = all_of(0x8000);
-    join_512(_mm512_add_epi32(even, half), _mm512_add_epi32(odd, half), pairs);
-    const __m512i first_bytes = move_bytes(all_of(0), 0x1111111111111111, even, 0x01);
-    store_512(spare, move_bytes(first_bytes, 0x4444444444444444, odd, 0x010000));
-#elif defined(__AVX2__)
-    const auto round = [&](int i) {
-      const __m256 value = _mm256_loadu_ps(values + i);
-      const __m256i drawn = _mm256_and_si256(load_256(random.words + i), all_of(0xFF));
-      const __m256i rounded = _mm256_add_epi32(_mm256_castps_si256(value), drawn);
-      const __m256 number = _mm256_cmp_ps(value, value, _CMP_ORD_Q);
-      return _mm256_blendv_epi8(all_of(kBf16Nan), rounded, _mm256_castps_si256(number));
-    };
-    const __m256i half = all_of(0x8000);
-    for (int i = 0; i < kPairs; i += kWords) {
-      const __m256i even = round(i), odd = round(i + kPairs);
-      store_256(pairs + i, join_256(_mm256_add_epi32(even, half), _mm256_add_epi32(odd, half)));
-      const __m256i low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
-      store_256(spare + i, _mm256_srli_epi16(low, 8));
-    }
-#else
-    uint32_t kept[kStrip];
-#pragma omp simd
-    for (int i = 0; i < kStrip; ++i) kept[i] = round_bf16_stochastic(values[i], random[i] & 0xFF);
-#pragma omp simd
-    for (int i = 0; i < kPairs; ++i) {
-      const uint32_t even = kept[i], odd = kept[i + kPairs];
-      pairs[i] = join(even + 0x8000u, odd + 0x8000u);
-      spare[i] = (even >> 8 & 0xFF) | (odd << 8 & 0xFF0000);
-    }
-#endif
-  }
-  ONEPASS_HD static void finish(const uint32_t (*spare)[kPairs], const Stored& at, int64_t first) {
-    narrow<kByPairs>(spare, static_cast<uint8_t*>(at.extra) + first);
+  // With half a unit of the weight added: it rounds the weight, and turns the companion's sign.
+  ONEPASS_HD static void store_dithered(
+      const float (*values)[kStrip], const Stored& at, int64_t first,
+      const uint32_t (*words)[kStrip], int shift) {
+    constexpr uint32_t kUp = 0x8000;
+    uint32_t kept[kNarrowed][kStrip];
+    const auto drawn = [=](int k, int i) { return (Random{words[k], shift}[i] & 0xFF) | kUp; };
+    dither(values, drawn, kBf16Nan + kUp, kept);
+    for (int k = 0; k < kNarrowed; ++k) join_strip(kept[k], pairs_at(at, first + k * kStrip));
+    second_bytes(kept, kUp >> 8, static_cast<uint8_t*>(at.extra) + first);
   }
 };
 
@@ -227,12 +212,10 @@ struct Tile<Of, Mx8State<Is>> {
       float (*)[kStrip]) {
     choose_scales<Code>(most, nullptr, at, first, scales);
     uint8_t* bytes = static_cast<uint8_t*>(at.data) + first;
-    for (int strip = 0; strip < kStrips; strip += kNarrowed) {
-      alignas(64) uint32_t codes[kNarrowed][kPairs];
-      for (int i = strip; i < strip + kNarrowed; ++i)
-        code_strip<Code>(values[i], {words[i], shift}, scales, i, codes[i - strip]);
-      narrow<Of>(codes, bytes + strip * kStrip);
-    }
+#pragma GCC unroll 1  // else scales come from the vectors they were stored from
+    for (int strip = 0; strip < kStrips; strip += kNarrowed)
+      code_strips<Code, Of>(
+          values + strip, words + strip, shift, scales, strip, bytes + strip * kStrip);
   }
 };
 
