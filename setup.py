@@ -49,6 +49,8 @@ X86_FLAGS = {
         "-mavx512vl",
         "-mprefer-vector-width=512",
         "-mtune=skylake-avx512",
+        # GCC's: constants come from memory, and not through the unit that permutes.
+        "-mtune-ctrl=^inter_unit_moves_to_vec",
     ],
 }
 
@@ -78,6 +80,14 @@ def find_compiler() -> str | None:
             sys.exit(f"onepass: CXX={asked}: no such compiler")
         return asked
     return next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+
+
+def takes_flag(compiler: str, flag: str) -> bool:
+    """Only GCC has -mtune-ctrl; any other flag has to be known."""
+    if not flag.startswith("-mtune-ctrl"):
+        return True
+    command = [compiler, flag, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -142,7 +152,7 @@ class BuildLibrary(build_ext):
         objects = self.objects(sources)
 
         def compile_one(source: Path, target: Path) -> None:
-            extra = X86_FLAGS.get(source.name, [])
+            extra = [f for f in X86_FLAGS.get(source.name, []) if takes_flag(compiler, f)]
             call([compiler, *flags, *extra, "-c", str(source), "-o", str(target)])
 
         list(self.compiling.map(compile_one, sources, objects))

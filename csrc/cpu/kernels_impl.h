@@ -4,30 +4,20 @@
 // compiled here could be the copy that the linker keeps for everybody.
 #pragma once
 
-#include "../prefetch.h"
 #include "extras_impl.h"
 #include "formats_impl.h"
 #include "kernels.h"
 #include "norm_impl.h"
-#include "strips_impl.h"
+#include "tiles_impl.h"
 
 namespace onepass::cpu {
 namespace {
 
-template <class Rule>
-typename Rule::Hyper load_hyper(const float* row) {
-  static_assert(sizeof(typename Rule::Hyper) <= (kEmaDecay - 1) * sizeof(float), "row too narrow");
-  typename Rule::Hyper hyper;
-  __builtin_memcpy(&hyper, row + 1, sizeof hyper);
-  return hyper;
-}
-
-// How far ahead prefetching reaches: the hardware's own ends at every page. Loops that only compute
-// do it in rounds of kBlock elements, worth 10 % of an fp32 and of a bf16 AdamW step (AVX-512,
-// Intel, two cores, 2026-11; 128 and 1024 were the best of 64 to 256 and 512 to 2048). With AVX2
+// Loops that only compute prefetch in rounds of kBlock elements, worth 10 % of an fp32 and of a
+// bf16 AdamW step (AVX-512, Intel, two cores, 2026-11; 128 was the best of 64 to 256). With AVX2
 // such a round cost 20 % of an fp32 step, and a smaller one gained nothing (AMD Zen 3, two cores,
-// 2026-11); the single lines of prefetch_strip gained 3 to 15 %.
-constexpr int kBlock = 128, kAheadBytes = 1024;
+// 2026-11).
+constexpr int kBlock = 128;
 #if defined(__AVX512BW__)
 constexpr bool kRounds = true;
 #else
@@ -174,135 +164,6 @@ void apply_bf16(
   const auto apply =
       row[0] == 1.0f ? apply_bf16_scaled<Rule, false> : apply_bf16_scaled<Rule, true>;
   apply(row, n, param, grad, states, random);
-}
-
-template <class Rule>
-constexpr Kind kind_of(int slot) {
-  if (Rule::kSecond >> slot & 1) return kSecond;
-  return Rule::kRelative >> slot & 1 ? kRelative : kFirst;
-}
-
-// Asks for what lies kAheadBytes after a strip: of the tensor and of the companion of a weight.
-// Scales are a byte of each strip.
-template <class Format>
-ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
-  const auto lines = [](const void* base, int64_t offset, int64_t bytes) {
-    prefetch_lines(static_cast<const char*>(base) + offset + kAheadBytes, bytes);
-  };
-  constexpr int64_t kExtra = extra_bytes_of(Format::kFormat, kStrip);
-  lines(at.data, bytes_of(Format::kFormat, first), bytes_of(Format::kFormat, kStrip));
-  if (kExtra > 1) lines(at.extra, extra_bytes_of(Format::kFormat, first), kExtra);
-}
-
-// A slot as a type, so that a loop over slots leaves constants.
-template <int Index>
-struct Slot {
-  static constexpr int kIndex = Index;
-};
-// Calls body(slot) for the slots that a rule has, the first second moment first: mx4 measures
-// relative ones in its root.
-template <class Rule, class Body>
-ONEPASS_HD void for_each_slot(const Body& body) {
-  constexpr unsigned kSecond = Rule::kSecond & Rule::kSlots;
-  constexpr int kLead = kSecond & 1 ? 0 : kSecond & 2 ? 1 : kSecond & 4 ? 2 : 0;
-  if constexpr (Rule::kSlots >> kLead & 1) body(Slot<kLead>());
-  if constexpr (kLead != 0 && (Rule::kSlots & 1)) body(Slot<0>());
-  if constexpr (kLead != 1 && (Rule::kSlots & 2)) body(Slot<1>());
-  if constexpr (kLead != 2 && (Rule::kSlots & 4)) body(Slot<2>());
-}
-
-// A tile of each of a rule's states.
-template <class Rule, Order Of, template <Kind> class State>
-struct StateTiles {
-  Tile<Of, State<kind_of<Rule>(0)>> tile0;
-  Tile<Of, State<kind_of<Rule>(1)>> tile1;
-  Tile<Of, State<kind_of<Rule>(2)>> tile2;
-  template <int Index>
-  ONEPASS_HD auto& of(Slot<Index>) {
-    if constexpr (Index == 0) return tile0;
-    if constexpr (Index == 1) return tile1;
-    if constexpr (Index == 2) return tile2;
-  }
-};
-
-// Any formats, a tile at a time. Separate loops over its strips: the division and the root leave
-// room for the rest of the first of them, and for no more. (Tried with AVX2 on Zen 3: encoding a
-// tile between the strips of the next, more than a tenth slower; a loop of its own for decoding, up
-// to 5 % faster with mx8 and 8 % slower with mx4; roots in one loop and quotients in the next, 5 %
-// faster, for a second function in every rule. With AVX-512 on Sapphire Rapids or later, in cache:
-// 2 % faster, 5 % slower and 5 % slower.)
-template <class Rule, class Weight, class Grad, template <Kind> class State>
-void apply_tiles(
-    const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
-    const TileRandom& random_ref) {
-  const TileRandom random = random_ref;  // copies: the stores below could alias the originals
-  const Stored weight = param, grad{const_cast<void*>(grad_ptr), nullptr};
-  const Stored states[kMaxStates] = {states_ref[0], states_ref[1], states_ref[2]};
-  const auto hyper = load_hyper<Rule>(row);
-  const float grad_scale = row[0];
-  constexpr unsigned kSlots = Rule::kSlots;
-  constexpr bool kFloats =
-      Weight::kFormat == Format::kFp32 || State<kFirst>::kFormat == Format::kFp32;
-  constexpr Order kOrder = kFloats ? kInOrder : kByPairs;
-  constexpr bool kDraws = State<kFirst>::kDraws;
-  constexpr int kUse = weight_use(Weight::kFormat);
-  // Which words are drawn, and who takes them.
-  constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 2 == 0);
-  constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
-  using Params = Strip<Weight, kOrder>;
-  for (int tile = 0; tile < n; tile += kTile) {
-    alignas(64) float params[kStrips][kStrip], roots[kStrips][kStrip];
-    StateTiles<Rule, kOrder, State> tiles;
-    alignas(64) uint32_t words[2][kStrips][kStrip];
-    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
-      tiles.of(slot).begin(states[decltype(slot)::kIndex], tile);
-    });
-    for (int strip = 0; strip < kStrips; ++strip) {
-      const int first = tile + strip * kStrip;
-      float grad_strip[kStrip];
-      prefetch_strip<Weight>(weight, first);
-      prefetch_strip<Grad>(grad, first);
-      float* __restrict p = Params::open(weight, first, params[strip]);
-      const float* __restrict g = Strip<Grad, kOrder>::open(grad, first, grad_strip);
-      if (__builtin_expect(grad_scale != 1.0f, 0)) {
-#pragma omp simd
-        for (int i = 0; i < kStrip; ++i) grad_strip[i] = grad_scale * g[i];
-        g = grad_strip;
-      }
-      float* open[kMaxStates] = {};
-      for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
-        constexpr int k = decltype(slot)::kIndex;
-        prefetch_strip<State<kind_of<Rule>(k)>>(states[k], first);
-        open[k] = tiles.of(slot).open(states[k], first, strip, roots[strip]);
-      });
-      float* __restrict t0 = open[0], * __restrict t1 = open[1], * __restrict t2 = open[2];
-      if (kDraws0) draw_strip<kOrder>(random, 0, first, words[0][strip]);
-      if (kDraws1) draw_strip<kOrder>(random, 1, first, words[1][strip]);
-#pragma omp simd
-      for (int i = 0; i < kStrip; ++i) {
-        float value0 = 0, value1 = 0, value2 = 0;
-        if (kSlots & 1) value0 = t0[i];
-        if (kSlots & 2) value1 = t1[i];
-        if (kSlots & 4) value2 = t2[i];
-        Rule::update(hyper, p[i], g[i], value0, value1, value2);
-        if (kSlots & 1) t0[i] = value0;
-        if (kSlots & 2) t1[i] = value1;
-        if (kSlots & 4) t2[i] = value2;
-      }
-      for_each_slot<Rule>([&](auto slot)
-                              __attribute__((always_inline)) { tiles.of(slot).measure(strip); });
-      if constexpr (!Weight::kDraws) Params::store(p, weight, first);
-    }
-    if constexpr (Weight::kDraws) {
-      for (int strip = 0; strip < kStrips; strip += kNarrowed)
-        Params::store_dithered(
-            params + strip, weight, tile + strip * kStrip, words[kUse / 2] + strip, kUse % 2 * 16);
-    }
-    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
-      constexpr int k = decltype(slot)::kIndex;
-      tiles.of(slot).store(states[k], tile, words[k / 2], k % 2 * 16, roots);
-    });
-  }
 }
 
 template <Kind>

@@ -12,10 +12,11 @@ namespace onepass::cpu {
 Norm norm(const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts) {
   const int64_t pieces = static_cast<int64_t>(cuts.size()) - 1;
   std::vector<Norm> partial(std::max<int64_t>(pieces, 0));
-  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pieces);
+  Runs runs(pieces, threads);
   const auto work = [&](int64_t, int64_t) {
     DefaultRounding rounding;
-    for (int64_t piece = next++; piece < pieces; piece = next++) {
+    runs.work([&](int64_t piece) {
       Norm found{};
       for_each_part(entries, cuts, piece, [&](int64_t e, int64_t begin, int64_t end) {
         const Entry& entry = entries[e];
@@ -24,9 +25,8 @@ Norm norm(const Kernels& kernels, const std::vector<Entry>& entries, const std::
             static_cast<const char*>(entry.grad) + begin * size, end - begin, &found);
       });
       partial[piece] = found;
-    }
+    });
   };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pieces);
   if (threads <= 1)
     work(0, 1);
   else

@@ -139,7 +139,7 @@ struct Strip<Split8Weight, kByPairs> {
 // --- states in blocks ---
 
 // A tile of a state: begin comes first, open says where a strip lies as fp32, measure sees what has
-// become of it, and store encodes the tile.
+// become of it, choose makes the scales of all strips, and write encodes kNarrowed of them.
 template <Order Of, class State>
 struct Tile;
 
@@ -150,8 +150,9 @@ struct Tile<kInOrder, Fp32> {
     return static_cast<float*>(at.data) + first;
   }
   ONEPASS_HD void measure(int) {}
-  ONEPASS_HD void store(
+  ONEPASS_HD void choose(
       const Stored&, int64_t, const uint32_t (*)[kStrip], int, float (*)[kStrip]) {}
+  ONEPASS_HD void write(const Stored&, int64_t, const uint32_t (*)[kStrip], int, int) {}
 };
 
 template <Order Of, Kind Is>
@@ -207,19 +208,18 @@ struct Tile<Of, Mx8State<Is>> {
     return out;
   }
   ONEPASS_HD void measure(int strip) { measure_strip<Code>(values[strip], most[strip]); }
-  ONEPASS_HD void store(
-      const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
-      float (*)[kStrip]) {
+  ONEPASS_HD void choose(
+      const Stored& at, int64_t first, const uint32_t (*)[kStrip], int, float (*)[kStrip]) {
     choose_scales<Code>(most, nullptr, at, first, scales);
-    uint8_t* bytes = static_cast<uint8_t*>(at.data) + first;
-#pragma GCC unroll 1  // else scales come from the vectors they were stored from
-    for (int strip = 0; strip < kStrips; strip += kNarrowed)
-      code_strips<Code, Of>(
-          values + strip, words + strip, shift, scales, strip, bytes + strip * kStrip);
+  }
+  ONEPASS_HD void write(
+      const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift, int strip) {
+    uint8_t* bytes = static_cast<uint8_t*>(at.data) + first + strip * kStrip;
+    code_strips<Code, Of>(values + strip, words + strip, shift, scales, strip, bytes);
   }
 };
 
-// Only stored can a second moment be measured, whose root relative ones are measured in.
+// Relative ones are measured in the root of the second moment as it is stored: choose does it all.
 template <Kind Is>
 struct Tile<kByPairs, Mx4State<Is>> {
   using State = Mx4State<Is>;
@@ -240,7 +240,7 @@ struct Tile<kByPairs, Mx4State<Is>> {
     return values[strip];
   }
   ONEPASS_HD void measure(int) {}
-  ONEPASS_HD void store(
+  ONEPASS_HD void choose(
       const Stored& at, int64_t first, const uint32_t (*words)[kStrip], int shift,
       float (*__restrict roots)[kStrip]) {
     alignas(64) uint32_t most[kStrips][kWords];
@@ -267,6 +267,7 @@ struct Tile<kByPairs, Mx4State<Is>> {
       convert(codes, bytes + strip * kPairs, kPairs);
     }
   }
+  ONEPASS_HD void write(const Stored&, int64_t, const uint32_t (*)[kStrip], int, int) {}
 };
 
 }  // namespace

@@ -173,13 +173,14 @@ void sweep(
   const int64_t pieces = static_cast<int64_t>(cuts.size()) - 1;
   if (pieces <= 0) return;
   const int64_t count = static_cast<int64_t>(entries.size());
-  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pieces);
+  Runs runs(pieces, threads);
   // Of each piece, in the order of its entries: a sum must not depend on who took which piece.
   std::vector<std::vector<std::pair<int32_t, Telemetry>>> measured(telemetry ? pieces : 0);
   const auto work = [&](int64_t, int64_t) {
     DefaultRounding rounding;
     Tiles tiles;
-    for (int64_t piece = next++; piece < pieces; piece = next++) {
+    runs.work([&](int64_t piece) {
       const int64_t last = std::min(cuts[piece + 1].entry, count - 1);
       for_each_part(entries, cuts, piece, [&](int64_t e, int64_t begin, int64_t end) {
         if (e + kEntriesAhead <= last) prefetch_entry(entries[e + kEntriesAhead]);
@@ -190,9 +191,8 @@ void sweep(
             kernels, entry, begin, end, hyper + entry.row * kHyperWidth, counters + entry.row * 2,
             zero_grads, into, tiles);
       });
-    }
+    });
   };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pieces);
   if (threads == 1)
     work(0, 1);
   else

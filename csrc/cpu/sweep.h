@@ -22,6 +22,29 @@ struct Cut {
 };
 std::vector<Cut> cut_pieces(const std::vector<Entry>& entries);
 
+// Hands the pieces out to threads in runs, each an eighth of a thread's share of what is left: a
+// thread mostly goes on where it is, and they still end together. Where a run begins nothing has
+// been asked for ahead, and what is asked for beyond its end is another's. (AdamW, 50 M parameters,
+// two AVX-512 cores, 2026-11: 4 % less time than with single pieces.)
+class Runs {
+ public:
+  Runs(int64_t pieces, int64_t threads) : pieces_(pieces), shares_(8 * threads) {}
+
+  // Calls body(piece) for those that fall to the calling thread.
+  template <class Body>
+  void work(const Body& body) {
+    for (int64_t begin = 0, end; begin < pieces_; begin = next_.load(std::memory_order_relaxed)) {
+      end = begin + 1 + (pieces_ - begin - 1) / shares_;
+      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      for (int64_t piece = begin; piece < end; ++piece) body(piece);
+    }
+  }
+
+ private:
+  const int64_t pieces_, shares_;
+  std::atomic<int64_t> next_{0};
+};
+
 // Calls body(e, begin, end) for the elements of one piece, entry by entry.
 template <class Body>
 void for_each_part(

@@ -1,0 +1,211 @@
+// Kernels that convert on the way, a tile of strips at a time, for one instruction set: see
+// kernels_impl.h.
+#pragma once
+
+#include "../prefetch.h"
+#include "strips_impl.h"
+
+namespace onepass::cpu {
+namespace {
+
+template <class Rule>
+typename Rule::Hyper load_hyper(const float* row) {
+  static_assert(sizeof(typename Rule::Hyper) <= (kEmaDecay - 1) * sizeof(float), "row too narrow");
+  typename Rule::Hyper hyper;
+  __builtin_memcpy(&hyper, row + 1, sizeof hyper);
+  return hyper;
+}
+
+// How far ahead prefetching reaches: the hardware's own ends at every page. (The best of 512 to
+// 2048 with fp32 and bf16 states; with mx8, whose states were not asked for until 2026-11-28, 512
+// to 4096 are alike, and none is a quarter slower: two AVX-512 cores.)
+constexpr int kAheadBytes = 1024;
+
+template <class Rule>
+constexpr Kind kind_of(int slot) {
+  if (Rule::kSecond >> slot & 1) return kSecond;
+  return Rule::kRelative >> slot & 1 ? kRelative : kFirst;
+}
+
+// Asks for what lies kAheadBytes after a strip: of the tensor and of the companion of a weight.
+// Scales are a byte of each strip.
+template <class Format>
+ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
+  const auto lines = [](const void* base, int64_t offset, int64_t bytes) {
+    prefetch_lines(static_cast<const char*>(base) + offset + kAheadBytes, bytes);
+  };
+  constexpr int64_t kExtra = extra_bytes_of(Format::kFormat, kStrip);
+  lines(at.data, bytes_of(Format::kFormat, first), bytes_of(Format::kFormat, kStrip));
+  if (kExtra > 1) lines(at.extra, extra_bytes_of(Format::kFormat, first), kExtra);
+}
+
+// A slot as a type, so that a loop over slots leaves constants.
+template <int Index>
+struct Slot {
+  static constexpr int kIndex = Index;
+};
+// Calls body(slot) for the slots that a rule has, the first second moment first: mx4 measures
+// relative ones in its root.
+template <class Rule, class Body>
+ONEPASS_HD void for_each_slot(const Body& body) {
+  constexpr unsigned kSecond = Rule::kSecond & Rule::kSlots;
+  constexpr int kLead = kSecond & 1 ? 0 : kSecond & 2 ? 1 : kSecond & 4 ? 2 : 0;
+  if constexpr (Rule::kSlots >> kLead & 1) body(Slot<kLead>());
+  if constexpr (kLead != 0 && (Rule::kSlots & 1)) body(Slot<0>());
+  if constexpr (kLead != 1 && (Rule::kSlots & 2)) body(Slot<1>());
+  if constexpr (kLead != 2 && (Rule::kSlots & 4)) body(Slot<2>());
+}
+
+// A tile of each of a rule's states.
+template <class Rule, Order Of, template <Kind> class State>
+struct StateTiles {
+  Tile<Of, State<kind_of<Rule>(0)>> tile0;
+  Tile<Of, State<kind_of<Rule>(1)>> tile1;
+  Tile<Of, State<kind_of<Rule>(2)>> tile2;
+  template <int Index>
+  ONEPASS_HD auto& of(Slot<Index>) {
+    if constexpr (Index == 0) return tile0;
+    if constexpr (Index == 1) return tile1;
+    if constexpr (Index == 2) return tile2;
+  }
+};
+
+// Whether a tile is written between the strips of the next.
+constexpr bool overlaps([[maybe_unused]] Format state) {
+#if defined(__AVX512BW__)
+  return state == Format::kMx8;
+#else
+  return false;
+#endif
+}
+
+// Any formats, a tile at a time: the scales of blocks are chosen for all of its strips at once. The
+// division and the root leave room for other work, in a window of some hundred operations. (With
+// AVX-512, on Intel, writing a tile between the strips of the next is 3 % faster; with AVX2 on Zen
+// 3 more than a tenth slower. Tried there too: a loop of its own for decoding, up to 5 % faster
+// with mx8 and 8 % slower with mx4; roots in one loop and quotients in the next, 5 % faster, for a
+// second function in every rule. With AVX-512 both were 5 % slower.)
+template <class Rule, class Weight, class Grad, template <Kind> class State>
+void apply_tiles(
+    const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
+    const TileRandom& random_ref) {
+  const TileRandom random = random_ref;  // copies: the stores below could alias the originals
+  const Stored weight = param, grad{const_cast<void*>(grad_ptr), nullptr};
+  const Stored states[kMaxStates] = {states_ref[0], states_ref[1], states_ref[2]};
+  const auto hyper = load_hyper<Rule>(row);
+  const float grad_scale = row[0];
+  const bool scales = grad_scale != 1.0f;
+  constexpr unsigned kSlots = Rule::kSlots;
+  constexpr bool kFloats =
+      Weight::kFormat == Format::kFp32 || State<kFirst>::kFormat == Format::kFp32;
+  constexpr Order kOrder = kFloats ? kInOrder : kByPairs;
+  constexpr bool kDraws = State<kFirst>::kDraws;
+  constexpr int kUse = weight_use(Weight::kFormat);
+  // Which words are drawn, and who takes them.
+  constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 2 == 0);
+  constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
+  using Params = Strip<Weight, kOrder>;
+  struct Buffers {
+    alignas(64) float params[kStrips][kStrip], roots[kStrips][kStrip];
+    alignas(64) uint32_t words[2][kStrips][kStrip];
+    StateTiles<Rule, kOrder, State> tiles;
+  };
+  // Reads a strip and applies the rule.
+  const auto update = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
+    const int first = tile + strip * kStrip;
+    float grad_strip[kStrip];
+    prefetch_strip<Weight>(weight, first);
+    prefetch_strip<Grad>(grad, first);
+    float* __restrict p = Params::open(weight, first, in.params[strip]);
+    const float* __restrict g = Strip<Grad, kOrder>::open(grad, first, grad_strip);
+    if (__builtin_expect(scales, 0)) {
+#pragma omp simd
+      for (int i = 0; i < kStrip; ++i) grad_strip[i] = grad_scale * g[i];
+      g = grad_strip;
+    }
+    float* open[kMaxStates] = {};
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      constexpr int k = decltype(slot)::kIndex;
+      prefetch_strip<State<kind_of<Rule>(k)>>(states[k], first);
+      open[k] = in.tiles.of(slot).open(states[k], first, strip, in.roots[strip]);
+    });
+    float* __restrict t0 = open[0], * __restrict t1 = open[1], * __restrict t2 = open[2];
+    if (kDraws0) draw_strip<kOrder>(random, 0, first, in.words[0][strip]);
+    if (kDraws1) draw_strip<kOrder>(random, 1, first, in.words[1][strip]);
+#pragma omp simd
+    for (int i = 0; i < kStrip; ++i) {
+      float value0 = 0, value1 = 0, value2 = 0;
+      if (kSlots & 1) value0 = t0[i];
+      if (kSlots & 2) value1 = t1[i];
+      if (kSlots & 4) value2 = t2[i];
+      Rule::update(hyper, p[i], g[i], value0, value1, value2);
+      if (kSlots & 1) t0[i] = value0;
+      if (kSlots & 2) t1[i] = value1;
+      if (kSlots & 4) t2[i] = value2;
+    }
+    for_each_slot<Rule>([&](auto slot)
+                            __attribute__((always_inline)) { in.tiles.of(slot).measure(strip); });
+    if constexpr (!Weight::kDraws) Params::store(p, weight, first);
+  };
+  // kNarrowed strips of the weight; of the states, whose scales are chosen.
+  const auto write_weight = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
+    if constexpr (Weight::kDraws)
+      Params::store_dithered(
+          in.params + strip, weight, tile + strip * kStrip, in.words[kUse / 2] + strip,
+          kUse % 2 * 16);
+  };
+  const auto write_states = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      constexpr int k = decltype(slot)::kIndex;
+      in.tiles.of(slot).write(states[k], tile, in.words[k / 2], k % 2 * 16, strip);
+    });
+  };
+  const auto begin = [&](int tile, Buffers& in) __attribute__((always_inline)) {
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      in.tiles.of(slot).begin(states[decltype(slot)::kIndex], tile);
+    });
+  };
+  const auto choose = [&](int tile, Buffers& in) __attribute__((always_inline)) {
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      constexpr int k = decltype(slot)::kIndex;
+      in.tiles.of(slot).choose(states[k], tile, in.words[k / 2], k % 2 * 16, in.roots);
+    });
+  };
+  if constexpr (overlaps(State<kFirst>::kFormat)) {
+    Buffers buffers[2];
+    Buffers *now = buffers, *next = buffers + 1;
+    begin(0, *now);
+    for (int strip = 0; strip < kStrips; ++strip) update(0, strip, *now);
+    choose(0, *now);
+    for (int tile = kTile; tile < n; tile += kTile) {
+      begin(tile, *next);
+#pragma GCC unroll 1
+      for (int strip = 0; strip < kStrips; strip += kNarrowed) {
+        update(tile, strip, *next);
+        write_weight(tile - kTile, strip, *now);
+        write_states(tile - kTile, strip, *now);
+        for (int i = strip + 1; i < strip + kNarrowed; ++i) update(tile, i, *next);
+      }
+      choose(tile, *next);
+      Buffers* const written = now;
+      now = next;
+      next = written;
+    }
+    for (int strip = 0; strip < kStrips; strip += kNarrowed) {
+      write_weight(n - kTile, strip, *now);
+      write_states(n - kTile, strip, *now);
+    }
+  } else {
+    Buffers now;
+    for (int tile = 0; tile < n; tile += kTile) {
+      begin(tile, now);
+      for (int strip = 0; strip < kStrips; ++strip) update(tile, strip, now);
+      for (int strip = 0; strip < kStrips; strip += kNarrowed) write_weight(tile, strip, now);
+      choose(tile, now);
+      for (int strip = 0; strip < kStrips; strip += kNarrowed) write_states(tile, strip, now);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace onepass::cpu
