@@ -10,7 +10,7 @@ namespace onepass {
 ONEPASS_HD void prefetch_lines(const void* from, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) {
     const char* at = static_cast<const char*>(from) + line;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
     asm volatile("prefetcht0 %a0" : : "p"(at));
 #else
     __builtin_prefetch(at);
