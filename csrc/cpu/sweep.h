@@ -1,5 +1,5 @@
 // The CPU sweep: one walk over the whole parameter list, in pieces of equal cost that the threads
-// take in turn. It knows neither algorithms nor formats.
+// take in runs. It knows neither algorithms nor formats.
 #pragma once
 
 #include <atomic>
