@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 import onepass
+from onepass.backends import BACKENDS, Entry
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+from onepass.rules import HYPER_WIDTH, RULES
 
 
 @dataclass(frozen=True)
@@ -229,3 +231,26 @@ def runs_here() -> list[str]:
     """Names of the backends that serve CPU tensors here."""
     cpu = torch.device("cpu")
     return [name for name, b in onepass.backends.BACKENDS.items() if not b.unavailable(cpu)]
+
+
+def step_of_shard(name: str, first: int, states: str) -> list[torch.Tensor]:
+    """What a backend makes of a parameter whose first element is that of a whole one: all its
+    tensors after a step of AdamW with amsgrad, bf16 weights and gradients, the weights rounded
+    stochastically."""
+    backend, form = BACKENDS[name], STATE_FORMATS[states]
+    count = 2500
+    generator = torch.Generator().manual_seed(0)
+    param = torch.randn(count, generator=generator).to(torch.bfloat16)
+    grad = torch.randn(count, generator=generator).to(torch.bfloat16)
+    held = {s: torch.zeros(-(-count // form.packed), dtype=form.dtype) for s in range(3)}
+    scales = {}
+    if form.scale is not None:
+        scales = {s: torch.zeros(-(-count // form.block), dtype=form.scale) for s in range(3)}
+    entry = Entry(param, held, form, 3, RULES["adam"], 3, 1, 11, first=first, scales=scales)
+    prepared = backend.prepare([entry])
+    hyper = torch.zeros(2, HYPER_WIDTH)
+    hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
+    counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
+    assert backend.refresh(prepared, [grad])
+    backend.run(prepared, hyper, counters)
+    return [param, *held.values(), *scales.values()]

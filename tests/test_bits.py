@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import onepass
+from onepass.formats import STATE_FORMATS
 
 from .cases import (
     CASES,
@@ -20,8 +21,10 @@ from .cases import (
     assert_same,
     make_params,
     mx4_at_its_edges,
+    same_bits,
     served,
     set_grads,
+    step_of_shard,
 )
 
 
@@ -164,6 +167,18 @@ def test_a_mixed_list(case, states, every_isa):
     for isa in every_isa:
         onepass.ops.cpu_isa(isa)
         assert_same(build("cpu"), expected)
+
+
+@pytest.mark.parametrize("before", [0, 32, 704, 1024])  # elements until a multiple of 2^32
+@pytest.mark.parametrize("states", STATE_FORMATS)
+def test_random_bits_of_a_shard_that_starts_anywhere(before, states, every_isa):
+    """Also across a multiple of 2^32, where the keys change: inside a tile as well."""
+    block = STATE_FORMATS[states].block
+    first = (3 << 32) - -(-before // block) * block
+    expected = step_of_shard("reference", first, states)
+    for isa in every_isa:
+        onepass.ops.cpu_isa(isa)
+        assert all(map(same_bits, step_of_shard("cpu", first, states), expected))
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(every_isa):

@@ -110,7 +110,10 @@ void sweep_entry(
       n = std::min<int64_t>(n, (int64_t{1} << 32) - random.low);
       for (uint32_t word = 0; word < 2; ++word) random.keys[word] = random_key(stream, high, word);
     }
-    if (whole && n % direct->step == 0) {
+    const bool in_place = whole && n % direct->step == 0;
+    // (What is left before the index wraps may be more than a tile, and no number of whole ones.)
+    if (!in_place) n = std::min<int64_t>(n, kTile);
+    if (in_place) {
       Stored states[kMaxStates] = {};
       for (int k = 0; k < kMaxStates; ++k)
         if (entry.has(k)) states[k] = element(entry.states[k], entry.state_formats[k], first);
