@@ -10,9 +10,7 @@ import torch
 
 import onepass
 from onepass import reference
-from onepass.backends import BACKENDS, Entry
-from onepass.formats import STATE_FORMATS
-from onepass.rules import HYPER_WIDTH, RULES
+from onepass.backends import BACKENDS
 
 from .cases import (
     CASES,
@@ -26,6 +24,7 @@ from .cases import (
     same_bits,
     served,
     set_grads,
+    step_of_shard,
 )
 from .test_bits import SPECIAL
 from .test_reference import NEAR_TIES
@@ -200,24 +199,8 @@ def test_a_mixed_list_of_groups_layouts_and_missing_gradients(states):
 @pytest.mark.parametrize("first", [0, 5, (1 << 32) - 700, (7 << 32) - 1024, (1 << 40) + 3])
 def test_random_bits_of_a_shard_that_starts_anywhere(first):
     """Also across a multiple of 2^32, where the keys change."""
-
-    rule = RULES["adam"]
-    results = []
-    for name in ("reference", "triton"):
-        backend = BACKENDS[name]
-        generator = torch.Generator().manual_seed(0)
-        param, grad = (torch.randn(2500, generator=generator) for _ in range(2))
-        states = {slot: torch.zeros(2500, dtype=torch.bfloat16) for slot in range(3)}
-        entry = Entry(param, states, STATE_FORMATS["bf16"], 0, rule, 3, 1, 11, first=first)
-        prepared = backend.prepare([entry])
-        hyper = torch.zeros(2, HYPER_WIDTH)
-        hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
-        counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
-        assert backend.refresh(prepared, [grad])
-        backend.run(prepared, hyper, counters)
-        results.append([param, *states.values()])
-    for a, b in zip(*results, strict=True):
-        assert same_bits(a, b)
+    found, expected = (step_of_shard(name, first, "bf16") for name in ("triton", "reference"))
+    assert all(map(same_bits, found, expected))
 
 
 def test_codes_of_both_16_bit_formats():

@@ -110,10 +110,7 @@ void sweep_entry(
       n = std::min<int64_t>(n, (int64_t{1} << 32) - random.low);
       for (uint32_t word = 0; word < 2; ++word) random.keys[word] = random_key(stream, high, word);
     }
-    const bool in_place = whole && n % direct->step == 0;
-    // (What is left before the index wraps may be more than a tile, and no number of whole ones.)
-    if (!in_place) n = std::min<int64_t>(n, kTile);
-    if (in_place) {
+    if (whole && n % direct->step == 0) {
       Stored states[kMaxStates] = {};
       for (int k = 0; k < kMaxStates; ++k)
         if (entry.has(k)) states[k] = element(entry.states[k], entry.state_formats[k], first);
@@ -122,6 +119,8 @@ void sweep_entry(
           row, static_cast<int>(n), element(entry.param, entry.param_format, first), grad.data,
           states, random);
     } else {
+      // (What is left before the index wraps may be more than a tile, and no number of whole ones.)
+      n = std::min<int64_t>(n, kTile);
       sweep_tile(
           kernels, entry, first, static_cast<int>(n), row, random, skipped, telemetry, tiles);
     }

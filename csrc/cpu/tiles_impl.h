@@ -84,7 +84,7 @@ constexpr bool overlaps([[maybe_unused]] Format state) {
 // AVX-512, on Intel, writing a tile between the strips of the next is 3 % faster; with AVX2 on Zen
 // 3 more than a tenth slower. Tried there too: a loop of its own for decoding, up to 5 % faster
 // with mx8 and 8 % slower with mx4; roots in one loop and quotients in the next, 5 % faster, for a
-// second function in every rule. With AVX-512 both were 5 % slower.)
+// second function in every rule. With AVX-512 both were slower: docs/cpu.md.)
 template <class Rule, class Weight, class Grad, template <Kind> class State>
 void apply_tiles(
     const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
