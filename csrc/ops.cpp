@@ -1,5 +1,6 @@
 // The schemas of every op, nothing else: each is registered for a device in the file that has it.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 STABLE_TORCH_LIBRARY(onepass, m) {
   // A whole step, every tensor passed: what torch.compile and opcheck see. spec is int64, a row
@@ -9,12 +10,12 @@ STABLE_TORCH_LIBRARY(onepass, m) {
       "sweep_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor spec, "
       "Tensor hyper, Tensor counters) -> ()");
   // The same in parts. make_plan flattens the list once; the plan is a tensor of one int64 on the
-  // device of the parameters. refresh takes the gradients of a step, and returns 1, with no tensor
-  // changed, when one of them or of the plan's own is not what the plan was made for; Python reads
-  // them in csrc/reader.h instead where it can. run does the step with them; telemetry is float64
-  // [rows, 4] (csrc/entry.h).
+  // device of the parameters. refresh takes the parameters and gradients of a step, and returns 1,
+  // with no tensor changed, when one of them or a state is not what the plan was built for; the
+  // caller keeps them alive until run. run does the step with them; telemetry is float64 [rows, 4]
+  // (csrc/entry.h).
   m.def("make_plan(Tensor[] params, Tensor[] states, Tensor spec) -> Tensor");
-  m.def("refresh(Tensor plan, Tensor[] grads) -> int");
+  m.def("refresh(Tensor plan, Tensor[] params, Tensor[] grads) -> int");
   m.def(
       "run(Tensor plan, Tensor hyper, Tensor counters, bool zero_grads=False, "
       "Tensor(a!)? telemetry=None) -> ()");
@@ -37,3 +38,21 @@ STABLE_TORCH_LIBRARY(onepass, m) {
   // asks) and returns the name of the one in use.
   m.def("cpu_isa(str name) -> str");
 }
+
+namespace {
+
+// A gradient that torch negates, conjugates or fills with zeros only when it is read. torch's own
+// kernels for these dispatch keys would pass refresh a temporary copy, freed before run reads it.
+// So the plan is reported as stale, and Python copies such gradients (onepass/gradients.py).
+void is_stale(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+  for (int list : {1, 2})
+    torch_delete_list(torch::stable::detail::to<StableListHandle>(stack[list]));
+  stack[0] = torch::stable::detail::from(int64_t{1});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(onepass, Negative, m) { m.impl("refresh", &is_stale); }
+STABLE_TORCH_LIBRARY_IMPL(onepass, Conjugate, m) { m.impl("refresh", &is_stale); }
+STABLE_TORCH_LIBRARY_IMPL(onepass, ZeroTensor, m) { m.impl("refresh", &is_stale); }

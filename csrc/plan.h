@@ -1,6 +1,8 @@
-// The host side of a plan, of every device: the parameter list flattened once into entries; a step
-// reads the gradients' pointers and compares the rest with what it knows. Included, by way of
-// plan_ops.h, by one file of each library, which adds the device's own tables and the step.
+// The host side of a plan, for every device: the parameter list flattened once into entries. Each
+// step passes the parameters and gradients again; the plan takes their addresses and compares
+// everything else with what it was built from. It owns the states but neither parameters nor
+// gradients, so that torch can swap or free those between steps. Included, through plan_ops.h, by
+// one file of each library, which adds the tables of its device and the sweep.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +13,6 @@
 #include <utility>
 #include <vector>
 
-#include "dlpack.h"
 #include "entry.h"
 
 namespace onepass {
@@ -42,21 +43,25 @@ struct Layout {
   int64_t dim;
 };
 
-// A tensor that a plan reads and writes beside the parameters, and where it was.
+// A state, companion or average: a tensor that the plan owns, and the address that it had.
 struct Held {
   Tensor tensor;
   void* address;
+  int64_t end;  // bytes that its storage must have
+};
+
+struct Device {
+  int32_t type, index;
 };
 
 struct Plan {
-  std::vector<Tensor> params;
   // Of all entries, in order: of each state its codes and scales, then the weight's companion and
   // average.
   std::vector<Held> held;
   std::vector<Layout> layouts;  // of each parameter
   std::vector<int64_t> dims;    // what they point into: sizes, then strides
   std::vector<Entry> entries;
-  DLDevice device{};  // of all of these
+  Device device{};  // of all of these
   int64_t rows = 0;
   bool taken = false;  // whether the gradients are those of the step that is about to run
 };
@@ -92,49 +97,63 @@ Layout remember(std::vector<int64_t>& dims, const Tensor& tensor) {
   return layout;
 }
 
-// A tensor as DLPack describes it: not owned, and its sizes and strides are the tensor's own. Its
-// dtype has no lanes where plans have no format for it. layout_of leaves out where it is.
-DLTensor layout_of(AtenTensorHandle tensor) {
-  static const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
-                       fp16 = aoti_torch_dtype_float16();
-  const int32_t found = ask(aoti_torch_get_dtype, tensor);
-  DLTensor view{};
-  if (found == fp32) view.dtype = {kDLFloat, 32, 1};
-  if (found == bf16) view.dtype = {kDLBfloat, 16, 1};
-  if (found == fp16) view.dtype = {kDLFloat, 16, 1};
-  view.ndim = static_cast<int32_t>(ask(aoti_torch_get_dim, tensor));
-  view.shape = ask(aoti_torch_get_sizes, tensor);
+// What a plan asks of a tensor; sizes and strides are the tensor's own.
+struct View {
+  void* data;
+  Device device;
+  int32_t dtype;  // aoti_torch_dtype_...()
+  int64_t dim;
+  const int64_t *sizes, *strides;
+};
+
+View view_of(AtenTensorHandle tensor) {
+  View view;
+  view.data = address(tensor);
+  view.device = {ask(aoti_torch_get_device_type, tensor), ask(aoti_torch_get_device_index, tensor)};
+  view.dtype = ask(aoti_torch_get_dtype, tensor);
+  view.dim = ask(aoti_torch_get_dim, tensor);
+  view.sizes = ask(aoti_torch_get_sizes, tensor);
   view.strides = ask(aoti_torch_get_strides, tensor);
   return view;
 }
 
-DLTensor view_of(AtenTensorHandle tensor) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
-  DLTensor view = layout_of(tensor);
-  view.device = {kDLCPU, 0};
-  if (ask(aoti_torch_get_device_type, tensor) != cpu)
-    view.device = {kDLCUDA, ask(aoti_torch_get_device_index, tensor)};
-  view.data = address(tensor);
-  return view;
-}
-
-bool has_layout(const DLTensor& tensor, const std::vector<int64_t>& dims, Layout layout) {
-  if (tensor.ndim != layout.dim) return false;
+bool has_layout(const View& tensor, const std::vector<int64_t>& dims, Layout layout) {
+  if (tensor.dim != layout.dim) return false;
   const int64_t* known = dims.data() + layout.offset;
   for (int64_t d = 0; d < layout.dim; ++d) {
-    if (tensor.shape[d] != known[d]) return false;
-    if (tensor.shape[d] > 1 && tensor.strides[d] != known[layout.dim + d]) return false;
+    if (tensor.sizes[d] != known[d]) return false;
+    if (tensor.sizes[d] > 1 && tensor.strides[d] != known[layout.dim + d]) return false;
   }
   return true;
 }
 
+// The bytes that the storage of a dense tensor must have for so many elements of it.
+int64_t storage_end(AtenTensorHandle tensor, int64_t numel, int64_t element_bytes) {
+  return numel ? (ask(aoti_torch_get_storage_offset, tensor) + numel) * element_bytes : 0;
+}
+
+// Whether a tensor at this address has memory up to that end of its storage. A storage can be freed
+// or shrunk (resize_), and a tensor without memory of its own has a null pointer.
+bool has_memory(AtenTensorHandle tensor, const void* data, int64_t end) {
+  return end == 0 || (data && ask(aoti_torch_get_storage_size, tensor) >= end);
+}
+
+// The same of a tensor that a plan is built from.
+int64_t checked_end(const Tensor& tensor, const char* which, int64_t i) {
+  const auto element_bytes = static_cast<int64_t>(tensor.element_size());
+  const int64_t end = storage_end(tensor.get(), tensor.numel(), element_bytes);
+  STD_TORCH_CHECK(
+      has_memory(tensor.get(), tensor.data_ptr(), end), "onepass: the memory of a ", which,
+      " was freed", at(i));
+  return end;
+}
+
 // The format of a weight or gradient; false for a dtype that has none.
-bool native_format(const DLTensor& tensor, Format* format) {
-  const DLDataType found = tensor.dtype;
-  const bool is_float = found.code == kDLFloat, is_bf16 = found.code == kDLBfloat;
-  *format = is_bf16 ? Format::kBf16 : found.bits == 32 ? Format::kFp32 : Format::kFp16;
-  return found.lanes == 1 &&
-         ((is_float && (found.bits == 32 || found.bits == 16)) || (is_bf16 && found.bits == 16));
+bool native_format(int32_t dtype, Format* format) {
+  static const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
+                       fp16 = aoti_torch_dtype_float16();
+  *format = dtype == bf16 ? Format::kBf16 : dtype == fp16 ? Format::kFp16 : Format::kFp32;
+  return dtype == fp32 || dtype == bf16 || dtype == fp16;
 }
 
 // Bit f: the rule can have flags f.
@@ -199,15 +218,16 @@ Kind kind_of(const Entry& entry, int k) {
   return kinds.relative >> k & 1 ? kRelative : kFirst;
 }
 
-bool on_device(const Plan& plan, const DLTensor& tensor) {
-  return tensor.device.device_type == plan.device.device_type &&
-         tensor.device.device_id == plan.device.device_id;
+bool on_device(const Plan& plan, Device device) {
+  return device.type == plan.device.type && device.index == plan.device.index;
 }
 bool on_device(const Plan& plan, const Tensor& tensor) {
-  return on_device(plan, view_of(tensor.get()));
+  return on_device(plan, view_of(tensor.get()).device);
 }
 
-void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, const Tensor& spec) {
+void build(
+    Plan& plan, const std::vector<Tensor>& params, const std::vector<Tensor>& held,
+    const Tensor& spec) {
   const int64_t count = static_cast<int64_t>(params.size());
   STD_TORCH_CHECK(
       spec.scalar_type() == ScalarType::Long && spec.is_contiguous() && spec.dim() == 2 &&
@@ -215,7 +235,7 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
       "onepass: spec must be a contiguous int64 tensor of ", count, " x ", int(kColumns));
   const int64_t* row = spec.const_data_ptr<int64_t>();
   plan.device = view_of(count ? params[0].get() : spec.get()).device;
-  for (Tensor& tensor : held) plan.held.push_back({tensor, tensor.mutable_data_ptr()});
+  for (const Tensor& tensor : held) plan.held.push_back({tensor, tensor.mutable_data_ptr(), 0});
   size_t next = 0;
   // The next of the held tensors, which must have this type and, unless it is flat, this layout.
   const auto take = [&](ScalarType type, const Tensor& like, int64_t flat, int64_t i) {
@@ -226,6 +246,7 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     STD_TORCH_CHECK(
         fits && tensor.scalar_type() == type && on_device(plan, tensor),
         "onepass: a state has another shape, layout, dtype or device than the plan says", at(i));
+    plan.held[next].end = checked_end(tensor, "state", i);
     return plan.held[next++].address;
   };
   for (int64_t i = 0; i < count; ++i, row += kColumns) {
@@ -240,10 +261,11 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     entry.param_format = static_cast<Format>(row[kWeight]);
     Format native;
     STD_TORCH_CHECK(
-        native_format(view_of(param.get()), &native) && is_weight_format(entry.param_format) &&
-            native == native_of(entry.param_format),
+        native_format(view_of(param.get()).dtype, &native) &&
+            is_weight_format(entry.param_format) && native == native_of(entry.param_format),
         "onepass: a parameter must be float32, bfloat16 or float16, as its format says", at(i));
     STD_TORCH_CHECK(on_device(plan, param), "onepass: parameters on two devices", at(i));
+    checked_end(param, "parameter", i);
     entry.rule = static_cast<uint16_t>(row[kRule]);
     entry.flags = static_cast<uint16_t>(row[kFlags]);
     entry.row = static_cast<int32_t>(row[kRow]);
@@ -280,40 +302,41 @@ void build(Plan& plan, std::vector<Tensor> params, std::vector<Tensor> held, con
     plan.entries.push_back(entry);
   }
   STD_TORCH_CHECK(next == held.size(), "onepass: more states than the spec names");
-  plan.params = std::move(params);
 }
 
-// Whether the plan's own tensors are what it was made for. In loops as short as they can be: the
-// tensors lie anywhere in memory, and the processor fetches as many at a time as it sees ahead.
+// Whether the states are where they were. In a loop as short as it can be: the tensors lie anywhere
+// in memory, and the processor fetches as many at a time as it sees ahead.
 bool holds(const Plan& plan) {
-  for (const Held& held : plan.held)
-    if (address(held.tensor.get()) != held.address) return false;
-  for (size_t i = 0; i < plan.params.size(); ++i)
-    if (address(plan.params[i].get()) != plan.entries[i].param.data) return false;
-  for (size_t i = 0; i < plan.params.size(); ++i) {
-    const DLTensor param = layout_of(plan.params[i].get());
-    Format format;
-    if (!native_format(param, &format) || format != native_of(plan.entries[i].param_format) ||
-        !has_layout(param, plan.dims, plan.layouts[i]))
-      return false;
+  for (const Held& held : plan.held) {
+    const AtenTensorHandle tensor = held.tensor.get();
+    const void* data = address(tensor);
+    if (data != held.address || !has_memory(tensor, data, held.end)) return false;
   }
   return true;
 }
 
-// Takes count gradients, those of a step: view(i, &grad) describes that of entry i, or is false
-// where there is none. False, and nothing of any tensor changed, when one of them or of the plan's
-// own tensors is not what the plan was made for.
-template <class View>
-bool take_gradients(Plan& plan, size_t count, const View& view) {
+// Takes the gradients of a step; tensors(i) is the pair of parameter and gradient of entry i.
+// False, and no tensor changed, when one of them or a state is not what the plan was built for.
+template <class Tensors>
+bool take_gradients(Plan& plan, size_t params, size_t grads, const Tensors& tensors) {
   plan.taken = false;
-  if (count != plan.entries.size() || !holds(plan)) return false;
+  if (params != plan.entries.size() || grads != params || !holds(plan)) return false;
   for (size_t i = 0; i < plan.entries.size(); ++i) {
     Entry& entry = plan.entries[i];
-    DLTensor grad;
-    if (!view(i, &grad) || !on_device(plan, grad) || !native_format(grad, &entry.grad_format) ||
-        !has_layout(grad, plan.dims, plan.layouts[i]))
+    const auto [param, grad] = tensors(i);
+    const auto fits = [&](AtenTensorHandle tensor, const View& view, Format* format) {
+      return on_device(plan, view.device) && native_format(view.dtype, format) &&
+             has_layout(view, plan.dims, plan.layouts[i]) &&
+             has_memory(tensor, view.data, storage_end(tensor, entry.numel, bytes_of(*format, 1)));
+    };
+    const View weight = view_of(param.get());
+    Format format;
+    if (weight.data != entry.param.data || !fits(param.get(), weight, &format) ||
+        format != native_of(entry.param_format))
       return false;
-    entry.grad = static_cast<char*>(grad.data) + grad.byte_offset;
+    const View gradient = view_of(grad.get());
+    if (!fits(grad.get(), gradient, &entry.grad_format)) return false;
+    entry.grad = gradient.data;
   }
   return plan.taken = true;
 }

@@ -58,27 +58,50 @@ struct Registry {
 template <class DevicePlan>
 Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor spec) {
   const Tensor on_device = params.empty() ? spec : params[0];
-  auto plan = std::make_shared<DevicePlan>(std::move(params), std::move(states), spec);
+  auto plan = std::make_shared<DevicePlan>(params, states, spec);
   return Registry<DevicePlan>::add(on_device, std::move(plan));
 }
 
-// refresh, boxed by hand: TORCH_BOX would make an owning Tensor of every gradient.
+// A list of tensors that an op was called with. Its items are handles, which cost less than
+// Tensors.
+class TensorList {
+  struct Delete {
+    void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
+  };
+
+ public:
+  using Handle = std::unique_ptr<AtenTensorOpaque, Delete>;
+
+  explicit TensorList(StableIValue value)
+      : list_(torch::stable::detail::to<StableListHandle>(value)) {}
+  ~TensorList() { torch_delete_list(list_); }
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+
+  size_t size() const {
+    size_t count = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &count));
+    return count;
+  }
+  Handle operator[](size_t i) const {
+    StableIValue item;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, i, &item));
+    return Handle(torch::stable::detail::to<AtenTensorHandle>(item));
+  }
+
+ private:
+  StableListHandle list_;
+};
+
+// refresh, boxed by hand: TORCH_BOX would make a vector of owning Tensors of each list.
 template <class DevicePlan>
 void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
-  const auto grads = torch::stable::detail::to<StableListHandle>(stack[1]);
+  const TensorList params(stack[1]), grads(stack[2]);
   const std::shared_ptr<DevicePlan> plan = Registry<DevicePlan>::find(handle);
-  size_t count = 0;
-  TORCH_ERROR_CODE_CHECK(torch_list_size(grads, &count));
-  const bool same = take_gradients(*plan, count, [&](size_t i, DLTensor* view) {
-    StableIValue item;
-    TORCH_ERROR_CODE_CHECK(torch_list_get_item(grads, i, &item));
-    const auto grad = torch::stable::detail::to<AtenTensorHandle>(item);
-    *view = view_of(grad);  // of a tensor that the list owns
-    TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(grad));
-    return true;
+  const bool same = take_gradients(*plan, params.size(), grads.size(), [&](size_t i) {
+    return std::make_pair(params[i], grads[i]);
   });
-  TORCH_ERROR_CODE_CHECK(torch_delete_list(grads));
   stack[0] = torch::stable::detail::from(int64_t{same ? 0 : 1});
 }
 
@@ -102,13 +125,10 @@ template <class DevicePlan>
 void sweep_(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor spec,
     Tensor hyper, Tensor counters) {
-  DevicePlan plan(std::move(params), std::move(states), spec);
-  const auto view = [&](size_t i, DLTensor* grad) {
-    *grad = view_of(grads[i].get());
-    return true;
-  };
+  DevicePlan plan(params, states, spec);
+  const auto tensors = [&](size_t i) { return std::make_pair(params[i], grads[i]); };
   STD_TORCH_CHECK(
-      take_gradients(plan, grads.size(), view),
+      take_gradients(plan, params.size(), grads.size(), tensors),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
       "bfloat16 or float16");
   check_step(plan, hyper, counters, std::nullopt);

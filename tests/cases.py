@@ -254,3 +254,10 @@ def step_of_shard(name: str, first: int, states: str) -> list[torch.Tensor]:
     assert backend.refresh(prepared, [grad])
     backend.run(prepared, hyper, counters)
     return [param, *held.values(), *scales.values()]
+
+
+def advance(backend: Any, table: Any, verdict: torch.Tensor | None) -> None:
+    """Counts a step in a table and derives its hyperparameters, as a step does around its sweep."""
+    staged = backend.stage(table, verdict)
+    backend.advance(table, verdict, staged)
+    backend.count(table, staged)

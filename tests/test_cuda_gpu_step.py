@@ -14,7 +14,16 @@ from onepass.reference.verdict import VERDICT_WIDTH
 from onepass.rows import RowTable
 from onepass.rules import RULES
 
-from .cases import CASES, SIZES, assert_same, last_variant, make_params, same_bits, set_grads
+from .cases import (
+    CASES,
+    SIZES,
+    advance,
+    assert_same,
+    last_variant,
+    make_params,
+    same_bits,
+    set_grads,
+)
 from .test_cuda_shim import STORED, STORED_IDS
 from .test_cuda_step import same_doubles, table_of
 from .test_triton_gpu import assert_same_as_cpu, copy_grads, on_gpu
@@ -70,8 +79,8 @@ def test_advance_derives_the_hyperparameters_of_the_host(rule):
     for factor, skip in ((1 / 3, 0.0), (2.0, 1.0), (0.7, 0.0)):
         verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64)
         verdict[0], verdict[1] = factor, skip
-        BACKENDS["cuda"].advance(ours, verdict.cuda())
-        BACKENDS["reference"].advance(reference, verdict)
+        advance(BACKENDS["cuda"], ours, verdict.cuda())
+        advance(BACKENDS["reference"], reference, verdict)
         for name in ("steps", "fresh", "hyper"):
             assert same_bits(getattr(ours, name).cpu(), getattr(reference, name)), name
         assert torch.equal(ours.counters[:, 1].cpu(), reference.counters[:, 1])

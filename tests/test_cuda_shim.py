@@ -270,9 +270,9 @@ def test_what_is_launched_and_when_a_plan_is_stale():
         [good[0].to("meta"), good[1]],
         [good[0][:3], good[1]],
     ):
-        assert not part.backend.refresh(part.prepared, grads)
-    assert part.backend.refresh(part.prepared, good)
-    assert part.backend.refresh(part.prepared, [good[0].to(torch.bfloat16), good[1]])
+        assert not part.backend.refresh(part.prepared, params, grads)
+    assert part.backend.refresh(part.prepared, params, good)
+    assert part.backend.refresh(part.prepared, params, [good[0].to(torch.bfloat16), good[1]])
 
 
 def test_lists_without_elements_launch_no_sweep():

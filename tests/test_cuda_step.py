@@ -16,7 +16,7 @@ from onepass.rows import RowTable
 from onepass.rules import RULES
 
 from . import cuda_shim
-from .cases import CASES, DTYPES, SIZES, assert_same, make_params, same_bits
+from .cases import CASES, DTYPES, SIZES, advance, assert_same, make_params, same_bits
 from .test_cuda_shim import SHIM, STORED, WHY_NOT
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
@@ -88,8 +88,8 @@ def test_advance_derives_the_hyperparameters_of_the_host(rule, factor):
         verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64)
         verdict[0] = factor
     for _ in range(2):
-        BACKENDS[SHIM].advance(ours, verdict)
-        BACKENDS["reference"].advance(reference, verdict)
+        advance(BACKENDS[SHIM], ours, verdict)
+        advance(BACKENDS["reference"], reference, verdict)
         assert_same_tables(ours, reference)
     assert len(ours.rows) > 256
     assert not ours.fresh.any()
@@ -102,7 +102,7 @@ def test_advance_counts_no_step_that_is_skipped():
         verdict[1] = skip
         before = [t.clone() for t in (ours.steps, ours.fresh, ours.hyper)]
         for name, table in ((SHIM, ours), ("reference", reference)):
-            BACKENDS[name].advance(table, verdict)
+            advance(BACKENDS[name], table, verdict)
         now = (ours.steps, ours.fresh, ours.hyper)
         same = [same_bits(a, b) for a, b in zip(before, now, strict=True)]
         assert same == ([True] * 3 if skip else [False] * 3)
@@ -130,7 +130,7 @@ def test_tables_that_do_not_fit_are_refused(change, message):
     change(table)
     table.upload = lambda: None
     with pytest.raises(RuntimeError, match=message):
-        BACKENDS[SHIM].advance(table, None)
+        advance(BACKENDS[SHIM], table, None)
 
 
 # --- judge -----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_rows_of_step_0_are_left_alone_beside_others_that_are_not():
             ]
             plan = optimizer.planned()
             (part,) = plan._parts
-            part.backend.advance(part.table, None)
+            advance(part.backend, part.table, None)
             part.table.counters[::2, 1] = 0
             part.backend.run(part.prepared, part.table.hyper, part.table.counters, zero)
             made.append((params, storages, optimizer))

@@ -42,7 +42,7 @@ def test_opcheck():
     )
     # A plan is known by the address of its handle, and the other checks copy their arguments.
     plan = torch.ops.onepass.make_plan(params, states, spec)
-    assert torch.ops.onepass.refresh(plan, grads) == 0
+    assert torch.ops.onepass.refresh(plan, params, grads) == 0
     torch.library.opcheck(torch.ops.onepass.norm.default, (plan,), test_utils=some[1:2])
 
 
@@ -56,7 +56,7 @@ def test_every_op_has_a_fake():
         plan = ops.make_plan(params, states, spec)
         assert plan.shape == (1,)
         assert plan.dtype == torch.int64
-        assert ops.refresh(plan, grads) == 0
+        assert ops.refresh(plan, params, grads) == 0
         assert ops.run(plan, hyper, counters) is None
         found = ops.norm(plan)
         assert (found.shape, found.dtype) == ((3,), torch.float64)
@@ -84,7 +84,7 @@ def test_sweep_is_plan_refresh_run():
     torch.ops.onepass.sweep_(params, grads, states, spec, hyper, counters)
     again, _, more, *_ = arguments()
     plan = torch.ops.onepass.make_plan(again, more, spec)
-    assert torch.ops.onepass.refresh(plan, grads) == 0
+    assert torch.ops.onepass.refresh(plan, again, grads) == 0
     torch.ops.onepass.run(plan, hyper, counters)
     for a, b in zip(params + states, again + more, strict=True):
         assert same_bits(a, b)
@@ -95,13 +95,13 @@ def test_a_pointer_is_good_for_one_run():
     plan = torch.ops.onepass.make_plan(params, states, spec)
     with pytest.raises(RuntimeError, match="run without refresh"):
         torch.ops.onepass.run(plan, hyper, counters)
-    assert torch.ops.onepass.refresh(plan, grads) == 0
+    assert torch.ops.onepass.refresh(plan, params, grads) == 0
     torch.ops.onepass.run(plan, hyper, counters)
     with pytest.raises(RuntimeError, match="run without refresh"):
         torch.ops.onepass.run(plan, hyper, counters)
     torch.ops.onepass.free_plan(plan)
     for use in (
-        lambda: torch.ops.onepass.refresh(plan, grads),
+        lambda: torch.ops.onepass.refresh(plan, params, grads),
         lambda: torch.ops.onepass.norm(plan),
     ):
         with pytest.raises(RuntimeError, match="has been freed"):
@@ -153,7 +153,7 @@ def test_gradients_that_do_not_fit_are_stale(bad):
     params, _, states, spec, hyper, counters = arguments()
     before = params[0].clone()
     plan = torch.ops.onepass.make_plan(params, states, spec)
-    assert torch.ops.onepass.refresh(plan, bad) == 1
+    assert torch.ops.onepass.refresh(plan, params, bad) == 1
     with pytest.raises(RuntimeError, match="run without refresh"):
         torch.ops.onepass.run(plan, hyper, counters)
     assert torch.equal(params[0], before)

@@ -171,9 +171,9 @@ def test_a_stale_plan_is_refused_and_nothing_is_changed():
         [good[0][:3], good[1]],
     ]
     for grads in wrong:
-        assert not part.backend.refresh(part.prepared, grads)
-    assert part.backend.refresh(part.prepared, good)
-    assert part.backend.refresh(part.prepared, [good[0].to(torch.bfloat16), good[1]])
+        assert not part.backend.refresh(part.prepared, params, grads)
+    assert part.backend.refresh(part.prepared, params, good)
+    assert part.backend.refresh(part.prepared, params, [good[0].to(torch.bfloat16), good[1]])
 
 
 @interpreted

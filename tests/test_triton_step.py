@@ -14,7 +14,7 @@ from onepass.backends import BACKENDS, Policy
 from onepass.reference.verdict import FACTOR, SKIP, SKIPPED, VERDICT_WIDTH
 from onepass.rows import NONFINITE, RowTable
 
-from .cases import CASES, assert_same, make_params, same_bits, set_grads
+from .cases import CASES, advance, assert_same, make_params, same_bits, set_grads
 
 pytest.importorskip("triton")
 
@@ -88,7 +88,7 @@ def test_hyperparameters_are_the_hosts(case):
             verdict[FACTOR], verdict[SKIP] = judged
         for backend, table in zip((REFERENCE, TRITON), tables, strict=True):
             before = [t.clone() for t in (table.hyper, table.steps, table.fresh)]
-            backend.advance(table, None if judged is None else verdict)
+            advance(backend, table, None if judged is None else verdict)
             if judged is not None and judged[1]:
                 after = (table.hyper, table.steps, table.fresh)
                 assert all(map(torch.equal, before, after))
@@ -162,7 +162,7 @@ def swept(backend, numbers, first, alone, zero_grads, measured):
         (part,) = optimizer.planned()._parts
         table = part.table
         table.telemetry = torch.full((len(table.rows), 4), -1.0).double() if measured else None
-        part.backend.advance(table, None)
+        advance(part.backend, table, None)
         if step:
             table.counters[alone, 1] = 0
         part.backend.run(part.prepared, table.hyper, table.counters, zero_grads, table.telemetry)

@@ -1,7 +1,7 @@
 // The ops of the CPU library: the plan of csrc/plan.h, with the cuts between the threads' work.
 #include <algorithm>
 
-#include "../reader.h"
+#include "../plan_ops.h"
 #include "sweep.h"
 
 namespace onepass::cpu {
@@ -10,8 +10,9 @@ namespace {
 struct CpuPlan : Plan {
   std::vector<Cut> cuts;
 
-  CpuPlan(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor& spec) {
-    build(*this, std::move(params), std::move(states), spec);
+  CpuPlan(
+      const std::vector<Tensor>& params, const std::vector<Tensor>& states, const Tensor& spec) {
+    build(*this, params, states, spec);
     cuts = cut_pieces(entries);
   }
   void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
@@ -55,13 +56,3 @@ STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace onepass::cpu
-
-ONEPASS_READER(onepass::cpu::CpuPlan)
-
-// Whether two lists of Python begin with the same count objects.
-extern "C" __attribute__((visibility("default"))) int onepass_same(
-    const onepass::Python* python, void* a, void* b, intptr_t count) {
-  for (intptr_t i = 0; i < count; ++i)
-    if (python->item(a, i) != python->item(b, i)) return 0;
-  return 1;
-}

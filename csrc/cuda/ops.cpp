@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../reader.h"
+#include "../plan_ops.h"
 #include "kernels.h"
 #include "launch.h"
 
@@ -69,14 +69,15 @@ struct CudaPlan : Plan {
   bool elsewhere = false;   // whether a step ran on another
   int multiprocessors = 0;
 
-  CudaPlan(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor& spec) {
-    const Tensor like = params.empty() ? spec : params[0];
-    build(*this, std::move(params), std::move(states), spec);
+  CudaPlan(
+      const std::vector<Tensor>& params, const std::vector<Tensor>& states, const Tensor& spec) {
+    const Tensor& like = params.empty() ? spec : params[0];
+    build(*this, params, states, spec);
     cut();
-    const OnDevice guard(device.device_id);
-    made_on = stream_of(device.device_id);
+    const OnDevice guard(device.index);
+    made_on = stream_of(device.index);
     ONEPASS_CUDA(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.device_id));
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index));
     chunk_table = table(like, static_cast<int64_t>(chunks.size()) * kChunkWords);
     grads.table = table(like, static_cast<int64_t>(entries.size()));
   }
@@ -90,8 +91,8 @@ struct CudaPlan : Plan {
   void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
     STD_TORCH_CHECK(!telemetry, "onepass: the cuda backend measures no telemetry, triton does");
     if (chunks.empty()) return;
-    const OnDevice guard(device.device_id);
-    const cudaStream_t stream = stream_of(device.device_id);
+    const OnDevice guard(device.index);
+    const cudaStream_t stream = stream_of(device.index);
     Tables tables = prepare(stream);
     tables.hyper = hyper;
     tables.counters = counters;
@@ -101,8 +102,8 @@ struct CudaPlan : Plan {
 
   Tensor norm() {
     STD_TORCH_CHECK(taken, "onepass: norm without refresh");
-    const OnDevice guard(device.device_id);
-    const cudaStream_t stream = stream_of(device.device_id);
+    const OnDevice guard(device.index);
+    const cudaStream_t stream = stream_of(device.index);
     const Tables tables = prepare(stream);
     const int64_t count = static_cast<int64_t>(chunks.size());
     const int64_t most = int64_t{multiprocessors} * kTuning.norm_blocks_per_sm;
@@ -281,5 +282,3 @@ STABLE_TORCH_LIBRARY_IMPL(onepass, CUDA, m) {
 }
 
 }  // namespace onepass::cuda
-
-ONEPASS_READER(onepass::cuda::CudaPlan)

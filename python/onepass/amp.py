@@ -27,7 +27,7 @@ class GradScaler(torch.amp.GradScaler):  # type: ignore[misc]
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         found = optimizer.measure()
         if found is None:
-            found_inf = torch.zeros((), device=scale.device)
+            found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
         else:
             found_inf = (found[2] > 0).float()
         per_device = {found_inf.device: found_inf}

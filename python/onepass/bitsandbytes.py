@@ -212,12 +212,14 @@ def _exported_state(
         held = {"step": held["step"]} | fit_states(
             held, param, optimizer.rule, wide, which, saved_as=name
         )
-        param = torch.empty(param.shape, device=param.device)
+        param = torch.empty(param.shape, dtype=torch.float32, device=param.device)
     states = fit_states(held, param, optimizer.rule, form, which, copy=True, saved_as=name)
     exported: dict[str, Any] = {"step": int(held["step"])}
     for i, key in enumerate(STATES[optimizer.rule.name], 1):
         exported[f"state{i}"] = states[key]
         if form.scale is not None:
             exported[f"absmax{i}"] = states[scale_key(key)]
-            exported[f"qmap{i}"] = torch.tensor(dynamic_map(signed=i == 1), device=param.device)
+            exported[f"qmap{i}"] = torch.tensor(
+                dynamic_map(signed=i == 1), dtype=torch.float32, device=param.device
+            )
     return exported

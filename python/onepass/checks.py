@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .formats import NATIVE, WEIGHT_FORMATS
+from .gradients import has_own_operations
 
 _FP32_MAX = torch.finfo(torch.float32).max
 
@@ -42,6 +44,49 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage has memory for all of its elements.
+
+    A storage can be freed or shrunk (``resize_``); tensors of the meta device, and those that stand
+    for a function's argument (torch.func), have no memory.
+    """
+    if not tensor.numel():
+        return True
+    span = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + span + 1) * tensor.element_size()
+    try:
+        return tensor.untyped_storage().nbytes() >= end and tensor.data_ptr() != 0
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def check_memory(tensor: torch.Tensor, which: str) -> None:
+    """Raises ValueError unless a tensor has memory."""
+    if not has_memory(tensor):
+        raise ValueError(
+            f"{which} has no memory for its {tensor.numel()} elements: its storage was freed or "
+            "shrunk, or never had any"
+        )
+
+
+def check_distinct(tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
+    """Raises ValueError where two tensors that one step writes share memory: the result would
+    depend on which of them is written first.
+
+    Args:
+        tensors: dense tensors of one device, each with the name of its parameter.
+    """
+    listed = [(t, name) for t, name in tensors if t.numel()]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, i) for i, (t, _) in enumerate(listed))
+    for (_, end, i), (start, _, j) in pairwise(spans):
+        if start < end:
+            first, second = sorted((listed[i][1], listed[j][1]))
+            raise ValueError(
+                f"{first} and {second} share memory: one parameter listed twice, or two tensors on "
+                "one storage, cannot be written by one step"
+            )
+
+
 def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
     """Raises unless a rule can work on the parameter and its gradient."""
     if grad.is_sparse or grad.layout != torch.strided:
@@ -50,6 +95,11 @@ def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
             f"{grad.layout}; use a dense gradient (for embeddings: sparse=False)"
         )
     check_param(param, which)
+    if has_own_operations(type(param)):
+        raise ValueError(
+            f"{which} is a {type(param).__name__}, a tensor subclass with operations of its own: "
+            "onepass steps plain tensors and DTensors"
+        )
     if grad.dtype not in NATIVE:
         raise ValueError(f"{which}: its gradient must be {_dtypes()}; got {grad.dtype}")
     if grad.shape != param.shape:
@@ -61,6 +111,8 @@ def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
             f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
             "order: make it dense, for example with .contiguous()"
         )
+    check_memory(param, which)
+    check_memory(grad, f"{which}: its gradient")
 
 
 def check_param(param: torch.Tensor, which: str) -> None:

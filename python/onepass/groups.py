@@ -36,10 +36,20 @@ class Reader:
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
 
-    def __call__(self, tensor: torch.Tensor | None) -> float:
+    def __call__(self, tensor: torch.Tensor | None, which: str) -> float:
+        """The value; 0 for None.
+
+        Raises:
+            ValueError: it is no number; names the parameter.
+        """
         if tensor is None:
             return 0.0
         key = id(tensor)
         if key not in self._known:
-            self._known[key] = float(tensor)
+            try:
+                self._known[key] = float(tensor)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"state['step'] of {which} must be a tensor of one number; got {tensor!r}"
+                ) from error
         return self._known[key]

@@ -14,12 +14,27 @@ import torch
 
 
 class Watch:
-    """What the dictionaries of a plan's states report to: same until an entry is replaced."""
+    """What the dictionaries of a plan's states report to.
 
-    __slots__ = ("same",)
+    Args:
+        forget: drops the plan, so that states which were replaced are freed at once. It must not
+            keep the plan alive.
 
-    def __init__(self) -> None:
+    Attributes:
+        same: whether every entry is still the one that the plan was built from.
+    """
+
+    __slots__ = ("_forget", "same")
+
+    def __init__(self, forget: Callable[[Watch], None]) -> None:
         self.same = True
+        self._forget = forget
+
+    def changed(self) -> None:
+        """An entry has been replaced or removed."""
+        if self.same:
+            self.same = False
+            self._forget(self)
 
 
 class ParamState(dict[str, Any]):
@@ -30,19 +45,34 @@ class ParamState(dict[str, Any]):
     Attributes:
         form: name of the format of the states, where their tensors do not tell.
         fresh: see :class:`onepass.rows.Row`.
+        begun: keys of states that the rule's first step does not read; see :meth:`started`.
+        watch: of the plan that has the states.
     """
 
-    __slots__ = ("form", "fresh", "watch")
+    __slots__ = ("begun", "form", "fresh", "watch")
+    begun: tuple[str, ...]
     form: str
     fresh: torch.Tensor
     watch: Watch
 
+    def started(self) -> dict[str, Any]:
+        """The entries as they are saved: without states that no step has been taken with.
+
+        The first step of SGD ignores ``momentum_buffer``, and torch.optim has none before it. A
+        buffer of zeros would be taken for that of an earlier step.
+        """
+        keys = getattr(self, "begun", ())
+        if keys and float(self.fresh) != 0.0:
+            return {key: value for key, value in self.items() if key not in keys}
+        return dict(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        return dict, (self.started(),)
 
 
 class OptimizerState(defaultdict[Any, Any]):
-    """``optimizer.state``: a dictionary of :class:`ParamState` that reports when it changes."""
+    """``optimizer.state``: a dictionary of :class:`ParamState` that reports when it changes, or is
+    itself replaced."""
 
     watch: Watch
 
@@ -55,6 +85,11 @@ class OptimizerState(defaultdict[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (ParamState, dict(self))
+
+    def __del__(self) -> None:
+        watch = getattr(self, "watch", None)
+        if watch is not None:
+            watch.changed()
 
 
 class PagedState(OptimizerState):
@@ -92,7 +127,7 @@ def _reporting(name: str) -> Callable[..., Any]:
     def report(self: ParamState | OptimizerState, *args: Any, **kwargs: Any) -> Any:
         watch = getattr(self, "watch", None)
         if watch is not None:
-            watch.same = False
+            watch.changed()
         return method(self, *args, **kwargs)
 
     return report

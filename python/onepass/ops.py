@@ -91,7 +91,7 @@ if not missing:
         return (params[0] if params else spec).new_empty(1, dtype=torch.int64)
 
     @torch.library.register_fake("onepass::refresh")
-    def _refresh_fake(plan, grads):  # type: ignore[no-untyped-def]
+    def _refresh_fake(plan, params, grads):  # type: ignore[no-untyped-def]
         return 0
 
     @torch.library.register_fake("onepass::run")

@@ -1,31 +1,39 @@
 """The plan: an optimizer's parameter list flattened once, and the checks that keep it true.
 
-A step costs reading the gradients and comparing what is there with what the plan was made for:
-identities in Python, pointers and layouts in the backend. Whatever changed (a parameter without a
-gradient, a replaced state, a moved tensor, another option of a group), the plan is made anew.
+A step costs reading the gradients and comparing what is there with what the plan was built from:
+identities in Python, addresses and layouts in the backend. If anything has changed (a parameter
+without a gradient, a replaced state, a moved tensor, another option of a group), the plan is stale
+and a new one is built.
+
+Building a plan changes nothing: its new states become the optimizer's in :meth:`Plan.adopt`. A plan
+refers neither to its optimizer nor to the dictionaries of the states, and its backends own no
+parameter, so that torch can swap parameters and free what is replaced.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from . import backends
 from .arena import Arena
-from .checks import check_tensors, check_weight_format
+from .checks import check_distinct, check_tensors, check_weight_format
 from .distributed.part import PagedShards, ShardedPart
 from .distributed.ranks import Groups, Ranks
-from .distributed.shards import local_of, shards_of, versioned
+from .distributed.shards import shards_of, versioned
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, scale_key
+from .gradients import share_memory, unwrapped, zero
 from .groups import Reader, is_fixed, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
 from .paging.part import PagedPart
 from .parts import Part
-from .reader import same_lists
 from .reference.verdict import VERDICT_WIDTH
-from .rows import TELEMETRY_WIDTH, RowTable, capturing
+from .rows import TELEMETRY_WIDTH, RowTable, capturing, step_number
 from .states import (
     EMA,
     fill,
@@ -71,21 +79,38 @@ def add_norms(parts: torch.Tensor) -> torch.Tensor:
     return total
 
 
+class _Fresh(NamedTuple):
+    """What a parameter's entry of ``optimizer.state`` becomes when the plan is adopted."""
+
+    param: torch.Tensor
+    form: StateFormat
+    held: dict[str, Any]
+    place: _Place
+    row: int
+
+
 class Plan:
     """Flattens an optimizer's groups.
 
-    Everything is checked before any state is made, so that an error leaves the optimizer, its
-    states and its parameters as they were.
+    Args:
+        optimizer: only read.
+        members: parameters with gradients.
+
+    Attributes:
+        members: the same.
+        adopted: whether its states are the optimizer's.
+        changed: whether the last :meth:`run` may have changed anything.
 
     Raises:
-        ValueError: a group option, parameter or gradient that no rule can work on; names it.
+        ValueError: a group option, parameter, gradient or state that no rule can work on; names it.
         RuntimeError: a sparse gradient, no backend for a device, or a CUDA graph is being captured.
     """
 
     def __init__(self, optimizer: Optimizer, members: list[Member]) -> None:
         rule = optimizer.rule
-        self._optimizer = optimizer
         self.members = members
+        self.adopted = self.changed = False
+        self._rule = rule
         self._active = [member.param for member in members]
         if capturing() and any(p.is_cuda for p in self._active):
             raise RuntimeError(
@@ -103,7 +128,6 @@ class Plan:
         self._checked: list[Any] | None = None
 
         shards = shards_of(chain.from_iterable(group["params"] for group in groups))
-        self._versioned = [versioned(p) if p in shards else p for p in self._active]
         self._ranks = None
         if self._whole and (shards or optimizer.norm_group is not None):
             every = chain.from_iterable(group["params"] for group in groups)
@@ -118,15 +142,21 @@ class Plan:
             optimizer.check_options(group)
         for whole, number, _, group in members:
             which = f"parameter {number} of shape {tuple(whole.shape)}"
-            assert whole.grad is not None
-            check_tensors(whole, whole.grad, which)
-            param = shards[whole].check(which) if whole in shards else whole
+            if whole in shards:
+                param, grad = shards[whole].check(which)
+            else:
+                assert whole.grad is not None
+                param, grad = whole, unwrapped(whole.grad, which)
+            check_tensors(param, grad, which)
             check_weight_format(param, group["weights"], which)
             state, form = optimizer.state.get(whole, {}), STATE_FORMATS[group["states"]]
             for _, name in rule.state_slots(rule.flag_bits(group)):
                 if state.get(name) is None and whole not in paged:
                     for layout in state_layouts(param, name, form):
                         arena.want(layout, param.device)
+        self._versioned = [
+            versioned(p) if p in shards else p for p in self._active if not p.is_inference()
+        ]
         extras = optimizer.measures or any(group["ema_decay"] is not None for group in groups)
         chosen = {
             device: backends.choose(device, optimizer.backend, extras)
@@ -138,11 +168,11 @@ class Plan:
         if pager is not None:
             pager.want(members, optimizer)
 
-        # New states are gathered first: nothing is kept of them if memory runs out on the way.
-        fresh: list[tuple[torch.Tensor, StateFormat, dict[str, Any], _Place, int]] = []
+        self._fresh: list[_Fresh] = []
         numbers: dict[_Place, dict[tuple[int, float, bool], int]] = {}
+        firsts: dict[_Place, list[str]] = {}
         entries: dict[_Place, list[backends.Entry]] = {}
-        wholes: dict[_Place, list[torch.Tensor]] = {}
+        owners: dict[_Place, list[torch.Tensor]] = {}
         read = Reader()
         for whole, number, index, group in members:
             shard = shards.get(whole)
@@ -158,7 +188,7 @@ class Plan:
                 saved = shard.inner(state, rule)
             home = None if pager is None or whole not in paged else pager.home
             held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
-            first = rule.needs_first and read(getattr(state, "fresh", None)) != 0.0
+            first = rule.needs_first and read(getattr(state, "fresh", None), which) != 0.0
             for _, name in slots:
                 if name in held:
                     continue
@@ -174,14 +204,18 @@ class Plan:
                 held[weight.key] = companion
             if group["ema_decay"] is not None:
                 held[EMA] = fit_ema(saved, param, which, home=home)
+            count = read(state.get("step"), which)
+            step_number(count, which)  # checks it
             rows = numbers.setdefault(place, {})
-            row = rows.setdefault((index, read(state.get("step")), first), len(rows))
+            row = rows.setdefault((index, count, first), len(rows))
+            if row == len(firsts.setdefault(place, [])):
+                firsts[place].append(which)
             order = packed_order(param, form) if slots else {}
             kept = {**held, **order}
             if shard is not None:
                 kept = shard.wrapped(kept, rule, form)
-            fresh.append((whole, form, kept, place, row))
-            wholes.setdefault(place, []).append(whole)
+            self._fresh.append(_Fresh(whole, form, kept, place, row))
+            owners.setdefault(place, []).append(whole)
             entries.setdefault(place, []).append(
                 backends.Entry(
                     param=param,
@@ -203,125 +237,153 @@ class Plan:
                     first=0 if shard is None else shard.start(form),
                 )
             )
+        for listed in entries.values():
+            check_distinct(
+                (t, f"parameter {e.param_id}") for e in listed for t in (e.param, *e.held())
+            )
         all_groups = optimizer.param_groups
-        tables = {
+        self._tables = {
             place: RowTable(
                 rule,
                 [(all_groups[index], count, first) for index, count, first in rows],
                 place.device,
                 optimizer.measures,
+                firsts[place],
             )
             for place, rows in numbers.items()
         }
         self._parts = [
-            self._part(chosen[place.device], listed, tables[place], wholes[place], place, paged)
+            self._part(optimizer, chosen[place.device], listed, owners[place], place, paged)
             for place, listed in entries.items()
         ]
         self._kinds = [place.groups or () for place in entries]
-
-        self._watch = Watch()
-        for param, form, held, place, index in fresh:
-            shared = tables[place].rows[index]
-            param_state = optimizer.state[param]
-            if not isinstance(param_state, ParamState):
-                param_state = optimizer.state[param] = ParamState(param_state)
-            # Scales and companions of a format that the group no longer has.
-            for stale in stale_keys(param_state, held, rule):
-                del param_state[stale]
-            param_state.update(held, step=shared.step)
-            param_state.form, param_state.fresh = form.name, shared.fresh
-            param_state.watch = self._watch
-        if self._whole:
-            if pager is not None and not isinstance(optimizer.state, PagedState):
-                optimizer.state = PagedState(pager.settle, optimizer.state)
-            elif not isinstance(optimizer.state, OptimizerState):
-                optimizer.state = OptimizerState(optimizer.state)
-            optimizer.state.watch = self._watch
-        self._state = optimizer.state
-        self._own = optimizer.state[self._active[0]] if len(members) == 1 else None
+        self.watch = Watch(
+            _forgetting(weakref.ref(optimizer), None if self._whole else self._active[0])
+        )
 
     def _part(
         self,
+        optimizer: Optimizer,
         backend: backends.Backend,
         entries: list[backends.Entry],
-        table: RowTable,
-        wholes: list[torch.Tensor],
+        owners: list[torch.Tensor],
         place: _Place,
         paged: set[torch.Tensor],
     ) -> Part:
-        pager, moved = self._optimizer.pager, self._optimizer.moved
-        away = {local_of(whole) for whole in wholes if whole in paged}
+        table, pager = self._tables[place], optimizer.pager
+        away = [i for i, owner in enumerate(owners) if owner in paged]
         if pager is None or not away:
             if place.groups is None:
-                return Part(backend, entries, table)
-            return ShardedPart(backend, entries, table, wholes=wholes, moved=moved)
+                return Part(backend, entries, table, owners)
+            return ShardedPart(backend, entries, table, owners, moved=optimizer.moved)
         if place.groups is None:
-            return PagedPart(backend, entries, table, pager=pager, paged=away)
+            return PagedPart(backend, entries, table, owners, pager=pager, paged=away)
         return PagedShards(
-            backend, entries, table, wholes=wholes, moved=moved, pager=pager, paged=away
+            backend, entries, table, owners, moved=optimizer.moved, pager=pager, paged=away
         )
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Makes the plan's states and counters those of the optimizer.
+
+        The optimizer then has them in ``optimizer.state``, and drops the plan when one of them is
+        replaced or removed there.
+        """
+        if self.adopted:
+            return
+        for param, form, held, place, index in self._fresh:
+            row = self._tables[place].rows[index]
+            state = optimizer.state[param]
+            if not isinstance(state, ParamState):
+                state = optimizer.state[param] = ParamState(state)
+            # Scales and companions of a format that the group no longer has.
+            for stale in stale_keys(state, held, self._rule):
+                del state[stale]
+            state.update(held, step=row.step)
+            state.form, state.fresh, state.watch = form.name, row.fresh, self.watch
+            state.begun = ()
+            if self._rule.needs_first:
+                keys = [key for key, _, _ in self._rule.slots]
+                state.begun = (*keys, *map(scale_key, keys))
+        if self._whole:
+            if optimizer.pager is not None and not isinstance(optimizer.state, PagedState):
+                optimizer.state = PagedState(optimizer.pager.settle, optimizer.state)
+            elif not isinstance(optimizer.state, OptimizerState):
+                optimizer.state = OptimizerState(optimizer.state)
+            optimizer.state.watch = self.watch
+        self._fresh = []
+        self.adopted = True
 
     def _group_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What entries were made from; the other options are read at every step."""
         return (
-            self._optimizer.rule.flag_bits(group),
+            self._rule.flag_bits(group),
             group["states"],
             group["weights"],
             group["ema_decay"] is None,
             len(group["params"]),
         )
 
-    def check_options(self) -> None:
+    def check_options(self, optimizer: Optimizer) -> None:
         """Raises ValueError for an option that is out of range; each value is looked at once."""
         if self._checked is None:
-            groups = self._optimizer.param_groups
-            for group in groups:
-                self._optimizer.check_options(group)
-            if self._whole and all(map(is_fixed, options_of(groups))):
-                self._checked = list(values_of(groups))
+            for group in self._groups:
+                optimizer.check_options(group)
+            if self._whole and all(map(is_fixed, options_of(self._groups))):
+                self._checked = list(values_of(self._groups))
 
-    def _unchanged(self) -> bool:
+    def _unchanged(self, groups: list[dict[str, Any]]) -> bool:
         """Whether the groups hold the very objects that were checked, all of them immutable."""
         known = self._checked
-        groups = self._optimizer.param_groups
         return (
             known is not None
             and sum(map(len, groups)) == len(known)
             and same(values_of(groups), known)
         )
 
-    def _holds(self) -> bool:
+    def _holds(self, optimizer: Optimizer) -> bool:
         """Whether groups, states and the parameters without a gradient are what they were."""
-        optimizer = self._optimizer
-        if not self._unchanged():
+        groups = optimizer.param_groups if self._whole else self._groups
+        if not self._unchanged(groups):
             self._checked = None
-            if [self._group_options(group) for group in self._groups] != self._options:
+            if [self._group_options(group) for group in groups] != self._options:
                 return False
-        state = optimizer.state
-        if state is not self._state or not self._watch.same:
+        state = optimizer.state if self._whole else dict.get(optimizer.state, self._active[0])
+        if getattr(state, "watch", None) is not self.watch or not self.watch.same:
             return False
         if not self._whole:
-            return dict.get(state, self._active[0]) is self._own
-        groups = optimizer.param_groups
+            return True
         if len(groups) != len(self._params) or not all(
-            same_lists(g["params"], known) for g, known in zip(groups, self._params, strict=True)
+            len(group["params"]) == len(known) and all(map(is_, group["params"], known))
+            for group, known in zip(groups, self._params, strict=True)
         ):
             return False
+        self._groups = groups
         return all(p.grad is None for p in self._idle)
 
-    def refresh(self) -> bool:
-        """Takes the gradients; False, with nothing changed, when the plan is no longer true."""
-        holds = self._holds() and all(part.refresh() for part in self._parts)
-        if holds and capturing():
-            self._optimizer.captured.append(self)
-        return holds
+    def refresh(self, optimizer: Optimizer) -> bool:
+        """Takes the gradients; False, with nothing changed, if the plan is stale."""
+        if self.adopted and not self._holds(optimizer):
+            return False
+        return all(part.refresh() for part in self._parts)
 
-    def norm(self) -> torch.Tensor | None:
+    def forget_gradients(self) -> None:
+        """Lets go of the gradients that :meth:`refresh` has taken."""
+        for part in self._parts:
+            part.forget_gradients()
+
+    def memory(self) -> list[torch.Tensor]:
+        """The parameters' memory, as tensors that keep it: what a captured graph writes."""
+        return [p.detach() for part in self._parts for p in part.params]
+
+    def norm(self, largest: bool) -> torch.Tensor | None:
         """See :meth:`Backend.norm`, over all devices and ranks and on the first device; None
-        without gradients."""
+        without gradients.
+
+        Args:
+            largest: whether the norm that is wanted is the largest magnitude.
+        """
         found = [part.norm() for part in self._parts]
         if self._ranks is not None:
-            largest = self._optimizer.policy().largest
             return self._ranks.norm(list(zip(self._kinds, found, strict=True)), largest)
         if len(found) < 2:
             return found[0] if found else None
@@ -329,29 +391,54 @@ class Plan:
 
     def judge(
         self,
-        verdict: torch.Tensor | None,
+        optimizer: Optimizer,
         found: torch.Tensor | None,
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         policy: backends.Policy,
-    ) -> torch.Tensor | None:
-        """See :meth:`Backend.judge`; verdict, made where it is None, is of the first device."""
-        if not self._parts:
-            return verdict
-        device = self._parts[0].table.steps.device
+    ) -> torch.Tensor:
+        """See :meth:`Backend.judge`; the verdict is on the first device.
+
+        It is a new tensor unless it is on a GPU, where a captured graph goes on reading it.
+        """
+        known = optimizer.verdict
+        backend, device = self._judging(optimizer, found)
         if capturing():
-            if verdict is None:
+            if known is None:
                 raise RuntimeError("a step that is captured needs one before it that judges as it")
-            self._optimizer.captured.append(verdict)
-        if verdict is None:
+            optimizer.captured.append(known)
+        if known is None:
             verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64, device=device)
-        verdict = verdict.to(device)
+        else:
+            verdict = known.to(device, copy=device.type == "cpu")
         scale, inf = (
             None if t is None else t.to(device, torch.float32, non_blocking=True)
             for t in (grad_scale, found_inf)
         )
-        self._parts[0].backend.judge(verdict, found, scale, inf, policy)
+        found = None if found is None else found.to(device)
+        backend.judge(verdict, found, scale, inf, policy)
         return verdict
+
+    def _judging(
+        self, optimizer: Optimizer, found: torch.Tensor | None
+    ) -> tuple[backends.Backend, torch.device]:
+        """The backend and the device of verdicts; where there is nothing to step, too, since other
+        ranks may have found something."""
+        if self._parts:
+            return self._parts[0].backend, self._parts[0].table.steps.device
+        known = found if optimizer.verdict is None else optimizer.verdict
+        if known is None or known.device.type == "cpu":
+            return backends.BACKENDS["reference"], torch.device("cpu")
+        return backends.choose(known.device, optimizer.backend), known.device
+
+    def stage(self, verdict: torch.Tensor | None) -> None:
+        """Derives the numbers of the next step that can fail; nothing is changed.
+
+        Raises:
+            ValueError: a step counter that is not a count.
+        """
+        for part in self._parts:
+            part.stage(self._here(verdict, part))
 
     def start(self) -> int:
         """Starts to bring paged states to their devices; nothing is changed. Returns how many pages
@@ -359,20 +446,31 @@ class Plan:
         return sum(part.start() for part in self._parts)
 
     def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
-        """The step, with the gradients that refresh has taken."""
+        """The step, with the gradients that refresh has taken and the numbers that were staged."""
+        self.changed = False
+        grads = [grad for part in self._parts for grad in part.grads] if zero_grads else []
+        # The sweep of one parameter would zero what that of another still has to read.
+        together = zero_grads and share_memory(grads)
         for part in self._parts:
-            here = verdict
-            if verdict is not None:
-                here = verdict.to(part.table.steps.device, non_blocking=True)
-            part.run(here, zero_grads)
+            try:
+                part.run(self._here(verdict, part), zero_grads and not together)
+            finally:
+                self.changed = self.changed or part.changed
+        if together:
+            for grad in grads:
+                zero(grad)
         # Kernels write behind autograd's back: it must still see that saved weights changed.
         torch.autograd.graph.increment_version(self._versioned)
 
-    def telemetry(self) -> list[torch.Tensor]:
+    @staticmethod
+    def _here(verdict: torch.Tensor | None, part: Part) -> torch.Tensor | None:
+        device = part.table.steps.device
+        return None if verdict is None else verdict.to(device, non_blocking=True)
+
+    def telemetry(self, groups: list[dict[str, Any]]) -> list[torch.Tensor]:
         """Of each group, its columns summed over rows and ranks, on the first device: see RowTable.
 
         Where parameters are sharded all ranks must ask."""
-        groups = self._optimizer.param_groups
         device = self._parts[0].table.steps.device if self._parts else torch.device("cpu")
         shape = len(groups), TELEMETRY_WIDTH
         parts = []
@@ -390,3 +488,17 @@ class Plan:
             return list(self._ranks.sums(parts, shape).unbind())
         total = torch.zeros(shape, dtype=torch.float64, device=device)
         return list(sum((sums for _, sums in parts), total).unbind())
+
+
+def _forgetting(
+    reference: weakref.ref[Optimizer], param: torch.Tensor | None
+) -> Callable[[Watch], None]:
+    """What a watch calls: the optimizer drops the plan of this watch, which is of one parameter, or
+    of all for None."""
+
+    def forget(watch: Watch) -> None:
+        optimizer = reference()
+        if optimizer is not None:
+            optimizer.forget_plan(watch, param)
+
+    return forget

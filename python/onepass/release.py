@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from .distributed.shards import shards_of
+from .held import Watch
+from .interrupts import Uninterrupted
 from .optim import Optimizer
 from .paging.pager import Pager
 from .plan import Plan, add_norms
@@ -123,25 +125,35 @@ class ReleasedGradients:
             return
         optimizer = self._optimizer
         with self._lock:
-            optimizer.check_swapped()
+            optimizer.check_ready()
             if param in self._stepped:
                 self.end_step()  # nobody called step(): a second backward pass has begun
             plan = self._plans.get(param)
-            if plan is None or not plan.refresh():
-                plan = Plan(optimizer, [self._members[param]])
-                plan.refresh()
-                self._plans[param] = plan
+            if plan is None or not plan.refresh(optimizer):
+                with torch.inference_mode(False):
+                    plan = Plan(optimizer, [self._members[param]])
+                plan.refresh(optimizer)
             optimizer.check_options(plan.members[0].group)
             plan.start()
+            found = None
             if optimizer.max_grad_norm is not None:
-                found = plan.norm()
+                found = plan.norm(optimizer.policy().largest)
+            with Uninterrupted():
+                optimizer.take(plan, optimizer.verdict, False)
+                self._plans[param] = plan
+                plan.forget_gradients()
                 if found is not None:
                     self._found.append(found)
-            plan.run(optimizer.verdict, False)
-            self._stepped[param] = None
-            param.grad = None
+                self._stepped[param] = None
+                param.grad = None
             if optimizer.pager is not None:
                 self._start_next(optimizer.pager, param)
+
+    def forget_plan(self, watch: Watch, param: torch.Tensor) -> None:
+        """Drops the plan of a parameter whose states were replaced."""
+        plan = self._plans.get(param)
+        if plan is not None and plan.watch is watch:
+            del self._plans[param]
 
     def _start_next(self, pager: Pager, param: torch.Tensor) -> None:
         """Starts to bring the states of what stepped after this one in the step before: their

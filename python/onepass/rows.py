@@ -6,9 +6,11 @@ keys the random bits. Where counters are on a GPU, so is that derivation: the ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .reference.verdict import FACTOR, SKIP
@@ -20,19 +22,50 @@ TELEMETRY_WIDTH = 4
 the update; how many gradients are infinite or NaN."""
 
 
+def step_number(step: float, which: str) -> int:
+    """The number of the step after so many.
+
+    Args:
+        step: the value of a counter.
+        which: parameters that it counts for, for the message of an error.
+
+    Raises:
+        ValueError: it is not a count.
+    """
+    if not 0 <= step < 1 << 53 or step != int(step):
+        raise ValueError(f"state['step'] of {which} must be a whole number >= 0; got {step}")
+    return int(step) + 1
+
+
 class Row:
     """A row: the parameters of one group on one device that took the same steps.
 
     Attributes:
         group: the parameter group.
+        which: the first of the parameters, for the message of an error.
         step: their step counter, fp32, one tensor that all of them share as state["step"].
         fresh: fp32, 1 while no step has been taken with their states, else 0.
     """
 
-    __slots__ = ("fresh", "group", "step")
+    __slots__ = ("fresh", "group", "step", "which")
 
-    def __init__(self, group: dict[str, Any], step: torch.Tensor, fresh: torch.Tensor) -> None:
-        self.group, self.step, self.fresh = group, step, fresh
+    def __init__(
+        self, group: dict[str, Any], which: str, step: torch.Tensor, fresh: torch.Tensor
+    ) -> None:
+        self.group, self.which, self.step, self.fresh = group, which, step, fresh
+
+
+class Staged(NamedTuple):
+    """What the next step writes into a table, derived on the host.
+
+    Attributes:
+        hyper, counters: as in :class:`RowTable`.
+        kept: fp32 [2, rows], steps and fresh after the step.
+    """
+
+    hyper: npt.NDArray[np.float32]
+    counters: npt.NDArray[np.int64]
+    kept: npt.NDArray[np.float32]
 
 
 class RowTable:
@@ -55,15 +88,20 @@ class RowTable:
         rows: list[tuple[dict[str, Any], float, bool]],
         device: torch.device,
         measured: bool = False,
+        names: Sequence[str] = (),
     ) -> None:
         self.rule = rule
         count = len(rows)
         # Counters outlive the table: one storage for both.
-        kept = torch.tensor([[r[1] for r in rows], [float(r[2]) for r in rows]]).to(device)
+        counts = [[step for _, step, _ in rows], [float(first) for *_, first in rows]]
+        kept = torch.tensor(counts, dtype=torch.float32, device=device)
         self.steps, self.fresh = kept.reshape(2, count).unbind()
-        self.rows = [Row(r[0], self.steps[i], self.fresh[i]) for i, r in enumerate(rows)]
+        self.rows = [
+            Row(group, names[i] if names else f"row {i}", self.steps[i], self.fresh[i])
+            for i, (group, _, _) in enumerate(rows)
+        ]
         self.options = torch.zeros(count, OPTIONS_WIDTH, dtype=torch.float64, device=device)
-        self.hyper = torch.zeros(count, HYPER_WIDTH, device=device)
+        self.hyper = torch.zeros(count, HYPER_WIDTH, dtype=torch.float32, device=device)
         self.counters = torch.zeros(count, 2, dtype=torch.int64, device=device)
         self.telemetry: torch.Tensor | None = None
         if measured:
@@ -76,30 +114,55 @@ class RowTable:
         self._seeds: list[int] = []
         self._captured: list[torch.Tensor] = []
 
-    def advance_on_host(self, verdict: torch.Tensor | None) -> None:
-        """Counts a step and derives its hyperparameters; nothing of it when it is skipped."""
-        factor = 1.0
+    def stage(self, verdict: torch.Tensor | None) -> Staged:
+        """Derives the next step's numbers on the host; the table stays as it is.
+
+        Args:
+            verdict: see :mod:`onepass.reference.verdict`; None where nothing was asked. A step that
+                is skipped counts nowhere.
+
+        Raises:
+            ValueError: a step counter that is not a count.
+        """
+        factor, skip = 1.0, False
         if verdict is not None:
             judged = verdict.tolist()
-            factor = judged[FACTOR]
-            if judged[SKIP]:
-                self.counters[:, 1] = 0
-                return
-        rule = self.rule
-        kept, hyper, counters = self._host or (
+            factor, skip = judged[FACTOR], bool(judged[SKIP])
+        known = self._host or (
             t.cpu().numpy()
             for t in (torch.stack([self.steps, self.fresh]), self.hyper, self.counters)
         )
-        for i, (row, step, first) in enumerate(zip(self.rows, *kept.tolist(), strict=True)):
-            number = int(step) + 1
-            hyper[i] = rule.hyper(rule.options(row.group), number, bool(first), factor)
-            counters[i] = int(row.group["seed"]), number
-            kept[0, i], kept[1, i] = step + 1, 0
-        if self._host is None:
-            self.hyper.copy_(torch.from_numpy(hyper))
-            self.counters.copy_(torch.from_numpy(counters))
-            self.steps.copy_(torch.from_numpy(kept[0]))
-            self.fresh.zero_()
+        kept, hyper, counters = (array.copy() for array in known)
+        rule = self.rule
+        # Numbers below fp32's range are rounded, whatever NumPy is set to do about them.
+        with np.errstate(all="ignore"):
+            for i, (row, step, first) in enumerate(zip(self.rows, *kept.tolist(), strict=True)):
+                number = step_number(step, row.which)
+                if skip:
+                    counters[i, 1] = 0
+                    continue
+                hyper[i] = rule.hyper(rule.options(row.group), number, bool(first), factor)
+                counters[i] = int(row.group["seed"]), number
+                kept[0, i], kept[1, i] = number, 0
+        return Staged(hyper, counters, kept)
+
+    def write(self, staged: Staged) -> None:
+        """Writes what the sweep reads, from the host."""
+        if self._host is not None:
+            _, hyper, counters = self._host
+            hyper[:], counters[:] = staged.hyper, staged.counters
+        else:
+            self.hyper.copy_(torch.from_numpy(staged.hyper))
+            self.counters.copy_(torch.from_numpy(staged.counters))
+
+    def count(self, staged: Staged) -> None:
+        """Counts the step whose sweep is done, from the host."""
+        if self._host is not None:
+            self._host[0][:] = staged.kept
+        else:
+            steps, fresh = torch.from_numpy(staged.kept)
+            self.steps.copy_(steps)
+            self.fresh.copy_(fresh)
 
     def upload(self) -> None:
         """Brings options and seeds to the device, without waiting for it, where they have changed.
@@ -112,10 +175,10 @@ class RowTable:
         seeds = [int(group["seed"]) for group in groups]
         # What a captured graph has copied, and will again, is not what the host knows of.
         if options != self._options or self._captured:
-            self._copy(self.options, torch.tensor(options, dtype=torch.float64))
+            self._copy(self.options, torch.tensor(options, dtype=torch.float64, device="cpu"))
             self._options = options
         if seeds != self._seeds or self._captured:
-            self._copy(self.counters[:, 0], torch.tensor(seeds, dtype=torch.int64))
+            self._copy(self.counters[:, 0], torch.tensor(seeds, dtype=torch.int64, device="cpu"))
             self._seeds = seeds
         for i, group in enumerate(groups):
             if on_gpu(group["lr"]):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import codec
-from .checks import is_dense
+from .checks import check_memory, is_dense
 from .formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
 from .rules import Rule
 
@@ -43,6 +43,10 @@ class Layout:
     @property
     def numel(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
     def fits(self, tensor: torch.Tensor, device: torch.device) -> bool:
         """Whether a tensor can be used as it is."""
@@ -122,8 +126,8 @@ def fill(held: Mapping[str, torch.Tensor], key: str, form: StateFormat, value: f
         return
     # Every block is the same.
     values = np.full(form.block, value, np.float32)
-    data = torch.empty(form.block // form.packed, dtype=form.dtype)
-    scale = torch.empty(1, dtype=form.scale)
+    data = torch.empty(form.block // form.packed, dtype=form.dtype, device="cpu")
+    scale = torch.empty(1, dtype=form.scale, device="cpu")
     codec.write_states(form, ["second"], (values,), {0: data}, {0: scale})
     held[key].fill_(data[0].item())
     held[scale_key(key)].fill_(scale[0].item())
@@ -146,6 +150,7 @@ def stale_keys(state: Mapping[str, Any], held: Mapping[str, Any], rule: Rule) ->
 def _tensor(value: Any, which: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{which} is {type(value).__name__}: it is the state of another parameter")
+    check_memory(value, which)
     return value
 
 
@@ -196,6 +201,8 @@ def fit_states(
     for _, key in slots:
         data = _tensor(saved[key], f"{key} of {which}")
         scale = saved.get(scale_key(key))
+        if scale is not None:
+            scale = _tensor(scale, f"{scale_key(key)} of {which}")
         if scale is not None and scale.dim() == 0:
             scale = None  # of values that were saved in place of codes
         source = _format_of(data, scale, param, saved_as or form.name, f"{key} of {which}")
@@ -274,9 +281,13 @@ def _convert(
         value = values[i]
         assert value is not None
         if not _same_order(strides[key], param.stride(), param.shape):
-            logical = torch.empty(param.numel()).as_strided(param.shape, strides[key])
+            logical = torch.empty_strided(
+                param.shape, strides[key], dtype=torch.float32, device="cpu"
+            )
             codec.flat(logical).copy_(torch.from_numpy(value))
-            moved = torch.empty_strided(param.shape, param.stride()).copy_(logical)
+            moved = torch.empty_strided(
+                param.shape, param.stride(), dtype=torch.float32, device="cpu"
+            ).copy_(logical)
             value = codec.flat(moved).numpy()
         ordered[i] = value
     codec.write_states(
@@ -286,6 +297,19 @@ def _convert(
         {i: held[key] for i, key in slots},
         {i: held[scale_key(key)] for i, key in slots if form.scale is not None},
     )
+
+
+def to_bytes(companion: torch.Tensor) -> torch.Tensor:
+    """A companion of int16 as uint8 [*shape, 2], on the same memory: DTensors hold it so, because
+    process groups do not send int16."""
+    return companion.unsqueeze(-1).view(torch.uint8)
+
+
+def from_bytes(companion: torch.Tensor) -> torch.Tensor:
+    """What :func:`to_bytes` was given; any other companion itself."""
+    if companion.dtype != torch.uint8:
+        return companion
+    return companion.view(torch.int16).squeeze(-1)
 
 
 def fit_companion(
@@ -313,6 +337,8 @@ def fit_companion(
         companion = home.empty(layout)
         return companion.copy_(param.detach()) if form.name == "master" else companion.zero_()
     value = _tensor(saved[key], f"{key} of {which}")
+    if value.dtype == torch.uint8 and tuple(value.shape) == (*layout.shape, 2):
+        value = from_bytes(value)
     if tuple(value.shape) != layout.shape:
         raise ValueError(
             f"{key} of {which} is {tuple(value.shape)}: it is the state of another parameter"

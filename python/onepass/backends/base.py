@@ -104,11 +104,14 @@ class Backend(ABC):
         name: what users ask for.
         rules: names of the rules it has.
         extras: whether it averages weights and measures telemetry in the sweep.
+        launches: whether :meth:`run` is one launch: if it raises, the step has changed nothing but
+            what :meth:`advance` has, which :meth:`retreat` undoes.
     """
 
     name: ClassVar[str]
     rules: ClassVar[Collection[str]] = frozenset(RULES)
     extras: ClassVar[bool] = True
+    launches: ClassVar[bool] = False
 
     @abstractmethod
     def unavailable(self, device: torch.device | None) -> str:
@@ -119,29 +122,14 @@ class Backend(ABC):
         """Flattens the entries once; what it returns goes into the two calls below."""
 
     @abstractmethod
-    def refresh(self, prepared: Any, grads: list[torch.Tensor]) -> bool:
-        """Takes the gradients of a step, in the order of entries; False, with nothing changed, when
-        the plan is stale."""
-
-    def read(
-        self,
-        prepared: Any,
-        tensors: list[torch.Tensor],
-        locals: list[torch.Tensor] | None = None,
-        specs: list[Any] | None = None,
-    ) -> bool:
-        """Takes the gradients that tensors have, in the order of entries.
-
-        False, with nothing changed, when the plan is stale, a gradient is missing, or this backend
-        has no quicker way than refresh.
+    def refresh(self, prepared: Any, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
+        """Takes the gradients of a step; False, with nothing changed, if the plan is stale.
 
         Args:
             prepared: of :meth:`prepare`.
-            tensors: what has the gradients.
-            locals, specs: where tensors are DTensors, their local tensors, which entries have as
-                parameters, and the specs of their gradients; they must be these very objects.
+            params, grads: plain tensors in the order of entries, parameters as they are now. The
+                caller keeps them alive until :meth:`run` is done.
         """
-        return False
 
     @abstractmethod
     def run(
@@ -204,9 +192,23 @@ class Backend(ABC):
             float(verdict[SKIPPED]),
         )
         assert len(numbers) == VERDICT_WIDTH
-        verdict.copy_(torch.tensor(numbers, dtype=torch.float64))
+        verdict.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
-    def advance(self, table: RowTable, verdict: torch.Tensor | None) -> None:
-        """Counts a step and derives hyper and counters of the table, as a verdict, if there is one,
-        says."""
-        table.advance_on_host(verdict)
+    def stage(self, table: RowTable, verdict: torch.Tensor | None) -> Any:
+        """What :meth:`advance` needs that can fail: nothing is changed yet.
+
+        Raises:
+            ValueError: a step counter that is not a count.
+        """
+        return table.stage(verdict)
+
+    def advance(self, table: RowTable, verdict: torch.Tensor | None, staged: Any) -> None:
+        """Writes hyper and counters of the step, as a verdict, if there is one, says.
+
+        Backends whose counters are on a GPU count the step here, others in :meth:`count`.
+        """
+        table.write(staged)
+
+    def count(self, table: RowTable, staged: Any) -> None:
+        """Counts the step, after its sweep."""
+        table.count(staged)

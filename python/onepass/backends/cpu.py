@@ -17,7 +17,6 @@ class CpuBackend(CompiledBackend):
     """
 
     name = "cpu"
-    library = ops.LIBRARY
 
     def unavailable(self, device: torch.device | None) -> str:
         if device is not None and device.type != "cpu":

@@ -15,7 +15,7 @@ class CudaBackend(CompiledBackend):
 
     name = "cuda"
     extras = False
-    library = ops.CUDA_LIBRARY
+    launches = True
 
     def unavailable(self, device: torch.device | None) -> str:
         if device is not None and device.type != "cuda":
@@ -39,9 +39,15 @@ class CudaBackend(CompiledBackend):
             *(most, policy.largest, policy.skip_nonfinite),
         )
 
-    def advance(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+    def stage(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+        return None
+
+    def advance(self, table: RowTable, verdict: torch.Tensor | None, staged: None) -> None:
         table.upload()
         self.calls.advance(
             *(table.rule.code, table.options, table.steps, table.fresh),
             *(table.hyper, table.counters, verdict),
         )
+
+    def count(self, table: RowTable, staged: None) -> None:
+        """Nothing: the kernel of :meth:`advance` has counted."""

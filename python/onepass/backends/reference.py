@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from .. import codec, reference
+from ..checks import has_memory
 from ..formats import NATIVE
 from ..reference import F32, U32
 from ..reference.formats import SPLIT8
@@ -41,12 +42,21 @@ class ReferenceBackend(Backend):
     def prepare(self, entries: Sequence[Entry]) -> _Prepared:
         return _Prepared(entries)
 
-    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor]) -> bool:
+    def refresh(
+        self, prepared: _Prepared, params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> bool:
         prepared.grads = []
-        if len(grads) != len(prepared.entries):
+        entries = prepared.entries
+        if not len(params) == len(grads) == len(entries):
             return False
-        for entry, layouts, grad in zip(prepared.entries, prepared.layouts, grads, strict=True):
+        for entry, layouts, param, grad in zip(
+            entries, prepared.layouts, params, grads, strict=True
+        ):
             if _layouts(entry) != layouts or grad.dtype not in NATIVE:
+                return False
+            if not all(map(has_memory, (*entry.held(), entry.param, grad))):
+                return False
+            if param.data_ptr() != entry.param.data_ptr() or not same_layout(param, entry.param):
                 return False
             if not same_layout(grad, entry.param) or grad.device != entry.param.device:
                 return False

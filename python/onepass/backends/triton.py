@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..checks import has_memory
 from ..formats import ABSENT, NATIVE
 from ..reference.blocks import dynamic_edges, dynamic_map
 from ..rows import RowTable
@@ -96,13 +97,13 @@ class _Prepared:
         self.kernels, self.columns = _kernels(), importlib.import_module(_TABLE)
         self.entries = list(entries)
         self.device = entries[0].param.device
-        self.params = [entry.param for entry in entries]
+        params = [entry.param for entry in entries]
         self.states = [tensor for entry in entries for tensor in entry.held()]
         # What is compared at every step.
-        self.addresses = list(map(torch.Tensor.data_ptr, self.params + self.states))
-        self.dtypes = [tensor.dtype for tensor in self.params]
-        self.shapes = [param.shape for param in self.params]
-        self.strides = [param.stride() for param in self.params]
+        self.addresses = list(map(torch.Tensor.data_ptr, params + self.states))
+        self.dtypes = [tensor.dtype for tensor in params]
+        self.shapes = [param.shape for param in params]
+        self.strides = [param.stride() for param in params]
         self.sizes = [state.numel() for state in self.states]
         # What is known from the first gradients on.
         self.grad_dtypes: list[torch.dtype] = []
@@ -188,7 +189,7 @@ class _Prepared:
             self.chunks.copy_(torch.from_numpy(self.table))
         self.variants = self.kernels.Variants(tuple(order))
         codes = [NATIVE[dtype] for dtype in grad_dtypes]
-        self.grad_formats.copy_(torch.tensor(codes, dtype=torch.int32))
+        self.grad_formats.copy_(torch.tensor(codes, dtype=torch.int32, device="cpu"))
         self.grad_dtypes = grad_dtypes
 
     def bind_addresses(self, addresses: I64) -> None:
@@ -222,6 +223,7 @@ class TritonBackend(Backend):
     """Triton kernels on CUDA and ROCm devices; on CPU tensors only by Triton's interpreter."""
 
     name = "triton"
+    launches = True
 
     def unavailable(self, device: torch.device | None) -> str:
         if device is not None and device.type not in ("cpu", "cuda"):
@@ -259,17 +261,20 @@ class TritonBackend(Backend):
                 )
         return _Prepared(entries)
 
-    def refresh(self, prepared: _Prepared, grads: list[torch.Tensor]) -> bool:
+    def refresh(
+        self, prepared: _Prepared, params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> bool:
         p = prepared
         p.bound = False
-        if len(grads) != len(p.params):
+        if not len(params) == len(grads) == len(p.dtypes):
             return False
         ptr, size, stride = torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride
         same = (
-            _as_known(ptr, chain(p.params, p.states), p.addresses)
-            and _as_known(attrgetter("dtype"), p.params, p.dtypes)
-            and _as_known(size, p.params, p.shapes)
-            and _as_known(stride, p.params, p.strides)
+            _as_known(ptr, chain(params, p.states), p.addresses)
+            and _as_known(attrgetter("dtype"), params, p.dtypes)
+            and _as_known(size, params, p.shapes)
+            and _as_known(stride, params, p.strides)
+            and not any(map(torch.Tensor.is_neg, grads))
             and _as_known(torch.Tensor.numel, p.states, p.sizes)
             and _as_known(attrgetter("device"), grads, repeat(p.device))
             and _as_known(attrgetter("layout"), grads, repeat(torch.strided))
@@ -281,12 +286,16 @@ class TritonBackend(Backend):
             return False
         # Strides of dimensions of size 1 are free, so equality is only the usual case.
         alike = _as_known(size, grads, p.shapes) and _as_known(stride, grads, p.strides)
-        if not alike and not all(map(same_layout, grads, p.params)):
+        if not alike and not all(map(same_layout, grads, params)):
+            return False
+        addresses = np.fromiter(map(ptr, grads), np.int64, len(grads))
+        # Freed or shrunk memory has another address, so what has been seen needs no second look.
+        if not np.array_equal(addresses, p.grad_addresses) and not all(map(has_memory, grads)):
             return False
         with _on(p.device):
             if grad_dtypes != p.grad_dtypes:
                 p.bind_dtypes(grad_dtypes)
-            p.bind_addresses(np.fromiter(map(torch.Tensor.data_ptr, grads), np.int64, len(grads)))
+            p.bind_addresses(addresses)
         p.bound = True
         return True
 
@@ -342,13 +351,19 @@ class TritonBackend(Backend):
                 policy.skip_nonfinite,
             )  # fmt: skip
 
-    def advance(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+    def stage(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+        return None
+
+    def advance(self, table: RowTable, verdict: torch.Tensor | None, staged: None) -> None:
         with _on(table.steps.device):
             table.upload()
             importlib.import_module(_DERIVE).launch_advance(
                 table.rule.name, table.rule.scalars, table.options, table.steps, table.fresh,
                 table.hyper, table.counters, verdict,
             )  # fmt: skip
+
+    def count(self, table: RowTable, staged: None) -> None:
+        """Nothing: the kernel of :meth:`advance` has counted."""
 
 
 def _on(device: torch.device) -> Any:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from .. import backends
-from ..backends.base import same_layout
+from ..gradients import are_plain, dtensor_type, waited
 from ..paging.part import PagedPart
-from ..parts import Part
+from ..parts import Part, Tensors
 from ..rows import RowTable
-from .shards import local_of
+from .shards import local_of, local_tensor
 
-_local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")
-_NoTorchFunction = torch._C.DisableTorchFunctionSubclass
+_placements, _mesh = attrgetter("placements"), attrgetter("device_mesh")
 
 Moved = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 """Of parameters whose gradient had other placements: the gradient, and the local tensor of what was
@@ -27,7 +26,7 @@ class ShardedPart(Part):
     """A :class:`Part` whose entries are the local tensors of DTensors.
 
     Args:
-        wholes: the DTensors, in the order of entries.
+        owners: the DTensors, in the order of entries.
         moved: see :data:`Moved`.
         options: of the kind of part that this is beside.
     """
@@ -37,58 +36,30 @@ class ShardedPart(Part):
         backend: backends.Backend,
         entries: list[backends.Entry],
         table: RowTable,
+        owners: list[Any],
         *,
-        wholes: list[Any],
         moved: Moved,
         **options: Any,
     ) -> None:
-        self._wholes, self._moved = wholes, moved
-        super().__init__(backend, entries, table, **options)
-        # As the gradients had them when they were last looked at.
-        self._specs = [whole.grad._spec for whole in wholes]
-        self._fitting = [self._is_placed(i) for i in range(len(wholes))]
-        self._all_fit = all(self._fitting)
-        self.relaid = [
-            i
-            for i, whole in enumerate(wholes)
-            if self._fitting[i] and not same_layout(self.params[i], local_of(whole.grad))
-        ]
+        self._moved = moved
+        self._placements, self._meshes = list(map(_placements, owners)), list(map(_mesh, owners))
+        super().__init__(backend, entries, table, owners, **options)
 
-    def _is_placed(self, i: int) -> bool:
-        """Whether a gradient has the placements of its parameter."""
-        spec, known = self._specs[i], self._wholes[i]._spec
-        return bool(spec.placements == known.placements and spec.mesh == known.mesh)
-
-    def _read(self) -> bool:
-        # Asking each time whether a subclass has its own way would double the time of reading.
-        with _NoTorchFunction():
-            return self._all_fit and self.backend.read(
-                self.prepared, self._wholes, self.params, self._specs
-            )
-
-    def _take(self) -> list[torch.Tensor] | None:
-        wholes, params = self._wholes, self.params
-        with _NoTorchFunction():
-            found: list[Any] = [grad for whole in wholes if (grad := whole.grad) is not None]
-        if len(found) < len(wholes) or not all(map(is_, map(_local, wholes), params)):
+    def _take(self) -> tuple[Tensors, Tensors] | None:
+        kind = dtensor_type()
+        found: list[Any] = [grad for p in self.owners if (grad := p.grad) is not None]
+        if len(found) < len(self.owners) or not all(isinstance(g, kind) for g in found):
             return None
-        specs, known = list(map(_spec, found)), self._specs
-        self._specs = specs
-        if specs != known:
-            self._fitting = list(map(self._is_placed, range(len(specs))))
-            self._all_fit = all(self._fitting)
-        grads = list(map(_local, found))
-        if not self._all_fit:
+        params, grads = list(map(local_tensor, self.owners)), list(map(local_tensor, found))
+        if not are_plain(grads):
+            grads = list(map(waited, grads))
+        places, meshes = list(map(_placements, found)), list(map(_mesh, found))
+        if places != self._placements or meshes != self._meshes:
             for i, grad in enumerate(found):
-                if not self._fitting[i]:
-                    grads[i] = self._placed(wholes[i], grad)
-                    self._copies.append(grads[i])
-        if set(map(type, grads)) != {torch.Tensor}:
-            grads = [grad.wait() if hasattr(grad, "wait") else grad for grad in grads]
-        for i in self.relaid:
-            grads[i] = torch.empty_like(params[i], dtype=grads[i].dtype).copy_(grads[i])
-            self._copies.append(grads[i])
-        return grads
+                if places[i] != self._placements[i] or meshes[i] != self._meshes[i]:
+                    grads[i] = self._placed(self.owners[i], grad)
+                    self._copied.append(local_of(grad))
+        return self._readable(params, grads)
 
     def _placed(self, whole: Any, grad: Any) -> torch.Tensor:
         """The local tensor of a gradient as its parameter is placed."""
@@ -96,19 +67,10 @@ class ShardedPart(Part):
         if known is None or known[0] is not grad:
             placed = grad.redistribute(whole.device_mesh, whole.placements)
             known = self._moved[whole] = grad, local_of(placed)
-        local = known[1]
-        param = local_of(whole)
-        if not same_layout(param, local):
-            local = torch.empty_like(param, dtype=local.dtype).copy_(local)
-        return local
+        return known[1]
 
-    def _end(self, zero_grads: bool) -> None:
-        if zero_grads and (self._copies or not self._all_fit):
-            copied = set(self.relaid)
-            for i, whole in enumerate(self._wholes):
-                if (i in copied or not self._fitting[i]) and whole.grad is not None:
-                    local_of(whole.grad).zero_()
-        self._copies = []
+    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+        super().run(verdict, zero_grads)
         self._moved.clear()
 
 

@@ -12,23 +12,18 @@ for.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-from ..checks import is_dense
 from ..formats import STATE_FORMATS, StateFormat, scale_key
+from ..gradients import dtensor_type, is_dtensor, unwrapped, waited
 from ..rules import Rule
-from ..states import STRIDE, fit_states, full_precision
+from ..states import COMPANIONS, STRIDE, fit_states, from_bytes, full_precision, to_bytes
 
 _ROOM = 256  # elements; a multiple of every format's block
-
-
-def dtensor_type() -> Any:
-    """torch's DTensor; None where nothing has imported it, so that there is none."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def shards_of(params: Iterable[torch.Tensor]) -> dict[torch.Tensor, Shard]:
@@ -42,13 +37,14 @@ def shard_of(param: torch.Tensor) -> Shard | None:
     return shards_of([param]).get(param)
 
 
+local_tensor = attrgetter("_local_tensor")
+"""The local tensor of a DTensor, maybe one that has not arrived yet. DTensor.to_local() makes a new
+view of a parameter's at every call, which takes longer than the rest of a step."""
+
+
 def local_of(value: Any) -> Any:
     """The local tensor of a DTensor, once it is there; anything else itself."""
-    kind = dtensor_type()
-    if kind is None or not isinstance(value, kind):
-        return value
-    local = value._local_tensor
-    return local.wait() if hasattr(local, "wait") else local
+    return waited(local_tensor(value)) if is_dtensor(value) else value
 
 
 def versioned(whole: torch.Tensor) -> torch.Tensor:
@@ -111,13 +107,27 @@ class Shard:
         """Where its random bits begin in a format: at the beginning of a block."""
         return self.first - self.first % form.block
 
-    def check(self, which: str) -> torch.Tensor:
-        """The local tensor; raises ValueError where it is not dense."""
-        if not is_dense(self.local):
+    def check(self, which: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The local tensors of the parameter and of its gradient.
+
+        The gradient's is the parameter's own where the two are placed differently: it is
+        redistributed when the step takes it.
+
+        Raises:
+            ValueError: the gradient is no DTensor, or of another shape.
+        """
+        whole = self.whole
+        if not is_dtensor(whole.grad):
             raise ValueError(
-                f"{which}: the strides of its shard, {self.local.stride()}, leave gaps"
+                f"{which} is a DTensor, but its gradient is a {type(whole.grad).__name__}: "
+                "distribute_tensor makes one"
             )
-        return self.local
+        if whole.grad.shape != whole.shape:
+            raise ValueError(f"{which}: its gradient has another shape, {tuple(whole.grad.shape)}")
+        placed = whole.grad.placements == whole.placements
+        if not placed or whole.grad.device_mesh != whole.device_mesh:
+            return self.local, torch.empty_like(self.local, dtype=whole.grad.dtype)
+        return self.local, unwrapped(local_of(whole.grad), which)
 
     # --- states ---
 
@@ -144,6 +154,8 @@ class Shard:
             if isinstance(value, kind) and value.placements != self.whole.placements:
                 value = value.redistribute(self.whole.device_mesh, self.whole.placements)
             value = local_of(value)
+            if key in COMPANIONS:
+                value = from_bytes(value)
             if key in flat and value.dim():
                 value = value.reshape(-1)
             found[key] = value
@@ -172,6 +184,8 @@ class Shard:
                 sizes = torch.Size([*shape[:k], last])
                 stride = torch.empty(sizes, device="meta").stride()
                 value = value.view(*local[:k], last)
+            if value.dtype == torch.int16:
+                sizes, stride, value = (*shape, 2), (*(2 * s for s in stride), 1), to_bytes(value)
             found[key] = self.like(value, sizes, stride)
         return found
 
@@ -200,7 +214,7 @@ class Shard:
         fp32 = STATE_FORMATS["fp32"]
         inner = self.inner(state, rule)
         values = fit_states(inner, self.local, rule, fp32, which, copy=True, saved_as=form.name)
-        marks = {scale_key(key): torch.zeros((), dtype=form.scale) for key in values}
+        marks = {scale_key(key): torch.zeros((), dtype=form.scale, device="cpu") for key in values}
         rest = {key: value for key, value in state.items() if key != STRIDE}
         return {**rest, **self.wrapped(values, rule, fp32), **marks}
 
@@ -211,5 +225,6 @@ def full_weight(param: torch.Tensor, state: Mapping[str, Any]) -> torch.Tensor:
     shard = shard_of(param)
     if shard is None:
         return full_precision(param, state)
-    full = full_precision(shard.local, {key: local_of(value) for key, value in state.items()})
+    held = {key: from_bytes(local_of(state[key])) for key in COMPANIONS if key in state}
+    full = full_precision(shard.local, held)
     return shard.like(full)

@@ -1,7 +1,7 @@
 """The bytes of an optimizer of onepass, from the library's own tables.
 
-What a parameter's group asks for comes from :func:`onepass.states.held_layouts`, where it rests
-from the arena and from the paging's footprints: nothing of a rule or a format is repeated here.
+The tensors that a parameter's group asks for come from :func:`onepass.states.held_layouts`, where
+they are kept from :func:`onepass.paging.pager.places_of`: no rule or format is repeated here.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ..arena import SMALL, Arena
 from ..optim import Optimizer
 from ..paging.pager import places_of
-from ..paging.slabs import layout_bytes
 from ..states import COMPANIONS, EMA, held_layouts
 from .report import Bytes
 
@@ -73,7 +71,6 @@ def predict(
         paged = places.paged
         ring = sum(rounded(part.ring) for part in places.footprints.values())
         host = sum(part.host for part in places.footprints.values())
-    arena = Arena()
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if p.requires_grad]
         # The counters are one storage of all groups.
@@ -82,12 +79,7 @@ def predict(
             if param in paged:
                 continue
             for layout in held_layouts(param, optimizer.rule, group):
-                category = category_of(layout.key)
-                if category == "moments" and layout.numel <= SMALL:
-                    arena.want(layout, param.device)
-                else:
-                    found[category] += rounded(layout_bytes(layout))
-    found["moments"] += sum(map(rounded, arena.slab_bytes()))
+                found[category_of(layout.key)] += rounded(layout.nbytes)
     return Bytes(
         weights=storage_bytes(params, block),
         gradients=sum(rounded(p.numel() * (grad_dtype or p.dtype).itemsize) for p in trained),

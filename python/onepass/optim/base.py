@@ -23,10 +23,12 @@ from ..checks import (
 from ..distributed.numbers import number_of as numbered
 from ..distributed.part import Moved
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
-from ..held import OptimizerState
+from ..held import OptimizerState, ParamState, Watch
+from ..interrupts import Uninterrupted
 from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
 from ..plan import Member, Plan
+from ..rows import capturing
 from ..rules import RULES, Rule
 from .findings import Findings
 from .loading import loaded_groups, loaded_state, save_shards
@@ -45,6 +47,7 @@ _SETTINGS = (
     "measures",
     "norm_group",
     "paging",
+    "_failed",
 )
 
 
@@ -105,6 +108,7 @@ class Optimizer(Findings):
         self.paging = paging_of(self.default_paged if paged is None else paged)
         self.pager = None if self.paging is None else Pager(self.paging, self.rule)
         self._plan = self.verdict = None
+        self._failed = ""
         self._found: torch.Tensor | None = None
         # Plans and verdicts that CUDA graphs read and write, which may be replayed at any time.
         self.captured: list[Any] = []
@@ -179,10 +183,13 @@ class Optimizer(Findings):
             What closure returned, else None.
 
         Raises:
-            ValueError, RuntimeError: an option, parameter or gradient that cannot be worked on;
-                nothing has been changed then. Of paged states also that an earlier step has failed
-                on its way.
-            MemoryError: the host has not the memory for paged states; nothing has been changed.
+            ValueError, RuntimeError: an option, parameter, gradient or state that cannot be worked
+                on. Nothing has been changed then: weights, states and counters are those of before.
+            RuntimeError: an earlier step failed after it had changed some of them, for example
+                because a second device refused its launch. Load a checkpoint of both.
+            MemoryError: the host lacks the memory for paged states; nothing has been changed.
+
+        A step is not interrupted: Ctrl-C (SIGINT) is handled when it is complete.
         """
         if torch.compiler.is_compiling() or _watched(self):
             return self._hooked_step(closure)
@@ -222,52 +229,108 @@ class Optimizer(Findings):
     def _init_group(
         self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> None:
-        self.planned()
+        self.adopted()
         active = [p for p in group["params"] if p.grad is not None]
         params += active
         grads += [p.grad for p in active]
 
     def whole_step(self) -> None:
         """The step with the gradients of now, without closure or hooks."""
-        self.check_swapped()
+        self.check_ready()
         # torch.amp.GradScaler sets both for the time of a step.
-        scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
-        plan = self.planned()
-        if self.pager is not None:
-            self.pager.discard()
-            plan.start()
-        if self.released is not None:
-            if scaled:
-                raise RuntimeError("a GradScaler comes too late: the gradients were released")
-            # What is left: parameters of other models.
-            found = plan.norm() if self.max_grad_norm is not None else None
-            plan.run(self.verdict, False)
-            self.released.end_step(found)
-            return
-        verdict = None
-        measures = self.policy().measures
-        if measures or scaled:
-            found, self._found = self._found, None
-            verdict = self.judge(plan, plan.norm() if found is None and measures else found)
-        plan.run(verdict, self.zero_grads)
-
-    def judge(self, plan: Plan, found: torch.Tensor | None) -> torch.Tensor | None:
-        """The verdict on a step whose gradients have this norm: see Backend.judge."""
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self.verdict = plan.judge(self.verdict, found, scale, inf, self.policy())
-        return self.verdict
+        scaled = scale is not None or inf is not None
+        plan = self.planned()
+        try:
+            if self.pager is not None:
+                self.pager.discard()
+                plan.start()
+            policy = self.policy()
+            if self.released is not None:
+                if scaled:
+                    raise RuntimeError("a GradScaler comes too late: the gradients were released")
+                # What is left: parameters of other models.
+                found = plan.norm(policy.largest) if self.max_grad_norm is not None else None
+                with Uninterrupted():
+                    self.take(plan, self.verdict, False)
+                    self._plan = plan
+                    self.released.end_step(found)
+                return
+            found, self._found = self._found, None
+            if found is None and policy.measures:
+                found = plan.norm(policy.largest)
+            with Uninterrupted():
+                verdict = None
+                if policy.measures or scaled:
+                    verdict = plan.judge(self, found, scale, inf, policy)
+                self.take(plan, verdict, self.zero_grads)
+                self._plan = plan
+        finally:
+            plan.forget_gradients()
+
+    def take(self, plan: Plan, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+        """Takes a planned step, as a whole.
+
+        Call it where SIGINT is held. What fails before anything has been changed leaves the
+        optimizer as it was; what fails later makes it refuse further steps.
+        """
+        plan.stage(verdict)
+        self._failed = "it was interrupted"
+        try:
+            plan.run(verdict, zero_grads)
+            plan.adopt(self)
+            if verdict is not None:
+                self.verdict = verdict
+        except BaseException as error:
+            self._plan = None
+            self._failed = f"{type(error).__name__}: {error}" if plan.changed else ""
+            raise
+        self._failed = ""
+
+    def check_ready(self) -> None:
+        """Raises RuntimeError where a step cannot be taken."""
+        self.check_swapped()
+        if self._failed:
+            raise RuntimeError(
+                "an earlier step failed after it had changed some tensors, so weights and states "
+                "are not of one step: load a checkpoint of model and optimizer (load_state_dict), "
+                f"or make the optimizer anew ({self._failed})"
+            )
+
+    def judge(self, plan: Plan, found: torch.Tensor | None) -> None:
+        """Makes the verdict that the next step is to use; see :meth:`Plan.judge`."""
+        self.verdict = plan.judge(self, found, None, None, self.policy())
 
     def planned(self) -> Plan:
-        """The plan, made anew if need be, with the gradients of now taken."""
-        if self._plan is None or not self._plan.refresh():
+        """The plan with the gradients of now taken: that of the last step, or if it is stale a new
+        one, whose states are not the optimizer's yet."""
+        plan = self._plan
+        if plan is None or not plan.refresh(self):
             self._plan = None
-            with torch.no_grad():
+            # States are ordinary tensors, whatever mode the step is called in.
+            with torch.inference_mode(False), torch.no_grad():
                 plan = Plan(self, [m for m in self.members() if m.param.grad is not None])
-            if not plan.refresh():
+            if not plan.refresh(self):
                 raise RuntimeError("onepass: a tensor changed while the step was planned")
+        plan.check_options(self)
+        if capturing():
+            self.captured += [plan, plan.memory()]
+        return plan
+
+    def adopted(self) -> Plan:
+        """The plan, whose states are the optimizer's: outside of a step."""
+        plan = self.planned()
+        with Uninterrupted():
+            plan.adopt(self)
             self._plan = plan
-        self._plan.check_options()
-        return self._plan
+        return plan
+
+    def forget_plan(self, watch: Watch, param: torch.Tensor | None) -> None:
+        """Drops the plan of a watch: that of one parameter, or of all for None."""
+        if param is not None and self.released is not None:
+            self.released.forget_plan(watch, param)
+        elif self._plan is not None and self._plan.watch is watch:
+            self._plan = None
 
     def members(self) -> list[Member]:
         """Every parameter with its group and its number."""
@@ -294,7 +357,9 @@ class Optimizer(Findings):
             float64 [3] on the device of the first of them, None without gradients: sum of squares,
             largest magnitude, how many are infinite or NaN; of gradients as they are, scaled.
         """
-        self._found = self.planned().norm()
+        plan = self.adopted()
+        self._found = plan.norm(self.policy().largest)
+        plan.forget_gradients()
         return self._found
 
     # --- saving and loading ---
@@ -303,6 +368,7 @@ class Optimizer(Findings):
         """Forgets what belongs to the tensors of before."""
         self._number = number_of(self)
         self._plan = self.verdict = self._found = self.released = None
+        self._failed = ""
         self._swapped = False
         self.moved = {}
         self.captured = getattr(self, "captured", [])
@@ -321,15 +387,11 @@ class Optimizer(Findings):
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim has it: with ``states="fp32"``, torch.optim loads it.
 
-        The step counter of each parameter is a tensor of its own here.
+        The step counter of each parameter is a tensor of its own here. As in torch.optim, SGD has
+        no ``momentum_buffer`` before its first step.
         """
         result = super().state_dict()
-        result["state"] = {
-            key: {k: v.clone() if k == "step" else v for k, v in value.items()}
-            if isinstance(value, dict)
-            else value
-            for key, value in result["state"].items()
-        }
+        result["state"] = {key: _saved(value) for key, value in result["state"].items()}
         save_shards(self, result["state"])
         return result
 
@@ -370,6 +432,15 @@ class Optimizer(Findings):
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _saved(state: Any) -> Any:
+    """A parameter's entry of a state dict."""
+    if isinstance(state, ParamState):
+        state = state.started()
+    if not isinstance(state, dict):
+        return state
+    return {key: value.clone() if key == "step" else value for key, value in state.items()}
 
 
 def _watched(optimizer: Optimizer) -> bool:

@@ -37,7 +37,9 @@ class Findings(torch.optim.Optimizer):
     def skipped_steps(self) -> torch.Tensor:
         """How many steps were skipped, int64, 0-dim, on the device: for a gradient that is not
         finite, or because torch.amp.GradScaler found one. Not part of a state dict."""
-        return torch.tensor(0) if self.verdict is None else self.verdict[SKIPPED].long()
+        if self.verdict is None:
+            return torch.tensor(0, dtype=torch.int64, device="cpu")
+        return self.verdict[SKIPPED].long()
 
     @property
     def telemetry(self) -> list[dict[str, torch.Tensor]]:
@@ -53,7 +55,7 @@ class Findings(torch.optim.Optimizer):
             raise RuntimeError("telemetry needs telemetry=True and a step with these parameters")
         scale = 1.0 if self.verdict is None else self.verdict[SCALE]
         found = []
-        for sums in self._plan.telemetry():
+        for sums in self._plan.telemetry(self.param_groups):
             grad, weight, update = sums[:3].sqrt().unbind()
             norms = {"grad_norm": grad / scale, "weight_norm": weight, "update_norm": update}
             found.append(norms | {"nonfinite": sums[3].long()})

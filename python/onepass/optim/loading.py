@@ -102,7 +102,7 @@ def loaded_state(
     state = ParamState()
     for key, value in saved.items():
         if key == "step":
-            state[key] = torch.tensor(float(value), dtype=torch.float32)
+            state[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif key not in known:
             state[key] = deepcopy(value)
     state.form = form.name
@@ -120,7 +120,7 @@ def loaded_state(
     # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
     # it then starts here.
     if state:
-        state.setdefault("step", torch.tensor(0.0))
+        state.setdefault("step", torch.tensor(0.0, dtype=torch.float32, device="cpu"))
     return state
 
 

@@ -17,7 +17,7 @@ from ..states import Layout, held_layouts
 from .links import Link, link_for
 from .options import Paging
 from .ring import Ring
-from .slabs import Slabs, aligned, layout_bytes
+from .slabs import Slabs, aligned
 
 if TYPE_CHECKING:
     from ..optim.base import Optimizer
@@ -59,7 +59,7 @@ def places_of(groups: Groups, rule: Rule, paging: Paging) -> Places:
     for group in groups:
         for param in group["params"]:
             local = local_of(param)
-            nbytes = [layout_bytes(layout) for layout in held_layouts(local, rule, group)]
+            nbytes = [layout.nbytes for layout in held_layouts(local, rule, group)]
             here = sum(aligned(n, arena.ALIGNMENT) for n in nbytes)
             sizes.append((here, sum(map(aligned, nbytes)), param, local.device))
     places = Places()
@@ -137,7 +137,7 @@ class Pager:
                 state = dict.get(optimizer.state, param, {})
                 for layout in held_layouts(local_of(param), self.rule, group):
                     if self.slabs.find(local_of(state.get(layout.key))) is None:
-                        needed += aligned(layout_bytes(layout))
+                        needed += aligned(layout.nbytes)
         return needed
 
     def link(self, device: torch.device) -> Link:

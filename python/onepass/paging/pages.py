@@ -38,6 +38,7 @@ class Span(NamedTuple):
         """These elements of the parameter or of its gradient."""
         if self.whole:
             return tensor
+        tensor = tensor.detach()  # a view of a parameter would keep torch from swapping it
         offset = tensor.storage_offset() + self.start
         return tensor.as_strided((self.stop - self.start,), (1,), offset)
 
@@ -173,7 +174,7 @@ def _make(entries: Sequence[Entry], spans: list[Span], slabs: Slabs, ring: Ring)
         made.append(
             replace(
                 entry,
-                param=span.of(entry.param.detach()) if not span.whole else entry.param,
+                param=span.of(entry.param),
                 first=entry.first + span.start,
                 states=views.get("states", {}),
                 scales=views.get("scales", {}),

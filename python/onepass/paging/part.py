@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 
 from .. import backends
 from ..backends.base import same_layout
+from ..checks import has_memory
 from ..formats import NATIVE
-from ..parts import Part
+from ..parts import Part, Tensors
 from ..rows import RowTable, capturing
 from .pager import Pager
 from .pages import make_pages
@@ -22,7 +23,7 @@ class PagedPart(Part):
 
     Args:
         entries: all of one device; the states of those that are paged are the host's.
-        paged: parameters of entries whose states are.
+        paged: the positions of these.
     """
 
     def __init__(
@@ -30,15 +31,15 @@ class PagedPart(Part):
         backend: backends.Backend,
         entries: list[backends.Entry],
         table: RowTable,
+        owners: Sequence[Any],
         *,
         pager: Pager,
-        paged: Collection[torch.Tensor],
+        paged: list[int],
     ) -> None:
         self._pager, self._all = pager, entries
-        self._paged = [i for i, entry in enumerate(entries) if entry.param in paged]
-        away = set(self._paged)
+        self._paged, away = paged, set(paged)
         self._resident = [i for i in range(len(entries)) if i not in away]
-        super().__init__(backend, entries, table)
+        super().__init__(backend, entries, table, owners)
 
     def _prepare(self, entries: list[backends.Entry]) -> None:
         prepare, table = self.backend.prepare, self.table
@@ -50,18 +51,15 @@ class PagedPart(Part):
         self._rest = prepare([entries[i] for i in self._resident]) if self._resident else None
         self._made = [prepare(made.entries) for made in self._cuts]
         self._whole: Any = None  # of all, without states
-        self._pieces = {s.entry for made in self._cuts for s in made.spans if not s.whole}
-        self._tensors = [p for e in away for p in (e.param, *e.held())]
-        self._known = self._properties()
+        # Entries that are cut, with what tells that a parameter is another than was cut.
+        pieces = {s.entry for made in self._cuts for s in made.spans if not s.whole}
+        self._pieces = {i: (away[i].param.dtype, away[i].param.shape) for i in pieces}
+        # States on the host, which no backend looks at: pages hold views of them.
+        self._held = [tensor for entry in away for tensor in entry.held()]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._held))
         self._sums: torch.Tensor | None = None
         if table.telemetry is not None:
             self._sums = table.telemetry.new_zeros(len(self._made) + 1, *table.telemetry.shape)
-
-    def _properties(self) -> list[Any]:
-        """What tells of a tensor in new memory: pages hold views of the old."""
-        tensors = self._tensors
-        parts = [self.params[self._paged[i]] for i in self._pieces]
-        return [*map(torch.Tensor.data_ptr, tensors), *((p.dtype, p.shape) for p in parts)]
 
     def refresh(self) -> bool:
         self._pager.check()
@@ -70,29 +68,37 @@ class PagedPart(Part):
                 "a step with paged states cannot be captured in a CUDA graph: its copies wait for "
                 "those of the step before"
             )
-        self._copies = []
-        grads = self._take()
-        if grads is None or self._properties() != self._known:
+        return super().refresh()
+
+    def _refresh(self, params: Tensors, grads: Tensors) -> bool:
+        if list(map(torch.Tensor.data_ptr, self._held)) != self._addresses:
+            return False
+        if not all(map(has_memory, self._held)):
             return False
         take = self.backend.refresh
-        if self._rest is not None and not take(self._rest, [grads[i] for i in self._resident]):
+        if self._rest is not None and not take(
+            self._rest, [params[i] for i in self._resident], [grads[i] for i in self._resident]
+        ):
             return False
-        grads = [grads[i] for i in self._paged]
-        for i in self._pieces:
-            param, grad = self.params[self._paged[i]], grads[i]
-            if grad.layout != torch.strided or not same_layout(param, grad):
+        params, grads = ([tensors[i] for i in self._paged] for tensors in (params, grads))
+        for i, known in self._pieces.items():
+            param, grad = params[i], grads[i]
+            if (param.dtype, param.shape) != known or grad.layout != torch.strided:
+                return False
+            if not same_layout(param, grad) or not has_memory(param) or not has_memory(grad):
                 return False
         return all(
-            take(made, [span.of(grads[span.entry]) for span in piece.spans])
-            for made, piece in zip(self._made, self._cuts, strict=True)
+            take(
+                made, *([s.of(tensors[s.entry]) for s in cut.spans] for tensors in (params, grads))
+            )
+            for made, cut in zip(self._made, self._cuts, strict=True)
         )
 
     def norm(self) -> torch.Tensor:
         """As if no state was paged: its last bits depend on how a list is divided."""
         if self._whole is None:
             self._whole = self.backend.prepare([_bare(entry) for entry in self._all])
-        grads = self._take()
-        if grads is None or not self.backend.refresh(self._whole, grads):
+        if not self.backend.refresh(self._whole, self.params, self.grads):
             raise RuntimeError("onepass: a gradient changed within a step")
         return self.backend.norm(self._whole)
 
@@ -101,21 +107,23 @@ class PagedPart(Part):
         return len(self._pages)
 
     def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+        with self._pager.going():
+            super().run(verdict, zero_grads)
+
+    def _sweep(self, zero_grads: bool) -> None:
         table, sums = self.table, self._sums
+        self.changed = True
 
         def sweep(i: int) -> None:
             made = self._made[i] if i < len(self._made) else self._rest
             measured = None if sums is None else sums[i]
             self.backend.run(made, table.hyper, table.counters, zero_grads, measured)
 
-        with self._pager.going():
-            self.backend.advance(table, verdict)
-            if self._rest is not None:
-                sweep(len(self._made))
-            self._ring.run(self._pages, sweep)
-            if sums is not None and table.telemetry is not None:
-                table.telemetry.copy_(sums.sum(0))
-            self._end(zero_grads)
+        if self._rest is not None:
+            sweep(len(self._made))
+        self._ring.run(self._pages, sweep)
+        if sums is not None and table.telemetry is not None:
+            table.telemetry.copy_(sums.sum(0))
 
 
 def _bare(entry: backends.Entry) -> backends.Entry:

@@ -30,11 +30,6 @@ def aligned(nbytes: int, unit: int = ALIGNMENT) -> int:
     return -(-nbytes // unit) * unit
 
 
-def layout_bytes(layout: Layout) -> int:
-    """Bytes of a tensor of this layout."""
-    return layout.numel * layout.dtype.itemsize
-
-
 class Slab:
     """One stretch of host memory, filled with zeros. Its tensors alone keep it.
 
@@ -120,7 +115,7 @@ class Slabs:
 
     def take(self, layout: Layout) -> torch.Tensor:
         """A tensor of this layout, filled with zeros, with a storage of its own."""
-        size = layout_bytes(layout)
+        size = layout.nbytes
         room = aligned(size)
         if room > self.room:
             if self._open:

@@ -1,0 +1,111 @@
+"""Gradients as backends read them: plain tensors with memory of their own.
+
+torch lets ``.grad`` be any tensor: a subclass, the pending result of a collective, a view that is
+negated when it is read. Backends read memory, so such gradients are unwrapped, or copied by torch's
+own operations.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+"""The types whose data pointer is that of their values."""
+
+
+def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all tensors are of :data:`PLAIN` types."""
+    return PLAIN.issuperset(map(type, tensors))
+
+
+def has_own_operations(kind: type[torch.Tensor]) -> bool:
+    """Whether a tensor subclass implements torch's operations itself (``__torch_dispatch__``), so
+    that what it stands for need not be in its own memory."""
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def dtensor_type() -> Any:
+    """torch's DTensor; None where nothing has imported it, so that there is none."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a value is a DTensor."""
+    kind = dtensor_type()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def waited(tensor: torch.Tensor) -> torch.Tensor:
+    """The result of a functional collective once it has arrived; any other tensor itself."""
+    kind: Any = getattr(
+        sys.modules.get("torch.distributed._functional_collectives"), "AsyncCollectiveTensor", None
+    )
+    return tensor.wait() if kind is not None and isinstance(tensor, kind) else tensor  # type: ignore[attr-defined]
+
+
+def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
+    """A gradient as a plain tensor with its values.
+
+    A plain tensor is returned itself, a pending collective is waited for, and a subclass without
+    operations of its own is viewed. Any other subclass is copied by its own ``copy_``.
+
+    Args:
+        grad: dense; only read.
+        which: the parameter, for the message of an error.
+
+    Raises:
+        ValueError: a DTensor, or a subclass that cannot be copied to a plain tensor.
+    """
+    grad = waited(grad)
+    kind = type(grad)
+    if kind in PLAIN:
+        return grad
+    if is_dtensor(grad):
+        raise ValueError(f"{which} is no DTensor, but its gradient is: call grad.to_local()")
+    if not has_own_operations(kind) and not _overrides_functions(kind):
+        with torch._C.DisableTorchFunctionSubclass():
+            return grad.as_subclass(torch.Tensor)
+    try:
+        plain = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        plain.copy_(grad)
+    except Exception as error:  # of anyone's subclass: anything can go wrong
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"{which}: its gradient is a {kind.__name__}, which cannot be copied to a plain tensor "
+            f"({type(error).__name__}: {first})"
+        ) from error
+    return plain
+
+
+def _overrides_functions(kind: type[torch.Tensor]) -> bool:
+    """Whether a subclass changes what torch's functions do (``__torch_function__``)."""
+    own: Any = kind.__torch_function__
+    usual: Any = torch.Tensor.__torch_function__
+    disabled = torch._C._disabled_torch_function_impl
+    return own is not disabled and getattr(own, "__func__", own) is not usual.__func__
+
+
+def share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether any two dense tensors have a byte in common."""
+    count = len(tensors)
+    starts = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, count)
+    sizes = np.fromiter(map(attrgetter("nbytes"), tensors), np.int64, count)
+    starts, sizes = starts[sizes > 0], sizes[sizes > 0]
+    order = np.argsort(starts)
+    ends = (starts + sizes)[order]
+    return bool((starts[order][1:] < ends[:-1]).any())
+
+
+def zero(grad: torch.Tensor) -> None:
+    """Sets a gradient to zero, an expanded one too, whose elements torch refuses to write."""
+    if grad.layout == torch.strided and 0 in grad.stride():
+        dims = zip(grad.shape, grad.stride(), strict=True)
+        sizes = [size if stride else min(size, 1) for size, stride in dims]
+        grad = grad.as_strided(sizes, grad.stride(), grad.storage_offset())
+    grad.zero_()

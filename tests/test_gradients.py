@@ -1,0 +1,380 @@
+"""What a step takes as a gradient: everything that torch lets be one, or an error that names it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_map_only
+
+import onepass
+
+from .cases import assert_same, same_bits
+from .test_plan import BACKENDS
+
+needs_library = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class Plain(torch.Tensor):
+    """A subclass without operations of its own."""
+
+
+class Doubled(torch.Tensor):
+    """A subclass that stands for twice what is in its memory, by __torch_function__."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            args = tree_map_only(cls, lambda t: t.as_subclass(torch.Tensor) * 2, args)
+            return func(*args, **(kwargs or {}))
+
+
+class Wrapper(torch.Tensor):
+    """A subclass without memory that computes with another tensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = tree_map_only(Wrapper, lambda t: t.inner, args)
+        return func(*args, **(kwargs or {}))
+
+
+class Closed(Wrapper):
+    """A wrapper that cannot be read."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError("closed")
+
+
+def expanded(value):
+    return value[:, :1].expand(value.shape)
+
+
+# Gradient of a value, and the plain tensor that it stands for.
+READABLE = {
+    "subclass": (lambda v: v.as_subclass(Plain), lambda v: v),
+    "parameter": (torch.nn.Parameter, lambda v: v),
+    "function": (lambda v: v.as_subclass(Doubled), lambda v: 2 * v),
+    "wrapper": (Wrapper, lambda v: v),
+    "two tensors": (lambda v: TwoTensor(v, v.clone()), lambda v: v),
+    "negated": (torch._neg_view, lambda v: -v),
+    "imaginary part": (lambda v: torch.complex(v, v).conj().imag, lambda v: -v),
+    "expanded": (expanded, lambda v: expanded(v).contiguous()),
+    "transposed": (lambda v: v.t().contiguous().t(), lambda v: v),
+    "strided": (lambda v: v.repeat_interleave(2, dim=1)[:, ::2], lambda v: v),
+    "at an offset": (lambda v: torch.cat([v, v])[4:], lambda v: v),
+    "bfloat16": (torch.Tensor.bfloat16, torch.Tensor.bfloat16),
+    "not a leaf": (lambda v: v.clone().requires_grad_() * 1.0, lambda v: v),
+}
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+@pytest.mark.parametrize(("make", "meant"), READABLE.values(), ids=READABLE)
+def test_gradients_count_with_the_values_that_they_stand_for(backend, make, meant, zero_grads):
+    """As the first gradient, as a later one, and ordinary ones between."""
+    made = []
+    for own in (make, meant):
+        params = [torch.nn.Parameter(randn(4, 4)) for _ in range(3)]
+        optimizer = onepass.AdamW(params, lr=0.1, backend=backend, zero_grads=zero_grads)
+        for step in range(4):
+            for param in params:
+                param.grad = randn(4, 4)
+            if step != 1:
+                params[1].grad = None
+                params[1].grad_dtype = None
+                params[1].grad = own(randn(4, 4) + step).detach()
+            optimizer.step()
+            if zero_grads:
+                assert not any(torch.zeros(4, 4).copy_(p.grad).any() for p in params)
+        made.append(optimizer)
+    assert_same(*made)
+
+
+def freed(grad):
+    grad.untyped_storage().resize_(0)
+    return grad
+
+
+def shrunk(grad):
+    grad.untyped_storage().resize_(32)
+    return grad
+
+
+def freed_behind(grad):
+    part = torch.cat([grad, grad])[4:]
+    part.untyped_storage().resize_(0)
+    return part
+
+
+REFUSED = {
+    "freed": (freed, "its gradient has no memory"),
+    "shrunk": (shrunk, "its gradient has no memory"),
+    "freed at an offset": (freed_behind, "its gradient has no memory"),
+    "zero tensor": (lambda v: torch._efficientzerotensor(4, 4), "its gradient has no memory"),
+    "closed wrapper": (Closed, r"its gradient is a Closed, which cannot be copied.*closed"),
+    "sparse": (torch.Tensor.to_sparse, "has one with layout torch.sparse_coo"),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_gradient_that_cannot_be_read_is_refused_by_name(backend, make, message, first):
+    params = [torch.nn.Parameter(randn(4, 4)) for _ in range(3)]
+    optimizer = onepass.AdamW(params, lr=0.1, backend=backend)
+    for param in params:
+        param.grad = randn(4, 4)
+    if not first:
+        optimizer.step()
+    before = [param.detach().clone() for param in params]
+    good, params[1].grad = params[1].grad, make(randn(4, 4))
+    with pytest.raises((ValueError, RuntimeError), match=rf"parameter 1 of shape.*{message}"):
+        optimizer.step()
+    assert all(map(same_bits, params, before))
+    assert len(optimizer.state) == (0 if first else 3)
+    params[1].grad = good
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == (1 if first else 2)
+
+
+def test_gradients_of_a_function_transform_are_refused(backend):
+    param = torch.nn.Parameter(randn(3))
+    optimizer = onepass.SGD([param], lr=0.1, backend=backend)
+    kept = []
+
+    def keep(x):
+        kept.append(x)
+        return x.sum()
+
+    torch.vmap(keep)(randn(2, 3))
+    param.grad = kept[0]
+    with pytest.raises(ValueError, match=r"parameter 0 of shape.*its gradient has no memory"):
+        optimizer.step()
+    param.grad = randn(3)
+    optimizer.step()
+    param.grad = kept[0]
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.step()
+
+
+def test_memory_of_parameters_and_states_that_was_freed_is_noticed(backend):
+    for free in (
+        lambda p, state: p.untyped_storage().resize_(0),
+        lambda p, state: state["exp_avg"].untyped_storage().resize_(0),
+        lambda p, state: state["exp_avg"].untyped_storage().resize_(64),
+    ):
+        params = [torch.nn.Parameter(torch.ones(20_000)) for _ in range(2)]
+        optimizer = onepass.AdamW(params, backend=backend)
+        for param in params:
+            param.grad = torch.ones(20_000)
+        optimizer.step()
+        free(params[1], optimizer.state[params[1]])
+        with pytest.raises(ValueError, match=r"parameter 1 of shape.*has no memory"):
+            optimizer.step()
+        assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_a_parameter_that_is_a_wrapper_is_refused(backend):
+    param = torch.nn.Parameter(TwoTensor(randn(3), randn(3)))
+    param.grad = TwoTensor(randn(3), randn(3))
+    with pytest.raises(ValueError, match=r"parameter 0 of shape.* is a TwoTensor"):
+        onepass.SGD([param], backend=backend).step()
+
+
+def test_pending_collectives_and_dtensors(backend, tmp_path):
+    """A pending result is waited for; a DTensor on a plain parameter, and the reverse, is named."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        over = init_device_mesh("cpu", (1,))
+        params = [
+            torch.nn.Parameter(torch.zeros(40)),
+            torch.nn.Parameter(distribute_tensor(torch.zeros(40), over, [Shard(0)])),
+        ]
+        optimizer = onepass.SGD(params, lr=1.0, backend=backend, zero_grads=True)
+        for step in range(3):
+            pending = [
+                collectives.all_reduce(torch.full((40,), 2.0), "sum", dist.group.WORLD)
+                for _ in params
+            ]
+            if step == 1:
+                pending = [torch.full((40,), 2.0) for _ in params]
+            params[0].grad = pending[0]
+            params[1].grad = DTensor.from_local(pending[1], over, [Shard(0)])
+            optimizer.step()
+            assert (params[0] == -2.0 * (step + 1)).all()
+            assert (params[1].to_local() == -2.0 * (step + 1)).all()
+            assert not pending[0].any()
+        for i, grad in (
+            (0, distribute_tensor(torch.ones(40), over, [Shard(0)])),
+            (1, torch.ones(40)),
+        ):
+            kept = params[i].grad
+            params[i].grad = None
+            params[i].grad = grad
+            with pytest.raises(ValueError, match=rf"parameter {i} of shape.*DTensor, but its grad"):
+                optimizer.step()
+            params[i].grad = kept
+    finally:
+        dist.destroy_process_group()
+
+
+# --- memory that gradients share ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+def test_gradients_that_share_memory_all_count(backend, zero_grads):
+    buffer = randn(48)
+    shared = {
+        "one tensor": lambda: [buffer[:40]] * 2,
+        "views that overlap": lambda: [buffer[:40], buffer[8:]],
+        "apart": lambda: [buffer[:40], randn(40)],
+    }
+    for make in shared.values():
+        buffer.copy_(randn(48))
+        params = [torch.nn.Parameter(torch.zeros(40)) for _ in range(2)]
+        optimizer = onepass.SGD(params, lr=1.0, backend=backend, zero_grads=zero_grads)
+        for _ in range(2):
+            buffer.copy_(randn(48))
+            grads = make()
+            expected = [p.detach() - g for p, g in zip(params, grads, strict=True)]
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            optimizer.step()
+            assert all(map(same_bits, params, expected))
+            assert zero_grads != any(grad.any() for grad in grads)
+
+
+def test_parameters_that_share_memory_are_refused(backend):
+    value = torch.zeros(8)
+    one = torch.nn.Parameter(torch.zeros(8))
+    for params in ([torch.nn.Parameter(value), torch.nn.Parameter(value[4:])], [one, one]):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        with pytest.warns() if params[0] is params[1] else pytest.MonkeyPatch.context():
+            optimizer = onepass.SGD(params, backend=backend)
+        with pytest.raises(ValueError, match="parameter 0 and parameter 1 share memory"):
+            optimizer.step()
+
+
+# --- what a later step notices -----------------------------------------------------------------
+
+
+def planned():
+    """An optimizer that has stepped, its parameters, and the part of its plan."""
+    params = [torch.nn.Parameter(randn(3, 3)) for _ in range(4)]
+    for param in params:
+        param.grad = randn(3, 3)
+    optimizer = onepass.AdamW(params, backend="cpu")
+    optimizer.step()
+    return optimizer, params, optimizer._plan._parts[0]
+
+
+def move(tensor):
+    tensor.data = tensor.data.clone()
+
+
+CHANGES = {
+    "no gradient": lambda p, s: setattr(p, "grad", None),
+    "sparse": lambda p, s: setattr(p, "grad", torch.eye(3).to_sparse()),
+    "a dtype without a format": lambda p, s: setattr(p.grad, "data", torch.ones(3, 3).double()),
+    "other strides": lambda p, s: setattr(p, "grad", torch.randn(3, 3).t()),
+    "other shape": lambda p, s: setattr(p.grad, "data", torch.ones(9)),
+    "negated": lambda p, s: setattr(p, "grad", torch._neg_view(torch.ones(3, 3))),
+    "parameter moved": lambda p, s: move(p),
+    "parameter turned": lambda p, s: setattr(p, "data", p.data.t()),
+    "state moved": lambda p, s: move(s["exp_avg"]),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_has_changed_is_noticed(change):
+    optimizer, params, part = planned()
+    assert part.refresh()
+    change(params[2], optimizer.state[params[2]])
+    assert not part.refresh()
+    part.stage(None)
+    with pytest.raises(RuntimeError, match="run without refresh"):
+        part.run(None, False)
+
+
+@needs_library
+def test_a_parameter_of_another_dtype_in_the_same_place_is_noticed():
+    param = torch.nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
+    param.grad = torch.ones(3, dtype=torch.bfloat16)
+    optimizer = onepass.AdamW([param], backend="cpu")
+    optimizer.step()
+    part = optimizer._plan._parts[0]
+    assert part.refresh()
+    param.data = param.data.view(torch.float16)
+    assert not part.refresh()
+
+
+@needs_library
+def test_new_gradients_are_taken_where_they_are():
+    optimizer, params, _ = planned()
+    plan = optimizer._plan
+    other, twins, _ = planned()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for param, twin in zip(params, twins, strict=True):
+            param.grad, twin.grad = None, None
+            param.grad = torch.full((3, 3), 0.25)
+            param.grad.data = param.grad.data.to(dtype)
+            twin.grad = torch.full((3, 3), 0.25)
+        optimizer.step()
+        other.step()
+        assert optimizer._plan is plan
+        assert all(map(same_bits, params, twins))
+
+
+@needs_library
+def test_no_reference_to_a_gradient_is_kept():
+    optimizer, params, _ = planned()
+    counts = [sys.getrefcount(param.grad) for param in params]
+    optimizer.max_grad_norm = 1.0
+    for _ in range(3):
+        optimizer.step()
+        optimizer.measure()
+    assert [sys.getrefcount(param.grad) for param in params] == counts
+
+
+@needs_library
+def test_a_parameter_appended_to_a_group_is_stepped():
+    optimizer, params, _ = planned()
+    new = torch.nn.Parameter(torch.ones(3))
+    new.grad = torch.ones(3)
+    optimizer.param_groups[0]["params"].append(new)
+    optimizer.step()
+    assert len(optimizer.state) == len(params) + 1
+    assert new[0] != 1
+
+
+@needs_library
+def test_too_few_gradients_leave_nothing_to_run():
+    _, params, part = planned()
+    grads = [param.grad for param in params]
+    assert part.backend.refresh(part.prepared, params, grads)
+    assert not part.backend.refresh(part.prepared, params, grads[:-1])
+    with pytest.raises(RuntimeError, match="run without refresh"):
+        part.backend.run(part.prepared, part.table.hyper, part.table.counters)
