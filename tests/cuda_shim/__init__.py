@@ -84,6 +84,25 @@ def launches() -> int:
     return int(_library().shim_launches())
 
 
+def set_devices(*devices: tuple[int, int], driver: int = 0) -> None:
+    """Replaces the stand-in's devices and makes the first the current one; one H200 by default.
+
+    Args:
+        devices: of each its compute capability times 10, and the error that loading a kernel on it
+            returns, 0 for none.
+        driver: the error that asking for the current device returns.
+    """
+    devices = devices or ((90, 0),)
+    _library().shim_devices(len(devices), driver)
+    for i, (capability, error) in enumerate(devices):
+        _library().shim_device(i, capability, error)
+
+
+def current_device() -> int:
+    """The stand-in's current device."""
+    return int(_library().shim_current_device())
+
+
 class Capture:
     """Within it launches are kept for replay() instead of run; torch's copies are done at once."""
 

@@ -104,8 +104,29 @@ inline bool __all_sync(unsigned mask, bool value) {
 
 // --- the host's side ---
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+#define CUDART_VERSION 13000
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidKernelImage = 200,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorJitCompilationDisabled = 223,
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
+struct cudaFuncAttributes {
+  int numRegs = 0;
+};
 using cudaStream_t = struct CUstream_st*;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
@@ -115,15 +136,39 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
+namespace shim {
+
+struct Device {
+  int capability;       // ten times the major number, and the minor one
+  cudaError_t kernels;  // what loading a kernel returns
+};
+extern std::vector<Device> devices;
+extern int device;          // the current one
+extern cudaError_t driver;  // what asking for the current device returns
+
+}  // namespace shim
+
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = shim::device;
+  return shim::driver;
+}
+// torch gives tensors on the CPU the index -1: they are on device 0 here.
+inline cudaError_t cudaSetDevice(int device) {
+  const int index = device < 0 ? 0 : device;
+  if (index >= static_cast<int>(shim::devices.size())) return cudaErrorInvalidDevice;
+  shim::device = index;
+  return shim::driver;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const int capability = shim::devices[device].capability;
+  *value = 1;  // so few multiprocessors that blocks of the norm take several chunks
+  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = capability / 10;
+  if (attribute == cudaDevAttrComputeCapabilityMinor) *value = capability % 10;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;  // so few that blocks of the norm take several chunks
-  return cudaSuccess;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return shim::devices[shim::device].kernels;
 }
 inline cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id) {
@@ -134,8 +179,27 @@ inline cudaError_t cudaStreamGetCaptureInfo(
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
 }
-inline const char* cudaGetErrorName(cudaError_t) { return "an error of the shim"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "a launch that no device takes"; }
+inline const char* cudaGetErrorName(cudaError_t error) {
+#define SHIM_NAME(NAME) \
+  case NAME:            \
+    return #NAME;
+  switch (error) {
+    SHIM_NAME(cudaSuccess)
+    SHIM_NAME(cudaErrorInvalidConfiguration)
+    SHIM_NAME(cudaErrorInsufficientDriver)
+    SHIM_NAME(cudaErrorInvalidDeviceFunction)
+    SHIM_NAME(cudaErrorInvalidDevice)
+    SHIM_NAME(cudaErrorInvalidKernelImage)
+    SHIM_NAME(cudaErrorNoKernelImageForDevice)
+    SHIM_NAME(cudaErrorInvalidPtx)
+    SHIM_NAME(cudaErrorJitCompilerNotFound)
+    SHIM_NAME(cudaErrorUnsupportedPtxVersion)
+    SHIM_NAME(cudaErrorJitCompilationDisabled)
+  }
+#undef SHIM_NAME
+  return "unknown error";
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the shim"; }
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(

@@ -12,6 +12,9 @@ Block now;
 long launches = 0;
 unsigned long long capture = 0;
 std::vector<std::function<void()>> graph;
+std::vector<Device> devices{{90, cudaSuccess}};
+int device = 0;
+cudaError_t driver = cudaSuccess;
 
 namespace {
 
@@ -87,6 +90,17 @@ EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
 }
+// Sets the number of devices; each has capability 9.0 and runs kernels. Device 0 is the current
+// one.
+EXPORT void shim_devices(int count, int driver) {
+  shim::devices.assign(count, {90, cudaSuccess});
+  shim::device = 0;
+  shim::driver = static_cast<cudaError_t>(driver);
+}
+EXPORT void shim_device(int device, int capability, int kernels) {
+  shim::devices[device] = {capability, static_cast<cudaError_t>(kernels)};
+}
+EXPORT int shim_current_device() { return shim::device; }
 EXPORT long shim_launches() { return shim::launches; }
 // Captures launches, not copies: those are torch's own, and done at once.
 EXPORT void shim_capture(unsigned long long number) {
