@@ -2,10 +2,12 @@
 // launches, on the current stream of the plan's device.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "../reader.h"
 #include "kernels.h"
 #include "launch.h"
+#include "side_streams.h"
 
 namespace onepass::cuda {
 namespace {
@@ -65,9 +67,11 @@ struct CudaPlan : Plan {
   std::vector<Tensor> kept;
   bool chunks_captured = false;  // a graph reads the chunk table
   SweepKernel kernel = nullptr;
-  void* made_on = nullptr;  // the stream whose memory the tables are
-  bool elsewhere = false;   // whether a step ran on another
+  void* made_on = nullptr;  // the stream that the tables were allocated on
+  bool mixed = false;       // some of them were allocated on another
   int multiprocessors = 0;
+  // After the tables: waits for launches that read them before they are freed.
+  std::optional<SideStreams> side_streams;
 
   CudaPlan(std::vector<Tensor> params, std::vector<Tensor> states, const Tensor& spec) {
     const Tensor like = params.empty() ? spec : params[0];
@@ -75,16 +79,11 @@ struct CudaPlan : Plan {
     cut();
     const OnDevice guard(device.device_id);
     made_on = stream_of(device.device_id);
+    side_streams.emplace(device.device_id);
     ONEPASS_CUDA(
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.device_id));
     chunk_table = table(like, static_cast<int64_t>(chunks.size()) * kChunkWords);
     grads.table = table(like, static_cast<int64_t>(entries.size()));
-  }
-
-  // torch hands memory that is freed to the stream that it was made on, where nothing waits for
-  // steps on other streams.
-  ~CudaPlan() {
-    if (elsewhere) cudaDeviceSynchronize();
   }
 
   void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
@@ -92,7 +91,9 @@ struct CudaPlan : Plan {
     if (chunks.empty()) return;
     const OnDevice guard(device.device_id);
     const cudaStream_t stream = stream_of(device.device_id);
-    Tables tables = prepare(stream);
+    const unsigned long long now = capture_of(stream);
+    const SideStreams::Use use(side_streams_of(stream, now), stream);
+    Tables tables = prepare(stream, now);
     tables.hyper = hyper;
     tables.counters = counters;
     tables.zero_grads = zero_grads;
@@ -103,7 +104,9 @@ struct CudaPlan : Plan {
     STD_TORCH_CHECK(taken, "onepass: norm without refresh");
     const OnDevice guard(device.device_id);
     const cudaStream_t stream = stream_of(device.device_id);
-    const Tables tables = prepare(stream);
+    const unsigned long long now = capture_of(stream);
+    const SideStreams::Use use(side_streams_of(stream, now), stream);
+    const Tables tables = prepare(stream, now);
     const int64_t count = static_cast<int64_t>(chunks.size());
     const int64_t most = int64_t{multiprocessors} * kTuning.norm_blocks_per_sm;
     const int64_t blocks = std::max<int64_t>(1, std::min(count, most));
@@ -164,10 +167,16 @@ struct CudaPlan : Plan {
     STD_TORCH_CHECK(chunks.size() < 1u << 31, "onepass: more chunks than a launch has blocks");
   }
 
-  // The device's tables as they have to be for the gradients that were taken.
-  Tables prepare(cudaStream_t stream) {
-    elsewhere = elsewhere || stream != made_on;
-    const unsigned long long now = capture_of(stream);
+  // Null where freeing the plan need not wait for launches on the stream: memory is handed to the
+  // stream that it was allocated on. Events recorded in a capture would belong to the graph, whose
+  // owner keeps the plan.
+  SideStreams* side_streams_of(cudaStream_t stream, unsigned long long capture_now) {
+    return capture_now || (stream == made_on && !mixed) ? nullptr : &*side_streams;
+  }
+
+  // The device's tables as they have to be for the gradients that were taken. now: the number of
+  // the capture that the stream is in.
+  Tables prepare(cudaStream_t stream, unsigned long long now) {
     if (now) {
       STD_TORCH_CHECK(
           same_grad_formats(),
@@ -181,7 +190,7 @@ struct CudaPlan : Plan {
         upload_grads(captured, true);
       }
     } else {
-      if (!same_grad_formats()) bind_grad_formats();
+      if (!same_grad_formats()) bind_grad_formats(stream);
       if (!same_grads(grads)) upload_grads(grads, false);
     }
     Tables tables{};
@@ -198,7 +207,7 @@ struct CudaPlan : Plan {
   }
 
   // The formats of gradients are known from the first step on, and with them the kernel.
-  void bind_grad_formats() {
+  void bind_grad_formats(cudaStream_t stream) {
     grad_formats.resize(entries.size());
     for (size_t e = 0; e < entries.size(); ++e) grad_formats[e] = entries[e].grad_format;
     if (chunks.empty()) return;
@@ -219,6 +228,7 @@ struct CudaPlan : Plan {
     if (chunks_captured) {
       kept.push_back(chunk_table);
       chunk_table = table(chunk_table, chunk_table.numel());
+      mixed = mixed || stream != made_on;
       chunks_captured = false;
     }
     const int64_t words = static_cast<int64_t>(chunks.size()) * kChunkWords;

@@ -9,6 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <set>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -108,6 +111,7 @@ inline bool __all_sync(unsigned mask, bool value) {
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorCudartUnloading = 4,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
@@ -118,6 +122,8 @@ enum cudaError_t {
   cudaErrorJitCompilerNotFound = 221,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorJitCompilationDisabled = 223,
+  cudaErrorInvalidResourceHandle = 400,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -129,7 +135,9 @@ struct cudaFuncAttributes {
 };
 using cudaStream_t = struct CUstream_st*;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+using cudaEvent_t = struct CUevent_st*;
+constexpr unsigned cudaEventDisableTiming = 2;
 struct cudaLaunchConfig_t {
   dim3 gridDim{}, blockDim{};
   size_t dynamicSmemBytes = 0;
@@ -146,7 +154,38 @@ extern std::vector<Device> devices;
 extern int device;          // the current one
 extern cudaError_t driver;  // what asking for the current device returns
 
+// Launches are numbered. A kernel runs at once, but counts as ended only when the host has waited
+// for it. What a stream has been given, and what it waits for, comes before its next event.
+using Launches = std::set<long>;
+extern std::map<cudaStream_t, Launches> streams;
+extern Launches ended;
+extern int events;  // that have not been destroyed
+
+// The last wait of the host: the device that was current, and the device of the event.
+struct Wait {
+  int current = -1, of = -1;
+};
+extern Wait wait;
+
+// The mode of the one thread, and whether a call that the mode forbids came during a capture.
+extern cudaStreamCaptureMode mode;
+extern bool capture_broken;
+
+// The error of a call that is to fail, once; else cudaSuccess.
+cudaError_t failure(const char* call);
+
+inline bool breaks_capture() {
+  const bool broken = capture && mode != cudaStreamCaptureModeRelaxed;
+  capture_broken = capture_broken || broken;
+  return broken;
+}
+
 }  // namespace shim
+
+struct CUevent_st {
+  int device;
+  shim::Launches before;
+};
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = shim::device;
@@ -159,7 +198,6 @@ inline cudaError_t cudaSetDevice(int device) {
   shim::device = index;
   return shim::driver;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const int capability = shim::devices[device].capability;
   *value = 1;  // so few multiprocessors that blocks of the norm take several chunks
@@ -176,7 +214,51 @@ inline cudaError_t cudaStreamGetCaptureInfo(
   *id = shim::capture;
   return cudaSuccess;
 }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, shim::mode);
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st{shim::device, {}};
+  ++shim::events;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  --shim::events;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (const cudaError_t error = shim::failure("cudaEventRecord")) return error;
+  if (shim::capture) {
+    shim::capture_broken = true;
+    return cudaErrorStreamCaptureUnsupported;
+  }
+  if (event->device != shim::device) return cudaErrorInvalidResourceHandle;
+  event->before = shim::streams[stream];
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (const cudaError_t error = shim::failure("cudaStreamWaitEvent")) return error;
+  if (shim::capture) {
+    shim::capture_broken = true;
+    return cudaErrorStreamCaptureUnsupported;
+  }
+  shim::streams[stream].insert(event->before.begin(), event->before.end());
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  shim::wait = {shim::device, event->device};
+  if (const cudaError_t error = shim::failure("cudaEventSynchronize")) return error;
+  if (shim::breaks_capture()) return cudaErrorStreamCaptureUnsupported;
+  shim::ended.insert(event->before.begin(), event->before.end());
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  shim::wait = {shim::device, -1};
+  if (shim::breaks_capture()) return cudaErrorStreamCaptureUnsupported;
+  const shim::Launches& launches = shim::streams[stream];
+  shim::ended.insert(launches.begin(), launches.end());
   return cudaSuccess;
 }
 inline const char* cudaGetErrorName(cudaError_t error) {
@@ -185,6 +267,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
     return #NAME;
   switch (error) {
     SHIM_NAME(cudaSuccess)
+    SHIM_NAME(cudaErrorCudartUnloading)
     SHIM_NAME(cudaErrorInvalidConfiguration)
     SHIM_NAME(cudaErrorInsufficientDriver)
     SHIM_NAME(cudaErrorInvalidDeviceFunction)
@@ -195,6 +278,8 @@ inline const char* cudaGetErrorName(cudaError_t error) {
     SHIM_NAME(cudaErrorJitCompilerNotFound)
     SHIM_NAME(cudaErrorUnsupportedPtxVersion)
     SHIM_NAME(cudaErrorJitCompilationDisabled)
+    SHIM_NAME(cudaErrorInvalidResourceHandle)
+    SHIM_NAME(cudaErrorStreamCaptureUnsupported)
   }
 #undef SHIM_NAME
   return "unknown error";
@@ -207,12 +292,15 @@ cudaError_t cudaLaunchKernelEx(
   const unsigned threads = config->blockDim.x;
   if (config->gridDim.x == 0 || threads == 0 || threads > shim::kMostThreads || threads % 32)
     return cudaErrorInvalidConfiguration;
+  if (const cudaError_t error = shim::failure("cudaLaunchKernelEx")) return error;
   const auto run = [grid = config->gridDim, block = config->blockDim, kernel, args...] {
     shim::run(grid, block, [&] { kernel(args...); });
   };
-  if (shim::capture)
+  if (shim::capture) {
     shim::graph.push_back(run);
-  else
-    run();
+    return cudaSuccess;
+  }
+  run();
+  shim::streams[config->stream].insert(shim::launches);
   return cudaSuccess;
 }
