@@ -123,6 +123,7 @@ enum cudaError_t {
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorJitCompilationDisabled = 223,
   cudaErrorInvalidResourceHandle = 400,
+  cudaErrorLaunchOutOfResources = 701,
   cudaErrorStreamCaptureUnsupported = 900,
 };
 enum cudaDeviceAttr {
@@ -279,6 +280,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
     SHIM_NAME(cudaErrorUnsupportedPtxVersion)
     SHIM_NAME(cudaErrorJitCompilationDisabled)
     SHIM_NAME(cudaErrorInvalidResourceHandle)
+    SHIM_NAME(cudaErrorLaunchOutOfResources)
     SHIM_NAME(cudaErrorStreamCaptureUnsupported)
   }
 #undef SHIM_NAME
