@@ -251,7 +251,7 @@ def step_of_shard(name: str, first: int, states: str) -> list[torch.Tensor]:
     hyper = torch.zeros(2, HYPER_WIDTH)
     hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
     counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
-    assert backend.refresh(prepared, [grad])
+    assert backend.refresh(prepared, [param], [grad])
     backend.run(prepared, hyper, counters)
     return [param, *held.values(), *scales.values()]
 

@@ -243,6 +243,26 @@ def test_a_step_never_waits_for_the_device(case, no_waiting):
             optimizer.step()
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_taking_a_counted_step_back_never_waits_for_the_device(backend, no_waiting):
+    if why_not := BACKENDS[backend].unavailable(torch.device("cuda")):
+        pytest.skip(why_not)
+    params = on_gpu(make_params([(33,), (20_001,)], torch.float32, seed=1))
+    optimizer = onepass.AdamW(params, backend=backend)
+    for number in range(4):
+        fill(params, number)
+        if number % 2:
+            (part,) = optimizer.planned()._parts
+            fresh = part.table.fresh.clone()
+            if number == 3:
+                no_waiting()
+            advance(part.backend, part.table, None)
+            part.backend.retreat(part.table, fresh)
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert float(optimizer.state[params[0]]["step"]) == 4
+
+
 def test_a_planned_step_takes_less_host_time_than_torchs_fused_one():
     def host_time(make):
         params = on_gpu(make_params([(64,)] * 300, torch.float32, seed=1))

@@ -213,7 +213,8 @@ def norm_of(grads):
     ]
     backend = BACKENDS[SHIM]
     prepared = backend.prepare(entries)
-    assert backend.refresh(prepared, grads)
+    params = [entry.param for entry in entries]
+    assert backend.refresh(prepared, params, grads)
     found = backend.norm(prepared)
     assert same_bits(found.view(torch.int32), backend.norm(prepared).view(torch.int32))
     return found.tolist()
@@ -305,6 +306,75 @@ def test_the_backend_says_why_it_does_not_serve():
     with pytest.raises(RuntimeError, match=r"'cuda' cannot serve.*Backends that can: .*reference"):
         onepass.AdamW([param], backend="cuda").step()
     assert list(backends.BACKENDS).index("cuda") < list(backends.BACKENDS).index("triton")
+
+
+NO_CODE, OLD_DRIVER, NO_MEMORY = 209, 35, 2  # of cudaError_t
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Sets the devices of the stand-in, which torch then reports as its GPUs."""
+
+    def set_gpus(*devices, driver=0):
+        monkeypatch.setattr(onepass.ops, "_cuda_support", {})
+        monkeypatch.setattr(onepass.ops, "cuda_missing", lambda: "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+        cuda_shim.set_devices(*devices, driver=driver)
+
+    yield set_gpus
+    cuda_shim.set_devices()
+
+
+def test_a_gpu_that_the_library_has_no_code_for_is_left_to_triton(gpus, monkeypatch):
+    monkeypatch.setattr(type(BACKENDS["triton"]), "unavailable", lambda self, device: "")
+    gpus((86, NO_CODE), (90, 0))
+    cuda = BACKENDS["cuda"]
+    reason = cuda.unavailable(torch.device("cuda", 0))
+    assert "no code for the compute capability 8.6 of cuda:0" in reason
+    assert "cudaErrorNoKernelImageForDevice" in reason
+    assert "ONEPASS_CUDA_ARCH=8.6" in reason
+    assert cuda.unavailable(torch.device("cuda")) == reason
+    assert cuda.unavailable(torch.device("cuda", 1)) == ""
+    assert cuda.unavailable(None) == ""
+    assert backends.choose(torch.device("cuda", 0)).name == "triton"
+    assert backends.choose(torch.device("cuda", 1)).name == "cuda"
+    with pytest.raises(RuntimeError, match=r"ONEPASS_CUDA_ARCH=8\.6"):
+        backends.choose(torch.device("cuda", 0), "cuda")
+    assert cuda_shim.current_device() == 0
+
+
+def test_without_a_gpu_that_can_be_served_every_reason_is_given(gpus):
+    gpus((86, NO_CODE), (120, 222))
+    reason = BACKENDS["cuda"].unavailable(None)
+    assert "ONEPASS_CUDA_ARCH=8.6" in reason
+    assert "ONEPASS_CUDA_ARCH=12.0" in reason
+    assert "cudaErrorUnsupportedPtxVersion" in reason
+
+
+def test_a_driver_too_old_for_the_toolkit_is_a_reason(gpus):
+    gpus((90, 0), driver=OLD_DRIVER)
+    for device in (None, torch.device("cuda", 0)):
+        reason = BACKENDS["cuda"].unavailable(device)
+        assert "driver is too old for CUDA 13.0" in reason
+        assert "cudaErrorInsufficientDriver" in reason
+
+
+def test_what_a_gpu_can_run_is_asked_once_unless_the_reason_may_pass(gpus):
+    cuda, device = BACKENDS["cuda"], torch.device("cuda", 0)
+    gpus((90, NO_MEMORY))
+    assert "do not load on cuda:0" in cuda.unavailable(device)
+    cuda_shim.set_devices((90, 0))
+    assert cuda.unavailable(device) == ""
+    cuda_shim.set_devices((90, NO_CODE))
+    assert cuda.unavailable(device) == ""
+
+
+def test_cuda_is_not_asked_where_there_is_no_gpu(gpus, monkeypatch):
+    gpus()
+    monkeypatch.setattr(onepass.ops, "cuda_unsupported", lambda device: pytest.fail("asked"))
+    for device in (None, torch.device("cuda")):
+        assert BACKENDS["cuda"].unavailable(device) == "there is no GPU here"
 
 
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)

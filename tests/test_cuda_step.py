@@ -112,6 +112,51 @@ def test_advance_counts_no_step_that_is_skipped():
         assert torch.equal(ours.counters[:, 1], reference.counters[:, 1])
 
 
+@pytest.mark.parametrize("name", ["reference", SHIM])
+def test_retreat_takes_back_what_advance_has_counted(name):
+    """Of rows that count, whatever torch's defaults are; skipped rows are left alone."""
+    backend, table = BACKENDS[name], table_of("sgd")
+    before = [t.clone() for t in (table.steps, table.fresh)]
+    assert 0 < table.fresh.sum() < len(table.rows)
+    skip = torch.tensor([1.0, 1.0, 0, 0, 0, 1], dtype=torch.float64)
+    for verdict in (None, skip):
+        advance(backend, table, verdict)
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                backend.retreat(table, before[1])
+        finally:
+            torch.set_default_dtype(dtype)
+        assert same_bits(table.steps, before[0])
+        assert same_bits(table.fresh, before[1])
+    # The rows' own tensors, which optimizer states share.
+    assert [float(row.step) for row in table.rows] == before[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["reference", SHIM])
+def test_retreat_from_a_table_of_rows_that_count_and_rows_that_do_not(name):
+    backend, table = BACKENDS[name], table_of("adam")
+    advance(backend, table, None)
+    table.counters[::2, 1] = 0
+    after, fresh = table.steps.clone(), torch.rand(len(table.rows))
+    backend.retreat(table, fresh)
+    assert same_bits(table.steps[::2], after[::2])
+    assert same_bits(table.steps[1::2], after[1::2] - 1)
+    assert same_bits(table.fresh, fresh)
+
+
+@pytest.mark.parametrize("name", ["reference", SHIM])
+def test_retreat_at_the_largest_count_of_fp32(name):
+    table = RowTable(
+        RULES["lion"], [(next(groups_of("lion")), 2.0**24, False)], torch.device("cpu")
+    )
+    advance(BACKENDS[name], table, None)
+    assert float(table.steps) == 2.0**24
+    BACKENDS[name].retreat(table, table.fresh.clone())
+    assert float(table.steps) == 2.0**24
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -237,7 +282,7 @@ def test_rows_of_step_0_are_left_alone_beside_others_that_are_not():
             kept = [
                 [t.clone() for t in (p.detach(), p.grad, *tensors_of(optimizer, p))] for p in params
             ]
-            plan = optimizer.planned()
+            plan = optimizer.adopted()
             (part,) = plan._parts
             advance(part.backend, part.table, None)
             part.table.counters[::2, 1] = 0
@@ -274,13 +319,108 @@ def test_averages_and_telemetry_are_refused():
     with pytest.raises(RuntimeError, match=r"averages no weights.*\(parameter 0\)"):
         BACKENDS[SHIM].prepare([entry])
     optimizer = onepass.SGD([param], backend=SHIM)
-    (part,) = optimizer.planned()._parts
+    (part,) = optimizer.adopted()._parts
     with pytest.raises(RuntimeError, match="measures no telemetry"):
         part.backend.run(
             part.prepared,
             *(part.table.hyper, part.table.counters, False),
             torch.zeros(1, 4, dtype=torch.float64),
         )
+
+
+# --- launches that fail ----------------------------------------------------------------------
+
+OUT_OF_RESOURCES, NO_CODE = 701, 209  # of cudaError_t
+
+
+@pytest.fixture
+def _healthy():
+    yield
+    cuda_shim.set_devices()
+    cuda_shim.fail("", 0)
+
+
+def two_steps(backend, failing=None, dtypes=(torch.float32, torch.float32)):
+    """An optimizer after two steps; failing(part, number) comes between refresh and a step."""
+    params = make_params([(33,), (2085,)], torch.float32, 1)
+    optimizer = onepass.AdamW(params, lr=0.1, states="mx8", backend=backend, seed=3)
+    for number, dtype in enumerate(dtypes):
+        generator = torch.Generator().manual_seed(number)
+        for param in params:
+            grad = torch.randint(-9, 10, param.shape, generator=generator).to(dtype)
+            param.grad_dtype = None
+            param.grad = grad
+        if failing:
+            failing(optimizer, number)
+        optimizer.step()
+    return optimizer
+
+
+def snapshot(optimizer):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [t for p in params for t in (p.detach(), *tensors_of(optimizer, p))]
+    return [t.clone() for t in tensors]
+
+
+@pytest.mark.usefixtures("_healthy")
+def test_a_launch_that_fails_names_the_error_and_the_next_step_works():
+    def failing(optimizer, number):
+        (part,) = optimizer.adopted()._parts
+        table, before = part.table, snapshot(optimizer)
+        counted = [t.clone() for t in (table.steps, table.fresh)]
+        advance(part.backend, table, None)
+        cuda_shim.fail("cudaLaunchKernelEx", OUT_OF_RESOURCES)
+        with pytest.raises(RuntimeError, match=r"launching \d+ blocks: cudaErrorLaunchOutOfRes"):
+            part.backend.run(part.prepared, table.hyper, table.counters)
+        part.backend.retreat(table, counted[1])
+        assert same_bits(table.steps, counted[0])
+        assert same_bits(table.fresh, counted[1])
+        assert all(map(same_bits, before, snapshot(optimizer)))
+        # Its gradients have been used up.
+        with pytest.raises(RuntimeError, match="run without refresh"):
+            part.backend.run(part.prepared, table.hyper, table.counters)
+
+    assert_same(two_steps(SHIM, failing), two_steps("reference"))
+
+
+@pytest.mark.usefixtures("_healthy")
+@pytest.mark.parametrize("call", ["cudaLaunchKernelEx", "cudaStreamWaitEvent"])
+def test_launches_of_a_norm_that_fail_name_the_error(call):
+    def failing(optimizer, number):
+        (part,) = optimizer.adopted()._parts
+        for after in (0, 1) if call == "cudaLaunchKernelEx" else (0,):
+            cuda_shim.select(0, 1)
+            part.backend.norm(part.prepared)
+            cuda_shim.fail(call, OUT_OF_RESOURCES, after)
+            with pytest.raises(RuntimeError, match="cudaErrorLaunchOutOfResources"):
+                part.backend.norm(part.prepared)
+            cuda_shim.select()
+
+    assert_same(two_steps(SHIM, failing), two_steps("reference"))
+
+
+@pytest.mark.usefixtures("_healthy")
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_kernel_that_does_not_load_is_found_before_the_step_is_counted(number):
+    """When gradients are taken, whose dtypes decide on the kernel."""
+
+    def failing(optimizer, now):
+        if now != number:
+            return
+        params = optimizer.param_groups[0]["params"]
+        before = snapshot(optimizer) if number else [p.detach().clone() for p in params]
+        cuda_shim.set_devices((90, NO_CODE))
+        launches = cuda_shim.launches()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="cudaErrorNoKernelImageForDevice"):
+                optimizer.step()
+        assert cuda_shim.launches() == launches
+        cuda_shim.set_devices()
+        after = snapshot(optimizer) if number else [p.detach() for p in params]
+        assert all(map(same_bits, before, after))
+
+    dtypes = (torch.float32, torch.bfloat16)
+    assert_same(two_steps(SHIM, failing, dtypes), two_steps("reference", None, dtypes))
 
 
 # --- whole steps -----------------------------------------------------------------------------

@@ -36,8 +36,9 @@ def stateless(params):
 
 def prepare(backend, grads):
     """A plan that has taken the gradients, which the caller keeps alive."""
-    prepared = backend.prepare(stateless([torch.zeros_like(grad) for grad in grads]))
-    assert backend.refresh(prepared, grads)
+    params = [torch.zeros_like(grad) for grad in grads]
+    prepared = backend.prepare(stateless(params))
+    assert backend.refresh(prepared, params, grads)
     return prepared
 
 
@@ -128,7 +129,7 @@ def test_nothing_is_changed_and_the_plan_stays_ready(backend):
         prepared = backend.prepare(stateless(params))
         with pytest.raises(RuntimeError, match="norm without refresh"):
             backend.norm(prepared)
-        assert backend.refresh(prepared, grads)
+        assert backend.refresh(prepared, params, grads)
         if asked:
             assert same_bits(backend.norm(prepared).float(), backend.norm(prepared).float())
         hyper = torch.zeros(1, HYPER_WIDTH)

@@ -159,7 +159,7 @@ def swept(backend, numbers, first, alone, zero_grads, measured):
     optimizer, dtypes = build(backend, numbers, first)
     for step in range(2):
         take_grads(optimizer, dtypes, step, at=range(0, len(dtypes), 3) if measured else ())
-        (part,) = optimizer.planned()._parts
+        (part,) = optimizer.adopted()._parts
         table = part.table
         table.telemetry = torch.full((len(table.rows), 4), -1.0).double() if measured else None
         advance(part.backend, table, None)

@@ -100,6 +100,6 @@ for number, dtypes in enumerate(
     entries = [Entry(torch.empty_like(g), {}, form, NATIVE[g.dtype], rule, 0, 0, 0) for g in grads]
     backend = TritonBackend()
     prepared = backend.prepare(entries)
-    assert backend.refresh(prepared, grads)
+    assert backend.refresh(prepared, [entry.param for entry in entries], grads)
     backend.norm(prepared)
 print(len(compilations), len(launches))

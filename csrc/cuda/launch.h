@@ -58,6 +58,13 @@ inline unsigned long long capture_of(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
+// Whether a kernel has code for the current device; loads it there if it has.
+template <class... Params>
+cudaError_t verify(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
 template <class... Params, class... Args>
 void launch(cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {
   cudaLaunchConfig_t config{};

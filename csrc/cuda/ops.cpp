@@ -2,10 +2,12 @@
 // launches, on the current stream of the plan's device.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "../plan_ops.h"
 #include "kernels.h"
 #include "launch.h"
+#include "side_streams.h"
 
 namespace onepass::cuda {
 namespace {
@@ -64,10 +66,14 @@ struct CudaPlan : Plan {
   unsigned long long capture = 0;  // that it is of
   std::vector<Tensor> kept;
   bool chunks_captured = false;  // a graph reads the chunk table
+  // The capture, 0 for none, for which the tables have the gradients that were taken.
+  std::optional<unsigned long long> ready_in;
   SweepKernel kernel = nullptr;
-  void* made_on = nullptr;  // the stream whose memory the tables are
-  bool elsewhere = false;   // whether a step ran on another
+  void* made_on = nullptr;  // the stream that the tables were allocated on
+  bool mixed = false;       // some of them were allocated on another
   int multiprocessors = 0;
+  // After the tables: waits for launches that read them before they are freed.
+  std::optional<SideStreams> side_streams;
 
   CudaPlan(
       const std::vector<Tensor>& params, const std::vector<Tensor>& states, const Tensor& spec) {
@@ -76,16 +82,24 @@ struct CudaPlan : Plan {
     cut();
     const OnDevice guard(device.index);
     made_on = stream_of(device.index);
+    side_streams.emplace(device.index);
     ONEPASS_CUDA(
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index));
     chunk_table = table(like, static_cast<int64_t>(chunks.size()) * kChunkWords);
     grads.table = table(like, static_cast<int64_t>(entries.size()));
   }
 
-  // torch hands memory that is freed to the stream that it was made on, where nothing waits for
-  // steps on other streams.
-  ~CudaPlan() {
-    if (elsewhere) cudaDeviceSynchronize();
+  // Chooses and loads the kernel for the gradients that were taken, and brings the tables to the
+  // device.
+  void ready() {
+    taken = false;
+    ready_in.reset();
+    if (!entries.empty()) {
+      const OnDevice guard(device.index);
+      const cudaStream_t stream = stream_of(device.index);
+      prepare(stream, capture_of(stream));
+    }
+    taken = true;
   }
 
   void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
@@ -93,7 +107,9 @@ struct CudaPlan : Plan {
     if (chunks.empty()) return;
     const OnDevice guard(device.index);
     const cudaStream_t stream = stream_of(device.index);
-    Tables tables = prepare(stream);
+    const unsigned long long now = capture_of(stream);
+    const SideStreams::Use use(side_streams_of(stream, now), stream);
+    Tables tables = prepare(stream, now);
     tables.hyper = hyper;
     tables.counters = counters;
     tables.zero_grads = zero_grads;
@@ -104,7 +120,9 @@ struct CudaPlan : Plan {
     STD_TORCH_CHECK(taken, "onepass: norm without refresh");
     const OnDevice guard(device.index);
     const cudaStream_t stream = stream_of(device.index);
-    const Tables tables = prepare(stream);
+    const unsigned long long now = capture_of(stream);
+    const SideStreams::Use use(side_streams_of(stream, now), stream);
+    const Tables tables = prepare(stream, now);
     const int64_t count = static_cast<int64_t>(chunks.size());
     const int64_t most = int64_t{multiprocessors} * kTuning.norm_blocks_per_sm;
     const int64_t blocks = std::max<int64_t>(1, std::min(count, most));
@@ -165,10 +183,17 @@ struct CudaPlan : Plan {
     STD_TORCH_CHECK(chunks.size() < 1u << 31, "onepass: more chunks than a launch has blocks");
   }
 
-  // The device's tables as they have to be for the gradients that were taken.
-  Tables prepare(cudaStream_t stream) {
-    elsewhere = elsewhere || stream != made_on;
-    const unsigned long long now = capture_of(stream);
+  // Null where freeing the plan need not wait for launches on the stream: memory is handed to the
+  // stream that it was allocated on. Events recorded in a capture would belong to the graph, whose
+  // owner keeps the plan.
+  SideStreams* side_streams_of(cudaStream_t stream, unsigned long long capture_now) {
+    return capture_now || (stream == made_on && !mixed) ? nullptr : &*side_streams;
+  }
+
+  // The device's tables as they have to be for the gradients that were taken. now: the number of
+  // the capture that the stream is in.
+  Tables prepare(cudaStream_t stream, unsigned long long now) {
+    if (ready_in == now) return tables_in(now);
     if (now) {
       STD_TORCH_CHECK(
           same_grad_formats(),
@@ -181,10 +206,16 @@ struct CudaPlan : Plan {
         kept.push_back(captured.table);
         upload_grads(captured, true);
       }
-    } else {
-      if (!same_grad_formats()) bind_grad_formats();
-      if (!same_grads(grads)) upload_grads(grads, false);
+    } else if (const bool formats = same_grad_formats(); !formats || !same_grads(grads)) {
+      const SideStreams::Use use(side_streams_of(stream, now), stream);
+      if (!formats) bind_grad_formats(stream);
+      upload_grads(grads, false);
     }
+    ready_in = now;
+    return tables_in(now);
+  }
+
+  Tables tables_in(unsigned long long now) const {
     Tables tables{};
     tables.chunks = static_cast<const Chunk*>(chunk_table.data_ptr());
     tables.grads = static_cast<const void* const*>((now ? captured : grads).table.data_ptr());
@@ -199,27 +230,41 @@ struct CudaPlan : Plan {
   }
 
   // The formats of gradients are known from the first step on, and with them the kernel.
-  void bind_grad_formats() {
-    grad_formats.resize(entries.size());
-    for (size_t e = 0; e < entries.size(); ++e) grad_formats[e] = entries[e].grad_format;
-    if (chunks.empty()) return;
+  void bind_grad_formats(cudaStream_t stream) {
+    grad_formats.clear();  // until the table is there: an error leaves it to the next step
+    if (!chunks.empty()) {
+      kernel = choose_kernel();
+      upload_chunks(stream);
+    }
+    for (const Entry& entry : entries) grad_formats.push_back(entry.grad_format);
+  }
+
+  // Writes the formats of the gradients into the chunks, and loads the kernel for them.
+  SweepKernel choose_kernel() {
     const Chunk& first = chunks[0];
     bool one = true, one_flags = true;
     for (Chunk& chunk : chunks) {
-      chunk.grad_format = grad_formats[chunk.entry];
+      chunk.grad_format = entries[chunk.entry].grad_format;
       one_flags = one_flags && chunk.flags == first.flags;
       one = one && one_flags && chunk.param_format == first.param_format &&
             chunk.grad_format == first.grad_format && chunk.state_format == first.state_format;
     }
     const RuleKernels& kernels = kernels_of(entries[0].rule);
-    kernel =
+    SweepKernel found =
         one ? kernels.fixed(first.flags, first.param_format, first.grad_format, first.state_format)
             : nullptr;
-    if (!kernel && one_flags) kernel = kernels.formats(first.flags);
-    if (!kernel) kernel = kernels.any;
+    if (!found && one_flags) found = kernels.formats(first.flags);
+    if (!found) found = kernels.any;
+    const Relaxed mode;  // loading may allocate while another thread captures
+    ONEPASS_CUDA(verify(found));
+    return found;
+  }
+
+  void upload_chunks(cudaStream_t stream) {
     if (chunks_captured) {
       kept.push_back(chunk_table);
       chunk_table = table(chunk_table, chunk_table.numel());
+      mixed = mixed || stream != made_on;
       chunks_captured = false;
     }
     const int64_t words = static_cast<int64_t>(chunks.size()) * kChunkWords;
@@ -228,23 +273,23 @@ struct CudaPlan : Plan {
     });
   }
 
-  // Whether these are the addresses of the gradients that were taken; they are from now on.
-  bool same_grads(Grads& known) const {
-    bool same = known.addresses.size() == entries.size();
-    known.addresses.resize(entries.size());
-    for (size_t e = 0; e < entries.size(); ++e) {
-      const auto address = reinterpret_cast<int64_t>(entries[e].grad);
-      same = same && known.addresses[e] == address;
-      known.addresses[e] = address;
-    }
-    return same;
+  // Whether a table has the addresses of the gradients that were taken.
+  bool same_grads(const Grads& known) const {
+    if (known.addresses.size() != entries.size()) return false;
+    for (size_t e = 0; e < entries.size(); ++e)
+      if (known.addresses[e] != reinterpret_cast<int64_t>(entries[e].grad)) return false;
+    return true;
   }
 
-  void upload_grads(Grads& from, bool capturing) {
-    const size_t bytes = from.addresses.size() * kWord;
-    upload(from.table, static_cast<int64_t>(entries.size()), capturing, [&](int64_t* to) {
-      std::memcpy(to, from.addresses.data(), bytes);
+  void upload_grads(Grads& to, bool capturing) {
+    std::vector<int64_t> addresses;
+    addresses.swap(to.addresses);  // unknown after an error
+    addresses.clear();
+    for (const Entry& entry : entries) addresses.push_back(reinterpret_cast<int64_t>(entry.grad));
+    upload(to.table, static_cast<int64_t>(entries.size()), capturing, [&](int64_t* words) {
+      std::memcpy(words, addresses.data(), addresses.size() * kWord);
     });
+    to.addresses.swap(addresses);
   }
 
   // Copies host numbers into a table without waiting: pinned memory of its own for each copy, which
@@ -267,6 +312,15 @@ struct CudaPlan : Plan {
     if (capturing) kept.push_back(source);
   }
 };
+
+// Overloads that of csrc/plan.h for everything that takes the gradients of a step: what can fail
+// before the launches fails here, before the step is counted.
+template <class Tensors>
+bool take_gradients(CudaPlan& plan, size_t params, size_t grads, const Tensors& tensors) {
+  if (!onepass::take_gradients(static_cast<Plan&>(plan), params, grads, tensors)) return false;
+  plan.ready();
+  return true;
+}
 
 Tensor norm_of_plan(Tensor handle) { return Registry<CudaPlan>::find(handle)->norm(); }
 

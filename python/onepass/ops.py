@@ -54,7 +54,29 @@ def cuda_missing() -> str:
         torch.ops.load_library(CUDA_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    if not hasattr(torch.ops.onepass, "cuda_support"):
+        return f"{CUDA_LIBRARY.name} is of another version of onepass: build it again"
     return ""
+
+
+_cuda_support: dict[int, str] = {}  # by index of a device, where the answer stays the same
+
+
+def cuda_unsupported(device: int) -> str:
+    """Why the CUDA library's kernels cannot run on a GPU; empty when they can.
+
+    Initialises CUDA on that GPU. The answer is kept, except where the reason may pass, such as a
+    lack of memory.
+
+    Args:
+        device: index of the GPU. :func:`cuda_missing` must have returned an empty string.
+    """
+    if device not in _cuda_support:
+        reason, lasting = torch.ops.onepass.cuda_support(device)
+        if not lasting:
+            return str(reason)
+        _cuda_support[device] = str(reason)
+    return _cuda_support[device]
 
 
 def free_plan(calls: Any, plan: torch.Tensor) -> None:

@@ -84,6 +84,76 @@ def launches() -> int:
     return int(_library().shim_launches())
 
 
+def set_devices(*devices: tuple[int, int], driver: int = 0) -> None:
+    """Replaces the stand-in's devices and makes the first the current one; one H200 by default.
+
+    Args:
+        devices: of each its compute capability times 10, and the error that loading a kernel on it
+            returns, 0 for none.
+        driver: the error that asking for the current device returns.
+    """
+    devices = devices or ((90, 0),)
+    _library().shim_devices(len(devices), driver)
+    for i, (capability, error) in enumerate(devices):
+        _library().shim_device(i, capability, error)
+
+
+def current_device() -> int:
+    """The stand-in's current device."""
+    return int(_library().shim_current_device())
+
+
+def select(device: int = 0, stream: int = 0) -> None:
+    """Makes a device and a stream the current ones; stream 0 is the default one."""
+    _library().shim_select(device, ctypes.c_ssize_t(stream))
+
+
+def fail(call: str, error: int, after: int = 0) -> None:
+    """Lets a call of the stand-in return an error once: cudaLaunchKernelEx and those on events.
+
+    Args:
+        call: name of the function.
+        error: of cudaError_t.
+        after: how many calls of that function succeed before.
+    """
+    _library().shim_fail(call.encode(), after, error)
+
+
+def pending(stream: int) -> int:
+    """Launches that a stream was given, or waits for, and that the host has not waited for."""
+    return int(_library().shim_pending(ctypes.c_ssize_t(stream)))
+
+
+def rename_stream(old: int, new: int) -> None:
+    """Gives a stream another number, as if it was destroyed and its handle free for a new one."""
+    _library().shim_rename_stream(ctypes.c_ssize_t(old), ctypes.c_ssize_t(new))
+
+
+def forget() -> None:
+    """Forgets launches on streams, waits, and the fault of a capture."""
+    _library().shim_forget()
+
+
+def events() -> int:
+    """Events that have not been destroyed."""
+    return int(_library().shim_events())
+
+
+def last_wait() -> tuple[int, int]:
+    """Of the host's last wait the device that was current and that of the event, -1 for none."""
+    return int(_library().shim_wait_current()), int(_library().shim_wait_of())
+
+
+def capture_broken() -> bool:
+    """Whether a call came during a capture that would have invalidated it."""
+    return bool(_library().shim_capture_broken())
+
+
+def capture_mode() -> int:
+    """The capture mode of the thread: 0, global, unless it has been exchanged."""
+    return int(_library().shim_mode())
+
+
 class Capture:
     """Within it launches are kept for replay() instead of run; torch's copies are done at once."""
 

@@ -9,6 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <set>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -104,26 +107,107 @@ inline bool __all_sync(unsigned mask, bool value) {
 
 // --- the host's side ---
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+#define CUDART_VERSION 13000
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorCudartUnloading = 4,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidKernelImage = 200,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorJitCompilationDisabled = 223,
+  cudaErrorInvalidResourceHandle = 400,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorStreamCaptureUnsupported = 900,
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
+struct cudaFuncAttributes {
+  int numRegs = 0;
+};
 using cudaStream_t = struct CUstream_st*;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+using cudaEvent_t = struct CUevent_st*;
+constexpr unsigned cudaEventDisableTiming = 2;
 struct cudaLaunchConfig_t {
   dim3 gridDim{}, blockDim{};
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 
+namespace shim {
+
+struct Device {
+  int capability;       // ten times the major number, and the minor one
+  cudaError_t kernels;  // what loading a kernel returns
+};
+extern std::vector<Device> devices;
+extern int device;          // the current one
+extern cudaError_t driver;  // what asking for the current device returns
+
+// Launches are numbered. A kernel runs at once, but counts as ended only when the host has waited
+// for it. What a stream has been given, and what it waits for, comes before its next event.
+using Launches = std::set<long>;
+extern std::map<cudaStream_t, Launches> streams;
+extern Launches ended;
+extern int events;  // that have not been destroyed
+
+// The last wait of the host: the device that was current, and the device of the event.
+struct Wait {
+  int current = -1, of = -1;
+};
+extern Wait wait;
+
+// The mode of the one thread, and whether a call that the mode forbids came during a capture.
+extern cudaStreamCaptureMode mode;
+extern bool capture_broken;
+
+// The error of a call that is to fail, once; else cudaSuccess.
+cudaError_t failure(const char* call);
+
+inline bool breaks_capture() {
+  const bool broken = capture && mode != cudaStreamCaptureModeRelaxed;
+  capture_broken = capture_broken || broken;
+  return broken;
+}
+
+}  // namespace shim
+
+struct CUevent_st {
+  int device;
+  shim::Launches before;
+};
+
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = shim::device;
+  return shim::driver;
+}
+// torch gives tensors on the CPU the index -1: they are on device 0 here.
+inline cudaError_t cudaSetDevice(int device) {
+  const int index = device < 0 ? 0 : device;
+  if (index >= static_cast<int>(shim::devices.size())) return cudaErrorInvalidDevice;
+  shim::device = index;
+  return shim::driver;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const int capability = shim::devices[device].capability;
+  *value = 1;  // so few multiprocessors that blocks of the norm take several chunks
+  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = capability / 10;
+  if (attribute == cudaDevAttrComputeCapabilityMinor) *value = capability % 10;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;  // so few that blocks of the norm take several chunks
-  return cudaSuccess;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return shim::devices[shim::device].kernels;
 }
 inline cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id) {
@@ -131,11 +215,78 @@ inline cudaError_t cudaStreamGetCaptureInfo(
   *id = shim::capture;
   return cudaSuccess;
 }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, shim::mode);
   return cudaSuccess;
 }
-inline const char* cudaGetErrorName(cudaError_t) { return "an error of the shim"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "a launch that no device takes"; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st{shim::device, {}};
+  ++shim::events;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  --shim::events;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (const cudaError_t error = shim::failure("cudaEventRecord")) return error;
+  if (shim::capture) {
+    shim::capture_broken = true;
+    return cudaErrorStreamCaptureUnsupported;
+  }
+  if (event->device != shim::device) return cudaErrorInvalidResourceHandle;
+  event->before = shim::streams[stream];
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (const cudaError_t error = shim::failure("cudaStreamWaitEvent")) return error;
+  if (shim::capture) {
+    shim::capture_broken = true;
+    return cudaErrorStreamCaptureUnsupported;
+  }
+  shim::streams[stream].insert(event->before.begin(), event->before.end());
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  shim::wait = {shim::device, event->device};
+  if (const cudaError_t error = shim::failure("cudaEventSynchronize")) return error;
+  if (shim::breaks_capture()) return cudaErrorStreamCaptureUnsupported;
+  shim::ended.insert(event->before.begin(), event->before.end());
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  shim::wait = {shim::device, -1};
+  if (shim::breaks_capture()) return cudaErrorStreamCaptureUnsupported;
+  const shim::Launches& launches = shim::streams[stream];
+  shim::ended.insert(launches.begin(), launches.end());
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorName(cudaError_t error) {
+#define SHIM_NAME(NAME) \
+  case NAME:            \
+    return #NAME;
+  switch (error) {
+    SHIM_NAME(cudaSuccess)
+    SHIM_NAME(cudaErrorCudartUnloading)
+    SHIM_NAME(cudaErrorInvalidConfiguration)
+    SHIM_NAME(cudaErrorInsufficientDriver)
+    SHIM_NAME(cudaErrorInvalidDeviceFunction)
+    SHIM_NAME(cudaErrorInvalidDevice)
+    SHIM_NAME(cudaErrorInvalidKernelImage)
+    SHIM_NAME(cudaErrorNoKernelImageForDevice)
+    SHIM_NAME(cudaErrorInvalidPtx)
+    SHIM_NAME(cudaErrorJitCompilerNotFound)
+    SHIM_NAME(cudaErrorUnsupportedPtxVersion)
+    SHIM_NAME(cudaErrorJitCompilationDisabled)
+    SHIM_NAME(cudaErrorInvalidResourceHandle)
+    SHIM_NAME(cudaErrorLaunchOutOfResources)
+    SHIM_NAME(cudaErrorStreamCaptureUnsupported)
+  }
+#undef SHIM_NAME
+  return "unknown error";
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the shim"; }
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(
@@ -143,12 +294,15 @@ cudaError_t cudaLaunchKernelEx(
   const unsigned threads = config->blockDim.x;
   if (config->gridDim.x == 0 || threads == 0 || threads > shim::kMostThreads || threads % 32)
     return cudaErrorInvalidConfiguration;
+  if (const cudaError_t error = shim::failure("cudaLaunchKernelEx")) return error;
   const auto run = [grid = config->gridDim, block = config->blockDim, kernel, args...] {
     shim::run(grid, block, [&] { kernel(args...); });
   };
-  if (shim::capture)
+  if (shim::capture) {
     shim::graph.push_back(run);
-  else
-    run();
+    return cudaSuccess;
+  }
+  run();
+  shim::streams[config->stream].insert(shim::launches);
   return cudaSuccess;
 }

@@ -2,6 +2,7 @@
 #include <ucontext.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -12,6 +13,15 @@ Block now;
 long launches = 0;
 unsigned long long capture = 0;
 std::vector<std::function<void()>> graph;
+std::vector<Device> devices{{90, cudaSuccess}};
+int device = 0;
+cudaError_t driver = cudaSuccess;
+std::map<cudaStream_t, Launches> streams;
+Launches ended;
+int events = 0;
+Wait wait;
+cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+bool capture_broken = false;
 
 namespace {
 
@@ -22,6 +32,13 @@ struct Fiber {
   bool ended = true;
 };
 std::vector<Fiber> fibers;
+cudaStream_t stream = nullptr;  // the current one
+struct Failing {
+  std::string call;
+  int after;
+  cudaError_t error;
+};
+Failing failing{"", 0, cudaSuccess};
 ucontext_t scheduler;
 const std::function<void()>* work;
 Fiber* current;
@@ -62,6 +79,12 @@ void run_block() {
 
 }  // namespace
 
+cudaError_t failure(const char* call) {
+  if (failing.call != call || failing.after-- > 0) return cudaSuccess;
+  failing.call.clear();
+  return failing.error;
+}
+
 void give_way() {
   const unsigned thread = now.thread.x;
   Fiber* me = current;
@@ -84,9 +107,53 @@ void run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
+  *stream = shim::stream;
   return 0;
 }
+// Sets the number of devices; each has capability 9.0 and runs kernels. Device 0 is the current
+// one.
+EXPORT void shim_devices(int count, int driver) {
+  shim::devices.assign(count, {90, cudaSuccess});
+  shim::device = 0;
+  shim::driver = static_cast<cudaError_t>(driver);
+}
+EXPORT void shim_device(int device, int capability, int kernels) {
+  shim::devices[device] = {capability, static_cast<cudaError_t>(kernels)};
+}
+// Makes device and stream the current ones; stream 0 is the default stream.
+EXPORT void shim_select(int device, intptr_t stream) {
+  shim::device = device;
+  shim::stream = reinterpret_cast<cudaStream_t>(stream);
+}
+// The call of this name that comes after so many others returns an error.
+EXPORT void shim_fail(const char* call, int after, int error) {
+  shim::failing = {call, after, static_cast<cudaError_t>(error)};
+}
+// Launches on a stream that the host has not waited for.
+EXPORT int shim_pending(intptr_t stream) {
+  int count = 0;
+  for (const long launch : shim::streams[reinterpret_cast<cudaStream_t>(stream)])
+    count += !shim::ended.count(launch);
+  return count;
+}
+// Gives the launches of a stream to another, as if the stream was destroyed and its handle free.
+EXPORT void shim_rename_stream(intptr_t from, intptr_t to) {
+  auto& launches = shim::streams[reinterpret_cast<cudaStream_t>(from)];
+  shim::streams[reinterpret_cast<cudaStream_t>(to)].swap(launches);
+  launches.clear();
+}
+EXPORT void shim_forget() {
+  shim::streams.clear();
+  shim::ended.clear();
+  shim::wait = {};
+  shim::capture_broken = false;
+}
+EXPORT int shim_events() { return shim::events; }
+EXPORT int shim_wait_current() { return shim::wait.current; }
+EXPORT int shim_wait_of() { return shim::wait.of; }
+EXPORT int shim_capture_broken() { return shim::capture_broken; }
+EXPORT int shim_mode() { return shim::mode; }
+EXPORT int shim_current_device() { return shim::device; }
 EXPORT long shim_launches() { return shim::launches; }
 // Captures launches, not copies: those are torch's own, and done at once.
 EXPORT void shim_capture(unsigned long long number) {

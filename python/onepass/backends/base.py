@@ -212,3 +212,20 @@ class Backend(ABC):
     def count(self, table: RowTable, staged: Any) -> None:
         """Counts the step, after its sweep."""
         table.count(staged)
+
+    def retreat(self, table: RowTable, fresh: torch.Tensor) -> None:
+        """Undoes an :meth:`advance` whose sweep was not launched.
+
+        The steps go back by one in the rows whose counters[:, 1] is not 0, which are those that
+        advance has counted. The host does not wait for the device. hyper and counters keep the
+        values of the step that failed; the next advance derives them anew.
+
+        Args:
+            table: as advance has left it; steps and fresh are changed in place.
+            fresh: fp32 [rows], a copy of table.fresh from before the advance.
+        """
+        number = table.counters[:, 1]
+        # From the number, since fp32 counters stay at 2^24 when 1 is added.
+        before = (number - 1).to(torch.float32)
+        table.steps.copy_(torch.where(number != 0, before, table.steps))
+        table.fresh.copy_(fresh)

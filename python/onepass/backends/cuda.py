@@ -21,9 +21,23 @@ class CudaBackend(CompiledBackend):
         if device is not None and device.type != "cuda":
             return "it serves CUDA devices only"
         missing = ops.cuda_missing()
-        if missing or torch.cuda.is_available():
+        if missing:
             return missing
-        return "there is no GPU here"
+        # Without a GPU, CUDA is not initialised.
+        if not torch.cuda.is_available():
+            return "there is no GPU here"
+        if device is None:
+            reasons = []
+            for index in range(torch.cuda.device_count()):
+                reasons.append(ops.cuda_unsupported(index))
+                if not reasons[-1]:
+                    return ""
+            return "; ".join(reasons)
+        index = device.index
+        if index is None:
+            started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            index = torch.cuda.current_device() if started else 0
+        return ops.cuda_unsupported(index)
 
     def judge(
         self,

@@ -1,0 +1,95 @@
+// The op that says whether this library has code for a GPU.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace onepass::cuda {
+namespace {
+
+// Loads a small kernel on a device, as its launch would. Every file of kernels is compiled for the
+// same architectures, so one kernel answers for all of them.
+cudaError_t load_kernel(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error != cudaSuccess) return error;
+  error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    // Loading a kernel may allocate memory, which would invalidate a capture that is under way.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    error = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (error == cudaSuccess) {
+      error = verify(kStepKernels.judge);
+      cudaThreadExchangeStreamCaptureMode(&mode);
+    }
+  }
+  if (device != before) cudaSetDevice(before);
+  return error;
+}
+
+bool is_missing_code(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    // The library has PTX, which this driver cannot compile.
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilationDisabled:
+      return true;
+    default:
+      return false;
+  }
+}
+
+std::string with_dot(int first, int second) {
+  return std::to_string(first) + "." + std::to_string(second);
+}
+
+// (why no kernel of this library can run on a device, or an empty string; whether that stays so as
+// long as the process runs). No error of CUDA is raised.
+std::tuple<std::string, bool> cuda_support(int64_t device) {
+  const int index = static_cast<int>(device);
+  const cudaError_t error = load_kernel(index);
+  if (error == cudaSuccess) return {"", true};
+  const std::string name = std::string(" (") + cudaGetErrorName(error) + ")";
+  if (error == cudaErrorInsufficientDriver)
+    return {
+        "the NVIDIA driver is too old for CUDA " +
+            with_dot(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10) +
+            ", which onepass was built with" + name +
+            ": update the driver, or rebuild onepass with an older CUDA toolkit",
+        true};
+  int major = 0, minor = 0;
+  if (is_missing_code(error) &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess) {
+    const std::string capability = with_dot(major, minor);
+    return {
+        "the CUDA library has no code for the compute capability " + capability +
+            " of cuda:" + std::to_string(index) + name +
+            ": rebuild onepass from its sources with ONEPASS_CUDA_ARCH=" + capability,
+        true};
+  }
+  return {
+      "the kernels of the CUDA library do not load on cuda:" + std::to_string(index) + name + ": " +
+          cudaGetErrorString(error),
+      false};
+}
+
+}  // namespace
+
+// Its schema is here, not in csrc/ops.cpp: it has no tensor to be dispatched by.
+STABLE_TORCH_LIBRARY_FRAGMENT(onepass, m) {
+  m.def("cuda_support(int device) -> (str reason, bool lasting)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
+  m.impl("cuda_support", TORCH_BOX(&cuda_support));
+}
+
+}  // namespace onepass::cuda
