@@ -275,9 +275,14 @@ class Run:
         self.exact, self.paths = [True] * len(self.twin), [0.0] * len(self.twin)
         self.steps = 0
 
-    def build(self, world, solo):
-        """Makes the model and the optimizer of the ranks."""
-        self.world, self.solo = world, solo
+    def build(self, world, solo, saving):
+        """Makes the model and the optimizer of the ranks.
+
+        Args:
+            solo: a process group of this rank alone.
+            saving: one of all ranks, for checkpoints that are written while steps are taken.
+        """
+        self.world, self.solo, self.saving = world, solo, saving
         self.model = Net(self.case)
         shard(self.model, self.case, world)
         self.params = list(self.model.parameters())
@@ -327,7 +332,8 @@ class Run:
             generator = torch.Generator().manual_seed(rng.getrandbits(40))
             shape = (1, *p.shape[1:]) if kind == "expanded" else p.shape
             full = torch.randint(-127, 128, shape, generator=generator) * 2.0 ** -rng.randint(7, 15)
-            full = (full * (torch.rand(shape, generator=generator) > 0.1)).to(p.dtype)
+            full[torch.rand(shape, generator=generator) < 0.1] = 0
+            full = full.to(p.dtype)
             fulls.append(full.expand(p.shape).contiguous())
             kinds.append(kind)
         if infinite:
@@ -357,8 +363,8 @@ class Run:
             self.paths[i] += float((q.detach().double() - old.double()).square().mean().sqrt())
         if self.model is not None:
             self.keep_exact(lambda p: shares_bits(p, **self.formats))
-            self.judged |= self.settings["max_grad_norm"] is not None
-            self.judged |= self.settings["skip_nonfinite"]
+            judges = self.settings["max_grad_norm"] is not None or self.settings["skip_nonfinite"]
+            self.judged |= judges and any(full is not None for full in fulls)
             self.step_ranks(fulls, kinds)
             self.compare()
             self.compare_gradients(fulls)
@@ -504,13 +510,14 @@ def replace(run, rng):
 
 
 def forget(run, rng):
-    """Removes the states of a parameter, which start again."""
+    """Removes the states of a parameter, which start again in the step that follows."""
     i = rng.randrange(len(run.twin))
     run.note(f"del optimizer.state[parameter {i}]")
     if run.case.kind is onepass.Adagrad:
         run.drop_oracle()  # torch makes Adagrad's states only in the constructor
     for params, optimizer in run.sides:
         optimizer.state.pop(params[i], None)
+    step(run, rng)
 
 
 def reload(run, rng):
@@ -543,7 +550,7 @@ def save(run, how, path):
     if how in WITH_WEIGHTS:
         state = model_and_optimizer(run, how)
         write = dcp.async_save if how == "async" else dcp.save
-        return write(state, checkpoint_id=str(path))
+        return write(state, checkpoint_id=str(path), process_group=run.saving)
     if how == "full":
         return copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=FULL))
     state = run.optimizer.state_dict()
@@ -631,7 +638,7 @@ def move_in(run, how):
     load(run, how, run.path / "moved", saved)
 
 
-def play(seed, segment, directory, solo, note):
+def play(seed, segment, directory, note, *groups):
     """Runs a segment of a case on all ranks of this process group; raises where it fails."""
     case = Case(seed)
     note(str(case))
@@ -640,7 +647,7 @@ def play(seed, segment, directory, solo, note):
     for number, plan in enumerate(case.plan[: segment + 1]):
         if number == segment:
             run.note = note
-            run.build(dist.get_world_size(), solo)
+            run.build(dist.get_world_size(), *groups)
             if segment:
                 move_in(run, case.moves[segment - 1])
         for index, name in enumerate(plan):

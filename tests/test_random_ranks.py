@@ -118,16 +118,18 @@ def _rank(rank, world, pipe, directory):
         world_size=world,
         timeout=datetime.timedelta(seconds=COLLECTIVE),
     )
-    solo = [dist.new_group([i]) for i in range(world)][rank]
+    groups = [dist.new_group([i]) for i in range(world)][rank], dist.new_group()
+
+    def note(text):
+        pipe.send(("note", text))
+
     while True:
         seed, segment, path = pipe.recv()
         faulthandler.dump_traceback_later(COLLECTIVE - 5, file=fault)
         try:
-            random_ranks.play(
-                seed, segment, Path(path), solo, lambda text: pipe.send(("note", text))
-            )
+            random_ranks.play(seed, segment, Path(path), note, *groups)
             pipe.send(("done", ""))
-        except Exception:
+        except BaseException:  # errors of torch's checkpoints are no Exceptions
             pipe.send(("failed", traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
 
