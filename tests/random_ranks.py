@@ -17,7 +17,7 @@ import math
 import os
 import pickle
 import random
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,13 @@ from .cases import CASES, EVERY_FORMAT, same_bits, served
 WITHOUT = set(os.environ.get("ONEPASS_RANDOM_WITHOUT", "").split(","))
 LAYOUTS = ("fsdp", "fsdp_root", "fsdp_some", "hsdp", "mixed", "zero")
 GRADIENTS = ("replicate", "partial", "other_dim", "pending", "negative", "expanded", "strided")
-IN_MEMORY = ("torch_save", "pickle", "deepcopy", "direct")  # "direct": dcp of state_dict()
 WITH_WEIGHTS = ("dcp", "dcp_flat", "async")
+SETTINGS = {
+    "max_grad_norm": (None, 0.5, 1e3),
+    "norm_type": (2.0, math.inf),
+    "skip_nonfinite": (False, True),
+    "zero_grads": (False, False, True),
+}
 FP32 = ("fp32", "native", torch.float32)
 
 # Where a shard boundary cuts a block, its elements share another scale than in one process. The
@@ -64,24 +69,18 @@ class Case:
         chosen = rng.choice(row.options)
         known = [f for f in EVERY_FORMAT if served(chosen, f[0]) and not WITHOUT & {*f[:2]}]
         states, weights, self.dtype = FP32 if rng.random() < 0.2 else rng.choice(known)
-        self.options = {"lr": row.lr, "weight_decay": 0.1, **row.base, **chosen}
         self.formats = {"states": states, "weights": weights}
+        fp32 = (states, weights, self.dtype) == FP32
+        # Decay that almost cancels a gradient magnifies the rounding errors of fp32.
+        decay = 0.0 if fp32 and not self.kind.decoupled else 0.1
+        self.options = {"lr": row.lr, "weight_decay": decay, **row.base, **chosen}
+        self.has_oracle = fp32 and self.torch is not None and not chosen.get("eps_in_sqrt")
         self.extras = {"ema_decay": rng.choice([None, None, 0.9])}
         if rng.random() < 0.3 and "paged" not in WITHOUT:
             self.extras["paged"] = onepass.paging.Paging(0, page_bytes=1 << 14)
-        self.settings = {
-            "max_grad_norm": rng.choice([None, 0.5, 1e3]),
-            "norm_type": rng.choice([2.0, math.inf]),
-            "skip_nonfinite": rng.random() < 0.5,
-            "zero_grads": rng.random() < 0.3,
-        }
-        kinds, rows, columns = (
-            ("embedding", "linear", "bias"),
-            (1, 2, 3, 32, 33, 65, 96),
-            (1, 3, 8, 32, 33, 64),
-        )
-        count = rng.randint(1, 4)
-        self.parts = [tuple(map(rng.choice, (kinds, rows, columns))) for _ in range(count)]
+        self.settings = {name: rng.choice(values) for name, values in SETTINGS.items()}
+        sizes = ("embedding", "linear", "bias"), (1, 2, 3, 32, 33, 65, 96), (1, 3, 8, 32, 33, 64)
+        self.parts = [tuple(map(rng.choice, sizes)) for _ in range(rng.randint(1, 4))]
         self.worlds = rng.sample((1, 2, 3), 1 + (rng.random() < 0.4))
         self.moves = [rng.choice(allowed(("dcp", "dcp_flat", "full"))) for _ in self.worlds]
         names = allowed(OPERATIONS)
@@ -90,6 +89,11 @@ class Case:
         # The first step of SGD with dampening differs from the others, so skip it now and then.
         skips = "dampening" in chosen and "skip" in names and rng.random() < 0.5
         self.plan[0].insert(0, "skip" if skips else "step")
+
+    def __str__(self):
+        options = {**self.options, **self.formats, **self.extras, **self.settings}
+        what = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{self.kind.__name__}({what}), {self.layout}, {self.dtype}, parts {self.parts}"
 
     def model(self):
         def part(kind, rows, columns):
@@ -102,28 +106,15 @@ class Case:
         model.parts = torch.nn.ModuleList(part(*sizes) for sizes in self.parts)
         return model.to(self.dtype)
 
-    def oracle(self, params):
-        """torch.optim's twin; None if there is none with these options."""
-        options = dict(self.options)
-        known = self.torch is not None and not options.pop("eps_in_sqrt", False)
-        fp32 = (*self.formats.values(), self.dtype) == FP32
-        return self.torch(params, **options) if known and fp32 else None
-
 
 class Net(torch.nn.Module):
     def forward(self):
         """fully_shard wants one; only the parameters are used."""
 
 
-_meshes = {}
-
-
+@cache  # each one makes process groups
 def mesh(*shape):
-    """A mesh, kept because each one makes process groups."""
-    if shape not in _meshes:
-        names = ("copies", "shards")[-len(shape) :]
-        _meshes[shape] = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    return _meshes[shape]
+    return init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
 
 
 def shard(model, case, world):
@@ -243,7 +234,8 @@ class Run:
             self.twin, **case.options, **self.formats, **self.settings, **extras
         )
         doubles = [torch.nn.Parameter(p.detach().double()) for p in self.twin]
-        self.oracle = case.oracle(doubles)
+        known = {k: v for k, v in case.options.items() if k != "eps_in_sqrt"}
+        self.oracle = case.torch(doubles, **known) if case.has_oracle else None
         self.sides = [(self.twin, self.reference)]
         self.sides += [(doubles, self.oracle)] if self.oracle else []
         self.exact, self.paths = [True] * len(self.twin), [0.0] * len(self.twin)
@@ -407,18 +399,13 @@ def step(run, rng, infinite=False, missing=False):
 
 def options(run, rng):
     lr = run.case.options["lr"]
-    choices = {
-        "lr": (lr, lr / 4),
-        "weight_decay": (0.0, 0.2),
-        "max_grad_norm": (None, 0.25, 1e3),
-        "norm_type": (2.0, math.inf),
-        "skip_nonfinite": (False, True),
-        "zero_grads": (False, True),
-    }
+    choices = {"lr": (lr, lr / 4), "weight_decay": (0.0, 0.2), **SETTINGS}
     name = rng.choice(list(choices))
     value = rng.choice(choices[name])
     run.note(f"{name} = {value}")
     (run.set_settings if name in run.settings else run.set_options)(**{name: value})
+    if name == "weight_decay" and not run.case.kind.decoupled:
+        run.drop_oracle()
 
 
 def formats(run, rng):
@@ -429,8 +416,8 @@ def formats(run, rng):
     run.set_options(states=states)
     if states != "fp32":
         run.drop_oracle()
-    if rng.random() < 0.5:
-        reload(run, rng, IN_MEMORY[:3])
+    if rng.random() < 0.5 and allowed(IN_MEMORY):
+        reload(run, rng, IN_MEMORY)
     step(run, rng)  # dcp refuses to load a checkpoint into another format
 
 
@@ -460,10 +447,18 @@ def forget(run, rng):
     step(run, rng)  # torch refuses to save optimizers that lack the states of a parameter
 
 
-def reload(run, rng, ways=(*IN_MEMORY, *WITH_WEIGHTS, "full")):
+def way(run, how):
+    """How, or another way to save if this run does not know it."""
+    if run.case.layout == "zero":
+        return "consolidate"
+    states = [v for state in run.reference.state.values() for v in state.values()]
+    # torch refuses to load full state dicts without any tensor of at least one dimension.
+    return how if how != "full" or any(v.dim() for v in states if v is not None) else "dcp"
+
+
+def reload(run, rng, ways=None):
     """Saves, maybe takes a step that is lost, and loads into a new optimizer."""
-    how, lost = rng.choice(allowed(ways)), rng.random() < 0.5
-    how = "consolidate" if run.case.layout == "zero" else how
+    how, lost = way(run, rng.choice(allowed(ways or WAYS))), rng.random() < 0.5
     fulls, kinds = gradients(run, rng)
     run.note(f"save by {how}, {f'lose a step with {kinds}, ' if lost else ''}load anew")
     if run.model is None:
@@ -488,28 +483,37 @@ def whole(run, how):
     return {"model": model, "optimizer": optimizer}
 
 
+def torch_saved(state):
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+IN_MEMORY = {  # name: how a state dict is saved and loaded
+    "torch_save": (torch_saved, lambda saved: torch.load(io.BytesIO(saved), weights_only=False)),
+    "pickle": (pickle.dumps, pickle.loads),
+    "deepcopy": (copy.deepcopy, copy.deepcopy),
+}
+WAYS = (*IN_MEMORY, *WITH_WEIGHTS, "direct", "full")  # direct: dcp of optimizer.state_dict()
+
+
 def save(run, how, path):
     """Saves the states, and the weights too if how is one of WITH_WEIGHTS."""
+    if how in IN_MEMORY:
+        return IN_MEMORY[how][0](run.optimizer.state_dict())
+    if how == "direct":
+        return dcp.save({"optimizer": run.optimizer.state_dict()}, checkpoint_id=path)
     if how in WITH_WEIGHTS:
         write = dcp.async_save if how == "async" else dcp.save
         return write(whole(run, how), checkpoint_id=path, process_group=run.saving)
+    # What the others return may share memory with the states.
     if how == "full":
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        # On one rank the result shares memory with the states.
         got = state_dicts.get_optimizer_state_dict(run.model, run.optimizer, options=full)
         return copy.deepcopy(got)
-    if how == "consolidate":  # the states of rank 0 share memory too
-        run.optimizer.consolidate_state_dict(0)
-        found = [copy.deepcopy(run.optimizer.state_dict()) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found)
-        return found[0]
-    state = run.optimizer.state_dict()
-    if how == "torch_save":
-        torch.save(state, buffer := io.BytesIO())
-        return buffer
-    if how == "direct":
-        return dcp.save({"optimizer": state}, checkpoint_id=path)
-    return pickle.dumps(state) if how == "pickle" else copy.deepcopy(state)
+    run.optimizer.consolidate_state_dict(0)
+    found = [copy.deepcopy(run.optimizer.state_dict()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def load(run, how, path, saved):
@@ -525,14 +529,10 @@ def load(run, how, path, saved):
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         state_dicts.set_optimizer_state_dict(run.model, run.optimizer, saved, options=spread)
     else:
-        if how == "torch_save":
-            saved.seek(0)
-            saved = torch.load(saved, weights_only=False)
-        elif how == "pickle":
-            saved = pickle.loads(saved)
-        elif how == "direct":
+        if how == "direct":
             dcp.load(state := {"optimizer": old}, checkpoint_id=path)
             saved = state["optimizer"]
+        saved = IN_MEMORY[how][1](saved) if how in IN_MEMORY else saved
         run.optimizer.load_state_dict(saved)
     run.lose_bits(lambda p: is_saved_as_codes(p, run.formats["states"]))
 
@@ -574,15 +574,14 @@ def play(seed, segment, path, note, *groups):
     case = Case(seed)
     run = Run(case)
     run.path = path
-    moves = ["consolidate" if case.layout == "zero" else how for how in case.moves]
     for number, plan in enumerate(case.plan[: segment + 1]):
         if number == segment:
             run.note = note
-            note(f"{case.kind.__name__} on {dist.get_world_size()} ranks, {vars(case)}")
+            note(f"{dist.get_world_size()} ranks: {case}")
             run.build(*groups)
             if segment:
-                enter(run, moves[segment - 1])
+                enter(run, way(run, case.moves[segment - 1]))
         for index, name in enumerate(plan):
             OPERATIONS[name][0](run, random.Random(f"{seed}/{number}/{index}"))
     if segment + 1 < len(case.plan):
-        leave(run, moves[segment])
+        leave(run, way(run, case.moves[segment]))
