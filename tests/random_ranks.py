@@ -38,7 +38,7 @@ from .cases import CASES, EVERY_FORMAT, same_bits, served
 WITHOUT = set(os.environ.get("ONEPASS_RANDOM_WITHOUT", "").split(","))
 LAYOUTS = ("fsdp", "fsdp_root", "fsdp_some", "hsdp", "mixed", "zero")
 GRADIENTS = ("replicate", "partial", "other_dim", "pending", "negative", "expanded", "strided")
-WITH_WEIGHTS = ("dcp", "dcp_flat", "async")
+WITH_WEIGHTS = ("dcp", "dcp_flat", "async", "exchange")
 SETTINGS = {
     "max_grad_norm": (None, 0.5, 1e3),
     "norm_type": (2.0, math.inf),
@@ -75,6 +75,7 @@ class Case:
         decay = 0.0 if fp32 and not self.kind.decoupled else 0.1
         self.options = {"lr": row.lr, "weight_decay": decay, **row.base, **chosen}
         self.has_oracle = fp32 and self.torch is not None and not chosen.get("eps_in_sqrt")
+        self.torch_options = {k: v for k, v in self.options.items() if k != "eps_in_sqrt"}
         self.extras = {"ema_decay": rng.choice([None, None, 0.9])}
         if rng.random() < 0.3 and "paged" not in WITHOUT:
             self.extras["paged"] = onepass.paging.Paging(0, page_bytes=1 << 14)
@@ -230,12 +231,10 @@ class Run:
         self.formats, self.settings = dict(case.formats), dict(case.settings)
         self.twin = list(case.model().parameters())
         extras = {k: v for k, v in case.extras.items() if k != "paged"}
-        self.reference = case.kind(
-            self.twin, **case.options, **self.formats, **self.settings, **extras
-        )
+        options = {**case.options, **extras, **self.formats, **self.settings}
+        self.reference = case.kind(self.twin, **options)
         doubles = [torch.nn.Parameter(p.detach().double()) for p in self.twin]
-        known = {k: v for k, v in case.options.items() if k != "eps_in_sqrt"}
-        self.oracle = case.torch(doubles, **known) if case.has_oracle else None
+        self.oracle = case.torch(doubles, **case.torch_options) if case.has_oracle else None
         self.sides = [(self.twin, self.reference)]
         self.sides += [(doubles, self.oracle)] if self.oracle else []
         self.exact, self.paths = [True] * len(self.twin), [0.0] * len(self.twin)
@@ -251,12 +250,11 @@ class Run:
         """Makes the ranks' optimizer, also anew to load a checkpoint into."""
         for p in self.params:
             p.grad = None
-        made, more = self.case.kind, {}
+        kind = self.case.kind
         if self.case.layout == "zero":
-            made, more = partial(ZeroRedundancyOptimizer, optimizer_class=made), {}
-            more["norm_group"] = True
-        options = {**self.case.options, **self.case.extras, **self.formats, **self.settings, **more}
-        self.optimizer = made(self.params, **options)
+            kind = partial(ZeroRedundancyOptimizer, optimizer_class=kind, norm_group=True)
+        options = {**self.case.options, **self.case.extras, **self.formats, **self.settings}
+        self.optimizer = kind(self.params, **options)
         self.inner = getattr(self.optimizer, "optim", self.optimizer)
         self.owned = {p for group in self.inner.param_groups for p in group["params"]}
         self.sides = [side for side in self.sides if side[0] is not self.params]
@@ -307,7 +305,8 @@ class Run:
             self.step_ranks(fulls, kinds)
             self.compare_params()
             self.compare_gradients(fulls)
-            self.compare_norms()
+            if "norms" not in WITHOUT:
+                self.compare_norms()
 
     def step_ranks(self, fulls, kinds):
         for p, full, kind in zip(self.params, fulls, kinds, strict=True):
@@ -429,7 +428,7 @@ def replace(run, rng):
     run.note(f"states of parameter {i}, {'in place' if inplace else 'replaced'}, times {factor}")
     for params, optimizer in run.sides:
         state = optimizer.state.get(params[i], {})
-        for key in {key for _, key, _ in run.reference.rule.slots} & state.keys():
+        for key in [key for _, key, _ in run.reference.rule.slots if key in state]:
             if inplace and factor:
                 state[key].mul_(factor)
             elif state[key] is not None:
@@ -451,6 +450,8 @@ def way(run, how):
     """How, or another way to save if this run does not know it."""
     if run.case.layout == "zero":
         return "consolidate"
+    if how == "exchange" and (run.oracle is None or run.case.extras["ema_decay"] is not None):
+        return "dcp"
     states = [v for state in run.reference.state.values() for v in state.values()]
     # torch refuses to load full state dicts without any tensor of at least one dimension.
     return how if how != "full" or any(v.dim() for v in states if v is not None) else "dcp"
@@ -483,6 +484,13 @@ def whole(run, how):
     return {"model": model, "optimizer": optimizer}
 
 
+def load_whole(run, how, path):
+    dcp.load(state := whole(run, how), checkpoint_id=path)
+    flat = StateDictOptions(flatten_optimizer_state_dict=how == "dcp_flat")
+    loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    state_dicts.set_state_dict(run.model, run.optimizer, **loaded, options=flat)
+
+
 def torch_saved(state):
     torch.save(state, buffer := io.BytesIO())
     return buffer.getvalue()
@@ -493,7 +501,8 @@ IN_MEMORY = {  # name: how a state dict is saved and loaded
     "pickle": (pickle.dumps, pickle.loads),
     "deepcopy": (copy.deepcopy, copy.deepcopy),
 }
-WAYS = (*IN_MEMORY, *WITH_WEIGHTS, "direct", "full")  # direct: dcp of optimizer.state_dict()
+# direct: dcp of optimizer.state_dict(); exchange: dcp to torch.optim and back.
+WAYS = (*IN_MEMORY, *WITH_WEIGHTS, "direct", "full")
 
 
 def save(run, how, path):
@@ -520,11 +529,14 @@ def load(run, how, path, saved):
     """Loads what save saved into a new optimizer."""
     old = run.optimizer.state_dict() if how == "direct" else None
     run.make_optimizer()
+    if how == "exchange":
+        run.optimizer = run.case.torch(run.params, **run.case.torch_options)
+        load_whole(run, how, path)
+        path += "-torch"
+        save(run, how, path)
+        run.make_optimizer()
     if how in WITH_WEIGHTS:
-        dcp.load(state := whole(run, how), checkpoint_id=path)
-        flat = StateDictOptions(flatten_optimizer_state_dict=how == "dcp_flat")
-        loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        state_dicts.set_state_dict(run.model, run.optimizer, **loaded, options=flat)
+        load_whole(run, how, path)
     elif how == "full":
         spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         state_dicts.set_optimizer_state_dict(run.model, run.optimizer, saved, options=spread)

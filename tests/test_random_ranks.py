@@ -1,9 +1,9 @@
 """Random runs over 1 to 3 gloo ranks on this machine, compared with one process.
 
 The suite runs SEEDS. ONEPASS_RANDOM_SEED=17 runs one seed, ONEPASS_RANDOM_SECONDS=600 runs fresh
-seeds for that time. A failure prints its seed and its operations. ONEPASS_RANDOM_WITHOUT=pending,mx4
-leaves out operations, gradients, layouts, ways to save, formats and algorithms by name; seeds then
-stand for other cases.
+seeds for that time. A failure prints its seed and its operations. ONEPASS_RANDOM_WITHOUT is a list
+of names to leave out, such as pending,mx4,async: operations, gradients, layouts, ways to save,
+formats, algorithms and "norms", the check of norms. Seeds then stand for other cases.
 """
 
 from __future__ import annotations
