@@ -27,6 +27,7 @@ SLOWEST = (
     "test_triton",
     "test_triton_compile",
     "test_zero",
+    "test_random_ranks",
     "test_bits",
     "test_cuda_shim",
     "test_triton_step",
