@@ -19,6 +19,7 @@ class Torch:
     """Stands in for torch: streams with its signatures, a runtime that can refuse."""
 
     RuntimeError = RuntimeError
+    uint8 = torch.uint8
 
     def __init__(self) -> None:
         self.log: list[object] = []
@@ -49,9 +50,9 @@ class Torch:
         yield
         self.within = before
 
-    def empty(self, *shape, device):
+    def empty(self, *shape, dtype, device):
         self.log.append(("launch", device))
-        return torch.empty(*shape)
+        return torch.empty(*shape, dtype=dtype)
 
     def cudaHostRegister(self, address, nbytes, flags):
         assert (self.within, flags) == (DEVICE, 1)

@@ -47,7 +47,9 @@ def test_a_steady_run_is_planned_once(backend, monkeypatch):
     made = []
     original = onepass.plan.Plan.__init__
     monkeypatch.setattr(
-        onepass.plan.Plan, "__init__", lambda self, *a: (made.append(1), original(self, *a))[1]
+        onepass.plan.Plan,
+        "__init__",
+        lambda self, *a, **k: (made.append(1), original(self, *a, **k))[1],
     )
     params, optimizer = build(backend, cls=onepass.SGD, momentum=0.9, dampening=0.5)
     for step in range(5):

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .states import Layout
+from .layouts import Layout
 
 SMALL = 1 << 14  # elements; a larger state is allocated alone
+CUDA_BLOCK = 512  # bytes: torch's caching allocator hands out multiples of it
 ALIGNMENT = 64  # bytes: a cache line, and a vector of AVX-512
 
 
@@ -50,6 +51,12 @@ class Arena:
         # Not a view of it, which would share its version counter.
         state = torch.empty(0, dtype=layout.dtype, device=device)
         return state.set_(flat.untyped_storage(), 0, layout.shape, layout.stride)
+
+
+def allocated(nbytes: int, device: torch.device) -> int:
+    """The bytes that a tensor takes of a device's memory."""
+    block = CUDA_BLOCK if device.type == "cuda" else 1
+    return -(-nbytes // block) * block
 
 
 def _is_small(layout: Layout, device: torch.device) -> bool:

@@ -10,7 +10,7 @@ import torch
 from .checks import check_weight_format
 from .distributed.shards import full_weight
 from .held import ParamState
-from .states import COMPANIONS
+from .layouts import COMPANIONS
 
 if TYPE_CHECKING:
     from .optim.base import Optimizer

@@ -96,7 +96,7 @@ class PagedState(OptimizerState):
     """``optimizer.state`` where states are paged: whoever reads it waits until they are there.
 
     Args:
-        settle: waits for states that are on their way; raises when a step has failed on its way.
+        settle: waits for states that are on their way; raises when a step was left half taken.
     """
 
     def __init__(self, settle: Callable[[], None], *args: Any) -> None:

@@ -16,6 +16,7 @@ from .interrupts import Uninterrupted
 from .optim import Optimizer
 from .paging.pager import Pager
 from .plan import Plan, add_norms
+from .planning import make_plan
 
 
 def release_gradients(
@@ -131,7 +132,7 @@ class ReleasedGradients:
             plan = self._plans.get(param)
             if plan is None or not plan.refresh(optimizer):
                 with torch.inference_mode(False):
-                    plan = Plan(optimizer, [self._members[param]])
+                    plan = make_plan(optimizer, [self._members[param]])
                 plan.refresh(optimizer)
             optimizer.check_options(plan.members[0].group)
             plan.start()

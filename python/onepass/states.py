@@ -1,4 +1,4 @@
-"""What an optimizer holds of a parameter: layouts of the tensors, new ones, and conversions.
+"""What an optimizer holds of a parameter: new tensors, and conversions of saved ones.
 
 ``optimizer.state[param]`` has, for each state of the rule, its codes under torch.optim's key and,
 in formats with blocks, their scales under ``<key>_scale``; the companion of the weight under the
@@ -9,9 +9,8 @@ there as ``stride``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,104 +18,18 @@ import torch
 from . import codec
 from .checks import check_memory, is_dense
 from .formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
+from .layouts import (
+    COMPANIONS,
+    EMA,
+    STRIDE,
+    Home,
+    OnDevice,
+    companion_layout,
+    ema_layout,
+    same_order,
+    state_layouts,
+)
 from .rules import Rule
-
-COMPANIONS = frozenset(form.key for form in WEIGHT_FORMATS.values() if form.key)
-STRIDE = "stride"
-EMA = "ema"
-
-
-def _same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether strides put the elements of a dense shape in the same order."""
-    return all(s == t for s, t, n in zip(a, b, shape, strict=True) if n > 1)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A tensor to be held: its state key, sizes, strides and dtype."""
-
-    key: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def fits(self, tensor: torch.Tensor, device: torch.device) -> bool:
-        """Whether a tensor can be used as it is."""
-        return (
-            tensor.dtype == self.dtype
-            and tensor.device == device
-            and tuple(tensor.shape) == self.shape
-            and _same_order(tensor.stride(), self.stride, self.shape)
-        )
-
-    def empty(self, device: torch.device) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
-
-
-class Home(Protocol):
-    """Where the tensors of a parameter's state rest."""
-
-    def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
-        """Whether a tensor can be used as it is."""
-
-    def empty(self, layout: Layout) -> torch.Tensor:
-        """A new one."""
-
-
-@dataclass(frozen=True)
-class OnDevice:
-    """On a device: the parameter's, unless states are paged."""
-
-    device: torch.device
-
-    def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
-        return layout.fits(tensor, self.device)
-
-    def empty(self, layout: Layout) -> torch.Tensor:
-        return layout.empty(self.device)
-
-
-def state_layouts(param: torch.Tensor, key: str, form: StateFormat) -> list[Layout]:
-    """The codes of one state and, where the format has them, the scales."""
-    if form.packed > 1:
-        data = Layout(key, (-(-param.numel() // form.packed),), (1,), form.dtype)
-    else:
-        data = Layout(key, tuple(param.shape), param.stride(), form.dtype)
-    if form.scale is None:
-        return [data]
-    blocks = -(-param.numel() // form.block)
-    return [data, Layout(scale_key(key), (blocks,), (1,), form.scale)]
-
-
-def companion_layout(param: torch.Tensor, form: WeightFormat) -> Layout | None:
-    """The companion of a weight; None where the format has none."""
-    if not form.key:
-        return None
-    return Layout(form.key, tuple(param.shape), param.stride(), form.companion or param.dtype)
-
-
-def ema_layout(param: torch.Tensor) -> Layout:
-    """The average of a weight."""
-    return Layout(EMA, tuple(param.shape), param.stride(), torch.float32)
-
-
-def held_layouts(param: torch.Tensor, rule: Rule, group: Mapping[str, Any]) -> list[Layout]:
-    """All tensors that a group's options ask for of a parameter, in the order they are made in."""
-    form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
-    slots = rule.state_slots(rule.flag_bits(group))
-    layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
-    companion = companion_layout(param, weight)
-    if companion is not None:
-        layouts.append(companion)
-    return layouts if group["ema_decay"] is None else [*layouts, ema_layout(param)]
 
 
 def fill(held: Mapping[str, torch.Tensor], key: str, form: StateFormat, value: float) -> None:
@@ -230,7 +143,7 @@ def fit_states(
 
     layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
     new = {layout.key: layout for layout in layouts}
-    in_order = all(_same_order(strides[key], param.stride(), param.shape) for key in strides)
+    in_order = all(same_order(strides[key], param.stride(), param.shape) for key in strides)
     fits = source is form and in_order and not copy
     if fits and all(home.fits(layout, found[layout.key]) for layout in layouts):
         return found
@@ -280,7 +193,7 @@ def _convert(
     for i, key in slots:
         value = values[i]
         assert value is not None
-        if not _same_order(strides[key], param.stride(), param.shape):
+        if not same_order(strides[key], param.stride(), param.shape):
             logical = torch.empty_strided(
                 param.shape, strides[key], dtype=torch.float32, device="cpu"
             )
@@ -300,8 +213,12 @@ def _convert(
 
 
 def to_bytes(companion: torch.Tensor) -> torch.Tensor:
-    """A companion of int16 as uint8 [*shape, 2], on the same memory: DTensors hold it so, because
-    process groups do not send int16."""
+    """A companion of int16 as uint8 [*shape, 2], on the same memory; any other companion itself.
+
+    State dicts and DTensors hold it so, because process groups do not send int16.
+    """
+    if companion.dtype != torch.int16:
+        return companion
     return companion.unsqueeze(-1).view(torch.uint8)
 
 

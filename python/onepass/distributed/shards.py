@@ -20,8 +20,9 @@ import torch
 
 from ..formats import STATE_FORMATS, StateFormat, scale_key
 from ..gradients import dtensor_type, is_dtensor, unwrapped, waited
+from ..layouts import COMPANIONS, STRIDE
 from ..rules import Rule
-from ..states import COMPANIONS, STRIDE, fit_states, from_bytes, full_precision, to_bytes
+from ..states import fit_states, from_bytes, full_precision, to_bytes
 
 _ROOM = 256  # elements; a multiple of every format's block
 

@@ -1,6 +1,6 @@
 """The bytes of an optimizer of onepass, from the library's own tables.
 
-The tensors that a parameter's group asks for come from :func:`onepass.states.held_layouts`, where
+The tensors that a parameter's group asks for come from :func:`onepass.layouts.held_layouts`, where
 they are kept from :func:`onepass.paging.pager.places_of`: no rule or format is repeated here.
 """
 
@@ -10,20 +10,19 @@ from collections.abc import Iterable
 
 import torch
 
+from ..arena import allocated
+from ..layouts import COMPANIONS, EMA, held_layouts
 from ..optim import Optimizer
 from ..paging.pager import places_of
-from ..states import COMPANIONS, EMA, held_layouts
 from .report import Bytes
 
 STEP = 2 * torch.float32.itemsize
 """Bytes that the counters of a group's parameters share: see :class:`onepass.rows.RowTable`."""
-CUDA_BLOCK = 512
-"""Bytes: torch's caching allocator hands out multiples of it."""
 
 
 def block_of(device: torch.device) -> int:
     """Bytes that storages on a device are rounded up to."""
-    return CUDA_BLOCK if device.type == "cuda" else 1
+    return allocated(1, device)
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor], block: int = 1) -> int:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+from ..layouts import EMA
 from ..plan import Plan
 from ..reference.verdict import NORM, SCALE, SKIPPED
-from ..states import EMA
 
 
 class Findings(torch.optim.Optimizer):

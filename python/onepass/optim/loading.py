@@ -12,16 +12,8 @@ from ..checks import check_weight_format
 from ..distributed.shards import shard_of, shards_of
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_key
 from ..held import ParamState
-from ..states import (
-    COMPANIONS,
-    EMA,
-    STRIDE,
-    Home,
-    fit_companion,
-    fit_ema,
-    fit_states,
-    packed_order,
-)
+from ..layouts import COMPANIONS, EMA, STRIDE, Home
+from ..states import fit_companion, fit_ema, fit_states, packed_order
 
 if TYPE_CHECKING:
     from .base import Optimizer

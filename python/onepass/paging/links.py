@@ -141,7 +141,7 @@ class CudaLink:
                 return lambda: _unpin(device, address)
             # The runtime tells of an error once more at the next launch: let that be this one.
             with suppress(RuntimeError):
-                torch.zeros(1, dtype=torch.uint8, device=self._device)
+                torch.empty(1, dtype=torch.uint8, device=self._device).zero_()
             raise RuntimeError(f"cudaHostRegister: CUDA error {error}")
 
 

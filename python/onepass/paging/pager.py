@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import arena
+from ..arena import allocated
 from ..distributed.shards import local_of
+from ..layouts import Layout, held_layouts
 from ..rules import Rule
-from ..states import Layout, held_layouts
 from .links import Link, link_for
 from .options import Paging
 from .ring import Ring
 from .slabs import Slabs, aligned
 
 if TYPE_CHECKING:
-    from ..optim.base import Optimizer
+    from ..optim.stepping import Stepping
     from ..plan import Member
 
 Groups = Sequence[Mapping[str, Any]]
@@ -60,7 +60,7 @@ def places_of(groups: Groups, rule: Rule, paging: Paging) -> Places:
         for param in group["params"]:
             local = local_of(param)
             nbytes = [layout.nbytes for layout in held_layouts(local, rule, group)]
-            here = sum(aligned(n, arena.ALIGNMENT) for n in nbytes)
+            here = sum(allocated(n, local.device) for n in nbytes)
             sizes.append((here, sum(map(aligned, nbytes)), param, local.device))
     places = Places()
     for here, away, param, device in sorted(sizes, key=lambda size: -size[0]):
@@ -79,7 +79,7 @@ class Pager:
     """Host memory and rings of one optimizer.
 
     Attributes:
-        home: of states that are paged: see :class:`onepass.states.Home`.
+        home: of states that are paged: see :class:`onepass.layouts.Home`.
         failed: why it cannot go on: a step ended on its way. Empty while it can.
     """
 
@@ -104,7 +104,7 @@ class Pager:
             self._places, self._key = places_of(groups, self.rule, self.paging), key
         return self._places
 
-    def want(self, members: Sequence[Member], optimizer: Optimizer) -> None:
+    def want(self, members: Sequence[Member], optimizer: Stepping) -> None:
         """Announces the states of parameters that are still to be made, as they are paged.
 
         Raises:
@@ -130,7 +130,7 @@ class Pager:
         self.slabs.want(sum(found.host for found in places.footprints.values()))
         return places.paged
 
-    def _missing(self, members: Sequence[Member], optimizer: Optimizer) -> int:
+    def _missing(self, members: Sequence[Member], optimizer: Stepping) -> int:
         needed = 0
         for param, _, _, group in members:
             if param in self._places.paged:
@@ -184,7 +184,7 @@ class Pager:
         """Waits until all states are on the host, or where they stay.
 
         Raises:
-            RuntimeError: a step has failed on its way.
+            RuntimeError: a step was left half taken.
         """
         self.check()
         with self.going():
@@ -197,10 +197,11 @@ class Pager:
             ring.discard()
 
     def check(self) -> None:
-        """Raises RuntimeError when a step has failed on its way."""
+        """Raises RuntimeError when a step was left half taken."""
         if self.failed:
             raise RuntimeError(
-                "a paged step failed on its way, so parameters and states are not of one step: "
+                "a paged step failed after it had changed some tensors, so weights and states are not "
+                "of one step: "
                 f"load a checkpoint of both, or make the optimizer anew ({self.failed})"
             )
 
@@ -212,7 +213,7 @@ class Pager:
 
 
 class Slabbed:
-    """In slabs on the host: see :class:`onepass.states.Home`."""
+    """In slabs on the host: see :class:`onepass.layouts.Home`."""
 
     def __init__(self, slabs: Slabs) -> None:
         self._slabs = slabs

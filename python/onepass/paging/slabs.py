@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..states import Layout
+from ..layouts import Layout
 
 SLAB = 1 << 30
 """Bytes of a slab at most, unless a single tensor is larger."""

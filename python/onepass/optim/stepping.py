@@ -1,0 +1,182 @@
+"""The step of an optimizer: taken as a whole or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .. import backends
+from ..checks import check_number
+from ..distributed.numbers import number_of
+from ..distributed.part import Moved
+from ..held import Watch
+from ..interrupts import Uninterrupted
+from ..paging.pager import Pager
+from ..plan import Member, Plan
+from ..planning import make_plan
+from ..rows import capturing
+from ..rules import Rule
+from .findings import Findings
+
+if TYPE_CHECKING:
+    from ..release import ReleasedGradients
+
+
+class Stepping(Findings):
+    """Takes steps through a plan; :class:`Optimizer` has the options.
+
+    Attributes:
+        captured: plans, verdicts and memory that CUDA graphs read and write, which may be replayed
+            at any time.
+        moved: see :data:`onepass.distributed.part.Moved`.
+        released: see :func:`onepass.release_gradients`.
+    """
+
+    rule: ClassVar[Rule]
+    backend: str | None
+    max_grad_norm: float | None
+    norm_type: float
+    skip_nonfinite: bool
+    zero_grads: bool
+    norm_group: Any
+    pager: Pager | None
+    captured: list[Any]
+    moved: Moved
+    released: ReleasedGradients | None
+    _found: torch.Tensor | None  # what measure() has found, for the step that follows
+    _failed: str  # why the last step was left half taken, or an empty string
+
+    def check_options(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError for an option of a group that is out of range, naming it."""
+        raise NotImplementedError
+
+    def whole_step(self) -> None:
+        """The step with the gradients of now, without closure or hooks."""
+        self.check_ready()
+        # torch.amp.GradScaler sets both for the time of a step.
+        scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaled = scale is not None or inf is not None
+        plan = self.planned()
+        try:
+            if self.pager is not None:
+                self.pager.discard()
+                plan.start()
+            policy = self.policy()
+            if self.released is not None:
+                if scaled:
+                    raise RuntimeError("a GradScaler comes too late: the gradients were released")
+                # What is left: parameters of other models.
+                found = plan.norm(policy.largest) if self.max_grad_norm is not None else None
+                with Uninterrupted():
+                    self.take(plan, self.verdict, False)
+                    self._plan = plan
+                    self.released.end_step(found)
+                return
+            found, self._found = self._found, None
+            if found is None and policy.measures:
+                found = plan.norm(policy.largest)
+            with Uninterrupted():
+                verdict = None
+                if policy.measures or scaled:
+                    verdict = plan.judge(self, found, scale, inf, policy)
+                self.take(plan, verdict, self.zero_grads)
+                self._plan = plan
+        finally:
+            plan.forget_gradients()
+
+    def take(self, plan: Plan, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+        """Takes a planned step, as a whole.
+
+        Call it where SIGINT is held. What fails before anything has been changed leaves the
+        optimizer as it was; what fails later makes it refuse further steps.
+        """
+        plan.stage(verdict)
+        self._failed = "it was interrupted"
+        try:
+            plan.run(verdict, zero_grads)
+            plan.adopt(self)
+            if verdict is not None:
+                self.verdict = verdict
+        except BaseException as error:
+            self._plan = None
+            self._failed = f"{type(error).__name__}: {error}" if plan.changed else ""
+            raise
+        self._failed = ""
+
+    def check_ready(self) -> None:
+        """Raises RuntimeError where a step cannot be taken."""
+        self.check_swapped()
+        if self._failed:
+            raise RuntimeError(
+                "an earlier step failed after it had changed some tensors, so weights and states "
+                "are not of one step: load a checkpoint of model and optimizer (load_state_dict), "
+                f"or make the optimizer anew ({self._failed})"
+            )
+
+    def judge(self, plan: Plan, found: torch.Tensor | None) -> None:
+        """Makes the verdict that the next step is to use; see :meth:`Plan.judge`."""
+        self.verdict = plan.judge(self, found, None, None, self.policy())
+
+    def planned(self) -> Plan:
+        """The plan with the gradients of now taken: that of the last step, or if it is stale a new
+        one, whose states are not the optimizer's yet."""
+        plan = self._plan
+        if plan is None or not plan.refresh(self):
+            self._plan = None
+            # States are ordinary tensors, whatever mode the step is called in.
+            with torch.inference_mode(False), torch.no_grad():
+                plan = make_plan(self, [m for m in self.members() if m.param.grad is not None])
+            if not plan.refresh(self):
+                raise RuntimeError("onepass: a tensor changed while the step was planned")
+        plan.check_options(self)
+        if capturing():
+            self.captured += [plan, plan.memory()]
+        return plan
+
+    def adopted(self) -> Plan:
+        """The plan, whose states are the optimizer's: outside of a step."""
+        plan = self.planned()
+        with Uninterrupted():
+            plan.adopt(self)
+            self._plan = plan
+        return plan
+
+    def forget_plan(self, watch: Watch, param: torch.Tensor | None) -> None:
+        """Drops the plan of a watch: that of one parameter, or of all for None."""
+        if param is not None and self.released is not None:
+            self.released.forget_plan(watch, param)
+        elif self._plan is not None and self._plan.watch is watch:
+            self._plan = None
+
+    def members(self) -> list[Member]:
+        """Every parameter with its group and its number."""
+        owned = [(p, i, g) for i, g in enumerate(self.param_groups) for p in g["params"]]
+        return [Member(p, number_of(p, at), i, g) for at, (p, i, g) in enumerate(owned)]
+
+    def policy(self) -> backends.Policy:
+        """What may come between gradients and the rule.
+
+        Raises:
+            ValueError: max_grad_norm or norm_type out of range.
+        """
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm)
+        if self.norm_type not in (2.0, math.inf):
+            raise ValueError(f"norm_type must be 2.0 or math.inf; got {self.norm_type!r}")
+        largest = math.isinf(self.norm_type)
+        return backends.Policy(self.max_grad_norm, largest, bool(self.skip_nonfinite))
+
+    def measure(self) -> torch.Tensor | None:
+        """Reads the gradients once, for the step that follows: it will not read them again.
+
+        Returns:
+            float64 [3] on the device of the first of them, None without gradients: sum of squares,
+            largest magnitude, how many are infinite or NaN; of gradients as they are, scaled.
+        """
+        plan = self.adopted()
+        self._found = plan.norm(self.policy().largest)
+        plan.forget_gradients()
+        return self._found
