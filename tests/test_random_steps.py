@@ -36,7 +36,7 @@ def play(seed: int, chosen: list[int], say: bool = False) -> tuple[World, Except
     world = World(seed, say)
     for number in chosen:
         rng = random.Random(f"{seed}/{number}")
-        world.log.append(f"{number}:")
+        world.number = number
         try:
             OPERATIONS[rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]](world, rng)
         except Exception as error:
@@ -58,7 +58,7 @@ def run(seed: int, chosen: list[int], say: bool = False) -> None:
     world, error = play(seed, chosen, say)
     if error is None:
         return
-    chosen = shrink(seed, chosen[: sum(line.endswith(":") for line in world.log)], error)
+    chosen = shrink(seed, [n for n in chosen if n <= world.number], error)
     world, last = play(seed, chosen)
     text, numbers = "\n  ".join(world.log), ",".join(map(str, chosen))
     raise AssertionError(

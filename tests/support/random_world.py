@@ -112,7 +112,15 @@ def assert_equal(found: Contents, expected: Contents, which: str) -> None:
         other = found[key]
         tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
         same = same_bits(value, other) if tensors else value == other
-        assert same, f"{which}: {key} is {other}, not {value}"
+        assert same, f"{which}: {key} is {shown(other)}, not {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value, or the beginning of a tensor."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    first = ", ".join(f"{x:.6g}" for x in value.reshape(-1)[:4].tolist())
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} [{first}, ...]"
 
 
 def assert_same_gradients(found: Grads, expected: Grads, which: str) -> None:
@@ -152,6 +160,7 @@ class World:
     Attributes:
         plain, others: the copies.
         log: the operations so far, as text.
+        number: of the operation that runs.
         begun: positions of the parameters whose momentum has begun: a first step with momentum
             makes the gradient SGD's buffer.
     """
@@ -160,6 +169,7 @@ class World:
         rng = random.Random(f"{seed}")
         self.case, self.say, self.log = rng.choice(CASES), say, []
         self.begun: set[int] = set()
+        self.number: int | None = None
         drawn = [draw_group(self.case, rng) for _ in range(rng.choice((1, 2, 2, 3)))]
         settings = {name: rng.choice(values) for name, values in SETTINGS.items()}
         backends, isa = {"plain": "reference", "reference": "reference"}, ""
@@ -187,6 +197,7 @@ class World:
 
     def tell(self, text: str) -> None:
         """Logs what is done next; prints it, too, where a crash shall leave it to be read."""
+        text = text if self.number is None else f"{self.number}: {text}"
         self.log.append(text)
         if self.say:
             print(text, file=sys.__stderr__, flush=True)
