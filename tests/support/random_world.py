@@ -297,9 +297,10 @@ class World:
     def in_float64(self, grads: Grads) -> dict[Any, tuple[Tensor, Tensor]]:
         """What the next step makes of weights and states that are fp32: values and limits.
 
-        A limit is the sum of two terms: 2 eps of the value or of its change, whichever is larger,
-        as in tests/test_oracle.py; and 4 times the largest effect of changing gradient, weight and
-        states by 1 eps, because a sum that cancels amplifies the rounding of its terms.
+        A limit is the sum of three terms: 2 eps of the value, as in tests/test_oracle.py; 8 eps of
+        its change, which is made by about ten rounded operations and constants, of half an eps
+        each; and 4 times the largest effect of changing gradient, weight and states by 1 eps,
+        because a sum that cancels amplifies the rounding of its terms.
         """
         optimizer, expected = self.plain.optimizer, {}
         if optimizer.skip_nonfinite and nonfinite(grads):
@@ -341,8 +342,9 @@ class World:
             oracle.step(rows[-1])
             for name, value in {"parameter": oracle.p, **oracle.s}.items():
                 old = rows[names.index(name)][0] if name in names else torch.zeros_like(value[0])
-                size = torch.stack([old.abs(), value[0].abs(), (value[0] - old).abs()]).amax(0)
-                limit = 2 * EPS * size + 4 * (value - value[0]).abs().amax(0) + TINY
+                limit = 2 * EPS * torch.maximum(old.abs(), value[0].abs())
+                limit += 8 * EPS * (value[0] - old).abs() + TINY
+                limit += 4 * (value - value[0]).abs().amax(0)
                 expected[name, i] = value[0], limit
             if group["ema_decay"] is not None:
                 decay, (new, limit) = group["ema_decay"], expected["parameter", i]
