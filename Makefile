@@ -3,6 +3,7 @@
 #
 #   PYTHON=...  the Python that makes .venv (default python3)
 #   CXX=...     the C++ compiler (default: the first of g++, c++, clang++)
+#   SANITIZE_SECONDS=...  how long `make sanitize` runs (default 600)
 #   ONEPASS_CUDA_ARCH=...  what the CUDA library is built for, where nvcc is (default 9.0; wheels have more)
 
 PYTHON ?= python3
@@ -10,6 +11,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 LIBRARY := python/onepass/libonepass_cpu.so
 CUDA_LIBRARY := python/onepass/libonepass_cuda.so
+SANITIZED := build/sanitize/onepass/libonepass_cpu.so
+SANITIZE_SECONDS ?= 600
 # The folders too: their times change when a file comes or goes.
 CSRC := $(shell find csrc)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
@@ -25,7 +28,7 @@ export ONEPASS_CUDA_ARCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench gpu lint format wheel clean
+.PHONY: help setup demo test sanitize bench gpu lint format wheel clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +40,16 @@ demo: $(VENV)/.built ## train a small text model with onepass and with torch.opt
 
 test: $(VENV)/.built ## run the tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# LD_PRELOAD: Python is not instrumented, so the sanitizers must be loaded before it starts, and
+# libstdc++ with them, because AddressSanitizer looks for the functions that throw when it starts.
+# detect_leaks=0: Python and torch keep memory until they exit.
+runtime = $(shell $(CXX) -print-file-name=lib$(1).so)
+sanitize: $(SANITIZED) ## run the random test under AddressSanitizer and UndefinedBehaviorSanitizer
+	LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan) $(call runtime,stdc++)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ONEPASS_CPU_LIBRARY=$(abspath $(SANITIZED)) ONEPASS_RANDOM_SECONDS=$(SANITIZE_SECONDS) \
+	$(RUN) -m pytest tests/test_random_steps.py -s -p no:cacheprovider
 
 bench: $(VENV)/.built ## measure the steps on this machine
 	$(RUN) -m bench
@@ -72,6 +85,10 @@ $(VENV)/.tools: requirements/dev.txt
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install -r requirements/dev.txt
 	@touch $@
+
+# Beside the package, whose own library stays as it is.
+$(SANITIZED): $(VENV)/.built
+	ONEPASS_SANITIZE=1 ONEPASS_CUDA=0 $(RUN) setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 
 # Not stamped as built when there was no compiler to build with: the next call tries again.
 $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(CSRC)

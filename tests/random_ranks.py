@@ -335,6 +335,11 @@ def enter(run, how):
     load(run, how, str(run.path / "moved"), saved)
 
 
+def worlds_of(seed):
+    """The numbers of ranks that a case runs on, one after another."""
+    return Case(seed, OPERATIONS).worlds
+
+
 def play(seed, segment, path, note, *groups):
     """Runs a segment of a case on all ranks; raises where they do not do what one process does."""
     case = Case(seed, OPERATIONS)

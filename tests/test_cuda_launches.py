@@ -11,6 +11,7 @@ from onepass.backends import BACKENDS
 from . import cuda_shim
 from .cases import advance, assert_same, make_params, same_bits
 from .test_cuda_shim import SHIM, WHY_NOT
+from .test_cuda_step import tensors_of
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 INF, NAN = float("inf"), float("nan")

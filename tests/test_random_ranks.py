@@ -140,7 +140,7 @@ def ranks(tmp_path_factory):
 
 
 def problem_of(ranks, seed, directory):
-    for segment, world in enumerate(random_ranks.Case(seed).worlds):
+    for segment, world in enumerate(random_ranks.worlds_of(seed)):
         why = ranks[world].play(seed, segment, directory)
         if why is not None:
             return f"ONEPASS_RANDOM_SEED={seed}\n{why}"

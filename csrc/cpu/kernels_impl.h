@@ -108,11 +108,12 @@ void apply_bf16_scaled(
   constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4;
   const auto hyper = load_hyper<Rule>(row);
   const float grad_scale = row[0];
-  auto* __restrict param = static_cast<Pair*>(param_at.data);
-  auto* __restrict grad = static_cast<const Pair*>(grad_ptr);
-  auto* __restrict state0 = static_cast<Pair*>(states[0].data);
-  auto* __restrict state1 = static_cast<Pair*>(states[1].data);
-  auto* __restrict state2 = static_cast<Pair*>(states[2].data);
+  // Not auto, which would drop the attributes of Pair, its alignment of 2 among them.
+  Pair* __restrict param = static_cast<Pair*>(param_at.data);
+  const Pair* __restrict grad = static_cast<const Pair*>(grad_ptr);
+  Pair* __restrict state0 = static_cast<Pair*>(states[0].data);
+  Pair* __restrict state1 = static_cast<Pair*>(states[1].data);
+  Pair* __restrict state2 = static_cast<Pair*>(states[2].data);
   const int pairs = n / 2;
   uint32_t start0 = random_start(random.keys[0], random.low);
   uint32_t start1 = random_start(random.keys[1], random.low);

@@ -11,7 +11,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "judge", "advance", "cpu_isa")
-LIBRARY = Path(__file__).with_name("libonepass_cpu.so")
+# ONEPASS_CPU_LIBRARY names another build of it, such as that of `make sanitize`.
+LIBRARY = Path(
+    os.environ.get("ONEPASS_CPU_LIBRARY") or Path(__file__).with_name("libonepass_cpu.so")
+)
 CUDA_LIBRARY = Path(__file__).with_name("libonepass_cuda.so")
 
 

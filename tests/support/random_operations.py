@@ -1,0 +1,370 @@
+"""The operations of the random test, one function each."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import random
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import pytest
+import torch
+
+import onepass
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+
+from ..cases import served
+from .odd_tensors import AMBIENT, FAULTS, GRADIENTS, MAY_REFUSE
+from .random_world import (
+    REFUSALS,
+    SETTINGS,
+    Copy,
+    Grads,
+    World,
+    assert_equal,
+    clones,
+    draw_group,
+    make_group,
+    same_bits,
+)
+
+WITHOUT = os.environ.get("ONEPASS_RANDOM_WITHOUT", "").split(",")
+"""Patterns of names of operations, gradients, settings and faults that are left out."""
+
+Random = random.Random
+Operation = Callable[[World, Random], None]
+OPERATIONS: dict[str, Operation] = {}
+WEIGHTS: dict[str, int] = {}
+
+
+def allowed(names: Iterable[str]) -> list[str]:
+    """The names that are not left out."""
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in WITHOUT)]
+
+
+def operation(weight: int = 1) -> Callable[[Operation], Operation]:
+    """Enters a function into the table; weight is how often it is drawn beside the others."""
+
+    def enter(function: Operation) -> Operation:
+        if allowed([function.__name__]):
+            OPERATIONS[function.__name__], WEIGHTS[function.__name__] = function, weight
+        return function
+
+    return enter
+
+
+# --- steps -----------------------------------------------------------------------------------
+
+
+@operation(8)
+def step(world: World, rng: Random) -> None:
+    """With gradients of every representation, in every setting."""
+    grads, built = world.draw_gradients(rng), {}
+    kind = rng.choice([None, *allowed(GRADIENTS)])
+    ambient = rng.choice(["", "", *allowed(AMBIENT)])
+    for i, grad in enumerate(grads):
+        if kind and grad is not None and grad.numel() and rng.random() < 0.7:
+            value, built[i] = GRADIENTS[kind]
+            grads[i] = value(grad)
+    missing = [i for i, grad in enumerate(grads) if grad is None]
+    world.tell(f"step: {kind} gradients {list(built)}, none {missing}, setting {ambient!r}")
+
+    def build(plain: Grads) -> Grads:
+        return [built[i](grad) if i in built else grad for i, grad in enumerate(plain)]
+
+    world.step(grads, build, ambient, may_refuse=kind in MAY_REFUSE)
+
+
+@operation()
+def nonfinite_step(world: World, rng: Random) -> None:
+    grads, value = world.draw_gradients(rng), rng.choice((float("inf"), float("-inf")))
+    at = [i for i, grad in enumerate(grads) if grad is not None and grad.numel()]
+    if not at:
+        return
+    i = rng.choice(at)
+    grads[i].reshape(-1)[-1] = value
+    world.tell(f"step: {value} in gradient {i}, skip_nonfinite")
+    before = world.plain.optimizer.skip_nonfinite
+    for one in world.copies:
+        one.optimizer.skip_nonfinite = True
+    world.step(grads)
+    for one in world.copies:
+        one.optimizer.skip_nonfinite = before
+
+
+@operation()
+def shared_gradient_step(world: World, rng: Random) -> None:
+    """One tensor, or overlapping views of one, as the gradients of two parameters."""
+    grads, params = world.draw_gradients(rng), world.plain.params
+    flat = [i for i, p in enumerate(params) if p.dim() == 1 and p.numel()]
+    pairs = [(i, j) for i in flat for j in flat if i < j and params[i].dtype == params[j].dtype]
+    if not pairs:
+        return
+    i, j = rng.choice(pairs)
+    sizes, offset = (params[i].numel(), params[j].numel()), rng.choice((0, 0, 1, 2))
+    base = torch.randn(
+        max(sizes) + offset, generator=torch.Generator().manual_seed(rng.getrandbits(30))
+    )
+    base = base.to(params[i].dtype)
+    world.tell(f"step: gradients {i} and {j} are views of one tensor, {offset} apart")
+
+    def views(plain: Grads) -> Grads:
+        whole = base.clone()
+        plain[i], plain[j] = whole[: sizes[0]], whole[offset : offset + sizes[1]]
+        if plain[i].shape == plain[j].shape and not offset:
+            plain[j] = plain[i]
+        return plain
+
+    world.step(clones(views(grads)), views)
+
+
+@operation(6)
+def refused_step(world: World, rng: Random) -> None:
+    """A step that must raise and change nothing; the next one is right."""
+    grads = world.draw_gradients(rng)
+    seed, name = rng.getrandbits(30), rng.choice(allowed(FAULTS))
+    at = [i for i, grad in enumerate(grads) if grad is not None]
+    if not at:
+        return
+    # Mostly a late parameter, so that much has been done when it is come to.
+    i = rng.choice((*at, at[-1], at[-1]))
+    world.tell(f"step: {name} at parameter {i} must raise; then a step")
+    for one in world.others:
+        one.set_gradients(clones(grads))
+        before = one.contents()
+        undo = FAULTS[name](one.optimizer, one.params[i], one.groups[i], Random(seed))
+        if undo is None:
+            continue
+        try:
+            one.optimizer.step()
+        except REFUSALS:
+            pass
+        else:
+            raise AssertionError(f"{one.name}: a step with {name} at parameter {i} did not raise")
+        finally:
+            undo()
+        world.check_unchanged(one, before, grads)
+    world.step(grads)
+
+
+# --- operations that change results: on every copy -------------------------------------------
+
+# Functions make the values: a tensor must not be shared between copies.
+OPTIONS: dict[str, list[Callable[[], Any]]] = {
+    "lr": [lambda: 0.0, lambda: 0.003, lambda: 1, lambda: torch.tensor(0.02)],
+    "weight_decay": [lambda: 0.0, lambda: 0.1],
+    "betas": [lambda: (0.9, 0.99), lambda: (0.0, 0.5), lambda: [0.5, 0.0]],
+    "alpha": [lambda: 0.9, lambda: 0.5],
+    "eps": [lambda: 1e-8, lambda: 1e-3],
+    "lr_decay": [lambda: 0.0, lambda: 0.1],
+    "maximize": [lambda: False, lambda: True],
+    "decoupled_weight_decay": [lambda: False, lambda: True],
+    "seed": [lambda: 0, lambda: (1 << 63) - 1],
+}
+
+
+@operation(2)
+def option(world: World, rng: Random) -> None:
+    at = rng.randrange(len(world.plain.optimizer.param_groups))
+    key = rng.choice([k for k in OPTIONS if k in world.plain.optimizer.param_groups[at]])
+    make = rng.choice(OPTIONS[key])
+    world.tell(f"param_groups[{at}][{key!r}] = {make()!r}")
+    for one in world.copies:
+        one.optimizer.param_groups[at][key] = make()
+
+
+@operation()
+def shared_lr(world: World, rng: Random) -> None:
+    """One learning rate, a tensor, in all groups; a later one is written into it."""
+    world.tell("one lr tensor in all groups")
+    for one in world.copies:
+        lr = torch.tensor(0.05)
+        for group in one.optimizer.param_groups:
+            group["lr"] = lr
+
+
+@operation()
+def lr_in_place(world: World, rng: Random) -> None:
+    if not isinstance(world.plain.optimizer.param_groups[0]["lr"], torch.Tensor):
+        return
+    world.tell("param_groups[0]['lr'].mul_(0.5)")
+    for one in world.copies:
+        one.optimizer.param_groups[0]["lr"].mul_(0.5)
+
+
+@operation()
+def setting(world: World, rng: Random) -> None:
+    name = rng.choice(list(SETTINGS))
+    value = rng.choice(SETTINGS[name])
+    world.tell(f"optimizer.{name} = {value!r}")
+    for one in world.copies:
+        setattr(one.optimizer, name, value)
+
+
+@operation(2)
+def flags(world: World, rng: Random) -> None:
+    """Another variant of the algorithm: momentum, amsgrad, ... on or off."""
+    at = rng.randrange(len(world.plain.optimizer.param_groups))
+    group = world.plain.optimizer.param_groups[at]
+    keys = {key for row in world.case.options for key in row}
+    rows = [row for row in world.case.options if served(row, group["states"])]
+    chosen = {**dict.fromkeys(keys, 0), **rng.choice(rows)}
+    chosen = {k: bool(v) if isinstance(group[k], bool) else v for k, v in chosen.items()}
+    world.tell(f"param_groups[{at}].update({chosen})")
+    for one in world.copies:
+        one.optimizer.param_groups[at].update(chosen)
+
+
+@operation()
+def formats(world: World, rng: Random) -> None:
+    """Other formats, converted at the next step, which is taken at once and by every parameter."""
+    at = rng.randrange(len(world.plain.optimizer.param_groups))
+    group = world.plain.optimizer.param_groups[at]
+    states = rng.choice([name for name in STATE_FORMATS if served(group, name)])
+    dtypes = {p.dtype for p in group["params"]}
+    weights = rng.choice([n for n, form in WEIGHT_FORMATS.items() if dtypes <= set(form.codes)])
+    chosen = {"states": states, "weights": weights, "ema_decay": rng.choice((None, 0.9))}
+    world.tell(f"param_groups[{at}].update({chosen}); a step")
+    for one in world.copies:
+        one.optimizer.param_groups[at].update(chosen)
+    grads = world.draw_gradients(rng)
+    pairs = zip(world.plain.params, grads, strict=True)
+    world.step([torch.ones_like(p) if grad is None else grad for p, grad in pairs])
+
+
+@operation()
+def new_group(world: World, rng: Random) -> None:
+    drawn = draw_group(world.case, rng)
+    if len(world.plain.params) > 60:
+        return
+    world.tell(f"add_param_group: {drawn}")
+    for one in world.copies:
+        one.optimizer.add_param_group(make_group(drawn))
+
+
+@operation()
+def clear_states(world: World, rng: Random) -> None:
+    world.tell("optimizer.state.clear()")
+    world.begun.clear()
+    for one in world.copies:
+        one.optimizer.state.clear()
+
+
+@operation()
+def forget_parameter(world: World, rng: Random) -> None:
+    i = rng.randrange(len(world.plain.params))
+    world.tell(f"optimizer.state.pop(parameter {i}, None)")
+    world.begun.discard(i)
+    for one in world.copies:
+        one.optimizer.state.pop(one.params[i], None)
+
+
+@operation()
+def change_state(world: World, rng: Random) -> None:
+    """Other values in new tensors; another count of steps."""
+    i = rng.randrange(len(world.plain.params))
+    world.tell(f"halves states of parameter {i}, and lets it have taken 50 steps")
+    for one in world.copies:
+        state = one.optimizer.state.get(one.params[i], {})
+        for key, value in list(state.items()):
+            if key == "step":
+                state[key] = torch.tensor(50.0)
+            elif isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+                state[key] = value * 0.5
+
+
+@operation()
+def change_weights(world: World, rng: Random) -> None:
+    in_place = rng.random() < 0.5
+    world.tell(f"halves the weights, {'in place' if in_place else 'in new memory'}")
+    for one in world.copies:
+        for p in one.params:
+            if in_place:
+                p.data.mul_(0.5)
+            else:
+                p.data = p.detach() * 0.5
+
+
+# --- operations that must not change results: on all copies but the plain one ----------------
+
+
+def _loaded(one: Copy, saved: dict[str, Any], anew: bool) -> onepass.Optimizer:
+    optimizer = one.optimizer
+    if anew:
+        names = ("backend", "norm_type", *SETTINGS)
+        groups = [dict(group) for group in optimizer.param_groups]
+        optimizer = type(optimizer)(groups, **{name: getattr(optimizer, name) for name in names})
+    optimizer.load_state_dict(saved)
+    return optimizer
+
+
+def _saved(one: Copy) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(one.optimizer.state_dict(), file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file)
+    return loaded
+
+
+def _swap_parameters(one: Copy) -> None:
+    for p in one.params:
+        p.grad = None
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().clone()))
+
+
+def _replace_states(one: Copy) -> None:
+    for state in one.optimizer.state.values():
+        for key, value in list(state.items()):
+            state[key] = value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _replace_state_dictionaries(one: Copy) -> None:
+    for p, state in list(one.optimizer.state.items()):
+        one.optimizer.state[p] = dict(state)
+
+
+def _move_weights(one: Copy) -> None:
+    for p in one.params:
+        p.data = p.detach().clone()
+
+
+def _averaged(one: Copy) -> None:
+    """Within averaged_weights() the weights are their averages; they come back bit for bit."""
+    before, states = one.contents(), one.optimizer.state
+    if all(group["ema_decay"] is None for group in one.optimizer.param_groups):
+        return
+    with one.optimizer.averaged_weights():
+        for p, group in zip(one.params, one.groups, strict=True):
+            average = states.get(p, {}).get("ema")
+            if average is not None and group["ema_decay"] is not None:
+                assert same_bits(p.detach(), average.to(p.dtype)), "the average"
+        with pytest.raises(RuntimeError):
+            one.optimizer.step()
+    assert_equal(one.contents(), before, f"{one.name} after averaged_weights()")
+
+
+NEUTRAL: dict[str, Callable[[Copy], Any]] = {
+    "load_state_dict": lambda one: one.replace(_loaded(one, one.optimizer.state_dict(), False)),
+    "load_into_new": lambda one: one.replace(_loaded(one, one.optimizer.state_dict(), True)),
+    "save_and_load": lambda one: one.replace(_loaded(one, _saved(one), True)),
+    "deepcopy": lambda one: one.replace(copy.deepcopy(one.optimizer)),
+    "pickle": lambda one: one.replace(pickle.loads(pickle.dumps(one.optimizer))),
+    "swap_parameters": _swap_parameters,
+    "replace_states": _replace_states,
+    "replace_state_dictionaries": _replace_state_dictionaries,
+    "move_weights": _move_weights,
+    "averaged_weights": _averaged,
+}
+
+
+@operation(8)
+def neutral(world: World, rng: Random) -> None:
+    name = rng.choice(allowed(NEUTRAL))
+    world.tell(name)
+    for one in world.others:
+        one.skipped = int(one.optimizer.skipped_steps)
+        NEUTRAL[name](one)
