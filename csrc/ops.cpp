@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "tensor_list.h"
+
 STABLE_TORCH_LIBRARY(onepass, m) {
   // A whole step, every tensor passed: what torch.compile and opcheck see. spec is int64, a row
   // per parameter (csrc/plan.h); hyper is fp32 [rows, 10]; counters is int64 [rows, 2]: seed
@@ -46,8 +48,7 @@ namespace {
 // So the plan is reported as stale, and Python copies such gradients (onepass/gradients.py).
 void is_stale(StableIValue* stack, uint64_t, uint64_t) {
   const auto plan = torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
-  for (int list : {1, 2})
-    torch_delete_list(torch::stable::detail::to<StableListHandle>(stack[list]));
+  const onepass::TensorList params(stack[1]), grads(stack[2]);
   stack[0] = torch::stable::detail::from(int64_t{1});
 }
 

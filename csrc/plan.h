@@ -315,7 +315,7 @@ bool holds(const Plan& plan) {
   return true;
 }
 
-// Takes the gradients of a step; tensors(i) is the pair of parameter and gradient of entry i.
+// Takes the gradients of a step; tensors(i) has the handles of parameter and gradient of entry i.
 // False, and no tensor changed, when one of them or a state is not what the plan was built for.
 template <class Tensors>
 bool take_gradients(Plan& plan, size_t params, size_t grads, const Tensors& tensors) {
@@ -329,13 +329,13 @@ bool take_gradients(Plan& plan, size_t params, size_t grads, const Tensors& tens
              has_layout(view, plan.dims, plan.layouts[i]) &&
              has_memory(tensor, view.data, storage_end(tensor, entry.numel, bytes_of(*format, 1)));
     };
-    const View weight = view_of(param.get());
+    const View weight = view_of(param);
     Format format;
-    if (weight.data != entry.param.data || !fits(param.get(), weight, &format) ||
+    if (weight.data != entry.param.data || !fits(param, weight, &format) ||
         format != native_of(entry.param_format))
       return false;
-    const View gradient = view_of(grad.get());
-    if (!fits(grad.get(), gradient, &entry.grad_format)) return false;
+    const View gradient = view_of(grad);
+    if (!fits(grad, gradient, &entry.grad_format)) return false;
     entry.grad = gradient.data;
   }
   return plan.taken = true;

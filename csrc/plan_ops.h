@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "plan.h"
+#include "tensor_list.h"
 
 namespace onepass {
 namespace {
@@ -62,38 +63,7 @@ Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor 
   return Registry<DevicePlan>::add(on_device, std::move(plan));
 }
 
-// A list of tensors that an op was called with. Its items are handles, which cost less than
-// Tensors.
-class TensorList {
-  struct Delete {
-    void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
-  };
-
- public:
-  using Handle = std::unique_ptr<AtenTensorOpaque, Delete>;
-
-  explicit TensorList(StableIValue value)
-      : list_(torch::stable::detail::to<StableListHandle>(value)) {}
-  ~TensorList() { torch_delete_list(list_); }
-  TensorList(const TensorList&) = delete;
-  TensorList& operator=(const TensorList&) = delete;
-
-  size_t size() const {
-    size_t count = 0;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &count));
-    return count;
-  }
-  Handle operator[](size_t i) const {
-    StableIValue item;
-    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, i, &item));
-    return Handle(torch::stable::detail::to<AtenTensorHandle>(item));
-  }
-
- private:
-  StableListHandle list_;
-};
-
-// refresh, boxed by hand: TORCH_BOX would make a vector of owning Tensors of each list.
+// refresh, boxed by hand: TORCH_BOX would make a Tensor of each handle.
 template <class DevicePlan>
 void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
@@ -126,7 +96,7 @@ void sweep_(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor spec,
     Tensor hyper, Tensor counters) {
   DevicePlan plan(params, states, spec);
-  const auto tensors = [&](size_t i) { return std::make_pair(params[i], grads[i]); };
+  const auto tensors = [&](size_t i) { return std::make_pair(params[i].get(), grads[i].get()); };
   STD_TORCH_CHECK(
       take_gradients(plan, params.size(), grads.size(), tensors),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "

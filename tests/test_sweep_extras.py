@@ -84,11 +84,18 @@ def test_an_average_is_what_its_formula_says_and_starts_at_the_weight():
 def test_averages_are_swapped_in_and_out():
     params = make_params(STEP_LIST, torch.bfloat16, seed=1)
     optimizer = adamw(params, ema_decay=0.5, weights="split16")
+    without = adamw(params, weights="split16")
     with (
-        pytest.raises(RuntimeError, match="no weight has an average"),
-        optimizer.averaged_weights(),
+        pytest.raises(RuntimeError, match="weights have no averages"),
+        without.averaged_weights(),
     ):
         pass
+    # Before the first step the averages are the weights.
+    weights = [p.detach().clone() for p in params]
+    with optimizer.averaged_weights():
+        assert all(map(torch.equal, params, weights))
+        with pytest.raises(RuntimeError, match=r"leave averaged_weights\(\)"):
+            optimizer.step()
     train(optimizer, params, 3)
     before, at = snapshot(optimizer), [p.data_ptr() for p in params]
     with optimizer.averaged_weights():

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from .formats import NATIVE, WEIGHT_FORMATS
-from .gradients import has_own_operations
+from .gradients import has_memory, has_own_operations
 
 _FP32_MAX = torch.finfo(torch.float32).max
 
@@ -22,13 +23,10 @@ def check_lr(lr: Any) -> None:
     """
     if isinstance(lr, torch.Tensor) and lr.is_cuda and lr.numel() == 1 and not lr.is_complex():
         return
-    try:
-        value = float(lr)
-    except (TypeError, ValueError, RuntimeError):
-        value = math.nan
-    if not 0 <= value <= _FP32_MAX:
-        shown = f"{value}" if isinstance(lr, (int, float, torch.Tensor)) else repr(lr)
-        raise ValueError(f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {shown}")
+    if not _is_number(lr) or not 0 <= float(lr) <= _FP32_MAX:
+        raise ValueError(
+            f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {_shown(lr)}"
+        )
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -42,22 +40,6 @@ def is_dense(tensor: torch.Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's storage has memory for all of its elements.
-
-    A storage can be freed or shrunk (``resize_``); tensors of the meta device, and those that stand
-    for a function's argument (torch.func), have no memory.
-    """
-    if not tensor.numel():
-        return True
-    span = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + span + 1) * tensor.element_size()
-    try:
-        return tensor.untyped_storage().nbytes() >= end and tensor.data_ptr() != 0
-    except (NotImplementedError, RuntimeError):
-        return False
 
 
 def check_memory(tensor: torch.Tensor, which: str) -> None:
@@ -156,6 +138,12 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [0, 1); got {_shown(value)}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless value is True or False."""
+    if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, int) and value in (0, 1)):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """Raises ValueError unless value is one of the known names."""
     if value not in (names := list(known)):
@@ -170,9 +158,10 @@ def check_pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def _is_number(value: Any) -> bool:
+    """Whether a value is a number or a tensor of one; neither a word nor a truth value is."""
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, (int, float)) or hasattr(value, "__float__")
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return hasattr(value, "__float__") and not isinstance(value, (bool, np.bool_))
 
 
 def _shown(value: Any) -> str:

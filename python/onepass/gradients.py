@@ -24,6 +24,22 @@ def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
     return PLAIN.issuperset(map(type, tensors))
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage has memory for all of its elements.
+
+    A storage can be freed or shrunk (``resize_``); tensors of the meta device, and those that stand
+    for a function's argument (torch.func), have no memory.
+    """
+    if not tensor.numel():
+        return True
+    span = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + span + 1) * tensor.element_size()
+    try:
+        return tensor.untyped_storage().nbytes() >= end and tensor.data_ptr() != 0
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
 def has_own_operations(kind: type[torch.Tensor]) -> bool:
     """Whether a tensor subclass implements torch's operations itself (``__torch_dispatch__``), so
     that what it stands for need not be in its own memory."""
@@ -71,6 +87,8 @@ def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
     if not has_own_operations(kind) and not _overrides_functions(kind):
         with torch._C.DisableTorchFunctionSubclass():
             return grad.as_subclass(torch.Tensor)
+    if not all(map(has_memory, _inner(grad))):
+        raise ValueError(f"{which}: its gradient, a {kind.__name__}, has no memory")
     try:
         plain = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         plain.copy_(grad)
@@ -81,6 +99,15 @@ def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
             f"({type(error).__name__}: {first})"
         ) from error
     return plain
+
+
+def _inner(grad: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a subclass computes with, as far as they can be known."""
+    if not has_own_operations(type(grad)):
+        with torch._C.DisableTorchFunctionSubclass():
+            return [grad.as_subclass(torch.Tensor)]
+    flatten = getattr(grad, "__tensor_flatten__", None)
+    return [] if flatten is None else [getattr(grad, name) for name in flatten()[0]]
 
 
 def _overrides_functions(kind: type[torch.Tensor]) -> bool:

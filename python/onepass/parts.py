@@ -9,7 +9,7 @@ import torch
 
 from . import backends
 from .backends.base import same_layout
-from .gradients import are_plain, unwrapped, zero
+from .gradients import are_plain, has_memory, unwrapped, zero
 from .rows import RowTable
 
 _NoTorchFunction = torch._C.DisableTorchFunctionSubclass
@@ -76,8 +76,8 @@ class Part:
             return None
         return self._readable(list(self.owners), found)
 
-    def _readable(self, params: Tensors, found: Tensors) -> tuple[Tensors, Tensors]:
-        """Unwraps and copies what a backend cannot read."""
+    def _readable(self, params: Tensors, found: Tensors) -> tuple[Tensors, Tensors] | None:
+        """Unwraps and copies what a backend cannot read; None if there is nothing to copy."""
         grads = found
         if not are_plain(found):
             grads = [
@@ -88,6 +88,8 @@ class Part:
         if self._relaid:
             grads = list(grads)
         for i in self._relaid:
+            if not has_memory(grads[i]):  # torch would read it all the same
+                return None
             self._copied.append(grads[i])
             grads[i] = torch.empty_like(params[i], dtype=grads[i].dtype).copy_(grads[i])
         return params, grads
@@ -131,10 +133,11 @@ class Part:
             raise
         self.changed = True
         backend.count(table, self._staged)
-        if zero_grads:
-            for grad in self._copied:
-                zero(grad)
-        self.forget_gradients()
+
+    def zero_gradients(self, swept: bool) -> None:
+        """Sets the gradients of the step to zero; swept: those that were not copied are."""
+        for grad in self._copied if swept else (*self.grads, *self._copied):
+            zero(grad)
 
     def _sweep(self, zero_grads: bool) -> None:
         table = self.table

@@ -20,7 +20,7 @@ import torch
 from . import backends
 from .distributed.ranks import Groups, Ranks
 from .formats import StateFormat, scale_key
-from .gradients import share_memory, zero
+from .gradients import share_memory
 from .groups import is_fixed, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
 from .parts import Part
@@ -293,9 +293,9 @@ class Plan:
                 part.run(self._here(verdict, part), zero_grads and not together)
             finally:
                 self.changed = self.changed or part.changed
-        if together:
-            for grad in grads:
-                zero(grad)
+        if zero_grads:
+            for part in self._parts:
+                part.zero_gradients(swept=not together)
         # Kernels write behind autograd's back: it must still see that saved weights changed.
         torch.autograd.graph.increment_version(self._versioned)
 

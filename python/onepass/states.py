@@ -55,8 +55,8 @@ def packed_order(param: torch.Tensor, form: StateFormat) -> dict[str, tuple[int,
 
 
 def stale_keys(state: Mapping[str, Any], held: Mapping[str, Any], rule: Rule) -> list[str]:
-    """Keys of scales, companions and orders that are not held any more."""
-    kept = COMPANIONS | {STRIDE} | {scale_key(key) for key, _, _ in rule.slots}
+    """Keys of scales, companions, averages and orders that are not held any more."""
+    kept = COMPANIONS | {STRIDE, EMA} | {scale_key(key) for key, _, _ in rule.slots}
     return [key for key in state if key in kept and key not in held]
 
 

@@ -165,6 +165,8 @@ def _resized(tensor: Tensor, factor: float) -> Undo | None:
     size, kept = storage.nbytes(), storage.clone()
     if not tensor.numel() or (factor and tensor.numel() < 2):
         return None
+    if not storage.resizable():  # memory of an arena, which torch never resizes
+        return None
     end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     storage.resize_(int(factor * end))
 

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from .. import codec, reference
-from ..checks import has_memory
 from ..formats import NATIVE
+from ..gradients import has_memory
 from ..reference import F32, U32
 from ..reference.formats import SPLIT8
 from ..rows import TELEMETRY_WIDTH

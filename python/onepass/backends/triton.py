@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..checks import has_memory
 from ..formats import ABSENT, NATIVE
+from ..gradients import has_memory
 from ..reference.blocks import dynamic_edges, dynamic_map
 from ..rows import RowTable
 from ..rules import SLOTS

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..gradients import are_plain, dtensor_type, waited
+from ..gradients import are_plain, dtensor_type, has_memory, waited
 from ..paging.part import PagedPart
 from ..parts import Part, Tensors
 from ..rows import RowTable
@@ -57,6 +57,8 @@ class ShardedPart(Part):
         if places != self._placements or meshes != self._meshes:
             for i, grad in enumerate(found):
                 if places[i] != self._placements[i] or meshes[i] != self._meshes[i]:
+                    if not has_memory(grads[i]):
+                        return None
                     grads[i] = self._placed(self.owners[i], grad)
                     self._copied.append(local_of(grad))
         return self._readable(params, grads)

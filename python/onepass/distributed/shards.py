@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_memory
 from ..formats import STATE_FORMATS, StateFormat, scale_key
 from ..gradients import dtensor_type, is_dtensor, unwrapped, waited
 from ..layouts import COMPANIONS, STRIDE
@@ -127,6 +128,7 @@ class Shard:
             raise ValueError(f"{which}: its gradient has another shape, {tuple(whole.grad.shape)}")
         placed = whole.grad.placements == whole.placements
         if not placed or whole.grad.device_mesh != whole.device_mesh:
+            check_memory(local_of(whole.grad), f"{which}: its gradient")
             return self.local, torch.empty_like(self.local, dtype=whole.grad.dtype)
         return self.local, unwrapped(local_of(whole.grad), which)
 

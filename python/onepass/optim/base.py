@@ -12,6 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .. import backends
 from ..checks import (
     check_choice,
+    check_flag,
     check_fraction,
     check_lr,
     check_number,
@@ -29,6 +30,11 @@ from ..states import to_bytes
 from .loading import loaded_groups, loaded_state, save_shards
 from .stepping import Stepping
 from .traced import number_of
+
+FLAGS = frozenset(
+    ("maximize", "decoupled_weight_decay", "amsgrad", "nesterov", "centered", "eps_in_sqrt")
+)
+"""Options of groups that are True or False."""
 
 # Attributes that are the optimizer's, not a group's; they may be set between steps.
 _SETTINGS = (
@@ -94,6 +100,7 @@ class Optimizer(Stepping):
         self.backend = backend
         self.max_grad_norm, self.norm_type = max_grad_norm, norm_type
         self.skip_nonfinite, self.zero_grads = skip_nonfinite, zero_grads
+        check_flag("telemetry", telemetry)
         self.measures = telemetry
         self.norm_group = norm_group or None
         self.policy()  # checks them
@@ -135,8 +142,10 @@ class Optimizer(Stepping):
         check_choice("weights", group["weights"], WEIGHT_FORMATS)
         if group["ema_decay"] is not None:
             check_fraction("ema_decay", group["ema_decay"])
+        for name in FLAGS & group.keys():
+            check_flag(name, group[name])
         seed = group["seed"]
-        if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

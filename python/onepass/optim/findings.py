@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..interrupts import Uninterrupted
 from ..layouts import EMA
 from ..plan import Plan
 from ..reference.verdict import NORM, SCALE, SKIPPED
@@ -66,28 +67,31 @@ class Findings(torch.optim.Optimizer):
         """Within it the weights are their averages, rounded to their dtype; after it they are, bit
         for bit, what they were.
 
-        Weights without an average stay as they are. The values change in place; the weights
-        themselves are kept meanwhile in memory of their size.
+        Weights without an average stay as they are: all of them before the first step, which makes
+        the averages. The values change in place; the weights themselves are kept meanwhile in
+        memory of their size.
 
         Raises:
-            RuntimeError: no weight has an average (``ema_decay`` is None, or no step was taken);
-                or, of step() and of this method inside it, because the weights are not there.
+            RuntimeError: no group has ``ema_decay``; or step() or this method is called inside it,
+                where the weights are not there.
         """
         self.check_swapped()
         params = [p for p, state in self.state.items() if EMA in state]
-        if not params:
-            raise RuntimeError("no weight has an average yet: ema_decay and a step make them")
+        if not params and all(group["ema_decay"] is None for group in self.param_groups):
+            raise RuntimeError("weights have no averages: no parameter group has ema_decay")
         with torch.no_grad():
             kept = [p.detach().clone() for p in params]
-            self._swapped = True
             try:
-                for p in params:
-                    p.copy_(self.state[p][EMA])
+                with Uninterrupted():
+                    self._swapped = True
+                    for p in params:
+                        p.copy_(self.state[p][EMA])
                 yield
             finally:
-                for p, value in zip(params, kept, strict=True):
-                    p.detach().copy_(value)
-                self._swapped = False
+                with Uninterrupted():
+                    for p, value in zip(params, kept, strict=True):
+                        p.detach().copy_(value)
+                    self._swapped = False
 
     def check_swapped(self) -> None:
         """Raises RuntimeError inside averaged_weights."""

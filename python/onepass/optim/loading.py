@@ -30,7 +30,10 @@ def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> l
             f"the optimizer {len(optimizer.param_groups)}"
         )
     groups = []
-    for i, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+    # One copy: a tensor that groups share, such as a learning rate, is shared by the copies.
+    copies = deepcopy([{k: v for k, v in g.items() if k != "params"} for g in saved_groups])
+    pairs = zip(optimizer.param_groups, saved_groups, copies, strict=True)
+    for i, (group, saved, copied) in enumerate(pairs):
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 f"parameter group {i} has {len(saved['params'])} parameters in the state dict, "
@@ -43,7 +46,7 @@ def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> l
                 f"of version {version}; this onepass knows version {VERSION}: load it with the "
                 "onepass that saved it"
             )
-        merged = {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
+        merged = {**group, **copied}
         # A state dict of torch.optim does not name states; its Adam and AdamW differ only in
         # where decay goes, and each class keeps its own way.
         kept = _OWN_OPTIONS if "states" in saved else (*_OWN_OPTIONS, "decoupled_weight_decay")
@@ -76,12 +79,11 @@ def loaded_state(
     saved = {key: value for key, value in saved.items() if value is not None}
     if shard is not None:
         param, saved = shard.local, shard.inner(saved, rule)
-    keys = [key for _, key in rule.state_slots(rule.flag_bits(group))]
-    missing = [key for key in keys if key not in saved]
+    # A state that an option adds (amsgrad, momentum) is made when the option is first used.
+    missing = [key for key, flag, _ in rule.slots if flag is None and key not in saved]
     if rule.needs_step and "step" not in saved:
         missing.append("step")
-    # SGD makes its buffer when momentum is first used.
-    if saved and missing and not (rule.name == "sgd" and missing == ["momentum_buffer"]):
+    if saved and missing:
         raise ValueError(
             f"the state dict has no {', '.join(missing)} for {which}, only "
             f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "

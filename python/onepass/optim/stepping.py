@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .. import backends
-from ..checks import check_number
+from ..checks import check_flag, check_number
 from ..distributed.numbers import number_of
 from ..distributed.part import Moved
 from ..held import Watch
@@ -160,10 +160,12 @@ class Stepping(Findings):
         """What may come between gradients and the rule.
 
         Raises:
-            ValueError: max_grad_norm or norm_type out of range.
+            ValueError: an option of the step out of range.
         """
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm)
+        check_flag("skip_nonfinite", self.skip_nonfinite)
+        check_flag("zero_grads", self.zero_grads)
         if self.norm_type not in (2.0, math.inf):
             raise ValueError(f"norm_type must be 2.0 or math.inf; got {self.norm_type!r}")
         largest = math.isinf(self.norm_type)

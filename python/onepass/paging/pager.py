@@ -176,7 +176,7 @@ class Pager:
         """What fails within it leaves a step half done, and the optimizer refuses to go on."""
         try:
             yield
-        except BaseException as error:
+        except Exception as error:
             self.failed = f"{type(error).__name__}: {error}"
             raise
 
@@ -200,9 +200,9 @@ class Pager:
         """Raises RuntimeError when a step was left half taken."""
         if self.failed:
             raise RuntimeError(
-                "a paged step failed after it had changed some tensors, so weights and states are not "
-                "of one step: "
-                f"load a checkpoint of both, or make the optimizer anew ({self.failed})"
+                "a paged step failed after it had changed some tensors, so weights and states are "
+                "not of one step: load a checkpoint of both, or make the optimizer anew "
+                f"({self.failed})"
             )
 
     def forget(self) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from .. import backends
 from ..backends.base import same_layout
-from ..checks import has_memory
 from ..formats import NATIVE
+from ..gradients import has_memory
 from ..parts import Part, Tensors
 from ..rows import RowTable, capturing
 from .pager import Pager

@@ -118,11 +118,12 @@ class Slabs:
         size = layout.nbytes
         room = aligned(size)
         if room > self.room:
+            opened = Slab(max(room, min(self._wanted, SLAB)), self._pin)
             if self._open:
                 self._open.release()
-            self._open = Slab(max(room, min(self._wanted, SLAB)), self._pin)
-            self._used = 0
-            self._slabs = [slab for slab in self._slabs if slab.alive] + [self._open]
+            # Known before anything is taken of it: an interrupt may come at any line.
+            self._slabs = [slab for slab in self._slabs if slab.alive] + [opened]
+            self._open, self._used = opened, 0
         assert self._open is not None
         data = self._open.bytes(self._used, self._used + size)
         self._used += room
