@@ -106,10 +106,16 @@ struct View {
   const int64_t *sizes, *strides;
 };
 
+Device device_of(AtenTensorHandle tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  const int32_t type = ask(aoti_torch_get_device_type, tensor);
+  return {type, type == cpu ? 0 : ask(aoti_torch_get_device_index, tensor)};
+}
+
 View view_of(AtenTensorHandle tensor) {
   View view;
   view.data = address(tensor);
-  view.device = {ask(aoti_torch_get_device_type, tensor), ask(aoti_torch_get_device_index, tensor)};
+  view.device = device_of(tensor);
   view.dtype = ask(aoti_torch_get_dtype, tensor);
   view.dim = ask(aoti_torch_get_dim, tensor);
   view.sizes = ask(aoti_torch_get_sizes, tensor);
@@ -222,7 +228,7 @@ bool on_device(const Plan& plan, Device device) {
   return device.type == plan.device.type && device.index == plan.device.index;
 }
 bool on_device(const Plan& plan, const Tensor& tensor) {
-  return on_device(plan, view_of(tensor.get()).device);
+  return on_device(plan, device_of(tensor.get()));
 }
 
 void build(
@@ -234,7 +240,7 @@ void build(
           spec.size(0) == count && spec.size(1) == kColumns,
       "onepass: spec must be a contiguous int64 tensor of ", count, " x ", int(kColumns));
   const int64_t* row = spec.const_data_ptr<int64_t>();
-  plan.device = view_of(count ? params[0].get() : spec.get()).device;
+  plan.device = device_of(count ? params[0].get() : spec.get());
   for (const Tensor& tensor : held) plan.held.push_back({tensor, tensor.mutable_data_ptr(), 0});
   size_t next = 0;
   // The next of the held tensors, which must have this type and, unless it is flat, this layout.

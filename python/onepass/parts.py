@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from .gradients import are_plain, has_memory, unwrapped, zero
 from .rows import RowTable
 
 _NoTorchFunction = torch._C.DisableTorchFunctionSubclass
+
+_grad = attrgetter("grad")
 
 Tensors = list[torch.Tensor]
 
@@ -33,7 +35,7 @@ class Part:
         backend: backends.Backend,
         entries: list[backends.Entry],
         table: RowTable,
-        owners: Sequence[Any],
+        owners: list[Any],
     ) -> None:
         self.backend, self.table, self.owners = backend, table, owners
         self.params: Tensors = []
@@ -71,22 +73,20 @@ class Part:
 
     def _take(self) -> tuple[Tensors, Tensors] | None:
         """Parameters and gradients as a backend reads them; None if one has no gradient."""
-        found = [grad for p in self.owners if (grad := p.grad) is not None]
-        if len(found) < len(self.owners):
-            return None
-        return self._readable(list(self.owners), found)
+        return self._readable(self.owners, list(map(_grad, self.owners)))
 
     def _readable(self, params: Tensors, found: Tensors) -> tuple[Tensors, Tensors] | None:
-        """Unwraps and copies what a backend cannot read; None if there is nothing to copy."""
+        """Unwraps and copies what a backend cannot read; None if a gradient is missing or has no
+        memory to copy."""
         grads = found
         if not are_plain(found):
+            if any(grad is None for grad in found):
+                return None
             grads = [
                 unwrapped(grad, f"parameter {i} of shape {tuple(grad.shape)}")
                 for i, grad in zip(self._ids, found, strict=True)
             ]
             self._copied += [g for g, plain in zip(found, grads, strict=True) if g is not plain]
-        if self._relaid:
-            grads = list(grads)
         for i in self._relaid:
             if not has_memory(grads[i]):  # torch would read it all the same
                 return None

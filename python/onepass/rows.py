@@ -128,11 +128,13 @@ class RowTable:
         if verdict is not None:
             judged = verdict.tolist()
             factor, skip = judged[FACTOR], bool(judged[SKIP])
-        known = self._host or (
-            t.cpu().numpy()
-            for t in (torch.stack([self.steps, self.fresh]), self.hyper, self.counters)
-        )
-        kept, hyper, counters = (array.copy() for array in known)
+        if self._host is not None:
+            kept, hyper, counters = (array.copy() for array in self._host)
+        else:
+            kept, hyper, counters = (
+                t.cpu().numpy()
+                for t in (torch.stack([self.steps, self.fresh]), self.hyper, self.counters)
+            )
         rule = self.rule
         # Numbers below fp32's range are rounded, whatever NumPy is set to do about them.
         with np.errstate(all="ignore"):

@@ -47,8 +47,8 @@ class ShardedPart(Part):
 
     def _take(self) -> tuple[Tensors, Tensors] | None:
         kind = dtensor_type()
-        found: list[Any] = [grad for p in self.owners if (grad := p.grad) is not None]
-        if len(found) < len(self.owners) or not all(isinstance(g, kind) for g in found):
+        found: list[Any] = [whole.grad for whole in self.owners]
+        if not all(isinstance(grad, kind) for grad in found):
             return None
         params, grads = list(map(local_tensor, self.owners)), list(map(local_tensor, found))
         if not are_plain(grads):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +30,7 @@ class PagedPart(Part):
         backend: backends.Backend,
         entries: list[backends.Entry],
         table: RowTable,
-        owners: Sequence[Any],
+        owners: list[Any],
         *,
         pager: Pager,
         paged: list[int],
