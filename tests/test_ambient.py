@@ -1,0 +1,180 @@
+"""Settings of the process around a step do not change it: default dtype, default device, modes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import onepass
+
+from .cases import assert_same, make_params, set_grads
+from .test_plan import BACKENDS
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def errors_from_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@contextmanager
+def flush_denormals():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+SETTINGS = {
+    "dtype bf16": lambda: default_dtype(torch.bfloat16),
+    "dtype fp64": lambda: default_dtype(torch.float64),
+    "device meta": lambda: default_device("meta"),
+    "with device": lambda: torch.device("meta"),
+    "NumPy raises": lambda: np.errstate(all="raise"),
+    "warnings": errors_from_warnings,
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+    "denormals": flush_denormals,
+}
+
+KINDS = {
+    "fp32": {},
+    "clipped": {"max_grad_norm": 0.1, "skip_nonfinite": True, "telemetry": True},
+    "averaged": {"ema_decay": 0.9, "zero_grads": True},
+    "mx8": {"states": "mx8", "weights": "split8"},
+    "mx4": {"states": "mx4", "weights": "master"},
+    "dynamic8": {"states": "dynamic8", "weights": "kahan"},
+    "paged": {"states": "bf16", "weights": "split16", "paged": True},
+    "sgd": {"cls": onepass.SGD, "momentum": 0.9, "dampening": 0.5},
+    "adagrad": {"cls": onepass.Adagrad, "states": "mx8", "initial_accumulator_value": 0.1},
+}
+TRITON_KINDS = [KINDS["fp32"], KINDS["clipped"], KINDS["mx8"]]
+
+
+def build(backend, cls=onepass.AdamW, weights="native", **options):
+    dtype = torch.float32 if weights == "native" else torch.bfloat16
+    params = make_params([(7,), (3, 5), (300,)], dtype, 1)
+    return params, cls(params, lr=1e-3, weights=weights, backend=backend, **options)
+
+
+def settings_for(setting, backend):
+    if backend == "reference" and setting == "denormals":
+        pytest.skip("NumPy flushes them too; the compiled backends do not")
+    return SETTINGS[setting]()
+
+
+def train(params, optimizer, steps):
+    for seed in steps:
+        set_grads(params, params[0].dtype, seed)
+        params[0].grad.mul_(1e-20)  # numbers that fp32 has only as denormals come of these
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_a_step_does_not_depend_on_settings(backend, setting, options):
+    """The first step, a later one, and one in which the plan is made anew."""
+    if backend == "triton" and (setting == "denormals" or options not in TRITON_KINDS):
+        pytest.skip("Triton's interpreter is slow, and computes by NumPy with its settings")
+    made = []
+    for within in (False, True):
+        params, optimizer = build(backend, **options)
+        for seeds in ((0, 1), (2,), (3, 4)):
+            for seed in seeds:
+                set_grads(params, params[0].dtype, seed)
+            if seeds == (3, 4):
+                optimizer.param_groups[0]["weight_decay"] = 0.2
+                optimizer.state[params[1]] = copy.deepcopy(dict(optimizer.state[params[1]]))
+            for seed in seeds:
+                set_grads(params, params[0].dtype, seed)
+                params[0].grad.mul_(1e-20)
+                if within:
+                    with settings_for(setting, backend):
+                        optimizer.step()
+                else:
+                    optimizer.step()
+        made.append(optimizer)
+    assert_same(*made)
+
+
+@pytest.mark.parametrize("setting", ["dtype bf16", "dtype fp64", "device meta", "with device"])
+def test_checkpoints_do_not_depend_on_settings(setting):
+    for options in KINDS.values():
+        params, optimizer = build(None, **options)
+        train(params, optimizer, (0, 1))
+        saved = optimizer.state_dict()
+        others, expected = build(None, **options)
+        others_too, loaded = build(None, **options)
+        with torch.no_grad():
+            for p, q, r in zip(params, others, others_too, strict=True):
+                q.copy_(p)
+                r.copy_(p)
+        expected.load_state_dict(saved)
+        with SETTINGS[setting]():
+            loaded.load_state_dict(copy.deepcopy(saved))
+            converted = onepass.convert_state_dict(loaded, saved, states="fp32")
+            assert loaded.skipped_steps.dtype == torch.int64
+            if options.get("ema_decay"):
+                with loaded.averaged_weights():
+                    pass
+        plain = onepass.convert_state_dict(expected, saved, states="fp32")
+        for key, state in plain["state"].items():
+            for name, value in state.items():
+                assert torch.equal(converted["state"][key][name], value)
+        train(others, expected, (2, 3))
+        train(others_too, loaded, (2, 3))
+        assert_same(expected, loaded)
+
+
+@pytest.mark.parametrize("setting", ["dtype bf16", "dtype fp64", "device meta", "with device"])
+def test_scalers_and_released_gradients_do_not_depend_on_settings(setting):
+    made = []
+    for within in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        optimizer = onepass.AdamW(model.parameters(), lr=0.1, max_grad_norm=1.0)
+        scaler = onepass.GradScaler("cpu", init_scale=8.0)
+        x = torch.ones(2, 4)
+        scaler.scale(model(x).sum()).backward()
+        with SETTINGS[setting]() if within else torch.no_grad():
+            scaler.step(optimizer)
+        scaler.update()
+        released = onepass.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        handle = onepass.release_gradients(model, released)
+        loss = model(x).sum()
+        with SETTINGS[setting]() if within else torch.no_grad(), torch.enable_grad():
+            loss.backward()
+            released.step()
+        handle.remove()
+        made.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *made))
