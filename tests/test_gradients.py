@@ -192,6 +192,23 @@ def test_memory_of_parameters_and_states_that_was_freed_is_noticed(backend):
         assert optimizer.state[params[0]]["step"] == 1
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_parameter_that_went_to_the_meta_device_is_refused(backend, which):
+    params = [torch.nn.Parameter(randn(4)) for _ in range(2)]
+    optimizer = onepass.AdamW(params, lr=0.1, backend=backend)
+    for param in params:
+        param.grad = randn(4)
+    optimizer.step()
+    other = torch.nn.Parameter(torch.empty(4, device="meta"))
+    other.grad = torch.empty(4, device="meta")
+    torch.utils.swap_tensors(params[which], other)
+    with pytest.raises(ValueError, match=f"parameter {which} of shape"):
+        optimizer.step()
+    torch.utils.swap_tensors(params[which], other)
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [2, 2]
+
+
 def test_a_parameter_that_is_a_wrapper_is_refused(backend):
     param = torch.nn.Parameter(TwoTensor(randn(3), randn(3)))
     param.grad = TwoTensor(randn(3), randn(3))

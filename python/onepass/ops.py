@@ -117,7 +117,7 @@ if not missing:
 
     @torch.library.register_fake("onepass::refresh")
     def _refresh_fake(plan, params, grads):  # type: ignore[no-untyped-def]
-        return 0
+        return 1  # tensors without memory: stale
 
     @torch.library.register_fake("onepass::run")
     def _run_fake(plan, hyper, counters, zero_grads=False, telemetry=None):  # type: ignore[no-untyped-def]
