@@ -48,7 +48,7 @@ def right(device: torch.device) -> bool:
     return torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
-def host_us_a_page(states: str, device: torch.device, samples: int) -> float:
+def host_us_a_page(states: Any, device: torch.device, samples: int) -> float:
     """Microseconds that the host spends on a page of one piece: the slope between two lists."""
     pages, spent = [], []
     for numel in NUMELS:

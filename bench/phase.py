@@ -51,7 +51,7 @@ class Side:
     samples: list[float]
 
 
-def _backend(param: torch.nn.Parameter) -> str:
+def _backend(param: torch.nn.Parameter) -> Any:
     """What serves the parameter, but for the reference: it is too slow to be measured."""
     found = onepass.backends.choose(param.device).name
     if found == "reference":

@@ -164,7 +164,10 @@ class Run:
             # Plain tensors beside DTensors are codes and scales of the shard's own blocks.
             if isinstance(value, DTensor) or key == "step" or self.case.layout == "zero":
                 mine = local(value)
-                other = part_of(theirs[key], value).reshape(mine.shape)
+                other = part_of(theirs[key], value)
+                if other.dtype == torch.int16 and mine.dtype == torch.uint8:
+                    other = other.unsqueeze(-1).view(torch.uint8)  # as it was loaded
+                other = other.reshape(mine.shape)
                 assert same_bits(mine, other), f"{key} of {what}: {differing(mine, other)}"
 
     def compare_gradients(self, fulls):

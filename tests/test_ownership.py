@@ -259,3 +259,28 @@ def test_a_state_dict_loads_where_an_option_adds_a_state():
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     assert optimizer.state[params[0]]["max_exp_avg_sq"].any()
+
+
+@pytest.mark.parametrize("how", ["entry", "deepcopy", "pickle", "loaded"])
+def test_codes_of_one_element_keep_their_format(how):
+    """In mx8 and mx4 they have one shape and dtype."""
+    made = []
+    for copied in (False, True):
+        params, optimizer = build([1], states="mx8")
+        optimizer.step()
+        optimizer.step()
+        if copied and how == "entry":
+            optimizer.state[params[0]] = dict(optimizer.state[params[0]])
+        elif copied and how == "deepcopy":
+            optimizer = copy.deepcopy(optimizer)
+        elif copied and how == "pickle":
+            optimizer = pickle.loads(pickle.dumps(optimizer))
+        elif copied:
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer = copy.deepcopy(optimizer)
+        optimizer.param_groups[0]["states"] = "mx4"
+        params = optimizer.param_groups[0]["params"]
+        params[0].grad = torch.ones(1)
+        optimizer.step()
+        made.append(params[0].detach())
+    assert same_bits(*made)

@@ -190,7 +190,7 @@ def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(name, scal
     steps = 60 if name == "triton" else 200
     ours = make_params([(33,), (4, 5), ()], torch.float32, seed=1)
     theirs = clone(ours)
-    scaled = adamw(ours, backend=name)
+    scaled = adamw(ours, backend=name, fused=scaler_of is torch.amp.GradScaler)
     plain = adamw(theirs, backend="reference" if name == "reference" else "cpu")
     scaler = scaler_of("cpu", init_scale=1024.0, growth_interval=7)
     oracle = _Loop(1024.0, 7)
@@ -223,7 +223,8 @@ def test_scaling_with_clipping_and_fp16_gradients(name, scaler_of, unscales):
     dtype = torch.float32 if unscales else torch.float16  # torch unscales no fp16 gradients
     ours = make_params(STEP_LIST, torch.float32, seed=1)
     theirs = clone(ours)
-    scaled = adamw(ours, backend=name, max_grad_norm=0.5)
+    fused = scaler_of is torch.amp.GradScaler
+    scaled = adamw(ours, backend=name, max_grad_norm=0.5, fused=fused)
     plain = adamw(theirs, backend=name)
     scaler = scaler_of("cpu", init_scale=64.0)
     for step in range(3):

@@ -20,6 +20,16 @@ class GradScaler(torch.amp.GradScaler):  # type: ignore[misc]
     Source: torch.amp.GradScaler's contract for optimizers that unscale in their step.
     """
 
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(optimizer, Optimizer) or optimizer.scales_in_step:
+            return super().step(optimizer, *args, **kwargs)
+        # For this step the optimizer scales, whether or not it was made with fused=True.
+        optimizer.scales_in_step = True
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            optimizer.scales_in_step = False
+
     # What torch's step() calls before such an optimizer's own, where unscale_() was not called.
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> Any:
         if not isinstance(optimizer, Optimizer):

@@ -61,6 +61,8 @@ def convert_state_dict(
             "param_groups": groups,
             "backend": optimizer.backend,
             "paging": optimizer.paging,
+            "_given": optimizer._given,
+            "scales_in_step": optimizer.scales_in_step,
         }
     )
     twin.load_state_dict(state_dict)

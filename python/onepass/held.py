@@ -56,13 +56,14 @@ class ParamState(dict[str, Any]):
     watch: Watch
 
     def started(self) -> dict[str, Any]:
-        """The entries as they are saved: without states that no step has been taken with.
+        """The entries as they are saved.
 
-        The first step of SGD ignores ``momentum_buffer``, and torch.optim has none before it. A
-        buffer of zeros would be taken for that of an earlier step.
+        The first step of SGD ignores ``momentum_buffer``. It is still to come where ``step`` is 0.
+        Where momentum was switched on later, and no step has been taken since, the buffer is left
+        out: zeros would be taken for the buffer of an earlier step.
         """
         keys = getattr(self, "begun", ())
-        if keys and float(self.fresh) != 0.0:
+        if keys and float(self.fresh) != 0.0 and float(self["step"]) != 0.0:
             return {key: value for key, value in self.items() if key not in keys}
         return dict(self)
 

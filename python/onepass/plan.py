@@ -147,6 +147,8 @@ class Plan:
                 del state[stale]
             state.update(held, step=row.step)
             state.form, state.fresh, state.watch = form.name, row.fresh, self.watch
+            if param.numel() <= 1:
+                optimizer.forms[param] = form.name
             state.begun = ()
             if self._rule.needs_first:
                 keys = [key for key, _, _ in self._rule.slots]

@@ -232,9 +232,12 @@ class _Planner:
         form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
         pager = self.optimizer.pager
         home = None if pager is None or member.param not in self.paged else pager.home
-        saved_as = getattr(state, "form", "")
+        saved_as = getattr(state, "form", "") or self.optimizer.forms.get(member.param, "")
+        if not saved_as and form.scale is None:
+            # Somebody else's entry, and the group has another format since: that of the start.
+            saved_as = self.optimizer.defaults["states"]
         held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
-        first = rule.needs_first and self.read(getattr(state, "fresh", None), which) != 0.0
+        first = rule.needs_first and self.is_fresh(state, which)
         for _, name in rule.state_slots(rule.flag_bits(group)):
             if name in held:
                 continue
@@ -251,6 +254,14 @@ class _Planner:
         if group["ema_decay"] is not None:
             held[EMA] = fit_ema(saved, param, which, home=home)
         return held, first
+
+    def is_fresh(self, state: Any, which: str) -> bool:
+        """Whether no step has been taken with the states of an entry. Of an entry that was loaded,
+        copied or replaced, a step counter of 0 says so."""
+        fresh = getattr(state, "fresh", None)
+        if fresh is not None:
+            return self.read(fresh, which) != 0.0
+        return "step" in state and self.read(state["step"], which) == 0.0
 
     def part(
         self, backend: backends.Backend, place: _Place, listed: _Listed, table: RowTable

@@ -321,6 +321,7 @@ def full_precision(param: torch.Tensor, saved: Mapping[str, Any]) -> torch.Tenso
         value = saved.get(form.key) if form.key else None
         if value is None or param.dtype not in form.codes:
             continue
+        value = from_bytes(value)
         if value.dtype != (form.companion or param.dtype):
             continue
         companion = torch.empty_like(param.detach(), dtype=value.dtype).copy_(value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch.autograd import _profiler_enabled as profiler_enabled  # type: ignore[attr-defined]
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Unpack
 
 from .. import backends
 from ..checks import (
@@ -27,16 +30,40 @@ from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
 from ..rules import RULES, Rule
 from ..states import to_bytes
-from .loading import loaded_groups, loaded_state, save_shards
+from .loading import loaded_groups, loaded_state, save_one_element, save_shards
+from .options import (
+    FLAGS,
+    STEP_WIDE,
+    TORCH_KEYWORDS,
+    Options,
+    describe,
+    nearest,
+    refuse,
+    torch_keywords,
+)
 from .stepping import Stepping
 from .traced import number_of
 
-FLAGS = frozenset(
-    ("maximize", "decoupled_weight_decay", "amsgrad", "nesterov", "centered", "eps_in_sqrt")
-)
-"""Options of groups that are True or False."""
-
 # Attributes that are the optimizer's, not a group's; they may be set between steps.
+_DEFAULTS: dict[str, Any] = {
+    **TORCH_KEYWORDS,
+    "maximize": False,
+    "decoupled_weight_decay": None,
+    "states": None,
+    "weights": "native",
+    "paged": None,
+    "max_grad_norm": None,
+    "norm_type": 2.0,
+    "skip_nonfinite": False,
+    "zero_grads": False,
+    "ema_decay": None,
+    "telemetry": False,
+    "norm_group": None,
+    "backend": None,
+    "seed": 0,
+}
+_GROUP_OPTIONS = ("maximize", "decoupled_weight_decay", "states", "weights", "ema_decay", "seed")
+
 _SETTINGS = (
     "backend",
     "max_grad_norm",
@@ -46,6 +73,9 @@ _SETTINGS = (
     "measures",
     "norm_group",
     "paging",
+    "forms",
+    "scales_in_step",
+    "_given",
     "_failed",
 )
 
@@ -64,9 +94,6 @@ class Optimizer(Stepping):
     likewise, not necessarily of the parameter's dtype.
     """
 
-    # torch.amp.GradScaler leaves unscaling and skipping to step().
-    _step_supports_amp_scaling = True
-
     decoupled: ClassVar[bool] = False
     """The class's own kind of weight decay."""
     default_states: ClassVar[str] = "fp32"
@@ -76,62 +103,84 @@ class Optimizer(Stepping):
     paging: Paging | None = None
     pager: Pager | None = None
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        maximize: bool = False,
-        decoupled_weight_decay: bool | None = None,
-        states: str | None = None,
-        weights: str = "native",
-        paged: bool | int | str | Paging | None = None,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-        ema_decay: float | None = None,
-        telemetry: bool = False,
-        norm_group: Any = None,
-        backend: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        backends.check_name(backend)
-        self.backend = backend
-        self.max_grad_norm, self.norm_type = max_grad_norm, norm_type
-        self.skip_nonfinite, self.zero_grads = skip_nonfinite, zero_grads
-        check_flag("telemetry", telemetry)
-        self.measures = telemetry
-        self.norm_group = norm_group or None
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        options = {**_DEFAULTS, "decoupled_weight_decay": cls.decoupled}
+        options |= {"states": cls.default_states, "paged": cls.default_paged}
+        describe(cls, options)
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
+        given: dict[str, Any] = {**options}
+        for name in given.keys() - _DEFAULTS.keys():
+            refuse(name, type(self).__name__, {*inspect.signature(type(self)).parameters})
+        o: dict[str, Any] = {**_DEFAULTS, **given}
+        if o["decoupled_weight_decay"] is None:
+            o["decoupled_weight_decay"] = self.decoupled
+        if o["states"] is None:
+            o["states"] = self.default_states
+        if o["fused"] and o["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        check_torch_keywords(o)
+        backends.check_name(o["backend"])
+        self.backend = o["backend"]
+        self.max_grad_norm, self.norm_type = o["max_grad_norm"], o["norm_type"]
+        self.skip_nonfinite, self.zero_grads = o["skip_nonfinite"], o["zero_grads"]
+        check_flag("telemetry", o["telemetry"])
+        self.measures = o["telemetry"]
+        self.norm_group = o["norm_group"] or None
         self.policy()  # checks them
-        self.paging = paging_of(self.default_paged if paged is None else paged)
+        self.paging = paging_of(self.default_paged if o["paged"] is None else o["paged"])
         self.pager = None if self.paging is None else Pager(self.paging, self.rule)
+        self.scales_in_step = bool(o["fused"])
+        self._given = {name: o[name] for name in STEP_WIDE}
         self._plan = self.verdict = None
         self._failed = ""
         self._found = None
         self.captured = []
+        self.forms = {}
         self._swapped = False
         self.moved = {}
         self.released = None
         self._number = number_of(self)
-        if decoupled_weight_decay is None:
-            decoupled_weight_decay = self.decoupled
-        options = {
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "states": self.default_states if states is None else states,
-            "weights": weights,
-            "ema_decay": ema_decay,
-            "seed": seed,
-            "format_version": VERSION,
-        }
-        super().__init__(params, {**defaults, **options})
+        kept = {name: o[name] for name in torch_keywords(type(self))}
+        kept |= {name: o[name] for name in _GROUP_OPTIONS}
+        super().__init__(params, {**defaults, **kept, "format_version": VERSION})
         self.state = OptimizerState()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves unscaling and skipping to step(): with fused=True, as
+        for torch.optim, and inside :class:`onepass.GradScaler`."""
+        return self.scales_in_step
+
+    def __repr__(self) -> str:
+        wide = {
+            name: value for name, value in self._step_wide().items() if value != _DEFAULTS[name]
+        }
+        shown = "".join(f"    {name}: {value!r}\n" for name, value in sorted(wide.items()))
+        text = super().__repr__()
+        return f"{text[:-1]}Whole step\n{shown})" if shown else text
+
+    def _step_wide(self) -> dict[str, Any]:
+        """The options of the whole step as they are now."""
+        return {
+            "max_grad_norm": self.max_grad_norm,
+            "norm_type": self.norm_type,
+            "skip_nonfinite": self.skip_nonfinite,
+            "zero_grads": self.zero_grads,
+            "telemetry": self.measures,
+            "norm_group": self.norm_group,
+            "paged": self.paging or False,
+            "backend": self.backend,
+        }
 
     # --- options ---
 
     def check_options(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for an option of a group that is out of range, naming it."""
+        """Raises ValueError for an option of a group that is out of range, or that a group cannot
+        have; names it."""
+        self._check_names(group)
+        check_torch_keywords(group)
         check_lr(group["lr"])
         check_number("weight_decay", group["weight_decay"])
         if "eps" in group:
@@ -148,12 +197,32 @@ class Optimizer(Stepping):
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
 
+    def _check_names(self, group: Mapping[str, Any]) -> None:
+        """Raises for an option of the whole step in a group, and for a misspelt one. Other unknown
+        keys are somebody else's: learning rate schedulers and frameworks keep theirs there."""
+        for name in STEP_WIDE & group.keys():
+            # ZeroRedundancyOptimizer puts what it is given into the groups as well.
+            if group[name] is not self._given[name] and group[name] != self._given[name]:
+                raise ValueError(
+                    f"{name} is an option of the whole step, not of one parameter group: give it "
+                    f"to {type(self).__name__}(...), or set the optimizer's attribute"
+                )
+        known = frozenset((*self.defaults, *_DEFAULTS, "params"))
+        for name in group.keys() - known:
+            meant = nearest(name, known, 0.86) if isinstance(name, str) else None
+            if meant is not None:
+                raise ValueError(f"a parameter group has {name!r}; did you mean {meant!r}?")
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does; its options are checked first.
 
+        Parameters that need no gradient may be of any dtype, and parameters of lazy modules have no
+        dtype or shape yet: these are checked when they are first stepped.
+
         Raises:
-            ValueError: an option out of range, or a parameter that is complex or of a dtype other
-                than float32, bfloat16 and float16; the optimizer stays as it was.
+            ValueError: an option out of range, or a parameter that is to be trained and is complex,
+                of a dtype other than float32, bfloat16 and float16, or has strides that leave gaps;
+                the optimizer stays as it was.
         """
         if isinstance(param_group, dict):
             self.check_options({**self.defaults, **param_group})
@@ -164,7 +233,9 @@ class Optimizer(Stepping):
                 params = param_group["params"] = list(params)
             for i, param in enumerate(params or ()):
                 tensor = param[1] if isinstance(param, tuple) and len(param) == 2 else param
-                if isinstance(tensor, torch.Tensor):
+                if not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
+                    continue
+                if tensor.requires_grad or not tensor.is_leaf:
                     which = f"parameter {i} of the group, shape {tuple(tensor.shape)},"
                     check_param(tensor, which)
                     weights = param_group.get("weights", self.defaults["weights"])
@@ -173,7 +244,7 @@ class Optimizer(Stepping):
 
     # --- the step ---
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes one step: updates parameters and states in place; gradients are only read.
 
         Args:
@@ -191,9 +262,10 @@ class Optimizer(Stepping):
 
         A step is not interrupted: Ctrl-C (SIGINT) is handled when it is complete.
         """
+        # As they were passed, since hooks see the arguments of the caller.
         if torch.compiler.is_compiling() or _watched(self):
-            return self._hooked_step(closure)
-        return self._step(closure)
+            return self._hooked_step(*args, **kwargs)
+        return self._step(*args, **kwargs)
 
     # torch wraps every step() that is not marked so: in a record of its profiler, which takes as
     # long as a small plan, and in hooks. Ours is wrapped when there is a profiler or a hook.
@@ -224,6 +296,7 @@ class Optimizer(Stepping):
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
     # torch.compile runs this instead of tracing it, so that states are there before the graph is.
     def _init_group(
@@ -243,6 +316,7 @@ class Optimizer(Stepping):
         self._failed = ""
         self._swapped = False
         self.moved = {}
+        self.forms = {}
         self.captured = getattr(self, "captured", [])
         if self.pager is not None:
             self.pager.forget()
@@ -259,11 +333,11 @@ class Optimizer(Stepping):
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim has it: with ``states="fp32"``, torch.optim loads it.
 
-        The step counter of each parameter is a tensor of its own here. As in torch.optim, SGD has
-        no ``momentum_buffer`` before its first step.
+        The step counter of each parameter is a tensor of its own here.
         """
         result = super().state_dict()
         result["state"] = {key: _saved(value) for key, value in result["state"].items()}
+        save_one_element(self, result["state"])
         save_shards(self, result["state"])
         return result
 
@@ -302,6 +376,9 @@ class Optimizer(Stepping):
             else:
                 state[key] = value
         self.__setstate__({"state": state, "param_groups": groups})
+        for param, entry in dict.items(state):
+            if isinstance(entry, ParamState) and param.numel() <= 1:
+                self.forms[param] = getattr(entry, "form", "")
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -327,6 +404,17 @@ def _watched(optimizer: Optimizer) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
+
+
+def check_torch_keywords(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for values of torch.optim's keywords that a step cannot honour."""
+    if options.get("differentiable"):
+        raise ValueError(
+            "differentiable must be False: autograd does not see the step, which is one kernel"
+        )
+    for name in ("foreach", "fused", "capturable", "differentiable"):
+        if options.get(name) is not None:
+            check_flag(name, options[name])
 
 
 def rule_named(name: str) -> Rule:

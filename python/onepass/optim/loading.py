@@ -11,6 +11,7 @@ import torch
 from ..checks import check_weight_format
 from ..distributed.shards import shard_of, shards_of
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_key
+from ..gradients import is_dtensor
 from ..held import ParamState
 from ..layouts import COMPANIONS, EMA, STRIDE, Home
 from ..states import fit_companion, fit_ema, fit_states, packed_order
@@ -112,9 +113,10 @@ def loaded_state(
         own = {key: state[key] for key in state if key in known}
         state.update(shard.wrapped(own, rule, form))
     # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
-    # it then starts here.
+    # it then starts here. With 0 SGD would ignore the buffer that was loaded.
     if state:
-        state.setdefault("step", torch.tensor(0.0, dtype=torch.float32, device="cpu"))
+        taken = 1.0 if rule.needs_first and states else 0.0
+        state.setdefault("step", torch.tensor(taken, dtype=torch.float32, device="cpu"))
     return state
 
 
@@ -129,3 +131,19 @@ def save_shards(optimizer: Optimizer, state: dict[Any, Any]) -> None:
             form = STATE_FORMATS[getattr(optimizer.state[param], "form", states)]
             which = f"parameter {i} of shape {tuple(param.shape)}"
             state[i] = shards[param].saved(state[i], optimizer.rule, form, which)
+
+
+def save_one_element(optimizer: Optimizer, state: dict[Any, Any]) -> None:
+    """Brings the states of parameters of one element, by position, into the format that their group
+    names: their codes are alike in mx8 and mx4, and a group may have another format since."""
+    rule, owners = optimizer.rule, [(p, g) for g in optimizer.param_groups for p in g["params"]]
+    for i, (param, group) in enumerate(owners):
+        saved_as = optimizer.forms.get(param, "")
+        if not state.get(i) or saved_as in ("", group["states"]) or is_dtensor(param):
+            continue
+        form, which = STATE_FORMATS[group["states"]], f"parameter {i}"
+        states = fit_states(state[i], param, rule, form, which, copy=True, saved_as=saved_as)
+        moments = {key for key, _, _ in rule.slots}
+        stale = moments | {scale_key(key) for key in moments}
+        kept = {key: value for key, value in state[i].items() if key not in stale}
+        state[i] = {**kept, **states}

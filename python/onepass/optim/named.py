@@ -81,6 +81,12 @@ class PagedLion(Lion):
     default_paged = True
 
 
+class PagedAdam8bit(Adam8bit):
+    """:class:`Adam8bit` with ``paged=True`` unless given: its arguments."""
+
+    default_paged = True
+
+
 class PagedAdamW8bit(AdamW8bit):
     """:class:`AdamW8bit` with ``paged=True`` unless given: its arguments."""
 

@@ -1,12 +1,20 @@
-"""The keyword-only options, for the type checker and the reader of a signature."""
+"""The keyword-only options that every class takes: for type checkers, ``help()`` and errors."""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import inspect
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
+import torch
 from typing_extensions import TypedDict  # torch's own dependency
 
 from ..paging.options import Paging
+
+States = Literal["fp32", "bf16", "mx8", "mx4", "dynamic8"]
+Weights = Literal["native", "stochastic", "kahan", "master", "split16", "split8"]
+Backend = Literal["cpu", "cuda", "triton", "reference"]
 
 
 class Options(TypedDict, total=False):
@@ -14,6 +22,10 @@ class Options(TypedDict, total=False):
 
     Attributes:
         maximize: ascend instead of descend (default False).
+        foreach, fused, capturable: as in torch.optim, accepted: the step is always fused and can be
+            captured (defaults None, None, False). ``fused=True`` also makes torch.amp.GradScaler
+            leave unscaling and skipping to the step, as with torch.optim.
+        differentiable: only False; autograd does not see the step.
         decoupled_weight_decay: take lr * weight_decay * param off the weight instead of adding
             weight_decay * param to the gradient (default: True for AdamW and Lion).
         states: format of the states, also per parameter group: "fp32" (default; classes named for
@@ -42,9 +54,13 @@ class Options(TypedDict, total=False):
     """
 
     maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
     decoupled_weight_decay: bool | None
-    states: str | None
-    weights: str
+    states: States | None
+    weights: Weights
     paged: bool | int | str | Paging | None
     max_grad_norm: float | None
     norm_type: float
@@ -53,5 +69,107 @@ class Options(TypedDict, total=False):
     ema_decay: float | None
     telemetry: bool
     norm_group: Any
-    backend: str | None
+    backend: Backend | None
     seed: int
+
+
+TORCH_KEYWORDS: dict[str, Any] = {
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+}
+"""Keywords of torch.optim that change nothing here, with their defaults."""
+
+STEP_WIDE = frozenset(
+    (
+        "max_grad_norm",
+        "norm_type",
+        "skip_nonfinite",
+        "zero_grads",
+        "telemetry",
+        "norm_group",
+        "paged",
+        "backend",
+    )
+)
+"""Options of the whole step, which a single parameter group cannot have."""
+
+FLAGS = frozenset(
+    ("maximize", "decoupled_weight_decay", "amsgrad", "nesterov", "centered", "eps_in_sqrt")
+)
+"""Options of groups that are True or False."""
+
+ELSEWHERE = {
+    "optim_bits": 'states="mx8" stores 8 bits, states="fp32" 32',
+    "is_paged": "paged=True",
+    "min_8bit_size": 'give small parameters a group with states="fp32" '
+    "(onepass.parameter_groups makes such groups)",
+    "percentile_clipping": "max_grad_norm=... clips by the global norm",
+    "block_wise": 'states="mx8", "mx4" and "dynamic8" are always in blocks',
+    "max_unorm": "max_grad_norm=... clips by the global norm",
+    "master_weight_bits": 'weights="split8" keeps 24 bits of a weight, "split16" and "master" 32',
+    "quantize": 'states="mx8"',
+    "bf16_stochastic_round": 'weights="stochastic"',
+    "use_kahan_sum": 'weights="kahan"',
+    "kahan_sum": 'weights="kahan"',
+    "gradient_release": "onepass.release_gradients(model, optimizer)",
+    "stochastic_rounding": 'weights="stochastic"',
+    "master_weights": 'weights="master"',
+    "adam_w_mode": "onepass.AdamW or onepass.Adam",
+    "set_grad_none": "zero_grad(set_to_none=...)",
+}
+"""Keywords of bitsandbytes, FlashOptim, torchao, optimi, apex and DeepSpeed; what does it here."""
+
+
+def refuse(name: str, kind: str, known: set[str]) -> None:
+    """Raises TypeError for a keyword that a class does not have, with what may have been meant."""
+    hint = ELSEWHERE.get(name)
+    if hint is not None:
+        raise TypeError(f"{kind} has no keyword {name!r}; in onepass: {hint}")
+    near = nearest(name, frozenset(known), 0.6)
+    hint = f"; did you mean {near!r}?" if near else f". Its keywords: {', '.join(sorted(known))}"
+    raise TypeError(f"{kind} has no keyword {name!r}{hint}")
+
+
+@cache
+def nearest(name: str, known: frozenset[str], least: float) -> str | None:
+    """The known name that is most like another, if any is."""
+    found = difflib.get_close_matches(name, sorted(known), 1, least)
+    return found[0] if found else None
+
+
+def torch_keywords(kind: type) -> dict[str, Any]:
+    """Those of :data:`TORCH_KEYWORDS` that torch.optim's class of the same name has; none where
+    torch has no such class."""
+    for base in kind.__mro__:
+        twin = getattr(torch.optim, base.__name__, None)
+        if twin is not None and base.__module__.startswith("onepass"):
+            names = inspect.signature(twin).parameters
+            return {name: value for name, value in TORCH_KEYWORDS.items() if name in names}
+    return {}
+
+
+def describe(kind: type, defaults: dict[str, Any]) -> None:
+    """Gives a class the signature of all its keywords, and a docstring that explains them.
+
+    Args:
+        kind: whose ``__init__`` takes ``**options: Unpack[Options]``.
+        defaults: of the options.
+    """
+    hints = get_type_hints(Options)
+    signature = inspect.signature(kind.__init__, eval_str=True)  # type: ignore[misc]
+    own = [p for p in signature.parameters.values() if p.name != "self"]
+    own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    taken = {p.name for p in own}
+    shared = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hints[name]
+        )
+        for name in hints
+        if name not in taken
+    ]
+    kind.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    text = inspect.cleandoc(Options.__doc__ or "")
+    section = text[text.index("Attributes:") + len("Attributes:") :].rstrip()
+    kind.__doc__ = f"{inspect.cleandoc(kind.__doc__ or '')}\n\nOptions, keyword-only:{section}\n"
