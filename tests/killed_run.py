@@ -35,7 +35,8 @@ def train(path: Path | None, slow: bool = False) -> Trainer:
 
         trainer.loss = loss
         print("training", flush=True)
-    trainer.fit(batches, epochs=STEPS // len(batches), checkpoint=path, save_every=7)
+    epochs = STEPS // len(batches)
+    trainer.fit(batches, epochs, checkpoint=path, save_every=None if path is None else 7)
     return trainer
 
 

@@ -146,7 +146,7 @@ def test_batch_stochastic_and_mini_batch(batch_size, steps):
 def test_a_loader_needs_samples():
     with pytest.raises(ValueError, match="the dataset is empty"):
         loader(TensorDataset(torch.zeros(0, 6)))
-    with pytest.raises(ValueError, match="batch_size must be None or at least 1; got 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         loader(TensorDataset(torch.zeros(2, 6)), 0)
 
 

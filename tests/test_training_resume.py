@@ -74,7 +74,7 @@ def run(which, path=None, epochs=2, crash_at=None, **options):
 
         trainer.train_step = step
     with contextlib.suppress(KeyboardInterrupt):
-        trainer.fit(batches, epochs, checkpoint=path, save_every=3)
+        trainer.fit(batches, epochs, checkpoint=path, save_every=None if path is None else 3)
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and everything random that a run has used."""
+"""Checkpoint files: atomic writes, checks of what is read, and the state of random generators."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
+
+VERSION = 1  # of what Trainer.save() writes
+
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "optimizer": dict,
+    "scheduler": dict,
+    "scaler": dict,
+    "losses": list,
+    "epoch": int,
+    "random": dict,
+    "position": (dict, type(None)),
+}
+"""What a checkpoint of version 1 has beside its version, and of which type."""
 
 
 def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
@@ -54,6 +68,68 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
     owners = (loader, batch_sampler, *samplers)
     found = [getattr(owner, "generator", None) for owner in owners]
     return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+
+
+def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[str, Any]:
+    """The content of a file that Trainer.save() wrote, its tensors on ``device``.
+
+    Raises:
+        ValueError: a file of anything else, a damaged one, or one of another version.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # A file of arbitrary bytes makes torch.load raise almost any exception.
+    except Exception as error:
+        # torch's message may advise weights_only=False, which runs code from the file.
+        raise ValueError(
+            f"{path} must be a file that Trainer.save() or Trainer.fit() wrote, undamaged; "
+            f"torch.load cannot read it ({type(error).__name__})"
+        ) from error
+    if not isinstance(saved, dict) or "version" not in saved:
+        missing = " without a version" if isinstance(saved, dict) else ""
+        raise ValueError(
+            f"{path} must be a file that Trainer.save() or Trainer.fit() wrote; it holds an object "
+            f"of type {type(saved).__name__}{missing}"
+        )
+    if saved["version"] != VERSION:
+        raise ValueError(f"{path} has version {saved['version']}; this onepass reads {VERSION}")
+    wrong = [key for key, kind in CONTENT.items() if not isinstance(saved.get(key, ...), kind)]
+    if wrong:
+        raise ValueError(
+            f"{path} must be a file that Trainer.save() or Trainer.fit() wrote; it has no valid "
+            f"{', '.join(wrong)}"
+        )
+    return saved
+
+
+def check_checkpoint(
+    model: torch.nn.Module, scheduler: Any, scaler: Any, saved: dict[str, Any], path: object
+) -> None:
+    """Raises ValueError, before anything is changed, unless a checkpoint is of these objects.
+
+    The optimizer's own load_state_dict checks its part.
+    """
+    check_fits(model, saved["model"], path)
+    ours, theirs = _schedule_keys(scheduler.state_dict()), _schedule_keys(saved["scheduler"])
+    if ours != theirs:
+        raise ValueError(
+            f"{path} is of another schedule: use the schedule and warmup_steps with which it was "
+            "saved"
+        )
+    if scaler.is_enabled() and not saved["scaler"]:
+        raise ValueError(
+            f"{path} has no loss scale, which amp=torch.float16 needs: it was saved by a Trainer "
+            "with another amp"
+        )
+
+
+def _schedule_keys(state: dict[str, Any]) -> tuple[Any, ...]:
+    """The keys of a scheduler's state, and those of the schedulers inside it."""
+    inner = state.get("_schedulers") or ()
+    return tuple(sorted(state)), *map(_schedule_keys, inner)
 
 
 def check_fits(model: torch.nn.Module, saved: dict[str, torch.Tensor], path: object) -> None:

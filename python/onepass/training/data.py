@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .validation import check_count
+
 
 def loader(
     dataset: Dataset[Any], batch_size: int | None = 32, *, seed: int = 0, **options: Any
@@ -32,13 +34,15 @@ def loader(
 
     Raises:
         ValueError: an empty dataset, or a batch size below 1.
+        TypeError: a batch size or seed that is not an integer.
     """
     count = len(dataset)  # type: ignore[arg-type]
     if not count:
         raise ValueError("the dataset is empty: a loader needs at least one sample")
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    check_count("seed", seed, 0)
     size = count if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size must be None or at least 1; got {batch_size}")
     generator = torch.Generator().manual_seed(seed)
     defaults = {"shuffle": batch_size is not None, "generator": generator}
     return DataLoader(dataset, batch_size=size, **{**defaults, **options})

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import check_number
 from ..precision import NORMS, Selection, parameter_groups, select
 
 
@@ -37,8 +38,9 @@ def decay_groups(
 
     Raises:
         ValueError: a name that the model does not have; a model in which nothing requires a
-            gradient.
+            gradient; a weight decay that is not a number of at least 0.
     """
+    check_number("weight_decay", weight_decay)
     _, selected = select(model, no_decay, "no_decay")
     plain = selected | {
         p

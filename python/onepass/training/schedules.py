@@ -14,9 +14,11 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from .names import check_name
+from .validation import check_count, check_name, check_share
 
 SCHEDULES = ("warm_restarts", "cosine", "constant", "wsd")
+SCHEDULE_OPTIONS = ("total_steps", "final", "restart_steps", "restart_factor", "decay_steps")
+"""Keywords of :func:`schedule` that the Trainer takes in ``schedule_options``."""
 
 
 def schedule(
@@ -56,12 +58,17 @@ def schedule(
 
     Raises:
         ValueError: an unknown name, which lists the known ones; a number out of range.
+        TypeError: a value that is not a number, or not an integer where steps are counted.
     """
     check_name("schedule", name, SCHEDULES)
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be at least 0; got {warmup_steps}")
-    if not 0 <= final <= 1:
-        raise ValueError(f"final must be in [0, 1]; got {final}")
+    check_count("warmup_steps", warmup_steps, 0)
+    if total_steps is not None:
+        check_count("total_steps", total_steps, 1)
+    check_share("final", final)
+    check_count("restart_steps", restart_steps, 1)
+    check_count("restart_factor", restart_factor, 1)
+    if decay_steps is not None:
+        check_count("decay_steps", decay_steps, 1)
     if name in ("cosine", "wsd") and (total_steps is None or total_steps <= warmup_steps):
         raise ValueError(
             f"schedule {name!r} needs total_steps above warmup_steps ({warmup_steps}); "

@@ -15,21 +15,34 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from ..amp import GradScaler
+from ..checks import check_flag
+from ..optim import Optimizer
 from ..precision import EMBEDDINGS, NORMS
 from .checkpoint import (
-    check_fits,
+    VERSION,
+    check_checkpoint,
     loader_generators,
+    read_checkpoint,
     rng_state,
     save_atomically,
     set_rng_state,
 )
 from .groups import decay_groups
-from .names import check_name
-from .optimizers import make_optimizer
+from .optimizers import make_optimizer, optimizer_class
 from .progress import progress_bar
+from .schedules import SCHEDULE_OPTIONS
 from .schedules import schedule as make_schedule
+from .validation import (
+    check_callable,
+    check_count,
+    check_file,
+    check_formats,
+    check_loader,
+    check_model,
+    check_name,
+    check_options,
+)
 
-VERSION = 1  # of what save() writes
 GUARDS = ("raise", "skip", "off")
 
 
@@ -48,7 +61,7 @@ class Trainer:
 
     Args:
         model: already on its device; data is moved to where its first parameter is.
-        optimizer_type: a name of :data:`onepass.training.OPTIMIZERS`.
+        optimizer_type: a name of :data:`onepass.training.OPTIMIZERS`, or a class of onepass.
         lr: the highest learning rate of the schedule.
         weight_decay: see :func:`decay_groups`: none on biases and norms.
         loss: ``loss(model(data), target)``, a mean over the batch, 0-dim.
@@ -70,14 +83,15 @@ class Trainer:
 
     Raises:
         ValueError: an unknown name, which lists the known ones; an option out of range; a model
-            in which nothing requires a gradient.
-        TypeError: an option that the optimizer does not have.
+            in which nothing requires a gradient, or none of whose parameters has a dtype that the
+            format ``weights`` is for.
+        TypeError: an option that the optimizer does not have; an argument of the wrong type.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer_type: str = "adamw",
+        optimizer_type: str | type[Optimizer] = "adamw",
         lr: float = 1e-3,
         *,
         weight_decay: float = 0.01,
@@ -91,12 +105,18 @@ class Trainer:
         nan_guard: str = "raise",
         **options: Any,
     ) -> None:
+        check_model(model)
+        kind = optimizer_class(optimizer_type)
+        check_callable("loss", loss, "a function loss(output, target)")
+        check_options("schedule_options", schedule_options, SCHEDULE_OPTIONS)
         check_name("nan_guard", nan_guard, GUARDS)
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1; got {accumulate}")
+        check_count("accumulate", accumulate, 1)
         if amp not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"amp must be None, torch.bfloat16 or torch.float16; got {amp}")
-        packed = any(options.get(key) for key in ("states", "weights")) or "bit" in optimizer_type
+            raise ValueError(f"amp must be None, torch.bfloat16 or torch.float16; got {amp!r}")
+        check_formats(model, options)
+        packed = (
+            any(options.get(key) for key in ("states", "weights")) or kind.default_states != "fp32"
+        )
         groups = decay_groups(
             model, weight_decay, fp32_states=(*EMBEDDINGS, *NORMS) if packed else None
         )
@@ -172,14 +192,29 @@ class Trainer:
         Args:
             loader: gives pairs (data, target).
             epochs: passes over it.
-            checkpoint: where to save, after every epoch and every ``save_every`` steps.
-            save_every: in steps.
+            checkpoint: the file to save to, in an existing folder, after every epoch and every
+                ``save_every`` steps.
+            save_every: in steps; needs ``checkpoint``.
             progress: a bar on stderr, if that is a terminal and tqdm is installed.
 
         Raises:
-            ValueError: the loader gives no batch, or fewer than the checkpoint had done.
+            ValueError: an argument out of range, ``save_every`` without ``checkpoint``; the loader
+                gives no batch, or fewer than the checkpoint had done.
+            TypeError: an argument of the wrong type.
+            FileNotFoundError: the folder of ``checkpoint`` does not exist.
             FloatingPointError: as :meth:`train_step`; the last checkpoint stays as it is.
         """
+        check_loader(loader)
+        check_count("epochs", epochs, 0)
+        if checkpoint is not None:
+            check_file("checkpoint", checkpoint)
+        if save_every is not None:
+            check_count("save_every", save_every, 1)
+            if checkpoint is None:
+                raise ValueError(
+                    f"save_every={save_every} needs checkpoint, the file to save to; got None"
+                )
+        check_flag("progress", progress)
         place = self._loaded or {"first": self.epoch, "batch": 0, "random": _random(loader)}
         self._loaded, self._position = None, place
         last = place["first"] + epochs
@@ -190,11 +225,11 @@ class Trainer:
                     place["batch"] += 1
                     bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
                     bar.update()
-                    if checkpoint and save_every and len(self.losses) % save_every == 0:
+                    if save_every and checkpoint is not None and len(self.losses) % save_every == 0:
                         self.save(checkpoint)
                 self.epoch += 1
                 place.update(batch=0, random=_random(loader))
-                if checkpoint:
+                if checkpoint is not None:
                     self.save(checkpoint)
         self._position = None
         return self.losses
@@ -205,7 +240,9 @@ class Trainer:
 
         Raises:
             ValueError: the loader gives no batch.
+            TypeError: a loader that is not iterable.
         """
+        check_loader(loader)
         training, total, count = self.model.training, 0.0, 0
         self.model.eval()
         try:
@@ -280,7 +317,12 @@ class Trainer:
         """Writes model, optimizer, schedule, loss scale, losses and all that is random to ``path``.
 
         A temporary file is written and then renamed: what was there is whole until the new one is.
+
+        Raises:
+            TypeError, ValueError: ``path`` is not the path of a file.
+            FileNotFoundError: its folder does not exist.
         """
+        check_file("path", path)
         content = {
             "version": VERSION,
             "model": self.model.state_dict(),
@@ -298,13 +340,15 @@ class Trainer:
         """Goes back to where :meth:`save` was called, in this process or another.
 
         Raises:
-            ValueError: ``path`` is of another model, another kind of optimizer or a newer version;
-                nothing has been changed then.
+            ValueError: ``path`` is not a file of :meth:`save`, or is of another model, another kind
+                of optimizer or schedule, a run without the loss scale that this one has, or a
+                newer version; nothing has been changed then.
+            TypeError: ``path`` is not a path.
+            FileNotFoundError: there is no such file.
         """
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["version"] != VERSION:
-            raise ValueError(f"{path} has version {saved['version']}; this onepass reads {VERSION}")
-        check_fits(self.model, saved["model"], path)
+        check_file("path", path)
+        saved = read_checkpoint(path, self.device)
+        check_checkpoint(self.model, self.scheduler, self.scaler, saved, path)
         before = {key: deepcopy(value) for key, value in self.model.state_dict().items()}
         self.model.load_state_dict(saved["model"])  # the optimizer's companions go by the weights
         try:
