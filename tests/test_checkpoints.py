@@ -221,4 +221,5 @@ def test_codes_of_version_1_are_what_they_were_but_those_of_mx4():
                 optimizer.load_state_dict(older)
         else:
             optimizer.load_state_dict(older)
-            assert optimizer.state_dict()["param_groups"][0]["format_version"] == VERSION
+            named = optimizer.state_dict()["param_groups"][0]
+            assert named.get("format_version") == (None if states == "fp32" else VERSION)

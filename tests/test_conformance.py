@@ -26,7 +26,11 @@ common_optimizers = importlib.import_module("torch.testing._internal.common_opti
 hypothesis.settings.load_profile(_profile)
 
 EXCEPTIONS = {
-    ("*", "params=None"): "params is iterated before the options are checked: a TypeError.",
+    (
+        "Adam",
+        "params=None",
+    ): "A tensor lr or beta is accepted with foreach=True, so params comes next.",
+    ("AdamW", "params=None"): "As for Adam.",
     ("*", "differentiable=True"): "The step runs in kernels that autograd does not record.",
     ("*", "strides with gaps"): "Kernels walk the memory of a parameter in order.",
     ("*", "float64 parameter"): "Kernels compute in float32.",
@@ -219,7 +223,7 @@ def test_differentiable_is_a_value_error(name):
     ids=lambda x: x if isinstance(x, str) else x.optimizer_error_input.desc,
 )
 def test_an_error_input_is_an_error_of_the_same_type(name, given):
-    """Where optim_db has params=None, a parameter takes its place; see below."""
+    """Where optim_db has params=None, a parameter takes its place; the next test keeps None."""
     wrong, kind = given.optimizer_error_input, given.error_type
     in_step = given.error_on is common_optimizers.OptimizerErrorEnum.STEP_ERROR
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .formats import STATE_FORMATS, VERSION, scale_key
+from .groups import DEFAULTS, option
 from .reference.blocks import DYNAMIC_BLOCK, dynamic_map
 from .states import fit_states
 
@@ -165,7 +166,7 @@ def _imported_scales(saved: Mapping[str, Any], i: int, which: str) -> torch.Tens
 
 def _check_exportable(rule: str, i: int, group: Mapping[str, Any]) -> None:
     for name, needed in {**LACKING[rule], "maximize": False}.items():
-        if group[name] != needed:
+        if group.get(name, DEFAULTS.get(name)) != needed:
             raise ValueError(
                 f"{name} of parameter group {i} must be {needed} for bitsandbytes, which has "
                 f"nothing else; got {group[name]}"
@@ -173,7 +174,7 @@ def _check_exportable(rule: str, i: int, group: Mapping[str, Any]) -> None:
     if rule == "sgd" and not group["momentum"]:
         raise ValueError(f"momentum of parameter group {i} must be > 0 for bitsandbytes; got 0")
     decoupled = rule in DECOUPLED
-    if group["weight_decay"] and group["decoupled_weight_decay"] != decoupled:
+    if group["weight_decay"] and option(group, "decoupled_weight_decay") != decoupled:
         raise ValueError(
             f"decoupled_weight_decay of parameter group {i} must be {decoupled} for bitsandbytes, "
             f"which decays so; got {group['decoupled_weight_decay']}"
@@ -203,7 +204,7 @@ def _exported_state(
     held: Mapping[str, Any],
     number: int,
 ) -> dict[str, Any]:
-    name = group["states"]
+    name = option(group, "states")
     form = STATE_FORMATS["fp32" if name == "fp32" else "dynamic8"]
     which = f"parameter {number} of shape {tuple(param.shape)}"
     if not param.is_contiguous():

@@ -9,6 +9,7 @@ import torch
 
 from .checks import check_weight_format
 from .distributed.shards import full_weight
+from .groups import option
 from .held import ParamState
 from .layouts import COMPANIONS
 
@@ -45,12 +46,14 @@ def convert_state_dict(
     """
     groups = []
     for group in optimizer.param_groups:
-        group = {**group, "states": states or group["states"]}
+        group = {**group, "states": states or option(group, "states")}
         if weights is not None and any(p.dtype != torch.float32 for p in group["params"]):
             group["weights"] = weights
         optimizer.check_options(group)
         for param in group["params"]:
-            check_weight_format(param, group["weights"], f"a parameter of {tuple(param.shape)}")
+            check_weight_format(
+                param, option(group, "weights"), f"a parameter of {tuple(param.shape)}"
+            )
         groups.append(group)
     # Without the hooks of the optimizer: they are for what is loaded into it.
     twin = object.__new__(type(optimizer))

@@ -1,13 +1,41 @@
-"""What a plan compares of an optimizer's groups, and what it reads of their states."""
+"""Parameter groups, what a plan compares of them, and what it reads of their states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
+
+from .formats import VERSION
+
+DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "decoupled_weight_decay": False,
+    "eps_in_sqrt": False,
+    "states": "fp32",
+    "weights": "native",
+    "ema_decay": None,
+    "seed": 0,
+    "format_version": VERSION,
+}
+"""Options that a group need not name, with what a missing key stands for."""
+
+
+def option(group: Mapping[str, Any], name: str) -> Any:
+    """An option of a group. Groups name only options of :data:`DEFAULTS` that are others, so that
+    with default options they have the keys of torch.optim's, and no others, as
+    torch.distributed.checkpoint asks."""
+    return group.get(name, DEFAULTS[name])
+
+
+def drop_defaults(group: dict[str, Any], named: frozenset[str]) -> None:
+    """Removes options that have their default, unless their keys are among those named."""
+    for key in [k for k, value in DEFAULTS.items() if k not in named and k in group]:
+        if group[key] == DEFAULTS[key]:
+            del group[key]
 
 
 def same(found: Iterable[Any], known: Sequence[Any]) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
+from .groups import option
 from .rules import Rule
 
 COMPANIONS = frozenset(form.key for form in WEIGHT_FORMATS.values() if form.key)
@@ -101,10 +102,10 @@ def ema_layout(param: torch.Tensor) -> Layout:
 
 def held_layouts(param: torch.Tensor, rule: Rule, group: Mapping[str, Any]) -> list[Layout]:
     """All tensors that a group's options ask for of a parameter, in the order they are made in."""
-    form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
+    form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
     slots = rule.state_slots(rule.flag_bits(group))
     layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
     companion = companion_layout(param, weight)
     if companion is not None:
         layouts.append(companion)
-    return layouts if group["ema_decay"] is None else [*layouts, ema_layout(param)]
+    return layouts if option(group, "ema_decay") is None else [*layouts, ema_layout(param)]

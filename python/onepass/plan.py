@@ -21,7 +21,7 @@ from . import backends
 from .distributed.ranks import Groups, Ranks
 from .formats import StateFormat, scale_key
 from .gradients import share_memory
-from .groups import is_fixed, options_of, same, values_of
+from .groups import is_fixed, option, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
 from .parts import Part
 from .reference.verdict import VERDICT_WIDTH
@@ -59,9 +59,9 @@ def group_options(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
     """What entries are made from; the other options are read at every step."""
     return (
         rule.flag_bits(group),
-        group["states"],
-        group["weights"],
-        group["ema_decay"] is None,
+        option(group, "states"),
+        option(group, "weights"),
+        option(group, "ema_decay") is None,
         len(group["params"]),
     )
 

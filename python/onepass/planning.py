@@ -20,7 +20,7 @@ from .distributed.ranks import Groups, Ranks
 from .distributed.shards import shards_of, versioned
 from .formats import STATE_FORMATS, WEIGHT_FORMATS, scale_key
 from .gradients import unwrapped
-from .groups import Reader
+from .groups import Reader, option
 from .held import Watch
 from .layouts import EMA, state_layouts
 from .paging.part import PagedPart
@@ -126,7 +126,12 @@ class _Planner:
             for place, listed in self.listed.items()
         }
         made = [
-            Made(member.param, STATE_FORMATS[member.group["states"]], held, tables[place].rows[row])
+            Made(
+                member.param,
+                STATE_FORMATS[option(member.group, "states")],
+                held,
+                tables[place].rows[row],
+            )
             for member, (place, row, held) in zip(self.members, self.held, strict=True)
         ]
         params = (member.param for member in self.members)
@@ -159,8 +164,8 @@ class _Planner:
             assert whole.grad is not None
             param, grad = whole, unwrapped(whole.grad, which)
         check_tensors(param, grad, which)
-        check_weight_format(param, group["weights"], which)
-        state, form = self.optimizer.state.get(whole, {}), STATE_FORMATS[group["states"]]
+        check_weight_format(param, option(group, "weights"), which)
+        state, form = self.optimizer.state.get(whole, {}), STATE_FORMATS[option(group, "states")]
         for _, name in self.rule.state_slots(self.rule.flag_bits(group)):
             if state.get(name) is None and whole not in self.paged:
                 for layout in state_layouts(param, name, form):
@@ -169,7 +174,9 @@ class _Planner:
     def chosen(self) -> dict[torch.device, backends.Backend]:
         """The backend of each device."""
         optimizer, shards = self.optimizer, self.shards
-        extras = optimizer.measures or any(group["ema_decay"] is not None for group in self.groups)
+        extras = optimizer.measures or any(
+            option(group, "ema_decay") is not None for group in self.groups
+        )
         params = [member.param for member in self.members]
         devices = [shards[p].local.device if p in shards else p.device for p in params]
         return {
@@ -184,7 +191,10 @@ class _Planner:
         param = whole if shard is None else shard.local
         place = _Place(param.device, None if shard is None else shard.groups)
         flags, which = rule.flag_bits(group), _name(member)
-        form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
+        form, weight = (
+            STATE_FORMATS[option(group, "states")],
+            WEIGHT_FORMATS[option(group, "weights")],
+        )
         slots = rule.state_slots(flags)
         state = self.optimizer.state.get(whole, {})
         saved = state if shard is None else shard.inner(state, rule)
@@ -229,13 +239,16 @@ class _Planner:
             state: its entry of the optimizer's state; saved: the same, of the shard.
         """
         rule, group, which = self.rule, member.group, _name(member)
-        form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
+        form, weight = (
+            STATE_FORMATS[option(group, "states")],
+            WEIGHT_FORMATS[option(group, "weights")],
+        )
         pager = self.optimizer.pager
         home = None if pager is None or member.param not in self.paged else pager.home
         saved_as = getattr(state, "form", "") or self.optimizer.forms.get(member.param, "")
         if not saved_as and form.scale is None:
             # Somebody else's entry, and the group has another format since: that of the start.
-            saved_as = self.optimizer.defaults["states"]
+            saved_as = option(self.optimizer.defaults, "states")
         held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
         first = rule.needs_first and self.is_fresh(state, which)
         for _, name in rule.state_slots(rule.flag_bits(group)):
@@ -251,7 +264,7 @@ class _Planner:
         companion = fit_companion(saved, param, weight, which, home=home)
         if companion is not None:
             held[weight.key] = companion
-        if group["ema_decay"] is not None:
+        if option(group, "ema_decay") is not None:
             held[EMA] = fit_ema(saved, param, which, home=home)
         return held, first
 

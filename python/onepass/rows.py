@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .groups import option
 from .reference.verdict import FACTOR, SKIP
 from .rules import HYPER_WIDTH, LR, OPTIONS_WIDTH, Rule
 
@@ -144,7 +145,7 @@ class RowTable:
                     counters[i, 1] = 0
                     continue
                 hyper[i] = rule.hyper(rule.options(row.group), number, bool(first), factor)
-                counters[i] = int(row.group["seed"]), number
+                counters[i] = int(option(row.group, "seed")), number
                 kept[0, i], kept[1, i] = number, 0
         return Staged(hyper, counters, kept)
 
@@ -174,7 +175,7 @@ class RowTable:
         """
         groups = [row.group for row in self.rows]
         options = [self.rule.options(_known_to_host(group)) for group in groups]
-        seeds = [int(group["seed"]) for group in groups]
+        seeds = [int(option(group, "seed")) for group in groups]
         # What a captured graph has copied, and will again, is not what the host knows of.
         if options != self._options or self._captured:
             self._copy(self.options, torch.tensor(options, dtype=torch.float64, device="cpu"))

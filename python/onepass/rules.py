@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import reference
+from .groups import option
 
 Group = Mapping[str, Any]
 Numbers = Sequence[float]
@@ -82,13 +83,13 @@ class Rule:
         """The row of the options table of a group; a tensor's value, of lr for one, is read."""
         own = self.own(group)
         return (
-            -1.0 if group["maximize"] else 1.0,
-            1.0 if group["decoupled_weight_decay"] else 0.0,
+            -1.0 if option(group, "maximize") else 1.0,
+            1.0 if option(group, "decoupled_weight_decay") else 0.0,
             float(group["lr"]),
             float(group["weight_decay"]),
             *own,
             *[0.0] * (EMA_DECAY - OWN - len(own)),
-            float(group["ema_decay"] or 0.0),
+            float(option(group, "ema_decay") or 0.0),
         )
 
     def hyper(self, options: Numbers, step: int, first: bool, factor: float) -> list[float]:
@@ -190,9 +191,9 @@ def _option(name: str) -> Callable[[Group], bool]:
     return lambda group: bool(group[name])
 
 
-_DECOUPLED = ("decoupled", _option("decoupled_weight_decay"))
+_DECOUPLED = ("decoupled", lambda group: bool(option(group, "decoupled_weight_decay")))
 _MOMENTUM = ("momentum", _option("momentum"))
-_EPS_IN_SQRT = ("eps_in_sqrt", _option("eps_in_sqrt"))
+_EPS_IN_SQRT = ("eps_in_sqrt", lambda group: bool(option(group, "eps_in_sqrt")))
 
 RULES: dict[str, Rule] = {
     rule.name: rule

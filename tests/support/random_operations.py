@@ -16,6 +16,8 @@ import torch
 
 import onepass
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+from onepass.groups import DEFAULTS
+from onepass.groups import option as option_of
 
 from ..cases import served
 from .odd_tensors import AMBIENT, FAULTS, GRADIENTS, MAY_REFUSE
@@ -170,7 +172,9 @@ OPTIONS: dict[str, list[Callable[[], Any]]] = {
 @operation(2)
 def option(world: World, rng: Random) -> None:
     at = rng.randrange(len(world.plain.optimizer.param_groups))
-    key = rng.choice([k for k in OPTIONS if k in world.plain.optimizer.param_groups[at]])
+    key = rng.choice(
+        [k for k in OPTIONS if k in {**DEFAULTS, **world.plain.optimizer.param_groups[at]}]
+    )
     make = rng.choice(OPTIONS[key])
     world.tell(f"param_groups[{at}][{key!r}] = {make()!r}")
     for one in world.copies:
@@ -211,9 +215,12 @@ def flags(world: World, rng: Random) -> None:
     at = rng.randrange(len(world.plain.optimizer.param_groups))
     group = world.plain.optimizer.param_groups[at]
     keys = {key for row in world.case.options for key in row}
-    rows = [row for row in world.case.options if served(row, group["states"])]
+    rows = [row for row in world.case.options if served(row, option_of(group, "states"))]
     chosen = {**dict.fromkeys(keys, 0), **rng.choice(rows)}
-    chosen = {k: bool(v) if isinstance(group[k], bool) else v for k, v in chosen.items()}
+    chosen = {
+        k: bool(v) if isinstance(group.get(k, DEFAULTS.get(k)), bool) else v
+        for k, v in chosen.items()
+    }
     world.tell(f"param_groups[{at}].update({chosen})")
     for one in world.copies:
         one.optimizer.param_groups[at].update(chosen)
@@ -335,12 +342,12 @@ def _move_weights(one: Copy) -> None:
 def _averaged(one: Copy) -> None:
     """Within averaged_weights() the weights are their averages; they come back bit for bit."""
     before, states = one.contents(), one.optimizer.state
-    if all(group["ema_decay"] is None for group in one.optimizer.param_groups):
+    if all(option_of(group, "ema_decay") is None for group in one.optimizer.param_groups):
         return
     with one.optimizer.averaged_weights():
         for p, group in zip(one.params, one.groups, strict=True):
             average = states.get(p, {}).get("ema")
-            if average is not None and group["ema_decay"] is not None:
+            if average is not None and option_of(group, "ema_decay") is not None:
                 assert same_bits(p.detach(), average.to(p.dtype)), "the average"
         with pytest.raises(RuntimeError):
             one.optimizer.step()

@@ -19,6 +19,7 @@ import torch
 
 import onepass
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+from onepass.groups import DEFAULTS, option
 
 from ..cases import CASES, DTYPES, make_params, same_bits, served
 from ..conftest import isas
@@ -85,7 +86,8 @@ class Copy:
             for key, value in self.optimizer.state.get(p, {}).items():
                 found[key, i] = value.clone() if isinstance(value, Tensor) else value
         for i, group in enumerate(self.optimizer.param_groups):
-            for key, value in group.items():
+            # A missing key stands for the default.
+            for key, value in {**DEFAULTS, **group}.items():
                 if key in TORCH_ONLY:
                     continue
                 value = float(value) if isinstance(value, Tensor) else value
@@ -324,9 +326,10 @@ class World:
                 state.pop("momentum_buffer", None)
             step, ema = int(state.pop("step", 0)), state.pop("ema", p.detach())
             floats = all(s.dtype.is_floating_point and s.shape == p.shape for s in state.values())
-            if group["states"] != "fp32" or p.dtype != torch.float32 or not floats:
+            if option(group, "states") != "fp32" or p.dtype != torch.float32 or not floats:
                 continue
-            options = {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()}
+            named = {**DEFAULTS, **group}
+            options = {k: float(v) if isinstance(v, Tensor) else v for k, v in named.items()}
             names = ["parameter", *state]
             given = [p.detach(), *state.values(), factor * grad.double()]
             signs = torch.tensor(list(itertools.product((-1, 1), repeat=len(given)))).double().T
@@ -346,7 +349,7 @@ class World:
                 limit += 8 * EPS * (value[0] - old).abs() + TINY
                 limit += 4 * (value - value[0]).abs().amax(0)
                 expected[name, i] = value[0], limit
-            if group["ema_decay"] is not None:
+            if option(group, "ema_decay") is not None:
                 decay, (new, limit) = group["ema_decay"], expected["parameter", i]
                 old = ema.double().reshape(-1)
                 value = decay * old + (1 - decay) * new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -24,13 +25,20 @@ from ..checks import (
     check_weight_format,
 )
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
+from ..groups import DEFAULTS, drop_defaults, option
 from ..held import OptimizerState, ParamState
 from ..layouts import COMPANIONS
 from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
 from ..rules import RULES, Rule
 from ..states import to_bytes
-from .loading import loaded_groups, loaded_state, save_one_element, save_shards
+from .loading import (
+    CODES_STEP,
+    loaded_groups,
+    loaded_state,
+    save_one_element,
+    save_shards,
+)
 from .options import (
     FLAGS,
     STEP_WIDE,
@@ -39,7 +47,7 @@ from .options import (
     describe,
     nearest,
     refuse,
-    torch_keywords,
+    torch_keys,
 )
 from .stepping import Stepping
 from .traced import number_of
@@ -132,7 +140,7 @@ class Optimizer(Stepping):
         self.paging = paging_of(self.default_paged if o["paged"] is None else o["paged"])
         self.pager = None if self.paging is None else Pager(self.paging, self.rule)
         self.scales_in_step = bool(o["fused"])
-        self._given = {name: o[name] for name in STEP_WIDE}
+        self._given = {name: given[name] for name in STEP_WIDE & given.keys()}
         self._plan = self.verdict = None
         self._failed = ""
         self._found = None
@@ -142,9 +150,14 @@ class Optimizer(Stepping):
         self.moved = {}
         self.released = None
         self._number = number_of(self)
-        kept = {name: o[name] for name in torch_keywords(type(self))}
+        named = torch_keys(type(self))
+        kept = {name: o[name] for name in TORCH_KEYWORDS if name in named}
         kept |= {name: o[name] for name in _GROUP_OPTIONS}
-        super().__init__(params, {**defaults, **kept, "format_version": VERSION})
+        shared = {**defaults, **kept}
+        self.defaults = shared
+        self.check_options(shared)
+        drop_defaults(shared, named)
+        super().__init__(params, shared)
         self.state = OptimizerState()
 
     @property
@@ -154,9 +167,8 @@ class Optimizer(Stepping):
         return self.scales_in_step
 
     def __repr__(self) -> str:
-        wide = {
-            name: value for name, value in self._step_wide().items() if value != _DEFAULTS[name]
-        }
+        usual = {**_DEFAULTS, "paged": False}
+        wide = {k: value for k, value in self._step_wide().items() if value != usual[k]}
         shown = "".join(f"    {name}: {value!r}\n" for name, value in sorted(wide.items()))
         text = super().__repr__()
         return f"{text[:-1]}Whole step\n{shown})" if shown else text
@@ -187,13 +199,13 @@ class Optimizer(Stepping):
             check_number("eps", group["eps"])
         for i, beta in enumerate(check_pair("betas", group["betas"]) if "betas" in group else ()):
             check_fraction(f"betas[{i}]", beta)
-        check_choice("states", group["states"], STATE_FORMATS)
-        check_choice("weights", group["weights"], WEIGHT_FORMATS)
-        if group["ema_decay"] is not None:
-            check_fraction("ema_decay", group["ema_decay"])
+        check_choice("states", option(group, "states"), STATE_FORMATS)
+        check_choice("weights", option(group, "weights"), WEIGHT_FORMATS)
+        if option(group, "ema_decay") is not None:
+            check_fraction("ema_decay", option(group, "ema_decay"))
         for name in FLAGS & group.keys():
             check_flag(name, group[name])
-        seed = group["seed"]
+        seed = option(group, "seed")
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
 
@@ -201,13 +213,18 @@ class Optimizer(Stepping):
         """Raises for an option of the whole step in a group, and for a misspelt one. Other unknown
         keys are somebody else's: learning rate schedulers and frameworks keep theirs there."""
         for name in STEP_WIDE & group.keys():
-            # ZeroRedundancyOptimizer puts what it is given into the groups as well.
-            if group[name] is not self._given[name] and group[name] != self._given[name]:
+            if name not in self._given:
                 raise ValueError(
                     f"{name} is an option of the whole step, not of one parameter group: give it "
                     f"to {type(self).__name__}(...), or set the optimizer's attribute"
                 )
-        known = frozenset((*self.defaults, *_DEFAULTS, "params"))
+            # ZeroRedundancyOptimizer copies what it is given into the groups, and what it loads.
+            if group[name] is not self._given[name] and group[name] != self._given[name]:
+                warnings.warn(
+                    f"{name} of a parameter group is ignored: it is an option of the whole step",
+                    stacklevel=2,
+                )
+        known = frozenset((*self.defaults, *_DEFAULTS, *DEFAULTS, "params"))
         for name in group.keys() - known:
             meant = nearest(name, known, 0.86) if isinstance(name, str) else None
             if meant is not None:
@@ -238,9 +255,10 @@ class Optimizer(Stepping):
                 if tensor.requires_grad or not tensor.is_leaf:
                     which = f"parameter {i} of the group, shape {tuple(tensor.shape)},"
                     check_param(tensor, which)
-                    weights = param_group.get("weights", self.defaults["weights"])
+                    weights = option({**self.defaults, **param_group}, "weights")
                     check_weight_format(tensor, weights, which)
         super().add_param_group(param_group)
+        drop_defaults(self.param_groups[-1], torch_keys(type(self)))
 
     # --- the step ---
 
@@ -337,6 +355,9 @@ class Optimizer(Stepping):
         """
         result = super().state_dict()
         result["state"] = {key: _saved(value) for key, value in result["state"].items()}
+        for group in result["param_groups"]:
+            if "states" in group:
+                group["format_version"] = VERSION
         save_one_element(self, result["state"])
         save_shards(self, result["state"])
         return result
@@ -361,7 +382,7 @@ class Optimizer(Stepping):
         groups = loaded_groups(self, state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         pairs = zip(groups, state_dict["param_groups"], strict=True)
-        members = [(p, g, saved.get("states", "")) for g, saved in pairs for p in g["params"]]
+        members = [(p, g, saved.get("states", "fp32")) for g, saved in pairs for p in g["params"]]
         owners = {
             i: (param, number, group, saved_as)
             for number, (i, (param, group, saved_as)) in enumerate(zip(ids, members, strict=True))
@@ -392,6 +413,8 @@ def _saved(state: Any) -> Any:
     saved = {key: value.clone() if key == "step" else value for key, value in state.items()}
     for key in COMPANIONS & saved.keys():
         saved[key] = to_bytes(saved[key])
+    if any(key.endswith("_scale") for key in saved) and "step" in saved:
+        saved[CODES_STEP] = saved["step"].clone()
     return saved
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..groups import option
 from ..interrupts import Uninterrupted
 from ..layouts import EMA
 from ..plan import Plan
@@ -77,7 +78,7 @@ class Findings(torch.optim.Optimizer):
         """
         self.check_swapped()
         params = [p for p, state in self.state.items() if EMA in state]
-        if not params and all(group["ema_decay"] is None for group in self.param_groups):
+        if not params and all(option(group, "ema_decay") is None for group in self.param_groups):
             raise RuntimeError("weights have no averages: no parameter group has ema_decay")
         with torch.no_grad():
             kept = [p.detach().clone() for p in params]

@@ -12,15 +12,21 @@ from ..checks import check_weight_format
 from ..distributed.shards import shard_of, shards_of
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_key
 from ..gradients import is_dtensor
+from ..groups import drop_defaults, option
 from ..held import ParamState
 from ..layouts import COMPANIONS, EMA, STRIDE, Home
 from ..states import fit_companion, fit_ema, fit_states, packed_order
+from .options import torch_keys
 
 if TYPE_CHECKING:
     from .base import Optimizer
 
 # Options that describe this run, not the state of training: loading a state dict keeps them.
 _OWN_OPTIONS = ("states", "weights", "ema_decay", "format_version")
+
+CODES_STEP = "codes_step"
+"""Key of a second step counter, saved beside codes in blocks. A partial load that writes other
+values over the codes leaves it behind."""
 
 
 def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,7 +36,7 @@ def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> l
             f"the state dict has {len(saved_groups)} parameter groups, "
             f"the optimizer {len(optimizer.param_groups)}"
         )
-    groups = []
+    groups: list[dict[str, Any]] = []
     # One copy: a tensor that groups share, such as a learning rate, is shared by the copies.
     copies = deepcopy([{k: v for k, v in g.items() if k != "params"} for g in saved_groups])
     pairs = zip(optimizer.param_groups, saved_groups, copies, strict=True)
@@ -48,10 +54,12 @@ def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> l
                 "onepass that saved it"
             )
         merged = {**group, **copied}
-        # A state dict of torch.optim does not name states; its Adam and AdamW differ only in
-        # where decay goes, and each class keeps its own way.
-        kept = _OWN_OPTIONS if "states" in saved else (*_OWN_OPTIONS, "decoupled_weight_decay")
-        merged.update({name: group[name] for name in kept})
+        # A missing key stands for the default, but where torch.optim would choose an algorithm by
+        # it: there the optimizer's own choice stays.
+        if "seed" not in copied:
+            merged["seed"] = 0
+        merged.update({name: option(group, name) for name in _OWN_OPTIONS})
+        drop_defaults(merged, torch_keys(type(optimizer)))
         optimizer.check_options(merged)
         groups.append(merged)
     return groups
@@ -76,7 +84,7 @@ def loaded_state(
     rule = optimizer.rule
     shard = shard_of(param)
     which = f"parameter {number} of shape {tuple(param.shape)}"
-    check_weight_format(param, group["weights"], which)
+    check_weight_format(param, option(group, "weights"), which)
     saved = {key: value for key, value in saved.items() if value is not None}
     if shard is not None:
         param, saved = shard.local, shard.inner(saved, rule)
@@ -90,7 +98,15 @@ def loaded_state(
             f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "
             f"than {type(optimizer).__name__}"
         )
-    form, weight = STATE_FORMATS[group["states"]], WEIGHT_FORMATS[group["weights"]]
+    beside = saved.pop(CODES_STEP, None)
+    if beside is not None and "step" in saved and float(beside) != float(saved["step"]):
+        raise ValueError(
+            f"the codes of {which} are of step {float(beside):g}, its counter of step "
+            f"{float(saved['step']):g}: a checkpoint in another format was loaded over them. "
+            "Load it into an optimizer of its own format, or convert it by "
+            "onepass.convert_state_dict"
+        )
+    form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
     states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as, home=home)
     moments = {key for key, _, _ in rule.slots}
     known = moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE, EMA}
@@ -107,7 +123,7 @@ def loaded_state(
         companion = fit_companion(saved, param, weight, which, copy=True, home=home)
         if companion is not None:
             state[weight.key] = companion
-    if EMA in saved and group["ema_decay"] is not None:
+    if EMA in saved and option(group, "ema_decay") is not None:
         state[EMA] = fit_ema(saved, param, which, copy=True, home=home)
     if shard is not None:
         own = {key: state[key] for key in state if key in known}
@@ -123,7 +139,7 @@ def loaded_state(
 def save_shards(optimizer: Optimizer, state: dict[Any, Any]) -> None:
     """Brings the states of DTensors, by position, into the form in which they are saved."""
     groups = optimizer.param_groups
-    owners = [(p, group["states"]) for group in groups for p in group["params"]]
+    owners = [(p, option(group, "states")) for group in groups for p in group["params"]]
     shards = shards_of(p for p, _ in owners)
     for i, (param, states) in enumerate(owners):
         if param in shards and state.get(i):
@@ -139,9 +155,9 @@ def save_one_element(optimizer: Optimizer, state: dict[Any, Any]) -> None:
     rule, owners = optimizer.rule, [(p, g) for g in optimizer.param_groups for p in g["params"]]
     for i, (param, group) in enumerate(owners):
         saved_as = optimizer.forms.get(param, "")
-        if not state.get(i) or saved_as in ("", group["states"]) or is_dtensor(param):
+        if not state.get(i) or saved_as in ("", option(group, "states")) or is_dtensor(param):
             continue
-        form, which = STATE_FORMATS[group["states"]], f"parameter {i}"
+        form, which = STATE_FORMATS[option(group, "states")], f"parameter {i}"
         states = fit_states(state[i], param, rule, form, which, copy=True, saved_as=saved_as)
         moments = {key for key, _, _ in rule.slots}
         stale = moments | {scale_key(key) for key in moments}

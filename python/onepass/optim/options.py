@@ -139,15 +139,25 @@ def nearest(name: str, known: frozenset[str], least: float) -> str | None:
     return found[0] if found else None
 
 
-def torch_keywords(kind: type) -> dict[str, Any]:
-    """Those of :data:`TORCH_KEYWORDS` that torch.optim's class of the same name has; none where
-    torch has no such class."""
-    for base in kind.__mro__:
-        twin = getattr(torch.optim, base.__name__, None)
-        if twin is not None and base.__module__.startswith("onepass"):
-            names = inspect.signature(twin).parameters
-            return {name: value for name, value in TORCH_KEYWORDS.items() if name in names}
-    return {}
+_TORCH_KEYS: dict[type, frozenset[str]] = {}
+
+
+def torch_keys(kind: type) -> frozenset[str]:
+    """The keys that groups of torch.optim's class of the same name have; of a class that torch does
+    not have, all that onepass keeps but the keywords of torch."""
+    if kind not in _TORCH_KEYS:
+        found = frozenset(("maximize", "decoupled_weight_decay"))
+        for base in reversed(kind.__mro__):
+            twin = getattr(torch.optim, base.__name__, None)
+            if (
+                twin is not None
+                and base.__module__.startswith("onepass.optim.")
+                and (base.__name__ != "Optimizer")
+            ):
+                param = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+                found = frozenset(twin([param], lr=1e-3).param_groups[0])
+        _TORCH_KEYS[kind] = found
+    return _TORCH_KEYS[kind]
 
 
 def describe(kind: type, defaults: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ..checks import check_fraction, check_number
 from ..formats import STATE_FORMATS
+from ..groups import option
 from .base import Optimizer, rule_named
 from .options import Options
 
@@ -82,7 +83,7 @@ class RMSprop(Optimizer):
         super().check_options(group)
         check_fraction("alpha", group["alpha"])
         check_number("momentum", group["momentum"])
-        if group["centered"] and STATE_FORMATS[group["states"]].block > 1:
+        if group["centered"] and STATE_FORMATS[option(group, "states")].block > 1:
             raise ValueError(
                 f"centered=True needs states='fp32' or 'bf16'; got {group['states']!r}: what is "
                 "left of square_avg - grad_avg**2 when both are coarsely rounded is noise, and "

@@ -12,6 +12,7 @@ import torch
 
 from ..arena import allocated
 from ..distributed.shards import local_of
+from ..groups import option
 from ..layouts import Layout, held_layouts
 from ..rules import Rule
 from .links import Link, link_for
@@ -97,7 +98,13 @@ class Pager:
         """See :func:`places_of`; unless anew, only if an option that sizes depend on is another."""
         flags = self.rule.flag_bits
         key = [
-            (flags(g), g["states"], g["weights"], g["ema_decay"] is None, len(g["params"]))
+            (
+                flags(g),
+                option(g, "states"),
+                option(g, "weights"),
+                option(g, "ema_decay") is None,
+                len(g["params"]),
+            )
             for g in groups
         ]
         if anew or key != self._key:
