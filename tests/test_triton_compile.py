@@ -28,8 +28,10 @@ MAX_REGISTERS = {"adamw-fp32": 64, "adamw-bf16": 80, "adamw-bf16-weights": 64}
 # 8-bit states take eight elements a thread, 24 KiB with two programs on a multiprocessor.
 EIGHT_BITS = ("adamw-mx8", "adamw-mx8-split8", "adamw-mx8-fp32", "adamw-mx4")
 MAX_REGISTERS |= {"adamw-split16": 96, **dict.fromkeys(EIGHT_BITS, 128)}
-# The norm has 4 loads of 16 bytes under way in every format; with 128 registers, on gfx942, four
-# waves of them fit a SIMD, 64 KiB a compute unit.
+# A thread of the norm has 4 loads of 16 bytes under way in every format. On gfx942 it has 2, and a
+# program has 512 threads: with 128 registers four waves fit a SIMD and two programs a compute unit,
+# 32 KiB under way. Bandwidth times latency on an MI300X (5.3 TB/s over 304 compute units, some
+# 800 ns) is 14 KiB.
 MAX_REGISTERS |= {"norm": 80, "norm-total": 64}
 # What is asked for beside the rule: an average is a tensor more, 20 KiB under way with three
 # programs; telemetry has four sums in each thread, and room for two.
@@ -270,8 +272,9 @@ def test_the_norm_reads_16_bytes_at_a_time(kernels, target):
 
 
 def test_the_norm_on_amd_reads_16_bytes_at_a_time(kernels):
+    """Two accesses a thread, of which a program has twice as many as on NVIDIA."""
     text = kernels["norm.gfx942"]["text"]
-    assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) == 3 * 4
+    assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) == 3 * 2
 
 
 def test_numbers_that_change_compile_nothing(tmp_path):

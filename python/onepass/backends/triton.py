@@ -333,7 +333,7 @@ class TritonBackend(Backend):
             raise RuntimeError("onepass: norm without refresh")
         with _on(p.device):
             found: torch.Tensor = importlib.import_module(_NORM).launch(
-                p.chunks, p.grads, p.grad_formats, p.tuning
+                p.chunks, p.grads, p.grad_formats
             )
         return found
 
