@@ -76,8 +76,16 @@ def test_cuda_tensors_are_not_interpreted(compiled, monkeypatch):
 
 def test_triton_3_6_is_refused_where_it_contracts(compiled, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert "pip install 'triton>=3.7'" in TritonBackend().unavailable(CUDA)
-    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.7.0"))
+    why_not = TritonBackend().unavailable(CUDA)
+    assert "Triton 3.6 contracts" in why_not
+    assert "pip install 'triton==3.7.*'" in why_not
+    assert backends.choose(CUDA).name == "reference"
+
+
+@pytest.mark.parametrize("version", ["3.7.0", "3.7.1", "3.8.0", "4.0.0"])
+def test_other_versions_are_allowed_there_unknown_ones_too(compiled, monkeypatch, version):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
     assert TritonBackend().unavailable(CUDA) == ""
 
 

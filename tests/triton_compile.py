@@ -167,6 +167,8 @@ def compiled(
     options = TUNING[target.warp_size].options(narrow)
     if function in (derive.judge, derive.advance):
         options = derive.OPTIONS
+    if function in (norm.partial_norms, norm.total_norm):
+        options = norm.OPTIONS
     kernel = triton.compile(source, target=target, options=options)
     found: dict[str, object] = {}
     if target.backend == "hip":

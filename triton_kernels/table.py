@@ -43,7 +43,7 @@ class Tuning:
 
     Chunks are whole blocks, and a multiple of every format's block, so that no two programs share a
     scale. With 128 registers two programs fit an NVIDIA multiprocessor; ptxas would take more for
-    8-bit states. (AMD's compiler has no such option.)
+    8-bit states. (For AMD, Triton can bound registers only by a number of waves; none is set.)
     """
 
     block: int

@@ -27,6 +27,14 @@ from ..rules import SLOTS
 from .base import Backend, Entry, Policy, same_layout
 
 OLDEST = (3, 6)
+# Whether ptxas contracts paired fp32 operations (f32x2) to multiply-adds, by version of Triton.
+# Triton pairs operations from compute capability 10 on. Read in the machine code for sm_100, which
+# tests/test_triton_compile.py checks.
+CONTRACTS: dict[tuple[int, ...], bool] = {
+    (3, 6): True,  # 3.6.0, ptxas 12.9: FFMA2 in every kernel that has pairs
+    (3, 7): False,  # 3.7.0 and 3.7.1, ptxas 13.1: no FFMA2; FMUL2 and FADD2 for every pair
+    (3, 8): False,  # 3.8.0, ptxas 13.3: the same
+}
 _KERNELS = "onepass.triton_kernels.sweep"
 _TABLE = "onepass.triton_kernels.table"
 _NORM = "onepass.triton_kernels.norm"
@@ -57,14 +65,19 @@ def _missing() -> str:
 def _contracts(device: torch.device) -> str:
     """Why Triton would not return the reference's bits on a GPU, or an empty string.
 
-    Triton 3.6 pairs fp32 operations from compute capability 10 on, and its ptxas (CUDA 12.9) makes
-    paired multiply-adds of them although each names its rounding and contraction is off.
+    A version that is not in :data:`CONTRACTS` is allowed: if it contracts, the test that reads the
+    machine code fails with it.
     """
-    if _version() >= (3, 7) or torch.version.hip:
+    version = _version()
+    if not CONTRACTS.get(version, False) or torch.version.hip:
         return ""
     if torch.cuda.get_device_capability(device) < (10, 0):
         return ""
-    return "Triton 3.6 contracts operations on this GPU: pip install 'triton>=3.7'"
+    first = min(known for known, contracts in CONTRACTS.items() if not contracts)
+    return (
+        f"Triton {version[0]}.{version[1]} contracts fp32 operations on this GPU: "
+        f"pip install 'triton=={first[0]}.{first[1]}.*'"
+    )
 
 
 def _interpreted() -> bool:
@@ -333,7 +346,7 @@ class TritonBackend(Backend):
             raise RuntimeError("onepass: norm without refresh")
         with _on(p.device):
             found: torch.Tensor = importlib.import_module(_NORM).launch(
-                p.chunks, p.grads, p.grad_formats, p.tuning
+                p.chunks, p.grads, p.grad_formats
             )
         return found
 
