@@ -15,6 +15,7 @@ import torch
 
 from .formats import STATE_FORMATS, VERSION, scale_key
 from .groups import DEFAULTS, option
+from .optim.base import own_optimizer
 from .reference.blocks import DYNAMIC_BLOCK, dynamic_map
 from .states import fit_states
 
@@ -65,7 +66,7 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> di
         ValueError: states of another kind of optimizer; codes of another map or block size, or in
             another order than the contiguous one, about which bitsandbytes' own backends differ.
     """
-    rule = optimizer.rule.name
+    rule = own_optimizer(optimizer).rule.name
     state = {
         number: _imported_state(rule, number, saved)
         for number, saved in state_dict["state"].items()
@@ -100,6 +101,7 @@ def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
     Raises:
         ValueError: an option of a group that bitsandbytes lacks; names it.
     """
+    optimizer = own_optimizer(optimizer)
     rule = optimizer.rule
     for i, group in enumerate(optimizer.param_groups):
         _check_exportable(rule.name, i, group)

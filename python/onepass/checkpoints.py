@@ -12,6 +12,7 @@ from .distributed.shards import full_weight
 from .groups import option
 from .held import ParamState
 from .layouts import COMPANIONS
+from .optim.base import own_optimizer
 
 if TYPE_CHECKING:
     from .optim.base import Optimizer
@@ -44,6 +45,7 @@ def convert_state_dict(
         ValueError: as ``optimizer.load_state_dict``; an unknown format, or one that does not serve
             the dtype of a weight.
     """
+    optimizer = own_optimizer(optimizer)
     groups = []
     for group in optimizer.param_groups:
         group = {**group, "states": states or option(group, "states")}
@@ -90,7 +92,7 @@ def full_precision_state_dict(model: torch.nn.Module, *optimizers: Optimizer) ->
     result = model.state_dict(keep_vars=True)
     state: dict[Any, Any] = {}
     entries = {value for value in result.values() if isinstance(value, torch.Tensor)}
-    for i, optimizer in enumerate(optimizers):
+    for i, optimizer in enumerate(map(own_optimizer, optimizers)):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if params and entries.isdisjoint(params):
             raise ValueError(f"optimizer {i} has no parameter of this model")

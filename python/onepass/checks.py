@@ -88,13 +88,18 @@ def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
         raise ValueError(f"{which}: its gradient has another shape, {tuple(grad.shape)}")
     if grad.device != param.device:
         raise ValueError(f"{which} is on {param.device}, its gradient on {grad.device}")
+    check_dense(param, which)
+    check_memory(param, which)
+    check_memory(grad, f"{which}: its gradient")
+
+
+def check_dense(param: torch.Tensor, which: str) -> None:
+    """Raises ValueError where the strides of a parameter leave gaps or overlap."""
     if not is_dense(param):
         raise ValueError(
             f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
             "order: make it dense, for example with .contiguous()"
         )
-    check_memory(param, which)
-    check_memory(grad, f"{which}: its gradient")
 
 
 def check_param(param: torch.Tensor, which: str) -> None:

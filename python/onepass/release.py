@@ -14,6 +14,7 @@ from .distributed.shards import shards_of
 from .held import Watch
 from .interrupts import Uninterrupted
 from .optim import Optimizer
+from .optim.base import own_optimizer
 from .paging.pager import Pager
 from .plan import Plan, add_norms
 from .planning import make_plan
@@ -51,6 +52,7 @@ def release_gradients(
     Source: Lv et al., "Full parameter fine-tuning for large language models with limited resources"
     (LOMO, 2023), for SGD; here for every rule.
     """
+    optimizer = own_optimizer(optimizer)
     if optimizer.max_grad_norm is not None and not clip_by_previous_norm:
         raise ValueError(
             "max_grad_norm needs the gradients of a whole step, and release frees each at once: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -15,37 +14,31 @@ from typing_extensions import Unpack
 
 from .. import backends
 from ..checks import (
-    check_choice,
+    check_dense,
     check_flag,
-    check_fraction,
-    check_lr,
-    check_number,
-    check_pair,
     check_param,
     check_weight_format,
 )
-from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
+from ..formats import VERSION
+from ..gradients import is_dtensor
 from ..groups import DEFAULTS, drop_defaults, option
 from ..held import OptimizerState, ParamState
-from ..layouts import COMPANIONS
 from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
 from ..rules import RULES, Rule
-from ..states import to_bytes
+from .checking import check_names, check_torch_keywords, check_values
 from .loading import (
-    CODES_STEP,
     loaded_groups,
     loaded_state,
     save_one_element,
     save_shards,
+    saved_entry,
 )
 from .options import (
-    FLAGS,
     STEP_WIDE,
     TORCH_KEYWORDS,
     Options,
     describe,
-    nearest,
     refuse,
     torch_keys,
 )
@@ -191,44 +184,9 @@ class Optimizer(Stepping):
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option of a group that is out of range, or that a group cannot
         have; names it."""
-        self._check_names(group)
-        check_torch_keywords(group)
-        check_lr(group["lr"])
-        check_number("weight_decay", group["weight_decay"])
-        if "eps" in group:
-            check_number("eps", group["eps"])
-        for i, beta in enumerate(check_pair("betas", group["betas"]) if "betas" in group else ()):
-            check_fraction(f"betas[{i}]", beta)
-        check_choice("states", option(group, "states"), STATE_FORMATS)
-        check_choice("weights", option(group, "weights"), WEIGHT_FORMATS)
-        if option(group, "ema_decay") is not None:
-            check_fraction("ema_decay", option(group, "ema_decay"))
-        for name in FLAGS & group.keys():
-            check_flag(name, group[name])
-        seed = option(group, "seed")
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
-
-    def _check_names(self, group: Mapping[str, Any]) -> None:
-        """Raises for an option of the whole step in a group, and for a misspelt one. Other unknown
-        keys are somebody else's: learning rate schedulers and frameworks keep theirs there."""
-        for name in STEP_WIDE & group.keys():
-            if name not in self._given:
-                raise ValueError(
-                    f"{name} is an option of the whole step, not of one parameter group: give it "
-                    f"to {type(self).__name__}(...), or set the optimizer's attribute"
-                )
-            # ZeroRedundancyOptimizer copies what it is given into the groups, and what it loads.
-            if group[name] is not self._given[name] and group[name] != self._given[name]:
-                warnings.warn(
-                    f"{name} of a parameter group is ignored: it is an option of the whole step",
-                    stacklevel=2,
-                )
         known = frozenset((*self.defaults, *_DEFAULTS, *DEFAULTS, "params"))
-        for name in group.keys() - known:
-            meant = nearest(name, known, 0.86) if isinstance(name, str) else None
-            if meant is not None:
-                raise ValueError(f"a parameter group has {name!r}; did you mean {meant!r}?")
+        check_names(group, known, self._given, type(self).__name__)
+        check_values(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does; its options are checked first.
@@ -255,6 +213,8 @@ class Optimizer(Stepping):
                 if tensor.requires_grad or not tensor.is_leaf:
                     which = f"parameter {i} of the group, shape {tuple(tensor.shape)},"
                     check_param(tensor, which)
+                    if tensor.layout == torch.strided and not is_dtensor(tensor):
+                        check_dense(tensor, which)
                     weights = option({**self.defaults, **param_group}, "weights")
                     check_weight_format(tensor, weights, which)
         super().add_param_group(param_group)
@@ -354,7 +314,7 @@ class Optimizer(Stepping):
         The step counter of each parameter is a tensor of its own here.
         """
         result = super().state_dict()
-        result["state"] = {key: _saved(value) for key, value in result["state"].items()}
+        result["state"] = {key: saved_entry(value) for key, value in result["state"].items()}
         for group in result["param_groups"]:
             if "states" in group:
                 group["format_version"] = VERSION
@@ -404,20 +364,6 @@ class Optimizer(Stepping):
             post_hook(self)
 
 
-def _saved(state: Any) -> Any:
-    """A parameter's entry of a state dict."""
-    if isinstance(state, ParamState):
-        state = state.started()
-    if not isinstance(state, dict):
-        return state
-    saved = {key: value.clone() if key == "step" else value for key, value in state.items()}
-    for key in COMPANIONS & saved.keys():
-        saved[key] = to_bytes(saved[key])
-    if any(key.endswith("_scale") for key in saved) and "step" in saved:
-        saved[CODES_STEP] = saved["step"].clone()
-    return saved
-
-
 def _watched(optimizer: Optimizer) -> bool:
     """Whether a profiler runs or hooks wait for steps."""
     return bool(
@@ -429,15 +375,19 @@ def _watched(optimizer: Optimizer) -> bool:
     )
 
 
-def check_torch_keywords(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for values of torch.optim's keywords that a step cannot honour."""
-    if options.get("differentiable"):
-        raise ValueError(
-            "differentiable must be False: autograd does not see the step, which is one kernel"
-        )
-    for name in ("foreach", "fused", "capturable", "differentiable"):
-        if options.get(name) is not None:
-            check_flag(name, options[name])
+def own_optimizer(optimizer: Any) -> Optimizer:
+    """The onepass optimizer that is given, or inside a wrapper such as accelerate's.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    inner = optimizer
+    while not isinstance(inner, Optimizer):
+        inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+            raise TypeError(f"an optimizer of onepass is needed; got {kind}")
+    return inner
 
 
 def rule_named(name: str) -> Rule:

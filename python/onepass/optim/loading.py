@@ -15,7 +15,7 @@ from ..gradients import is_dtensor
 from ..groups import drop_defaults, option
 from ..held import ParamState
 from ..layouts import COMPANIONS, EMA, STRIDE, Home
-from ..states import fit_companion, fit_ema, fit_states, packed_order
+from ..states import fit_companion, fit_ema, fit_states, packed_order, to_bytes
 from .options import torch_keys
 
 if TYPE_CHECKING:
@@ -163,3 +163,17 @@ def save_one_element(optimizer: Optimizer, state: dict[Any, Any]) -> None:
         stale = moments | {scale_key(key) for key in moments}
         kept = {key: value for key, value in state[i].items() if key not in stale}
         state[i] = {**kept, **states}
+
+
+def saved_entry(state: Any) -> Any:
+    """A parameter's entry of a state dict."""
+    if isinstance(state, ParamState):
+        state = state.started()
+    if not isinstance(state, dict):
+        return state
+    saved = {key: value.clone() if key == "step" else value for key, value in state.items()}
+    for key in COMPANIONS & saved.keys():
+        saved[key] = to_bytes(saved[key])
+    if any(key.endswith("_scale") for key in saved) and "step" in saved:
+        saved[CODES_STEP] = saved["step"].clone()
+    return saved
