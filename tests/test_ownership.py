@@ -284,3 +284,20 @@ def test_codes_of_one_element_keep_their_format(how):
         optimizer.step()
         made.append(params[0].detach())
     assert same_bits(*made)
+
+
+def test_codes_keep_their_order_while_momentum_is_off():
+    """Of a parameter that is not contiguous; they go on where they were when momentum returns."""
+    weight = torch.nn.Parameter(
+        torch.randn(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    )
+    optimizer = onepass.SGD([weight], lr=0.1, momentum=0.9, states="mx4")
+    kept = []
+    for momentum in (0.9, 0.0, 0.0, 0.0):
+        optimizer.param_groups[0]["momentum"] = momentum
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        state = optimizer.state[weight]
+        kept.append((state["momentum_buffer"].clone(), state["stride"]))
+        optimizer.state[weight] = dict(state)  # the plan is made anew
+    assert all(torch.equal(codes, kept[0][0]) and at == kept[0][1] for codes, at in kept)

@@ -203,7 +203,9 @@ class _Planner:
         step_number(count, which)  # checks it
         listed = self.listed.setdefault(place, _Listed())
         row = listed.row(index, count, first, which)
-        kept = {**held, **(packed_order(param, form) if slots else {})}
+        # Of states that the options use no longer, too: they are kept.
+        coded = any(key in held for key, _, _ in rule.slots)
+        kept = {**held, **(packed_order(param, form) if coded else {})}
         if shard is not None:
             kept = shard.wrapped(kept, rule, form)
         self.held.append((place, row, kept))
