@@ -127,7 +127,8 @@ def test_a_loss_scaler(scaler):
     both = []
     for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
         params = make_params(SHAPES, torch.float32, 1)
-        optimizer = adamw(params, states="mx8", max_grad_norm=1.0, paged=paged)
+        fused = scaler is torch.amp.GradScaler
+        optimizer = adamw(params, states="mx8", max_grad_norm=1.0, paged=paged, fused=fused)
         scale = scaler("cpu", init_scale=2.0**10, growth_interval=2)
         for step in range(5):
             set_grads(params, torch.float32, step)
