@@ -221,7 +221,7 @@ def one_bad_gradient_skips_the_step_on_all_ranks(directory, checkpoints):
 
 def loss_scalers_agree_on_all_ranks(directory, checkpoints):
     for kind in (onepass.GradScaler, torch.amp.GradScaler):
-        model, optimizer, *_ = pair(onepass.AdamW)
+        model, optimizer, *_ = pair(onepass.AdamW, fused=True)
         scaler = kind("cpu", init_scale=1024.0)
         for step in range(3):
             optimizer.zero_grad()

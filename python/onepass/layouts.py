@@ -16,6 +16,9 @@ from .rules import Rule
 COMPANIONS = frozenset(form.key for form in WEIGHT_FORMATS.values() if form.key)
 STRIDE = "stride"
 EMA = "ema"
+CODES_STEP = "codes_step"
+"""Key of a second step counter, saved beside codes in blocks. A partial load that writes other
+values over the codes leaves it behind."""
 
 
 def same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:

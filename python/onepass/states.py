@@ -19,6 +19,7 @@ from . import codec
 from .checks import check_memory, is_dense
 from .formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
 from .layouts import (
+    CODES_STEP,
     COMPANIONS,
     EMA,
     STRIDE,
@@ -55,8 +56,8 @@ def packed_order(param: torch.Tensor, form: StateFormat) -> dict[str, tuple[int,
 
 
 def stale_keys(state: Mapping[str, Any], held: Mapping[str, Any], rule: Rule) -> list[str]:
-    """Keys of scales, companions, averages and orders that are not held any more."""
-    kept = COMPANIONS | {STRIDE, EMA} | {scale_key(key) for key, _, _ in rule.slots}
+    """Keys of scales, companions, averages, orders and counters that are not held any more."""
+    kept = COMPANIONS | {STRIDE, EMA, CODES_STEP} | {scale_key(key) for key, _, _ in rule.slots}
     return [key for key in state if key in kept and key not in held]
 
 

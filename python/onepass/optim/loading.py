@@ -14,7 +14,7 @@ from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_ke
 from ..gradients import is_dtensor
 from ..groups import drop_defaults, option
 from ..held import ParamState
-from ..layouts import COMPANIONS, EMA, STRIDE, Home
+from ..layouts import CODES_STEP, COMPANIONS, EMA, STRIDE, Home
 from ..states import fit_companion, fit_ema, fit_states, packed_order, to_bytes
 from .options import torch_keys
 
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 # Options that describe this run, not the state of training: loading a state dict keeps them.
 _OWN_OPTIONS = ("states", "weights", "ema_decay", "format_version")
-
-CODES_STEP = "codes_step"
-"""Key of a second step counter, saved beside codes in blocks. A partial load that writes other
-values over the codes leaves it behind."""
 
 
 def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -172,6 +168,7 @@ def saved_entry(state: Any) -> Any:
     if not isinstance(state, dict):
         return state
     saved = {key: value.clone() if key == "step" else value for key, value in state.items()}
+    saved.pop(CODES_STEP, None)
     for key in COMPANIONS & saved.keys():
         saved[key] = to_bytes(saved[key])
     if any(key.endswith("_scale") for key in saved) and "step" in saved:
