@@ -192,15 +192,16 @@ def test_memory_of_parameters_and_states_that_was_freed_is_noticed(backend):
         assert optimizer.state[params[0]]["step"] == 1
 
 
+@pytest.mark.parametrize("size", [4, 0])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_parameter_that_went_to_the_meta_device_is_refused(backend, which):
-    params = [torch.nn.Parameter(randn(4)) for _ in range(2)]
+def test_a_parameter_that_went_to_the_meta_device_is_refused(backend, which, size):
+    params = [torch.nn.Parameter(randn(n)) for n in ((size, 4) if which == 0 else (4, size))]
     optimizer = onepass.AdamW(params, lr=0.1, backend=backend)
     for param in params:
-        param.grad = randn(4)
+        param.grad = torch.ones_like(param)
     optimizer.step()
-    other = torch.nn.Parameter(torch.empty(4, device="meta"))
-    other.grad = torch.empty(4, device="meta")
+    other = torch.nn.Parameter(torch.empty(size, device="meta"))
+    other.grad = torch.empty(size, device="meta")
     torch.utils.swap_tensors(params[which], other)
     with pytest.raises(ValueError, match=f"parameter {which} of shape"):
         optimizer.step()

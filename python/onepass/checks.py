@@ -43,8 +43,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def check_memory(tensor: torch.Tensor, which: str) -> None:
-    """Raises ValueError unless a tensor has memory."""
-    if not has_memory(tensor):
+    """Raises ValueError unless a tensor has memory, or would have it if it had elements."""
+    if tensor.device.type == "meta" or not has_memory(tensor):
         raise ValueError(
             f"{which} has no memory for its {tensor.numel()} elements: its storage was freed or "
             "shrunk, or never had any"

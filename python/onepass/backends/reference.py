@@ -28,6 +28,7 @@ class _Prepared:
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
         self.layouts = [_layouts(entry) for entry in entries]
+        self.devices = [entry.param.device for entry in entries]
         self.grads: list[torch.Tensor] = []
 
 
@@ -49,16 +50,18 @@ class ReferenceBackend(Backend):
         entries = prepared.entries
         if not len(params) == len(grads) == len(entries):
             return False
-        for entry, layouts, param, grad in zip(
-            entries, prepared.layouts, params, grads, strict=True
+        for entry, layouts, device, param, grad in zip(
+            entries, prepared.layouts, prepared.devices, params, grads, strict=True
         ):
+            if param.device != device or grad.device != device:
+                return False
             if _layouts(entry) != layouts or grad.dtype not in NATIVE:
                 return False
             if not all(map(has_memory, (*entry.held(), entry.param, grad))):
                 return False
             if param.data_ptr() != entry.param.data_ptr() or not same_layout(param, entry.param):
                 return False
-            if not same_layout(grad, entry.param) or grad.device != entry.param.device:
+            if not same_layout(grad, entry.param):
                 return False
         prepared.grads = grads
         return True

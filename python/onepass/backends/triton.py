@@ -289,7 +289,7 @@ class TritonBackend(Backend):
             and _as_known(stride, params, p.strides)
             and not any(map(torch.Tensor.is_neg, grads))
             and _as_known(torch.Tensor.numel, p.states, p.sizes)
-            and _as_known(attrgetter("device"), grads, repeat(p.device))
+            and _as_known(attrgetter("device"), chain(params, grads), repeat(p.device))
             and _as_known(attrgetter("layout"), grads, repeat(torch.strided))
         )
         if not same:
