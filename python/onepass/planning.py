@@ -203,7 +203,7 @@ class _Planner:
         step_number(count, which)  # checks it
         listed = self.listed.setdefault(place, _Listed())
         row = listed.row(index, count, first, which)
-        # Of states that the options use no longer, too: they are kept.
+        # The states of an option that is off stay in the entry, and their order with them.
         coded = any(key in held for key, _, _ in rule.slots)
         kept = {**held, **(packed_order(param, form) if coded else {})}
         if shard is not None:
@@ -249,7 +249,8 @@ class _Planner:
         home = None if pager is None or member.param not in self.paged else pager.home
         saved_as = getattr(state, "form", "") or self.optimizer.forms.get(member.param, "")
         if not saved_as and form.scale is None:
-            # Somebody else's entry, and the group has another format since: that of the start.
+            # A plain dictionary does not tell mx8 from mx4 where there is one element, and the
+            # group's format does not help: assume the one that the constructor was given.
             saved_as = option(self.optimizer.defaults, "states")
         held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
         first = rule.needs_first and self.is_fresh(state, which)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Stepping(Findings):
-    """Takes steps through a plan; :class:`Optimizer` has the options.
+    """Takes steps through a plan; the class :class:`Optimizer` adds options and checkpoints.
 
     Attributes:
         captured: plans, verdicts and memory that CUDA graphs read and write, which may be replayed
