@@ -54,6 +54,7 @@ class Run:
     def __init__(self, case):
         self.case, self.note, self.model, self.steps = case, lambda text: None, None, 0
         self.formats, self.settings = dict(case.formats), dict(case.settings)
+        self.held_in = self.formats["states"]  # the format that the last step left states in
         self.twin = list(case.model().parameters())
         extras = {k: v for k, v in case.extras.items() if k != "paged"}
         options = {**case.options, **extras, **self.formats, **self.settings}
@@ -121,6 +122,7 @@ class Run:
                 clip(self.sides[1][0], settings["max_grad_norm"], settings["norm_type"])
             self.oracle.step()
         self.steps += 1
+        self.held_in = self.formats["states"]
         for i, (q, old) in enumerate(zip(self.twin, before, strict=True)):
             self.paths[i] += float((q.detach().double() - old).square().mean().sqrt())
         if self.model is not None:
