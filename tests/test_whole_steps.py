@@ -111,6 +111,8 @@ def test_an_error_before_the_sweep_changes_nothing(backend, mistake, options):
         assert same(snapshot(params, optimizer), before)
     # With the mistake taken back the next step is that of an optimizer that never had it.
     for group, old in zip(optimizer.param_groups, groups, strict=True):
+        for key in group.keys() - {"params"} - old.keys():
+            del group[key]
         group.update(old)
     for param in params[2:]:
         optimizer.state[param]["step"] = step.clone()

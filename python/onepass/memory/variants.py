@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,11 +82,12 @@ class Variant:
         Raises:
             ValueError: an option that the class refuses.
         """
+        unknown = self.options.keys() - inspect.signature(self.made).parameters.keys()
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"{self.name}: {self.made.__name__} has no {names}")
         try:
             return self.made(params, **self.options)
-        except TypeError as error:  # an option that this class does not have
-            unknown = str(error).rpartition(" ")[2].strip("'")
-            raise ValueError(f"{self.name}: {self.made.__name__} has no {unknown}") from error
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
