@@ -155,6 +155,23 @@ def test_a_gradient_that_cannot_be_read_is_refused_by_name(backend, make, messag
     assert optimizer.state[params[0]]["step"] == (1 if first else 2)
 
 
+@pytest.mark.parametrize("shape", [(0,), (), (1,)], ids=str)
+def test_a_later_sparse_gradient_of_any_size_is_refused(backend, shape):
+    params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(shape))]
+    optimizer = onepass.AdamW(params, backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = params[0].detach().clone()
+    params[1].grad = params[1].grad.to_sparse()
+    with pytest.raises(RuntimeError, match=r"sparse gradients: parameter 1"):
+        optimizer.step()
+    assert same_bits(params[0], before)
+    params[1].grad = torch.ones(shape)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+
+
 def test_gradients_of_a_function_transform_are_refused(backend):
     param = torch.nn.Parameter(randn(3))
     optimizer = onepass.SGD([param], lr=0.1, backend=backend)

@@ -30,6 +30,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
     A storage can be freed or shrunk (``resize_``); tensors of the meta device, and those that stand
     for a function's argument (torch.func), have no memory.
     """
+    if tensor.layout != torch.strided:
+        return False
     if not tensor.numel():
         return True
     span = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
