@@ -302,7 +302,8 @@ class TritonBackend(Backend):
         if not alike and not all(map(same_layout, grads, params)):
             return False
         addresses = np.fromiter(map(ptr, grads), np.int64, len(grads))
-        # Freed or shrunk memory has another address, so what has been seen needs no second look.
+        # Freeing or shrinking a storage usually changes its address: skip gradients that were
+        # checked at the same addresses in the step before.
         if not np.array_equal(addresses, p.grad_addresses) and not all(map(has_memory, grads)):
             return False
         with _on(p.device):

@@ -50,8 +50,8 @@ def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> l
                 "onepass that saved it"
             )
         merged = {**group, **copied}
-        # A missing key stands for the default, but where torch.optim would choose an algorithm by
-        # it: there the optimizer's own choice stays.
+        # A missing seed stands for 0. A missing eps_in_sqrt or decoupled_weight_decay changes
+        # nothing: state dicts of torch.optim lack them, and they choose the algorithm.
         if "seed" not in copied:
             merged["seed"] = 0
         merged.update({name: option(group, name) for name in _OWN_OPTIONS})
