@@ -174,6 +174,7 @@ constexpr uint32_t kValidFlags[kRules] = {ONEPASS_FOR_EACH_RULE(ONEPASS_VALID_FL
 
 ScalarType state_type(Format format) {
   if (format == Format::kFp32) return ScalarType::Float;
+  if (format == Format::kMx4) return ScalarType::Char;
   return format == Format::kBf16Stochastic ? ScalarType::BFloat16 : ScalarType::Byte;
 }
 

@@ -25,13 +25,13 @@ from onepass.formats import STATE_FORMATS
 
 from .cases import same_bits, served
 from .random_ranks_case import (
-    CUT_BLOCKS,
     GRADIENTS,
     SETTINGS,
     WITH_WEIGHTS,
     WITHOUT,
     Case,
     allowed,
+    cut_blocks,
     differing,
     gradient,
     has_bits_of_one_process,
@@ -152,7 +152,8 @@ class Run:
             elif mine.numel():
                 gap = float((mine.double() - theirs.double()).square().mean().sqrt())
                 # Each step may round a weight to another neighbour.
-                limit = CUT_BLOCKS * self.paths[i] + self.steps * torch.finfo(q.dtype).eps * size
+                part = cut_blocks(self.case.kind, mine.numel())
+                limit = part * self.paths[i] + self.steps * torch.finfo(q.dtype).eps * size
                 assert gap <= limit, f"{what}: {gap:.2e} from the twin, limit {limit:.2e}"
             if self.oracle:  # a step is off by a few eps of the update and of the weight
                 atol = self.steps * (2e-5 * self.case.options["lr"] + 2**-23 * size)

@@ -39,6 +39,15 @@ FP32 = ("fp32", "native", torch.float32)
 CUT_BLOCKS = 0.5
 
 
+def cut_blocks(kind, count):
+    """The fraction that :data:`CUT_BLOCKS` describes, for an optimizer and a number of elements.
+
+    Lion moves an element whose sign flips by as much as all others, the other way: one of few
+    elements that flips at every step is 2 / sqrt(count) of the updates' root mean square.
+    """
+    return math.hypot(CUT_BLOCKS, 2 / math.sqrt(count) if kind is onepass.Lion else 0.0)
+
+
 def allowed(names):
     return [name for name in names if name not in WITHOUT]
 

@@ -207,6 +207,29 @@ def test_state_dicts_of_others_are_refused_before_anything_changes():
             assert all(torch.equal(state[key], now["state"][i][key]) for key in state)
 
 
+@pytest.mark.parametrize("size", [0, 1, 2, 33, (6, 5)])
+def test_codes_of_version_2_load(size):
+    """Those of mx4 were uint8 then, as those of mx8 still are."""
+    for states in ("mx8", "mx4"):
+        sizes = [size if isinstance(size, tuple) else (size,)]
+        params = make_params(sizes, torch.float32, 0)
+        optimizer = onepass.AdamW(params, states=states)
+        train(optimizer, params, 2)
+        older = copy.deepcopy(optimizer.state_dict())
+        older["param_groups"][0]["format_version"] = 2
+        for state in older["state"].values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].view(torch.uint8)
+        loaded = onepass.AdamW(params, states=states)
+        loaded.load_state_dict(older)
+        assert_same(optimizer, loaded)
+
+
+def test_dtypes_tell_every_format():
+    forms = STATE_FORMATS.values()
+    assert len({(form.dtype, form.scale) for form in forms}) == len(forms)
+
+
 def test_codes_of_version_1_are_what_they_were_but_those_of_mx4():
     for states in ("fp32", "bf16", "mx8", "mx4", "dynamic8"):
         params = make_params([(6, 4)], torch.float32, 0)

@@ -135,6 +135,7 @@ def test_a_step_finds_that_a_weight_has_moved():
 
 
 def test_one_element_has_the_same_shapes_in_mx8_and_mx4():
+    """The dtypes of the codes tell the formats."""
     for source, target in (("mx8", "mx4"), ("mx4", "mx8")):
         (param,) = params = make_params([(1,)], torch.float32, 1)
         optimizer = onepass.Lion(params, states=source)

@@ -263,7 +263,7 @@ def test_a_state_dict_loads_where_an_option_adds_a_state():
 
 @pytest.mark.parametrize("how", ["entry", "deepcopy", "pickle", "loaded"])
 def test_codes_of_one_element_keep_their_format(how):
-    """In mx8 and mx4 they have one shape and dtype."""
+    """In mx8 and mx4 they have one shape; only the dtype tells which it is."""
     made = []
     for copied in (False, True):
         params, optimizer = build([1], states="mx8")

@@ -212,11 +212,9 @@ def _exported_state(
     if not param.is_contiguous():
         # bitsandbytes makes its parameters contiguous, and cuts blocks in that order.
         wide = STATE_FORMATS["fp32"]
-        held = {"step": held["step"]} | fit_states(
-            held, param, optimizer.rule, wide, which, saved_as=name
-        )
+        held = {"step": held["step"]} | fit_states(held, param, optimizer.rule, wide, which)
         param = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-    states = fit_states(held, param, optimizer.rule, form, which, copy=True, saved_as=name)
+    states = fit_states(held, param, optimizer.rule, form, which, copy=True)
     exported: dict[str, Any] = {"step": int(held["step"])}
     for i, key in enumerate(STATES[optimizer.rule.name], 1):
         exported[f"state{i}"] = states[key]

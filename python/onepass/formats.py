@@ -12,9 +12,10 @@ import torch
 
 ABSENT = -1  # in place of a format's number: the rule has no such state
 
-# Written into every checkpoint; one more whenever the codes of a format change their meaning.
-# 2: those of mx4, and no others.
-VERSION = 2
+# Written into every checkpoint; one more whenever the codes of a format change.
+# 2: those of mx4 have another meaning. 3: those of mx4 are int8 in place of uint8, so that dtypes
+# tell every format. No other format has changed.
+VERSION = 3
 
 
 def readable(version: int, states: str) -> bool:
@@ -24,7 +25,7 @@ def readable(version: int, states: str) -> bool:
         version: the group's "format_version".
         states: the format of its states.
     """
-    return version == VERSION or (version == 1 and states != "mx4")
+    return version in (2, VERSION) or (version == 1 and states != "mx4")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class StateFormat:
         name: what users ask for.
         code: its number.
         dtype: of the tensor of codes, which has the parameter's shape and strides unless codes are
-            packed.
+            packed. No two formats have the same dtypes of codes and of scales.
         stochastic: whether it draws random bits.
         block: elements, in memory order, that share a scale; 1 for none.
         scale: dtype of the scales, a tensor [ceil(numel / block)] beside the codes.
@@ -92,7 +93,7 @@ STATE_FORMATS: dict[str, StateFormat] = {
         StateFormat("fp32", 0, torch.float32),
         StateFormat("bf16", 3, torch.bfloat16, stochastic=True),
         StateFormat("mx8", 5, torch.uint8, stochastic=True, block=32, scale=torch.uint8),
-        StateFormat("mx4", 6, torch.uint8, stochastic=True, block=32, scale=torch.uint8, packed=2),
+        StateFormat("mx4", 6, torch.int8, stochastic=True, block=32, scale=torch.uint8, packed=2),
         StateFormat("dynamic8", 7, torch.uint8, block=256, scale=torch.float32),
     )
 }

@@ -43,15 +43,13 @@ class ParamState(dict[str, Any]):
     Copies and pickles are plain dictionaries.
 
     Attributes:
-        form: name of the format of the states, where their tensors do not tell.
         fresh: see :class:`onepass.rows.Row`.
         begun: keys of states that the rule's first step does not read; see :meth:`started`.
         watch: of the plan that has the states.
     """
 
-    __slots__ = ("begun", "form", "fresh", "watch")
+    __slots__ = ("begun", "fresh", "watch")
     begun: tuple[str, ...]
-    form: str
     fresh: torch.Tensor
     watch: Watch
 

@@ -19,7 +19,7 @@ import torch
 
 from . import backends
 from .distributed.ranks import Groups, Ranks
-from .formats import StateFormat, scale_key
+from .formats import scale_key
 from .gradients import share_memory
 from .groups import is_fixed, option, options_of, same, values_of
 from .held import OptimizerState, PagedState, ParamState, Watch
@@ -71,13 +71,11 @@ class Made(NamedTuple):
 
     Attributes:
         param: the parameter.
-        form: of its states.
         held: state key -> tensor, but for the step counter.
         row: that has the counter.
     """
 
     param: torch.Tensor
-    form: StateFormat
     held: dict[str, Any]
     row: Row
 
@@ -138,7 +136,7 @@ class Plan:
         """
         if self.adopted:
             return
-        for param, form, held, row in self._made:
+        for param, held, row in self._made:
             state = optimizer.state[param]
             if not isinstance(state, ParamState):
                 state = optimizer.state[param] = ParamState(state)
@@ -146,9 +144,7 @@ class Plan:
             for stale in stale_keys(state, held, self._rule):
                 del state[stale]
             state.update(held, step=row.step)
-            state.form, state.fresh, state.watch = form.name, row.fresh, self.watch
-            if param.numel() <= 1:
-                optimizer.forms[param] = form.name
+            state.fresh, state.watch = row.fresh, self.watch
             state.begun = ()
             if self._rule.needs_first:
                 keys = [key for key, _, _ in self._rule.slots]

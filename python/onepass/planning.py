@@ -126,12 +126,7 @@ class _Planner:
             for place, listed in self.listed.items()
         }
         made = [
-            Made(
-                member.param,
-                STATE_FORMATS[option(member.group, "states")],
-                held,
-                tables[place].rows[row],
-            )
+            Made(member.param, held, tables[place].rows[row])
             for member, (place, row, held) in zip(self.members, self.held, strict=True)
         ]
         params = (member.param for member in self.members)
@@ -247,12 +242,7 @@ class _Planner:
         )
         pager = self.optimizer.pager
         home = None if pager is None or member.param not in self.paged else pager.home
-        saved_as = getattr(state, "form", "") or self.optimizer.forms.get(member.param, "")
-        if not saved_as and form.scale is None:
-            # A plain dictionary does not tell mx8 from mx4 where there is one element, and the
-            # group's format does not help: assume the one that the constructor was given.
-            saved_as = option(self.optimizer.defaults, "states")
-        held = fit_states(saved, param, rule, form, which, saved_as=saved_as, home=home)
+        held = fit_states(saved, param, rule, form, which, home=home)
         first = rule.needs_first and self.is_fresh(state, which)
         for _, name in rule.state_slots(rule.flag_bits(group)):
             if name in held:

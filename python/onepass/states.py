@@ -68,11 +68,12 @@ def _tensor(value: Any, which: str) -> torch.Tensor:
     return value
 
 
-def _format_of(
-    data: torch.Tensor, scale: torch.Tensor | None, param: torch.Tensor, saved_as: str, which: str
-) -> StateFormat:
-    """The format that a saved state is in: by its tensors, and where those of two look alike by the
-    format that it is said to be in."""
+def format_of(data: torch.Tensor, scale: torch.Tensor | None, which: str) -> StateFormat:
+    """The format that a state is in, by the dtypes of its tensors.
+
+    Raises:
+        ValueError: no format has these; names the state.
+    """
     if (scale is None) != data.is_floating_point():
         raise ValueError(
             f"{which} is {data.dtype} {'without' if scale is None else 'with'} a scale: codes have "
@@ -80,11 +81,10 @@ def _format_of(
         )
     if scale is None:
         return STATE_FORMATS["bf16" if data.dtype == torch.bfloat16 else "fp32"]
-    if scale.dtype == torch.float32:
-        return STATE_FORMATS["dynamic8"]
-    if saved_as in ("mx8", "mx4") and param.shape in ((0,), (1,)):
-        return STATE_FORMATS[saved_as]  # both have as many codes then
-    return STATE_FORMATS["mx8" if data.shape == param.shape else "mx4"]
+    for form in STATE_FORMATS.values():
+        if (form.dtype, form.scale) == (data.dtype, scale.dtype):
+            return form
+    raise ValueError(f"{which} is {data.dtype} with {scale.dtype} scales: no format has these")
 
 
 def fit_states(
@@ -94,7 +94,6 @@ def fit_states(
     form: StateFormat,
     which: str,
     copy: bool = False,
-    saved_as: str = "",
     home: Home | None = None,
 ) -> dict[str, torch.Tensor]:
     """The states that ``saved`` has of a parameter, in a format, its layout and where they rest:
@@ -119,7 +118,7 @@ def fit_states(
             scale = _tensor(scale, f"{scale_key(key)} of {which}")
         if scale is not None and scale.dim() == 0:
             scale = None  # of values that were saved in place of codes
-        source = _format_of(data, scale, param, saved_as or form.name, f"{key} of {which}")
+        source = format_of(data, scale, f"{key} of {which}")
         wanted = state_layouts(param, key, source)
         for layout, value in zip(wanted, [data] if scale is None else [data, scale], strict=True):
             if len(layout.shape) == 1 and value.numel() == layout.numel:

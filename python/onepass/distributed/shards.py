@@ -23,7 +23,7 @@ from ..formats import STATE_FORMATS, StateFormat, scale_key
 from ..gradients import dtensor_type, is_dtensor, unwrapped, waited
 from ..layouts import COMPANIONS, STRIDE
 from ..rules import Rule
-from ..states import fit_states, from_bytes, full_precision, to_bytes
+from ..states import fit_states, format_of, from_bytes, full_precision, to_bytes
 
 _ROOM = 256  # elements; a multiple of every format's block
 
@@ -207,16 +207,20 @@ class Shard:
         result: torch.Tensor = made(local, spec, requires_grad=False)
         return result
 
-    def saved(
-        self, state: Mapping[str, Any], rule: Rule, form: StateFormat, which: str
-    ) -> dict[str, Any]:
+    def saved(self, state: Mapping[str, Any], rule: Rule, which: str) -> dict[str, Any]:
         """A state as it is saved: codes whose blocks are those of their shard alone as the fp32
         values that they stand for, and a scale without dimensions that says so."""
-        if form.scale is None or self._tail(form) is not None:
-            return dict(state)
-        fp32 = STATE_FORMATS["fp32"]
         inner = self.inner(state, rule)
-        values = fit_states(inner, self.local, rule, fp32, which, copy=True, saved_as=form.name)
+        # Not the format of the group, which may have been given another since.
+        forms = [
+            format_of(inner[key], inner[scale_key(key)], which)
+            for key, _, _ in rule.slots
+            if scale_key(key) in inner and inner[scale_key(key)].dim()
+        ]
+        if not forms or self._tail(forms[0]) is not None:
+            return dict(state)
+        form, fp32 = forms[0], STATE_FORMATS["fp32"]
+        values = fit_states(inner, self.local, rule, fp32, which, copy=True)
         marks = {scale_key(key): torch.zeros((), dtype=form.scale, device="cpu") for key in values}
         rest = {key: value for key, value in state.items() if key != STRIDE}
         return {**rest, **self.wrapped(values, rule, fp32), **marks}

@@ -22,7 +22,7 @@ from ..checks import (
 from ..formats import VERSION
 from ..gradients import is_dtensor
 from ..groups import DEFAULTS, drop_defaults, option
-from ..held import OptimizerState, ParamState
+from ..held import OptimizerState
 from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
 from ..rules import RULES, Rule
@@ -30,7 +30,6 @@ from .checking import check_names, check_torch_keywords, check_values
 from .loading import (
     loaded_groups,
     loaded_state,
-    save_one_element,
     save_shards,
     saved_entry,
 )
@@ -74,7 +73,6 @@ _SETTINGS = (
     "measures",
     "norm_group",
     "paging",
-    "forms",
     "scales_in_step",
     "_given",
     "_failed",
@@ -138,7 +136,6 @@ class Optimizer(Stepping):
         self._failed = ""
         self._found = None
         self.captured = []
-        self.forms = {}
         self._swapped = False
         self.moved = {}
         self.released = None
@@ -294,7 +291,6 @@ class Optimizer(Stepping):
         self._failed = ""
         self._swapped = False
         self.moved = {}
-        self.forms = {}
         self.captured = getattr(self, "captured", [])
         if self.pager is not None:
             self.pager.forget()
@@ -318,7 +314,6 @@ class Optimizer(Stepping):
         for group in result["param_groups"]:
             if "states" in group:
                 group["format_version"] = VERSION
-        save_one_element(self, result["state"])
         save_shards(self, result["state"])
         return result
 
@@ -342,10 +337,10 @@ class Optimizer(Stepping):
         groups = loaded_groups(self, state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         pairs = zip(groups, state_dict["param_groups"], strict=True)
-        members = [(p, g, saved.get("states", "fp32")) for g, saved in pairs for p in g["params"]]
+        members = [(p, g, saved) for g, saved in pairs for p in g["params"]]
         owners = {
-            i: (param, number, group, saved_as)
-            for number, (i, (param, group, saved_as)) in enumerate(zip(ids, members, strict=True))
+            i: (param, number, group, saved)
+            for number, (i, (param, group, saved)) in enumerate(zip(ids, members, strict=True))
         }
         state, pager = OptimizerState(), self.pager
         paged = set() if pager is None else pager.announce(groups)
@@ -357,9 +352,6 @@ class Optimizer(Stepping):
             else:
                 state[key] = value
         self.__setstate__({"state": state, "param_groups": groups})
-        for param, entry in dict.items(state):
-            if isinstance(entry, ParamState) and param.numel() <= 1:
-                self.forms[param] = getattr(entry, "form", "")
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

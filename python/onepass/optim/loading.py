@@ -11,10 +11,10 @@ import torch
 from ..checks import check_weight_format
 from ..distributed.shards import shard_of, shards_of
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_key
-from ..gradients import is_dtensor
 from ..groups import drop_defaults, option
 from ..held import ParamState
 from ..layouts import CODES_STEP, COMPANIONS, EMA, STRIDE, Home
+from ..rules import Rule
 from ..states import fit_companion, fit_ema, fit_states, packed_order, to_bytes
 from .options import torch_keys
 
@@ -67,12 +67,13 @@ def loaded_state(
     param: torch.Tensor,
     number: int,
     group: Mapping[str, Any],
-    saved_as: str,
+    saved_group: Mapping[str, Any],
     home: Home | None,
 ) -> ParamState:
     """What a state dict has of a parameter, in the formats of its group; changes nothing.
 
-    The states rest at home, or where that is None on the parameter's device.
+    The states rest at home, or where that is None on the parameter's device. ``saved_group`` is the
+    group of the state dict.
 
     Raises:
         ValueError: it belongs to another model or another kind of optimizer.
@@ -84,6 +85,8 @@ def loaded_state(
     saved = {key: value for key, value in saved.items() if value is not None}
     if shard is not None:
         param, saved = shard.local, shard.inner(saved, rule)
+    if saved_group.get("format_version", VERSION) < 3:
+        saved = _signed_mx4(saved, param, rule, option(saved_group, "states"))
     # A state that an option adds (amsgrad, momentum) is made when the option is first used.
     missing = [key for key, flag, _ in rule.slots if flag is None and key not in saved]
     if rule.needs_step and "step" not in saved:
@@ -103,7 +106,7 @@ def loaded_state(
             "onepass.convert_state_dict"
         )
     form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
-    states = fit_states(saved, param, rule, form, which, copy=True, saved_as=saved_as, home=home)
+    states = fit_states(saved, param, rule, form, which, copy=True, home=home)
     moments = {key for key, _, _ in rule.slots}
     known = moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE, EMA}
     state = ParamState()
@@ -112,7 +115,6 @@ def loaded_state(
             state[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif key not in known:
             state[key] = deepcopy(value)
-    state.form = form.name
     if states:
         state.update(states, **packed_order(param, form))
     if any(key in saved for key in COMPANIONS):
@@ -134,31 +136,28 @@ def loaded_state(
 
 def save_shards(optimizer: Optimizer, state: dict[Any, Any]) -> None:
     """Brings the states of DTensors, by position, into the form in which they are saved."""
-    groups = optimizer.param_groups
-    owners = [(p, option(group, "states")) for group in groups for p in group["params"]]
-    shards = shards_of(p for p, _ in owners)
-    for i, (param, states) in enumerate(owners):
+    owners = [p for group in optimizer.param_groups for p in group["params"]]
+    shards = shards_of(owners)
+    for i, param in enumerate(owners):
         if param in shards and state.get(i):
-            # The group may have been given another format since.
-            form = STATE_FORMATS[getattr(optimizer.state[param], "form", states)]
             which = f"parameter {i} of shape {tuple(param.shape)}"
-            state[i] = shards[param].saved(state[i], optimizer.rule, form, which)
+            state[i] = shards[param].saved(state[i], optimizer.rule, which)
 
 
-def save_one_element(optimizer: Optimizer, state: dict[Any, Any]) -> None:
-    """Brings the states of parameters of one element, by position, into the format that their group
-    names: their codes are alike in mx8 and mx4, and a group may have another format since."""
-    rule, owners = optimizer.rule, [(p, g) for g in optimizer.param_groups for p in g["params"]]
-    for i, (param, group) in enumerate(owners):
-        saved_as = optimizer.forms.get(param, "")
-        if not state.get(i) or saved_as in ("", option(group, "states")) or is_dtensor(param):
+def _signed_mx4(
+    saved: Mapping[str, Any], param: torch.Tensor, rule: Rule, states: str
+) -> dict[str, Any]:
+    """The state of a parameter with codes of mx4 as int8; until version 2 they were uint8. By shape
+    they are told from those of mx8, and where both have one element by the group's format."""
+    signed = dict(saved)
+    for key, _, _ in rule.slots:
+        codes, scales = saved.get(key), saved.get(scale_key(key))
+        if not isinstance(codes, torch.Tensor) or not isinstance(scales, torch.Tensor):
             continue
-        form, which = STATE_FORMATS[option(group, "states")], f"parameter {i}"
-        states = fit_states(state[i], param, rule, form, which, copy=True, saved_as=saved_as)
-        moments = {key for key, _, _ in rule.slots}
-        stale = moments | {scale_key(key) for key in moments}
-        kept = {key: value for key, value in state[i].items() if key not in stale}
-        state[i] = {**kept, **states}
+        packed = codes.shape != param.shape or (param.shape in ((0,), (1,)) and states == "mx4")
+        if packed and scales.dim() and codes.dtype == scales.dtype == torch.uint8:
+            signed[key] = codes.view(torch.int8)
+    return signed
 
 
 def saved_entry(state: Any) -> Any:

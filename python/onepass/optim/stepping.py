@@ -31,8 +31,6 @@ class Stepping(Findings):
     Attributes:
         captured: plans, verdicts and memory that CUDA graphs read and write, which may be replayed
             at any time.
-        forms: the format that the states of a parameter are in, of those with one element, whose
-            codes look alike in mx8 and mx4. Entries of ``state`` may be replaced by plain ones.
         moved: see :data:`onepass.distributed.part.Moved`.
         released: see :func:`onepass.release_gradients`.
     """
@@ -46,7 +44,6 @@ class Stepping(Findings):
     norm_group: Any
     pager: Pager | None
     captured: list[Any]
-    forms: dict[torch.Tensor, str]
     moved: Moved
     released: ReleasedGradients | None
     _found: torch.Tensor | None  # what measure() has found, for the step that follows
