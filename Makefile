@@ -8,6 +8,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+FRAMEWORKS := build/frameworks
 RUN := $(VENV)/bin/python
 LIBRARY := python/onepass/libonepass_cpu.so
 CUDA_LIBRARY := python/onepass/libonepass_cuda.so
@@ -28,10 +29,10 @@ export ONEPASS_CUDA_ARCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test sanitize bench gpu lint format wheel clean
+.PHONY: help setup demo test test-frameworks sanitize bench gpu lint format wheel clean
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built ## make .venv, install the pinned tools into it and build the library
 
@@ -40,6 +41,9 @@ demo: $(VENV)/.built ## train a small text model with onepass and with torch.opt
 
 test: $(VENV)/.built ## run the tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-frameworks: $(FRAMEWORKS)/.tools ## run the tests with transformers, accelerate, Lightning, peft, torchtitan
+	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest tests/frameworks -p no:cacheprovider
 
 # LD_PRELOAD: Python is not instrumented, so the sanitizers must be loaded before it starts, and
 # libstdc++ with them, because AddressSanitizer looks for the functions that throw when it starts.
@@ -84,6 +88,12 @@ $(VENV)/.tools: requirements/dev.txt
 	"$(PYTHON)" -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install -r requirements/dev.txt
+	@touch $@
+
+# The frameworks ask for versions of their own, and take gigabytes.
+$(FRAMEWORKS)/.tools: requirements/frameworks.txt $(VENV)/.built
+	"$(PYTHON)" -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet -r requirements/frameworks.txt
 	@touch $@
 
 # Beside the package, whose own library stays as it is.
