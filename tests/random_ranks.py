@@ -279,6 +279,20 @@ def forget(run, rng):
     step(run, rng)  # torch refuses to save optimizers that lack the states of a parameter
 
 
+def take_first_step(run, rng):
+    """Takes a step where SGD has skipped all: it saves no buffer until then, and torch refuses
+    to save optimizers that lack the states of a parameter."""
+    counts = [state.get("step") for state in run.reference.state.values()]
+    if not run.reference.rule.saves_step and 0 in counts:
+        step(run, rng)
+
+
+def count_anew(run):
+    """What loading does to the counts of SGD, which may not be saved, done to the twin's."""
+    if not run.reference.rule.saves_step:
+        run.reference.load_state_dict(run.reference.state_dict())
+
+
 def way(run, how):
     """How, or another way to save if this run does not know it."""
     if run.case.layout == "zero":
@@ -292,10 +306,12 @@ def way(run, how):
 
 def reload(run, rng, ways=None):
     """Saves, maybe takes a step that is lost, and loads into a new optimizer."""
+    take_first_step(run, rng)
     how, lost = way(run, rng.choice(allowed(ways or WAYS))), rng.random() < 0.5
     fulls, kinds = gradients(run, rng)
     run.note(f"save by {how}, {f'lose a step with {kinds}, ' if lost else ''}load anew")
     number = rng.getrandbits(32)  # drawn in both cases: what follows must be the same
+    count_anew(run)
     if run.model is None:
         return
     path = str(run.path / f"{run.steps}-{number}")
@@ -354,6 +370,8 @@ def play(seed, segment, path, note, *groups):
     run = Run(case)
     run.path = path
     for number, plan in enumerate(case.plan[: segment + 1]):
+        if number:
+            count_anew(run)
         if number == segment:
             run.note = note
             note(f"{dist.get_world_size()} ranks: {case}")
@@ -362,5 +380,7 @@ def play(seed, segment, path, note, *groups):
                 enter(run, way(run, case.moves[segment - 1]))
         for index, name in enumerate(plan):
             OPERATIONS[name][0](run, random.Random(f"{seed}/{number}/{index}"))
+        if number + 1 < len(case.plan):
+            take_first_step(run, random.Random(f"{seed}/{number}"))
     if segment + 1 < len(case.plan):
         leave(run, way(run, case.moves[segment]))

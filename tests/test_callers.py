@@ -275,17 +275,19 @@ def exchange(source, target, flat, planner=None):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("name", [cls.__name__ for cls in CLASSES])
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(cls.__name__, {}) for cls in CLASSES]
+    + [("SGD", {"momentum": 0.9, "dampening": 0.5}), ("RMSprop", {"momentum": 0.9})],
+)
 @pytest.mark.usefixtures("one_rank")
-def test_checkpoints_go_between_torch_and_onepass(name, flat):
-    if name == "SGD":
-        pytest.skip("SGD of onepass counts steps, which torch's does not")
+def test_checkpoints_go_between_torch_and_onepass(name, given, flat):
 
     def theirs(params):
-        return getattr(torch.optim, name)(params, lr=1e-2)
+        return getattr(torch.optim, name)(params, lr=1e-2, **given)
 
     def ours(params):
-        return getattr(onepass, name)(params, lr=1e-2)
+        return getattr(onepass, name)(params, lr=1e-2, **given)
 
     for source, target in ((theirs, ours), (ours, theirs), (ours, ours)):
         assert exchange(source, target, flat) < 1e-6

@@ -38,7 +38,6 @@ EXCEPTIONS = {
     ("*", "meta parameter"): "A step needs memory to update.",
     ("SGD", "sparse gradient"): "Kernels read dense gradients only.",
     ("Adagrad", "sparse gradient"): "Kernels read dense gradients only.",
-    ("SGD", "state keys"): "State of SGD has a step counter too, which stochastic formats need.",
     ("Adam", "lr as Tensor doesn't work with foreach & not capturable"): (
         "The step is always fused and capturable, so it accepts a tensor lr with foreach=True."
     ),

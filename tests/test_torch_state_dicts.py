@@ -108,6 +108,19 @@ def hooks_that_replace_a_state_dict(make):
     return saved["own"], saved["param_groups"][0]["lr"], optimizer.param_groups[0]["lr"]
 
 
+@scenario
+def hooks_that_see_what_is_saved(make):
+    """Entries by position, with the keys that are saved; a hook may return anything."""
+    optimizer, seen = make([param(), param()]), []
+    steps(optimizer)
+    optimizer.register_state_dict_post_hook(lambda _, d: seen.append(d))
+    saved = optimizer.state_dict()
+    optimizer.register_state_dict_post_hook(lambda _, d: {"inner": d})
+    nested = optimizer.state_dict()
+    same = seen[0] is saved, seen[1] is nested["inner"]
+    return same, {i: sorted(s) for i, s in saved["state"].items()}, sorted(nested)
+
+
 # --- copies ----------------------------------------------------------------------------------
 
 

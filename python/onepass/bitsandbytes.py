@@ -111,6 +111,7 @@ def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
         for number, param in zip(saved_group["params"], group["params"], strict=True):
             held = plain["state"].get(number)
             if held:
+                held.setdefault("step", optimizer.state[param]["step"])  # SGD may not save it
                 state[number] = _exported_state(optimizer, group, param, held, number)
         groups.append({**_exported_options(rule.name, group), "params": saved_group["params"]})
     return {"state": state, "param_groups": groups}

@@ -195,6 +195,9 @@ class _Planner:
         saved = state if shard is None else shard.inner(state, rule)
         held, first = self.states(member, param, state, saved)
         count = self.read(state.get("step"), which)
+        if rule.needs_first and state.get("step") is None:
+            # State dicts may leave the count out: a buffer says that a step was taken.
+            count = float(any(state.get(key) is not None for key, _, _ in rule.slots))
         step_number(count, which)  # checks it
         listed = self.listed.setdefault(place, _Listed())
         row = listed.row(index, count, first, which)

@@ -49,6 +49,7 @@ class Rule:
         update: the specification.
         needs_step: whether derive depends on the step, so that a checkpoint must name it.
         needs_first: whether it depends on first.
+        saves_step: whether torch.optim saves a step counter; see docs/checkpoints.md.
         initial: state key -> group option that it starts from; others start at zero.
     """
 
@@ -62,6 +63,7 @@ class Rule:
     update: reference.Update
     needs_step: bool = False
     needs_first: bool = False
+    saves_step: bool = True
     initial: Mapping[str, str] | None = None
 
     def flag_bits(self, group: Group) -> int:
@@ -208,6 +210,7 @@ RULES: dict[str, Rule] = {
             4,
             reference.sgd,
             needs_first=True,
+            saves_step=False,
         ),
         Rule(
             "adagrad",

@@ -19,7 +19,6 @@ from ..checks import (
     check_param,
     check_weight_format,
 )
-from ..formats import VERSION
 from ..gradients import is_dtensor
 from ..groups import DEFAULTS, drop_defaults, option
 from ..held import OptimizerState
@@ -27,12 +26,7 @@ from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
 from ..rules import RULES, Rule
 from .checking import check_names, check_torch_keywords, check_values
-from .loading import (
-    loaded_groups,
-    loaded_state,
-    save_shards,
-    saved_entry,
-)
+from .loading import loaded_groups, loaded_state
 from .options import (
     STEP_WIDE,
     TORCH_KEYWORDS,
@@ -41,6 +35,7 @@ from .options import (
     refuse,
     torch_keys,
 )
+from .saving import saved_dict
 from .stepping import Stepping
 from .traced import number_of
 
@@ -309,12 +304,13 @@ class Optimizer(Stepping):
 
         The step counter of each parameter is a tensor of its own here.
         """
-        result = super().state_dict()
-        result["state"] = {key: saved_entry(value) for key, value in result["state"].items()}
-        for group in result["param_groups"]:
-            if "states" in group:
-                group["format_version"] = VERSION
-        save_shards(self, result["state"])
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result = saved_dict(self)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            if changed is not None:
+                result = changed
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checks import check_weight_format
-from ..distributed.shards import shard_of, shards_of
+from ..distributed.shards import shard_of
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_key
 from ..groups import drop_defaults, option
 from ..held import ParamState
 from ..layouts import CODES_STEP, COMPANIONS, EMA, STRIDE, Home
 from ..rules import Rule
-from ..states import fit_companion, fit_ema, fit_states, packed_order, to_bytes
+from ..states import fit_companion, fit_ema, fit_states, packed_order
 from .options import torch_keys
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def loaded_state(
     shard = shard_of(param)
     which = f"parameter {number} of shape {tuple(param.shape)}"
     check_weight_format(param, option(group, "weights"), which)
-    saved = {key: value for key, value in saved.items() if value is not None}
+    # torch.distributed.checkpoint fills in empty dictionaries for what a flat state dict lacks.
+    saved = {k: v for k, v in saved.items() if v is not None and not (v == {} and type(v) is dict)}
     if shard is not None:
         param, saved = shard.local, shard.inner(saved, rule)
     if saved_group.get("format_version", VERSION) < 3:
@@ -134,16 +135,6 @@ def loaded_state(
     return state
 
 
-def save_shards(optimizer: Optimizer, state: dict[Any, Any]) -> None:
-    """Brings the states of DTensors, by position, into the form in which they are saved."""
-    owners = [p for group in optimizer.param_groups for p in group["params"]]
-    shards = shards_of(owners)
-    for i, param in enumerate(owners):
-        if param in shards and state.get(i):
-            which = f"parameter {i} of shape {tuple(param.shape)}"
-            state[i] = shards[param].saved(state[i], optimizer.rule, which)
-
-
 def _signed_mx4(
     saved: Mapping[str, Any], param: torch.Tensor, rule: Rule, states: str
 ) -> dict[str, Any]:
@@ -158,18 +149,3 @@ def _signed_mx4(
         if packed and scales.dim() and codes.dtype == scales.dtype == torch.uint8:
             signed[key] = codes.view(torch.int8)
     return signed
-
-
-def saved_entry(state: Any) -> Any:
-    """A parameter's entry of a state dict."""
-    if isinstance(state, ParamState):
-        state = state.started()
-    if not isinstance(state, dict):
-        return state
-    saved = {key: value.clone() if key == "step" else value for key, value in state.items()}
-    saved.pop(CODES_STEP, None)
-    for key in COMPANIONS & saved.keys():
-        saved[key] = to_bytes(saved[key])
-    if any(key.endswith("_scale") for key in saved) and "step" in saved:
-        saved[CODES_STEP] = saved["step"].clone()
-    return saved
