@@ -213,7 +213,33 @@ def the_last_checkpoint_loads(directory, checkpoints):
     assert not any(map(torch.equal, before, map(whole, model.parameters())))
 
 
+def fsdp1_takes_states_of_the_shape_of_their_parameter(directory, checkpoints):
+    """The others are refused by name, on every rank, and not by an error of sizes."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    formats = [("fp32", "native"), ("bf16", "stochastic"), ("bf16", "split16")]
+    formats += [(states, "native") for states in ("mx8", "mx4", "dynamic8")]
+    for original in (True, False):
+        for states, weights in formats:
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 8)).bfloat16()
+            model = FSDP(model, use_orig_params=original, device_id=torch.device("cpu"))
+            optimizer = onepass.AdamW(model.parameters(), states=states, weights=weights)
+            model(torch.ones(3, 8, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+            assert optimizer.state_dict()["state"]
+            for ask in (FSDP.optim_state_dict, get_optimizer_state_dict):
+                if weights == "split16" or states in ("mx8", "mx4", "dynamic8"):
+                    named = weights if weights == "split16" else states
+                    with pytest.raises(ValueError, match=f"optim_state_dict cannot take {named}"):
+                        ask(model, optimizer)
+                else:
+                    assert ask(model, optimizer)["state"]
+
+
 EVERYWHERE = [
+    fsdp1_takes_states_of_the_shape_of_their_parameter,
     a_run_goes_on_from_what_four_ranks_saved,
     a_whole_state_dict_serves_one_process,
     codes_are_not_read_as_values,

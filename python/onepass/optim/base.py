@@ -19,6 +19,7 @@ from ..checks import (
     check_param,
     check_weight_format,
 )
+from ..distributed.fsdp1 import check_reader
 from ..gradients import is_dtensor
 from ..groups import DEFAULTS, drop_defaults, option
 from ..held import OptimizerState
@@ -303,9 +304,13 @@ class Optimizer(Stepping):
         """The state as torch.optim has it: with ``states="fp32"``, torch.optim loads it.
 
         The step counter of each parameter is a tensor of its own here.
+
+        Raises:
+            ValueError: FSDP1's ``optim_state_dict`` is calling, and cannot take these formats.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        check_reader(self.param_groups)
         result = saved_dict(self)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
