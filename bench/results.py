@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -14,18 +12,24 @@ from typing import Any
 
 import torch
 
+from onepass import ops
 from onepass.benchmark.cases import Case
 from onepass.benchmark.devices import DEVICES
 from onepass.benchmark.measure import Outcome, Timed, percentile
 
-ROOT = Path(__file__).parents[1]
+from . import sources
+
+ROOT = sources.ROOT
 Line = dict[str, Any]
 
 FIELDS = (
     "date",  # of the run, UTC
     "commit",
-    "dirty",  # sources differ from the commit
+    "dirty",  # files differ from the commit; None where nothing tells
+    "sources",  # hashes of the kernels' sources by backend: sources.py
+    "library",  # hash of the built library
     "device",
+    "clock_mhz",  # of a GPU's multiprocessors, when the run began
     "driver",
     "cuda",
     "torch",
@@ -55,13 +59,16 @@ def environment(device: str = "cpu") -> Line:
     """What all lines of a run share; device: "cpu" or "cuda", the current one."""
     gpu = device == "cuda"
     found = DEVICES[device]
-    told = os.environ.get("COMMIT")
+    commit, dirty = sources.commit_and_dirty()
+    library = ops.CUDA_LIBRARY if gpu else ops.LIBRARY
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": told or _git("rev-parse", "HEAD"),
-        "dirty": not told
-        and bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")),
+        "commit": commit,
+        "dirty": dirty,
+        "sources": sources.kernel_hashes(),
+        "library": sources.library_hash(library),
         "device": found.name,
+        "clock_mhz": found.clock_mhz,
         "driver": found.driver,
         "cuda": torch.version.cuda if gpu else None,
         "torch": str(torch.__version__),
@@ -126,22 +133,17 @@ def read_lines(path: Path) -> list[Line]:
 
 def read(path: Path) -> list[Line]:
     """The lines of the speed benchmark in a file; those of another kind are left out."""
-    return [x for x in read_lines(path) if x.keys() >= set(FIELDS) and "kind" not in x]
+    needed = set(FIELDS) - {
+        "sources",
+        "library",
+        "clock_mhz",
+    }  # lines before December 2026 lack them
+    return [x for x in read_lines(path) if x.keys() >= needed and "kind" not in x]
 
 
 def case_key(line: Line) -> tuple[str, str, str, str, str]:
     """What tells cases apart: rule, dtype and format of the weights, states, list."""
     return line["rule"], line["param_dtype"], line["weights"], line["states"], line["list"]
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints; None where there is no repository."""
-    command = ["git", "-C", str(ROOT), *arguments]
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _version(distribution: str) -> str | None:

@@ -64,6 +64,11 @@ class Device:
         """The version of its driver, where it has one."""
         return None
 
+    @property
+    def clock_mhz(self) -> int | None:
+        """The clock that it runs at now, where it tells."""
+        return None
+
     def prepare(self, step: Step, host_us: float | None, warm: bool) -> None:
         """What comes before a sample, untimed.
 
@@ -150,12 +155,13 @@ class Cuda(Device):
     @property
     def driver(self) -> str | None:
         """As nvidia-smi tells; None where it does not."""
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return (done.stdout.splitlines() or [""])[0].strip() or None
+        return _nvidia_smi("driver_version")
+
+    @property
+    def clock_mhz(self) -> int | None:
+        """Of the multiprocessors, as nvidia-smi tells; None where it does not."""
+        told = _nvidia_smi("clocks.sm")
+        return int(told) if told and told.isdigit() else None
 
     def prepare(self, step: Step, host_us: float | None, warm: bool) -> None:
         """A backlog that lasts longer than the host needs for the step, so that between the two
@@ -215,6 +221,16 @@ class Cuda(Device):
 
 
 DEVICES: dict[str, Device] = {"cpu": Device(), "cuda": Cuda()}
+
+
+def _nvidia_smi(field: str) -> str | None:
+    """A field of the first GPU; None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return (done.stdout.splitlines() or [""])[0].strip() or None
 
 
 def _status(name: str) -> int:
