@@ -166,7 +166,7 @@ class Run:
         # steps, or without any where none is saved.
         keys = ours.keys() - {"codes_step"}
         lacking = set() if self.reference.rule.saves_step else {"step"} - keys
-        assert keys | lacking == theirs.keys(), f"{what} has {[*ours]}, the twin {[*theirs]}"
+        assert keys == theirs.keys() - lacking, f"{what} has {[*ours]}, the twin {[*theirs]}"
         for key, value in ((key, ours[key]) for key in sorted(keys)):
             # Plain tensors beside DTensors are codes and scales of the shard's own blocks.
             if isinstance(value, DTensor) or key == "step" or self.case.layout == "zero":
