@@ -19,6 +19,7 @@ from .results import Line
 
 FILES = {"cpu": "cpu.jsonl", "cuda": "gpu.jsonl"}
 Missing = list[tuple[str, str]]
+Measured = tuple[str | None, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         help="appended to (default cpu.jsonl or gpu.jsonl in bench/results)",
     )
     parser.add_argument("--no-write", action="store_true", help="write no file")
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="only what has no line of this device, version and kernels' sources yet",
+    )
     parser.add_argument("--list", action="store_true", help="say what there is, measure nothing")
     args = parser.parse_args(argv)
     if args.samples is not None and args.samples < 1:
@@ -64,7 +70,39 @@ def main(argv: list[str] | None = None) -> int:
     out: Path | None = args.out or results.ROOT / "bench" / "results" / FILES[device.type]
     if args.no_write or (args.quick and args.out is None):
         out = None
-    return _run(cases, available, missing, args.samples, out, device)
+    known = _known(args.out, device) if args.missing else set()
+    return _run(cases, available, missing, args.samples, out, device, known)
+
+
+def _measured(line: Line) -> Measured:
+    """What a line is of, with the sources of its kernels where they are ours."""
+    backend = line["provider"].removeprefix("onepass-")
+    kernels = (line.get("sources") or {}).get(backend) if "onepass" in line["provider"] else None
+    return (*results.case_key(line), line["provider"], line["provider_version"], kernels)
+
+
+def _known(out: Path | None, device: Device) -> set[Measured]:
+    """What has lines of this device, in the committed file and in the one that is written."""
+    paths = {results.ROOT / "bench" / "results" / FILES[device.type], out}
+    lines = [line for path in paths if path is not None for line in results.read(path)]
+    return {_measured(line) for line in lines if line["device"] == device.name}
+
+
+def _lacking(
+    case: Case, available: list[Provider], known: set[Measured], env: Line
+) -> list[Provider]:
+    """The providers without a line of a case; with others', ours is measured beside them."""
+
+    def of(provider: Provider) -> Measured:
+        key = (case.rule, case.dtype, case.weights, case.states, case.list.name)
+        line = dict(zip(("rule", "param_dtype", "weights", "states", "list"), key, strict=True))
+        return _measured(
+            {**env, **line, "provider": provider.name, "provider_version": provider.version}
+        )
+
+    lacking = [p for p in available if of(p) not in known]
+    ours = [p for p in available if p.name in ("onepass-cuda", "onepass-cpu") and p not in lacking]
+    return [*ours, *lacking] if lacking else []
 
 
 def _list(cases: Sequence[Case], available: list[Provider], missing: Missing) -> None:
@@ -85,6 +123,7 @@ def _run(
     samples: int | None,
     out: Path | None,
     device: Device,
+    known: set[Measured],
 ) -> int:
     env = results.environment(device.type)
     found: list[Line] = []
@@ -94,11 +133,14 @@ def _run(
     print(f"{table.LEGEND}\n\n{table.HEADER}")
     with results.Progress(sum(samples or case.samples for case in cases)) as progress:
         for case in cases:
+            chosen = _lacking(case, available, known, env) if known else available
+            if not chosen:
+                continue
 
             def tick(text: str, name: str = case.name) -> None:
                 progress.tick(f"{name}: {text}", text.startswith("sample"))
 
-            outcome = run_case(case, available, samples, tick, device)
+            outcome = run_case(case, chosen, samples, tick, device)
             new = results.lines(env, outcome)
             if out is not None:
                 results.append(out, new)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 
 from onepass.benchmark.cases import OPTIONS, Case
-from onepass.benchmark.lists import ParamList, gpt2, llama3, many, one, resnet50, vit_l16
+from onepass.benchmark.lists import ParamList, embedding, gpt2, llama3, many, one, resnet50, vit_l16
 
 
 def cpu_cases(quick: bool = False) -> list[Case]:
@@ -43,9 +43,25 @@ def cpu_cases(quick: bool = False) -> list[Case]:
     return found
 
 
+REDUCED = (
+    ("stochastic", "mx8"),
+    ("stochastic", "bf16"),
+    ("split8", "fp32"),
+    ("split8", "bf16"),
+    ("split8", "mx4"),
+    ("split16", "fp32"),
+    ("kahan", "bf16"),
+    ("kahan", "mx8"),
+    ("master", "fp32"),
+    ("master", "mx8"),
+)
+"""(weights, states) of a GPU that no bar asks for."""
+
+
 def gpu_cases(quick: bool = False) -> list[Case]:
     """Every case of a GPU, those of the bars first."""
     big = one(1_000_000) if quick else llama3(16)
+    rows = embedding(256 if quick else 128_000)
     small: list[ParamList] = [many(300, 256), many(200 if quick else 20_000, 256)]
     found = [
         Case("adamw", "fp32", "fp32", big),
@@ -59,6 +75,12 @@ def gpu_cases(quick: bool = False) -> list[Case]:
         Case("adamw", "bf16", "mx4", big, "stochastic"),
         Case("adamw", "fp32", "dynamic8", big),
         *(Case(rule, "fp32", "fp32", big) for rule in OPTIONS if rule != "adamw"),
+        *(Case("adamw", "bf16", states, big, weights) for weights, states in REDUCED),
+        Case("adamw", "fp16", "mx8", big, "stochastic"),
+        *(Case(rule, "bf16", "mx8", big, "split8") for rule in ("lion", "sgd", "rmsprop")),
+        Case("adamw", "fp32", "fp32", rows),
+        Case("adamw", "bf16", "mx8", rows, "split8"),
+        Case("adamw", "bf16", "mx4", rows, "stochastic"),
     ]
     if not quick:
         lists = [many(300, 4096), many(300, 4096, offset=1), many(2000, 256), many(20_000, 1)]

@@ -13,7 +13,7 @@ import gc
 import importlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def providers() -> dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float
     return found
 
 
-def measure(samples: int, quick: bool) -> list[dict[str, Any]]:
+def measure(samples: int, quick: bool) -> Iterator[dict[str, Any]]:
     """Each provider alone, for all do not fit; the link before and after each."""
     shapes = _shapes(64, 2, 1000) if quick else _shapes(2048, 19, 32_000)
     params = [
@@ -119,7 +119,6 @@ def measure(samples: int, quick: bool) -> list[dict[str, Any]]:
         param.grad = torch.full_like(param, 1e-3)
     numel = sum(p.numel() for p in params)
     link, link_bytes = link_step()
-    found = []
     for name, (make, each) in providers().items():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -147,10 +146,9 @@ def measure(samples: int, quick: bool) -> list[dict[str, Any]]:
         if isinstance(optimizer, onepass.optim.Optimizer):
             (footprint,) = onepass.paging.footprints(optimizer).values()
             line["predicted_bytes"] = footprint.resident + footprint.ring
-        found.append(line)
+        yield line
         del optimizer
         gc.collect()
-    return found
 
 
 def _shapes(width: int, layers: int, vocabulary: int) -> tuple[tuple[int, ...], ...]:
@@ -211,19 +209,23 @@ def main(argv: list[str] | None = None) -> int:
     if not right(device):
         print("bench.paging: paged and unpaged steps differ", file=sys.stderr)
         return 1
-    lines = []
+    out = None if args.quick else args.out
+
+    def keep(kind: str, line: results.Line) -> None:
+        if out is not None:
+            results.append(out, [{**env, "kind": kind, **line}])
+
     for states in ("fp32", "mx8"):
         spent = host_us_a_page(states, device, 20 if args.quick else 200)
-        lines.append({**env, "kind": "page", "states": states, "host_us": round(spent, 2)})
+        keep("page", {"states": states, "host_us": round(spent, 2)})
         print(f"{states}: {spent:.1f} us of the host a page")
     if gpu:
-        found = measure(args.samples, args.quick)
-        for line in found:
+        found = []
+        for line in measure(args.samples, args.quick):
+            found.append(line)
+            keep("paging", line)
             print(", ".join(f"{key} {value}" for key, value in line.items()))
         print("\n".join(judged(found)))
-        lines += [{**env, "kind": "paging", **line} for line in found]
-    if not args.quick:
-        results.append(args.out, lines)
     return 0
 
 

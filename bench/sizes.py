@@ -8,7 +8,7 @@ for lists that stay in them, the memory's for others.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,12 +83,11 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit:
     return best
 
 
-def measure(device: Device, most: int, samples: int | None) -> list[Line]:
-    """The lines of every size up to most that fits."""
+def measure(device: Device, most: int, samples: int | None) -> Iterator[list[Line]]:
+    """The lines of each size up to most that fits."""
     chosen = [p for p in find(all_providers(device.type), None) if p.name in PROVIDERS.split(",")]
     available = [p for p in chosen if not p.unavailable(device.type)]
     env = results.environment(device.type)
-    found: list[Line] = []
     for numel in (n for n in SIZES if n <= most):
         case = Case("adamw", "fp32", "fp32", one(numel))
         free = device.free()
@@ -101,11 +100,10 @@ def measure(device: Device, most: int, samples: int | None) -> list[Line]:
             print(f"{in_words(numel):>6}  {line['provider']:<14} {line['ms']['p50']:>10.4f} ms")
         for name, why in outcome.failed:
             print(f"{in_words(numel):>6}  {name:<14} not timed: {why}")
-        found += new
+        yield new
         outcome.timed.clear()
         del outcome
         device.release()
-    return found
 
 
 def table(lines: Sequence[Line]) -> list[str]:
@@ -207,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     if device is None:
         return 2
     most = args.most or (10**8 if device.type == "cpu" else 10**9)
-    keep(args, KIND, measure(device, most, args.samples))
+    for lines in measure(device, most, args.samples):
+        keep(args, KIND, lines)
     return 0
 
 

@@ -20,11 +20,14 @@ class ParamList:
         name: as in the results.
         shapes: one per tensor.
         offset: elements between the start of a tensor's storage and the tensor.
+        zero_rows: whether 7 of 8 rows of each gradient are zero, as those of an embedding are whose
+            rows a batch does not look up.
     """
 
     name: str
     shapes: Shapes
     offset: int = 0
+    zero_rows: bool = False
 
     @property
     def numel(self) -> int:
@@ -55,6 +58,15 @@ class ParamList:
             tensor.normal_(0.0, std, generator=generator)
         return tensors
 
+    def gradients(
+        self, std: float, dtype: torch.dtype, seed: int, device: str = "cpu"
+    ) -> list[torch.Tensor]:
+        """Normal numbers in the rows that are not zero."""
+        tensors = self.normal(std, dtype, seed, device)
+        for tensor in tensors if self.zero_rows else ():
+            tensor[torch.arange(len(tensor), device=device) % 8 != 0] = 0
+        return tensors
+
 
 def in_words(numel: int) -> str:
     """A number of elements in short: 100M, 1.5B, 2500."""
@@ -75,6 +87,11 @@ def many(tensors: int, numel: int, offset: int = 0) -> ParamList:
     """Tensors of one length; with an offset, none of them starts where a vector load likes it."""
     suffix = f"+{offset}" if offset else ""
     return ParamList(f"{tensors}x{numel}{suffix}", ((numel,),) * tensors, offset)
+
+
+def embedding(rows: int, width: int = 4096) -> ParamList:
+    """One matrix, of whose gradient 7 of 8 rows are zero."""
+    return ParamList(f"rows-{in_words(rows * width)}", ((rows, width),), zero_rows=True)
 
 
 def _linear(out: int, inputs: int) -> Shapes:

@@ -95,7 +95,7 @@ def run_case(
     device = device or DEVICES["cpu"]
     outcome = Outcome(case)
     weights = case.list.normal(0.02, DTYPES[case.dtype], 1, device.type)
-    grads = case.list.normal(0.01, DTYPES[case.dtype], 2, device.type)
+    grads = case.list.gradients(0.01, DTYPES[case.dtype], 2, device.type)
     expected = Expected(case, weights, grads)
     outcome.note = expected.note().removeprefix("; ")
     limits = _limits(case, device)
