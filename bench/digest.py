@@ -33,6 +33,7 @@ from .digest_cases import DTYPES, LISTS, STORED, DigestCase, cases
 from .results import Line
 
 FILE = results.ROOT / "bench" / "results" / "digests.jsonl"
+GPU_FILE = FILE.with_name("gpu-digests.jsonl")
 DEFAULT = {"cpu": "reference,cpu", "cuda": "cuda,triton"}
 
 
@@ -185,6 +186,19 @@ def known(path: Path) -> dict[tuple[str, str], str]:
     }
 
 
+def _there(env: Line, out: Path | None) -> dict[tuple[str, str], str]:
+    """(case, backend) -> digest, of the lines of this device and the present sources."""
+    found = {}
+    for path in {FILE, GPU_FILE, out} - {None}:
+        for line in results.read_lines(path):
+            if line.get("kind") != "digest" or line["device"] != env["device"]:
+                continue
+            kernels = line["backend"]
+            if line["sources"].get(kernels) == env["sources"].get(kernels):
+                found[line["case"], kernels] = line["digest"]
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Computes digests; 1 where --check finds one that differs, 2 for wrong usage."""
     parser = argparse.ArgumentParser(
@@ -194,6 +208,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", metavar="NAMES", help="separated by commas")
     parser.add_argument("--cases", metavar="PATTERN", help="only cases with this in their name")
     parser.add_argument("--check", action="store_true", help="compare with the committed lines")
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="compute only what has no line of this device and the present sources yet",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append lines to this file")
     parser.add_argument("--list", action="store_true", help="name the cases, compute nothing")
     args = parser.parse_args(argv)
@@ -222,18 +241,20 @@ def _run(args: argparse.Namespace, chosen: list[DigestCase], names: list[str]) -
     env = results.environment(args.device)
     committed = {case: found for (case, name), found in known(FILE).items() if name == "reference"}
     out = args.out or (None if args.check else FILE)
+    there = _there(env, out) if args.missing else {}
     counts = {"equal": 0, "new": 0, "DIFFERS": 0, "FAILED": 0}
     for name in names:
         start, taken = time.perf_counter(), [c for c in chosen if not why_not(c, name)]
         for case in taken:
+            kept = there.get((case.name, name))
             try:
-                found = digest(case, name, args.device)
+                found = kept or digest(case, name, args.device)
             except Exception as error:  # the others are still to be compared
                 found, verdict = f"{type(error).__name__}: {error}", "FAILED"
             else:
                 expected = committed.get(case.name, "")
                 verdict = "equal" if found == expected else "DIFFERS" if expected else "new"
-                if out is not None:
+                if out is not None and kept is None:
                     results.append(out, [line_of(env, case, name, found)])
             counts[verdict] += 1
             if verdict in ("DIFFERS", "FAILED") or (verdict == "new" and args.check):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from .results import Line
 from .stages import STAGES, Part, Stage
 
 COMMITTED = results.ROOT / "bench" / "results"
-KEPT = results.ROOT / "build" / "gpu" / "parts.jsonl"
-"""Where finished parts are noted besides: a copy of the checkout keeps it between calls."""
+KEPT = results.ROOT / "build" / "gpu" / "results.jsonl"
+"""Where the lines are besides, from part to part: a copy of the checkout keeps it between calls."""
 NOT_HERE = (
     "not here: ",
     "Device not supported",
@@ -65,7 +66,7 @@ class Session:
 
     Args:
         out: folder of the result lines and the log.
-        kept: file that notes finished parts between calls.
+        kept: file that has the lines between calls.
         dry: whether the commands are those of a dry run.
         limit: seconds that the call may take; a part that does not fit is left for the next.
         repeat: whether parts run that have passed before.
@@ -76,6 +77,8 @@ class Session:
         self.lines, self.log, self.kept = out / "results.jsonl", out / "gpu.log", kept
         out.mkdir(parents=True, exist_ok=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
+        if kept.exists() and not self.lines.exists():
+            shutil.copyfile(kept, self.lines)
         self.device = "cpu" if dry else "cuda"
         self.begin = time.monotonic()
         self.ended: dict[str, str] = {}
@@ -89,8 +92,7 @@ class Session:
     def run(self, stages: Sequence[Stage]) -> int:
         """Runs what has not passed yet; 0 where nothing failed."""
         env = results.environment(self.device)
-        known = results.read_lines(self.kept)
-        known += results.read_lines(COMMITTED / FILES["part"])
+        known = results.read_lines(self.lines) + results.read_lines(COMMITTED / FILES["part"])
         with tempfile.TemporaryDirectory(prefix="onepass-") as scratch:
             for stage in stages:
                 for part in stage.parts:
@@ -129,8 +131,10 @@ class Session:
         self.say(f"=== {part.name}: {how} after {spent:g} s")
         line = {**env, "kind": "part", "stage": stage.name, **evidence(part, env["device"])}
         line |= {"status": how, "seconds": spent, "said": said}
-        for path in (self.lines, self.kept):
-            results.append(path, [line])
+        results.append(self.lines, [line])
+        made = self.kept.with_suffix(".new")
+        shutil.copyfile(self.lines, made)
+        made.replace(self.kept)
         return how
 
 
@@ -198,7 +202,9 @@ def main(argv: list[str] | None = None) -> int:
         "--limit", type=float, default=570.0, metavar="SECONDS", help="of the call (default 570)"
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-out"), metavar="FOLDER")
-    parser.add_argument("--kept", type=Path, default=KEPT, metavar="FILE", help="finished parts")
+    parser.add_argument(
+        "--kept", type=Path, default=KEPT, metavar="FILE", help="the lines between calls"
+    )
     parser.add_argument(
         "--collect", type=Path, metavar="FILE", help="bring its lines to bench/results, and stop"
     )

@@ -63,11 +63,10 @@ STAGES = (
         (
             Part(
                 "digests",
-                "the bits of 179 steps, CUDA and Triton",
-                90,
-                "python -m bench.digest --device cuda --check --out {out}",
+                "the bits of 179 steps in CUDA",
+                60,
+                "python -m bench.digest --device cuda --backends cuda --check --missing --out {out}",
                 "python -m bench.digest --check --backends cpu --cases SGD --out {out}",
-                KERNELS,
             ),
             _tests("paging-tests", "paged states", 150, "tests/test_paging_gpu.py"),
             _tests("cuda-tests", "every rule and format, streams", 150, "tests/test_cuda_gpu.py"),
@@ -162,6 +161,15 @@ STAGES = (
         7,
         "triton",
         (
+            Part(
+                "triton-digests",
+                "the bits of 179 steps in Triton, which compiles long",
+                290,
+                "python -m bench.digest --device cuda --backends triton --check --missing "
+                "--out {out}",
+                "python -m bench.digest --check --missing --backends cpu --cases SGD --out {out}",
+                ("triton",),
+            ),
             _tests(
                 "triton-tests",
                 "every rule and format in Triton",
