@@ -14,19 +14,20 @@ from .results import Line
 
 
 def parser_of(
-    kind: str, about: str | None, samples: int | None, each: str
+    kind: str, about: str | None, samples: int | None = None, each: str | None = None
 ) -> argparse.ArgumentParser:
-    """A parser with --device, --samples, --out and --no-write.
+    """A parser with --device, --out, --no-write and, for most commands, --samples.
 
     Args:
         kind: the command is ``python -m bench.<kind>``, its file bench/results/<kind>.jsonl.
         about: what --help says of it.
         samples: unless it is told.
-        each: what a sample is.
+        each: what a sample is; None for a command without --samples.
     """
     parser = argparse.ArgumentParser(prog=f"python -m bench.{kind}", description=about)
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
-    parser.add_argument("--samples", type=int, default=samples, metavar="N", help=each)
+    if each is not None:
+        parser.add_argument("--samples", type=int, default=samples, metavar="N", help=each)
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help=f"default bench/results/{kind}.jsonl"
     )
@@ -42,7 +43,7 @@ def device_of(
     Exits with 2 where one of counts, or the samples, is below 1.
     """
     for name in ("samples", *counts):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
     device = DEVICES[args.device]
     if why := device.unavailable():

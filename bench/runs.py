@@ -74,7 +74,7 @@ def run_missing(
         shown: what is printed of a line, beside seed, name, loss and time.
     """
     env = results.environment() | {"python": platform.python_version()}
-    known = {_key(line) for line in results.read_lines(args.out) if "validation_loss" in line}
+    known = {run_key(line) for line in results.read_lines(args.out) if "validation_loss" in line}
     threads = torch.get_num_threads()
     # One core: sums come in one order, and a small model gains nothing from more.
     torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def run_missing(
                 # As settings come back from a file: JSON has no tuples.
                 settings = json.loads(json.dumps(dict(run.settings)))
                 start = {**env, "settings": settings, "seed": seed}
-                if (args.names and run.name not in args.names) or _key(start) in known:
+                if (args.names and run.name not in args.names) or run_key(start) in known:
                     continue
                 found = run.train(seed)
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -99,6 +99,6 @@ def run_missing(
         torch.set_num_threads(threads)
 
 
-def _key(line: Line) -> tuple[str, str, int]:
+def run_key(line: Line) -> tuple[str, str, int]:
     """What tells runs apart: machine, settings, seed."""
     return line["device"], repr(sorted(line["settings"].items())), line["seed"]

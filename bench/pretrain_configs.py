@@ -1,0 +1,117 @@
+"""The optimizer configurations that ``python -m bench.pretrain`` compares."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import onepass
+from onepass.benchmark.devices import Device
+from onepass.benchmark.providers import Provider, all_providers, find
+from onepass.cli.demo.model import GPT
+from onepass.cli.demo.train import Task
+from onepass.training import decay_groups
+
+from .results import Line
+
+LR = 6e-4  # GPT-3's for 125 M parameters (Brown et al., 2020), with its betas
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+WEIGHT_DECAY = 0.1  # on matrices and embeddings; none on biases and norms
+
+
+@dataclass(frozen=True)
+class Config:
+    """An AdamW and the formats it works on.
+
+    Attributes:
+        name: as in ``--configs`` and in the result lines.
+        library: torch, onepass or bitsandbytes.
+        dtype: of the model's weights, fp32 or bf16; norms stay in fp32.
+        weights: onepass's format of bf16 weights: ``split8`` keeps 8 more bits of each weight in
+            the optimizer, ``stochastic`` rounds each update to one of the two nearest bf16 values
+            at random, with the exact update as its mean.
+        states: format of the two moments.
+    """
+
+    name: str
+    library: str
+    dtype: str
+    weights: str
+    states: str
+
+    @property
+    def label(self) -> str:
+        """The configuration in words."""
+        kind = {"torch": "torch fused AdamW", "bitsandbytes": "bitsandbytes AdamW8bit"}.get(
+            self.library, "onepass AdamW"
+        )
+        how = "" if self.weights == "native" else f" {self.weights}"
+        return f"{kind}, {self.dtype}{how} weights, {self.states} states"
+
+    def settings(self) -> Line:
+        """What of the configuration decides a result."""
+        return asdict(self)
+
+    def unavailable(self, device: Device) -> str:
+        """Why it cannot be measured on the device; empty if it can."""
+        if self.library == "onepass" and self._backend(device) == "reference":
+            return "only the slow reference backend is available: onepass info says why"
+        return self._provider(device).unavailable(device.type)
+
+    def provider(self, device: Device) -> Line:
+        """The library, with onepass's backend, and its version; fields of a result line."""
+        found = self._provider(device)
+        return {"provider": found.name, "provider_version": found.version}
+
+    def model(self, task: Task) -> GPT:
+        """The task's model with weights of this configuration's dtype.
+
+        Under autocast, a model with bf16 weights computes what one with the same values in fp32
+        would: the residual stream is kept in fp32, as it is with an fp32 embedding.
+        """
+        model = task.model()
+        if self.dtype == "bf16":
+            onepass.cast_model(model)
+            model.tokens.register_forward_hook(lambda module, inputs, output: output.float())
+        return model
+
+    def optimizer(self, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+        """The optimizer over the model; the seed is for stochastic rounding."""
+        options: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS}
+        if self.dtype == "bf16":
+            # Formats for everything but norms, embeddings included.
+            groups = decay_groups(model, WEIGHT_DECAY, fp32_states=onepass.NORMS)
+        else:
+            groups = decay_groups(model, WEIGHT_DECAY)
+        if self.library == "torch":
+            return torch.optim.AdamW(groups, **options, fused=True)
+        if self.library == "bitsandbytes":
+            made: torch.optim.Optimizer
+            made = importlib.import_module("bitsandbytes.optim").AdamW8bit(groups, **options)
+            return made
+        return onepass.AdamW(groups, **options, weights=self.weights, states=self.states, seed=seed)
+
+    @staticmethod
+    def _backend(device: Device) -> str:
+        return onepass.backends.choose(torch.device(device.type)).name
+
+    def _provider(self, device: Device) -> Provider:
+        """The same library in the table of ``python -m bench``."""
+        names = {"torch": "torch-fused", "bitsandbytes": "bitsandbytes-8bit"}
+        name = names.get(self.library) or f"onepass-{self._backend(device)}"
+        return find(all_providers(device.type), name)[0]
+
+
+CONFIGS = (
+    Config("torch-fused", "torch", "fp32", "native", "fp32"),
+    Config("onepass-fp32", "onepass", "fp32", "native", "fp32"),
+    Config("onepass-split8-mx8", "onepass", "bf16", "split8", "mx8"),
+    Config("onepass-stochastic-mx4", "onepass", "bf16", "stochastic", "mx4"),
+    Config("bitsandbytes-8bit", "bitsandbytes", "fp32", "native", "8-bit"),
+)
+BASELINE = CONFIGS[0].name

@@ -1,0 +1,264 @@
+"""docs/pretrain.md and docs/pretrain.png from the lines of ``python -m bench.pretrain``."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from onepass.cli.compare.stats import interval
+
+from . import results
+from .pretrain_configs import BASELINE, CONFIGS
+from .results import Line
+from .training_report import by_config, newest
+
+GIB = 1 << 30
+# Okabe and Ito's colours, told apart by colour-blind readers too. The baseline's line is wide and
+# pale because onepass's in fp32 coincides with it.
+STYLES: dict[str, tuple[str, str, float]] = {
+    "torch-fused": ("#E69F00", "-", 4.5),
+    "onepass-fp32": ("#000000", "--", 1.4),
+    "onepass-split8-mx8": ("#0072B2", "-", 1.4),
+    "onepass-stochastic-mx4": ("#009E73", "-.", 1.6),
+    "bitsandbytes-8bit": ("#CC79A7", ":", 2.2),
+}
+Runs = Mapping[str, Mapping[int, Line]]
+"""Lines by configuration and seed."""
+
+
+def sections(lines: Sequence[Line]) -> list[list[Line]]:
+    """The lines in groups that can be compared: of one machine and the same work.
+
+    The group with the newest line comes first; configurations are in the order of CONFIGS.
+    """
+    order = {config.name: i for i, config in enumerate(CONFIGS)}
+    own = {"name", "library", "dtype", "weights", "states"}
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        common = {name: value for name, value in line["settings"].items() if name not in own}
+        key = json.dumps([line["device"], common], sort_keys=True)
+        groups.setdefault(key, []).append(line)
+    for group in groups.values():
+        group.sort(key=lambda line: (order.get(line["settings"]["name"], len(order)), line["seed"]))
+    return sorted(groups.values(), key=lambda group: max(x["date"] for x in group), reverse=True)
+
+
+def difference(own: Mapping[int, Line], base: Mapping[int, Line]) -> tuple[float, float] | None:
+    """Final validation loss minus the baseline's of the same seeds: mean and half an interval.
+
+    None without a common seed; the interval (95 %, paired t) is NaN with fewer than two.
+    """
+    seeds = sorted(own.keys() & base.keys())
+    if not seeds:
+        return None
+    return interval([own[s]["validation_loss"] - base[s]["validation_loss"] for s in seeds])
+
+
+def _mean(own: Mapping[int, Line], field: str, form: str, unit: float = 1.0) -> str:
+    """The mean over the seeds, formatted; a dash where the field was not measured."""
+    values = [line[field] for line in own.values()]
+    if any(value is None for value in values):
+        return "–"
+    return format(statistics.fmean(values) / unit, form)
+
+
+def table(runs: Runs) -> list[str]:
+    """One row per configuration, as Markdown."""
+    heads = (
+        "configuration",
+        "bytes per parameter",
+        "seeds",
+        "final validation loss",
+        f"minus `{BASELINE}`",
+        "tokens/s",
+        "peak memory, GiB",
+        "held between steps, GiB",
+        "optimizer step, ms",
+        "optimizer's share",
+    )
+    rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name, own in runs.items():
+        apart = difference(own, runs.get(BASELINE, {}))
+        shown = "–"
+        if name != BASELINE and apart is not None:
+            half = "" if math.isnan(apart[1]) else f" ± {apart[1]:.4f}"
+            shown = f"{round(apart[0], 4) + 0.0:+.4f}{half}"  # not -0.0000
+        cells = [
+            f"`{name}`",
+            _mean(own, "bytes_per_parameter", ".2f"),
+            str(len(own)),
+            _mean(own, "validation_loss", ".4f"),
+            shown,
+            _mean(own, "tokens_per_second", ",.0f"),
+            _mean(own, "peak_bytes", ".2f", GIB),
+            _mean(own, "held_bytes", ".2f", GIB),
+            _mean(own, "optimizer_ms", ".3f"),
+            _mean(own, "optimizer_share", ".2%"),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _setup(section: Sequence[Line]) -> str:
+    """What was trained, in words."""
+    one = section[0]
+    s, shape = one["settings"], one["settings"]["shape"]
+    tokens = s["steps"] * s["batch"] * shape["context"]
+    return (
+        f"A GPT-2 of {one['parameters']:,} parameters: {shape['depth']} layers, {shape['heads']} "
+        f"heads, width {shape['width']}, context {shape['context']}, and an embedding of "
+        f"{s['vocabulary']:,} rows that is also the output layer. Tokens are bytes, so the text "
+        f"uses 256 rows. {s['steps']:,} steps of {s['batch']} windows ({tokens / 1e6:.3g} M "
+        f"tokens, {tokens / s['train_bytes']:.2g} times the text) over the library of "
+        f"{s['text']}, validated on {s['validation_batches'] * s['batch']} windows of files that "
+        f"are not trained on. AdamW: lr {s['lr']:g}, betas {tuple(s['betas'])}, eps {s['eps']:g}, "
+        f"weight decay {s['weight_decay']:g} on matrices and embeddings; warm-up over a tenth of "
+        f"the steps, then a cosine to {s['final_lr']:g} of the peak; gradients clipped at norm "
+        f"{s['max_grad_norm']:g}."
+    )
+
+
+def _origins(section: Sequence[Line]) -> str:
+    """When the lines were measured, and with which versions."""
+    dates = sorted(line["date"] for line in section)
+    found = sorted({results.origin(line).partition(", ")[2] for line in section})
+    libraries = sorted({f"{x['provider']} {x['provider_version']}" for x in section})
+    return (
+        f"Measured {dates[0]} to {dates[-1]}: {'; '.join(found)}. Providers: "
+        f"{', '.join(libraries)}."
+    )
+
+
+def _coverage(section: Sequence[Line], runs: Runs) -> str:
+    """What was and what was not measured, in words."""
+    seeds = sorted({line["seed"] for line in section})
+    missing = [f"`{config.name}`" for config in CONFIGS if config.name not in runs]
+    text = [
+        f"Measured: {', '.join(f'`{name}`' for name in runs)}, with "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, on this one device."
+    ]
+    if len(seeds) == 1:
+        text.append(
+            "One seed says nothing about the spread of the losses: a difference may be chance."
+        )
+    if section[0]["peak_bytes"] is None:
+        text.append("Memory is measured on a GPU only.")
+    not_measured = [
+        *missing,
+        "several GPUs, torch.compile, tokenized text, other sizes of model, longer runs, and rules "
+        "other than AdamW",
+    ]
+    text.append(f"Not measured: {', '.join(not_measured)}.")
+    return " ".join(text)
+
+
+def markdown(lines: Sequence[Line], source: str, picture: str) -> str:
+    """The page. lines: those of :func:`bench.training_report.newest`."""
+    text = [
+        "# Pretraining GPT-2 with each optimizer configuration",
+        "",
+        f"Generated by `python -m bench.pretrain --report` from {source}: do not edit.",
+        "",
+        "Every configuration starts from the same fp32 weights, sees the same batches in the same "
+        "order, and computes in bf16 under `torch.autocast`.",
+        "",
+        *[f"- `{config.name}`: {config.label}." for config in CONFIGS],
+        "",
+        "`split8` keeps 8 more bits of each bf16 weight in the optimizer. `stochastic` rounds each "
+        "updated weight to one of its two bf16 neighbours at random, so that the mean is exact. "
+        "`mx8` and `mx4` store the moments as 8-bit or 4-bit codes with a scale per 32 values. "
+        "Norms keep fp32 weights and states; all other tensors, embeddings included, use the "
+        "formats.",
+        "",
+        "- **bytes per parameter**: the weight, its gradient, and everything the optimizer stores.",
+        "- **final validation loss**: in nats per token after the last step, mean over the seeds. "
+        f"**minus `{BASELINE}`**: mean difference over the same seeds, with a 95 % interval "
+        "(paired t) if there are at least two.",
+        "- **tokens/s**: from the median time of a training step, after warm-up, validation "
+        "excluded.",
+        "- **peak memory**: `torch.cuda.max_memory_allocated()` over the run; activations are most "
+        "of it. **held between steps**: `torch.cuda.memory_allocated()` after `zero_grad()`, that "
+        "is weights and optimizer states.",
+        "- **optimizer step**: median time of `optimizer.step()`; **optimizer's share**: that "
+        "over the median time of a training step. `torch.nn.utils.clip_grad_norm_` clips the "
+        "gradients of every configuration before the step; its time is not in the share.",
+    ]
+    for number, section in enumerate(sections(lines)):
+        runs = by_config(section)
+        text += ["", f"## {section[0]['device']}, {section[0]['settings']['steps']:,} steps", ""]
+        text += [_setup(section), "", *table(runs), ""]
+        if number == 0:
+            text += [f"![Validation loss over the tokens trained on]({picture})", ""]
+        text += [_coverage(section, runs), "", _origins(section)]
+    return "\n".join(text) + "\n"
+
+
+def _curve(own: Mapping[int, Line]) -> tuple[list[float], list[float]]:
+    """Millions of tokens and the validation loss there, mean over the seeds."""
+    settings = next(iter(own.values()))["settings"]
+    per_step = settings["batch"] * settings["shape"]["context"] / 1e6
+    points = [line["validations"] for line in own.values()]
+    x = [step * per_step for step, _ in points[0]]
+    return x, [statistics.fmean(loss for _, loss in at) for at in zip(*points, strict=True)]
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Validation loss over the tokens, and below it the difference from the baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(8.0, 7.0), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    for name, own in runs.items():
+        colour, dashes, width = STYLES.get(name, ("#56B4E9", "-", 1.4))
+        style = {"color": colour, "linestyle": dashes, "linewidth": width}
+        upper.plot(*_curve(own), label=name, marker="o", markersize=width + 1.5, **style)
+        base = runs.get(BASELINE, {})
+        seeds = own.keys() & base.keys()
+        if seeds:
+            x, losses = _curve({seed: own[seed] for seed in seeds})
+            _, others = _curve({seed: base[seed] for seed in seeds})
+            apart = [a - b for a, b in zip(losses, others, strict=True)]
+            lower.plot(x, apart, marker="o", markersize=width + 1.5, **style)
+    upper.set_ylabel("validation loss (nats per token)")
+    lower.set_ylabel(f"minus {BASELINE}'s")
+    lower.set_xlabel("tokens trained on (millions)")
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+    upper.legend(frameon=False)
+    one = next(iter(next(iter(runs.values())).values()))
+    upper.set_title(
+        f"GPT-2, {one['parameters'] / 1e6:.1f} M parameters, {one['settings']['steps']:,} steps, "
+        f"{one['device'].partition(',')[0]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(path: Path, docs: Path) -> int:
+    """Write the page and the picture into ``docs``; 0 done, 2 there are no lines in ``path``."""
+    lines = newest([x for x in results.read_lines(path) if x.get("kind") == "pretrain"])
+    if not lines:
+        print(
+            f"bench.pretrain: no result lines in {path}; run it without --report first",
+            file=sys.stderr,
+        )
+        return 2
+    docs.mkdir(parents=True, exist_ok=True)
+    draw(by_config(sections(lines)[0]), docs / "pretrain.png")
+    root = results.ROOT
+    source = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+    page = docs / "pretrain.md"
+    page.write_text(markdown(lines, source, "pretrain.png"), encoding="utf-8")
+    print(f"wrote {page} and {docs / 'pretrain.png'}", file=sys.stderr)
+    return 0
