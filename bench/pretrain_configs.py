@@ -94,7 +94,8 @@ class Config:
             made: torch.optim.Optimizer
             made = importlib.import_module("bitsandbytes.optim").AdamW8bit(groups, **options)
             return made
-        return onepass.AdamW(groups, **options, weights=self.weights, states=self.states, seed=seed)
+        options |= {"weights": self.weights, "states": self.states, "seed": seed}
+        return onepass.AdamW(groups, **options)
 
     @staticmethod
     def _backend(device: Device) -> str:
