@@ -147,6 +147,11 @@ def _coverage(section: Sequence[Line], runs: Runs) -> str:
         )
     if section[0]["peak_bytes"] is None:
         text.append("Memory is measured on a GPU only.")
+    else:
+        text.append(
+            "The backward pass of attention on a GPU is not deterministic, so two runs of one "
+            "configuration differ as well."
+        )
     not_measured = [
         *missing,
         "several GPUs, torch.compile, tokenized text, other sizes of model, longer runs, and rules "
@@ -180,8 +185,8 @@ def markdown(lines: Sequence[Line], source: str, picture: str) -> str:
         "(paired t) if there are at least two.",
         "- **tokens/s**: from the median time of a training step, after warm-up, validation "
         "excluded.",
-        "- **peak memory**: `torch.cuda.max_memory_allocated()` over the run; activations are most "
-        "of it. **held between steps**: `torch.cuda.memory_allocated()` after `zero_grad()`, that "
+        "- **peak memory**: `torch.cuda.max_memory_allocated()` over the run, activations "
+        "included. **held between steps**: `torch.cuda.memory_allocated()` after `zero_grad()`, that "
         "is weights and optimizer states.",
         "- **optimizer step**: median time of `optimizer.step()`; **optimizer's share**: that "
         "over the median time of a training step. `torch.nn.utils.clip_grad_norm_` clips the "
