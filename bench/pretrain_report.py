@@ -186,8 +186,8 @@ def markdown(lines: Sequence[Line], source: str, picture: str) -> str:
         "- **tokens/s**: from the median time of a training step, after warm-up, validation "
         "excluded.",
         "- **peak memory**: `torch.cuda.max_memory_allocated()` over the run, activations "
-        "included. **held between steps**: `torch.cuda.memory_allocated()` after `zero_grad()`, that "
-        "is weights and optimizer states.",
+        "included. **held between steps**: `torch.cuda.memory_allocated()` after `zero_grad()`, "
+        "that is weights and optimizer states.",
         "- **optimizer step**: median time of `optimizer.step()`; **optimizer's share**: that "
         "over the median time of a training step. `torch.nn.utils.clip_grad_norm_` clips the "
         "gradients of every configuration before the step; its time is not in the share.",
