@@ -189,7 +189,7 @@ def known(path: Path) -> dict[tuple[str, str], str]:
 def _there(env: Line, out: Path | None) -> dict[tuple[str, str], str]:
     """(case, backend) -> digest, of the lines of this device and the present sources."""
     found = {}
-    for path in {FILE, GPU_FILE, out} - {None}:
+    for path in {FILE, GPU_FILE, out or FILE}:
         for line in results.read_lines(path):
             if line.get("kind") != "digest" or line["device"] != env["device"]:
                 continue

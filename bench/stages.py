@@ -65,7 +65,8 @@ STAGES = (
                 "digests",
                 "the bits of 179 steps in CUDA",
                 60,
-                "python -m bench.digest --device cuda --backends cuda --check --missing --out {out}",
+                "python -m bench.digest --device cuda --backends cuda --check --missing "
+                "--out {out}",
                 "python -m bench.digest --check --backends cpu --cases SGD --out {out}",
             ),
             _tests("paging-tests", "paged states", 150, "tests/test_paging_gpu.py"),
