@@ -368,10 +368,17 @@ NEUTRAL: dict[str, Callable[[Copy], Any]] = {
 }
 
 
+LOADING = {"load_state_dict", "load_into_new", "save_and_load"}
+"""Those through a state dict, which may leave out step counters of SGD: they begin anew."""
+
+
 @operation(8)
 def neutral(world: World, rng: Random) -> None:
     name = rng.choice(allowed(NEUTRAL))
     world.tell(name)
+    if name in LOADING and not world.plain.optimizer.rule.saves_step:
+        world.plain.skipped = int(world.plain.optimizer.skipped_steps)
+        NEUTRAL["load_state_dict"](world.plain)
     for one in world.others:
         one.skipped = int(one.optimizer.skipped_steps)
         NEUTRAL[name](one)
