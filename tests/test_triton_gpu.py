@@ -49,7 +49,7 @@ def copy_grads(params, from_params):
             continue
         if source.grad.dtype != param.dtype:
             param.grad_dtype = None
-        param.grad = source.grad.cuda()
+        param.grad = source.grad.to(param.device, copy=True)
 
 
 COMBINATIONS = list(itertools.product(DTYPES, DTYPES, FORMATS))
