@@ -112,3 +112,27 @@ def test_a_graph_outlives_loading_and_not_the_optimizer():
     step()
     plain.step()
     assert_same(compiled, plain)
+
+
+def test_a_graph_keeps_the_step_out_of_cuda_graphs(monkeypatch):
+    """mode="reduce-overhead" would otherwise replay the numbers of an earlier step, since the
+    parameters are at fixed addresses."""
+    from torch._inductor import compile_fx, config
+
+    found = []
+    monkeypatch.setattr(config, "graph_partition", False)
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    ask = compile_fx.get_first_incompatible_cudagraph_node
+    monkeypatch.setattr(
+        compile_fx,
+        "get_first_incompatible_cudagraph_node",
+        lambda graph: found.append(ask(graph)) or found[-1],
+    )
+    for zeroes in (False, True):
+        (net, _), (optimizer, _) = twins(zero_grads=zeroes)
+        loss_of(net, 0).backward()
+        torch.compile(optimizer.step, mode="reduce-overhead", fullgraph=True)()
+    assert [node.target.name() for node in found] == [
+        "onepass::optimizer_step",
+        "onepass::optimizer_step_zeroing",
+    ]

@@ -2,7 +2,8 @@
 
 The op finds its optimizer by a number and takes the ordinary step. States, counters and options are
 no arguments: nothing else in a graph reads them, and an option changed later counts without
-compiling again.
+compiling again. torch.compile must therefore not replay the op in a CUDA graph of its own, as with
+``mode="reduce-overhead"``: the op is tagged so.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ _numbers = itertools.count()
 _optimizers: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
 
 _library: Any = torch.library.Library("onepass", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("optimizer_step(Tensor(a!)[] params, Tensor[] grads, int optimizer) -> ()")
-_library.define(
-    "optimizer_step_zeroing(Tensor(a!)[] params, Tensor(b!)[] grads, int optimizer) -> ()"
-)
+for _schema in (
+    "optimizer_step(Tensor(a!)[] params, Tensor[] grads, int optimizer) -> ()",
+    "optimizer_step_zeroing(Tensor(a!)[] params, Tensor(b!)[] grads, int optimizer) -> ()",
+):
+    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 def number_of(optimizer: Optimizer) -> int:
