@@ -13,30 +13,48 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import onepass
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 
+STORED = [
+    (dtype, weights, states)
+    for (weights, form), states in itertools.product(WEIGHT_FORMATS.items(), STATE_FORMATS)
+    for dtype in form.codes
+]
 
-def main() -> None:
-    stored = [
-        (dtype, weights, states)
-        for (weights, form), states in itertools.product(WEIGHT_FORMATS.items(), STATE_FORMATS)
-        for dtype in form.codes
-    ]
-    lists = [[(dtype, weights, states)] for dtype, weights, states in stored] + [stored]
+
+def steps(device: str, backend: str) -> int:
+    """Steps of lists of each format, and of a list of all, and the norm of each list.
+
+    Args:
+        device: of the parameters.
+        backend: name of the backend that steps them.
+
+    Returns:
+        The number of lists.
+    """
+    lists = [[stored] for stored in STORED] + [STORED]
     for formats in lists:
         groups = []
         for dtype, weights, states in formats:
-            storage = torch.ones(3000, dtype=dtype, device="cuda")
+            storage = torch.ones(3000, dtype=dtype, device=device)
             params = [torch.nn.Parameter(t) for t in (storage[:2561], storage[2563:2570])]
             for param in params:
                 param.grad = torch.full_like(param, 0.5)
             groups.append({"params": params, "weights": weights, "states": states})
-        optimizer = onepass.AdamW(groups, amsgrad=len(formats) > 1, backend="cuda")
+        optimizer = onepass.AdamW(groups, amsgrad=len(formats) > 1, backend=backend)
         for _ in range(2):
             optimizer.step()
-        (part,) = optimizer._plan._parts  # type: ignore[union-attr]
+        plan = optimizer._plan
+        assert plan is not None
+        (part,) = plan._parts
         assert part.refresh()
-        assert bool(part.backend.norm(part.prepared)[0] > 0)
+        assert bool(part.norm()[0] > 0)
+        plan.forget_gradients()
+    return len(lists)
+
+
+def main() -> None:
+    count = steps("cuda", "cuda")
     torch.cuda.synchronize()
-    print(f"{len(lists)} lists stepped")
+    print(f"{count} lists stepped")
 
 
 if __name__ == "__main__":

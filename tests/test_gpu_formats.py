@@ -75,8 +75,8 @@ ROWS = [
 @pytest.mark.parametrize("cls", [onepass.AdamW, onepass.Lion], ids=["adamw", "lion"])
 @pytest.mark.parametrize(("dtype", "options"), ROWS, ids=["fp32", "mx8-split8", "mx4-stochastic"])
 def test_an_embedding_whose_rows_mostly_have_no_gradient(device, backend, dtype, options, cls):
-    """Seven rows of eight are zeros. Rows of two eighths have a gradient in every other step, so that
-    their states decay and come back; the others never have one."""
+    """Seven rows of eight are zeros. Rows of two eighths have a gradient in every other step: their
+    states decay and come back. The others never have one."""
     pair = Pair(device, backend, dtype=dtype, shapes=[(512, 64)], cls=cls, **options)
     for step in range(4):
         pair.set_grads(step)

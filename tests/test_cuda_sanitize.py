@@ -1,0 +1,28 @@
+"""What compute-sanitizer is to watch, on the stand-in of a GPU and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onepass.backends import BACKENDS
+
+from . import cuda_sanitize, cuda_shim
+from .support.devices import ON_GPU
+from .test_cuda_shim import SHIM, WHY_NOT
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+def test_every_list_is_stepped_on_the_stand_in(monkeypatch):
+    monkeypatch.setitem(BACKENDS, SHIM, cuda_shim.ShimBackend())
+    before = cuda_shim.launches()
+    lists = cuda_sanitize.steps("cpu", SHIM)
+    assert lists == len(cuda_sanitize.STORED) + 1
+    # Two steps of two launches for each list, and the norm.
+    assert cuda_shim.launches() > before + 4 * lists
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
+def test_every_list_is_stepped_on_a_gpu(device):
+    assert cuda_sanitize.steps(device, "cuda") == len(cuda_sanitize.STORED) + 1
+    torch.cuda.synchronize()
