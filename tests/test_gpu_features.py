@@ -202,6 +202,8 @@ def test_paged_states_while_torchs_allocator_runs_out_of_memory(device, backend,
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
 def test_a_step_that_a_loss_scaler_skips_changes_nothing(device, backend, kind, dtype, options):
     """The other steps have the bits of steps without a scaler: scales are powers of two."""
+    if kind != "onepass" and dtype == BF16:
+        pytest.skip("torch's scaler has no CUDA kernel for gradients in bf16")
     ours = {"fused": True} if kind == "torch-fused" else {}
     pair = Pair(device, backend, dtype=dtype, ours=ours, **options)
     library = onepass if kind == "onepass" else torch.amp
@@ -234,7 +236,7 @@ def test_a_loss_scaler_around_a_backward_pass_in_fp16(device, backend, kind):
     pair = Pair(device, backend, params=net.parameters(), ours=ours, states="mx8")
     library = onepass if kind == "onepass" else torch.amp
     # The first scale overflows in fp16.
-    scaler = library.GradScaler(device, init_scale=2.0**24)
+    scaler = library.GradScaler(device, init_scale=2.0**18)
     taken = 0
     for step in range(16):
         pair.ours.zero_grad()

@@ -119,10 +119,14 @@ def warmed_up(device, run):
 
 
 @each_target
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "made"])
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
-def test_a_captured_training_step(device, backend, dtype, options):
+def test_a_captured_training_step(device, backend, dtype, options, kept):
     """Forward pass, backward pass and step in one graph, with a learning rate that changes, and a
-    step that is skipped, against the reference with the gradients that each replay left."""
+    step that is skipped, against the reference with the gradients that each replay left.
+
+    Gradients are kept from the steps before the capture and zeroed in the graph, or made in it.
+    """
     net = network(device, dtype)
     x = torch.zeros(5, 8, device=device, dtype=dtype)
     lr, twin_lr = torch.tensor(0.02, device=device), torch.tensor(0.02)
@@ -132,6 +136,8 @@ def test_a_captured_training_step(device, backend, dtype, options):
     )  # fmt: skip
 
     def train():
+        if kept:
+            pair.ours.zero_grad(set_to_none=False)
         net(x).float().square().mean().backward()
         pair.ours.step()
 
@@ -139,14 +145,14 @@ def test_a_captured_training_step(device, backend, dtype, options):
         x.copy_(torch.randn(5, 8, generator=torch.Generator().manual_seed(step)))
 
     def eager():
-        pair.ours.zero_grad()
+        pair.ours.zero_grad(set_to_none=not kept)
         train()
         pair.step_reference()
 
     set_input(0)
     warmed_up(device, eager)
     pair.assert_same()
-    pair.ours.zero_grad()
+    pair.ours.zero_grad(set_to_none=not kept)
     replay = replayable(device, train)
     for step in range(1, 6):
         set_input(step)
@@ -155,7 +161,7 @@ def test_a_captured_training_step(device, backend, dtype, options):
         if step == 3:
             x[2, 5] = math.nan
         if device == "cpu":
-            pair.ours.zero_grad()
+            pair.ours.zero_grad(set_to_none=not kept)
         replay()
         pair.step_reference()
         pair.assert_same()
@@ -164,6 +170,7 @@ def test_a_captured_training_step(device, backend, dtype, options):
     if device == "cuda":
         # An eager step after the graph's, and a replay after that.
         gradients = [p.grad for p in pair.params]
+        pair.ours.zero_grad()
         eager()
         for p, grad in zip(pair.params, gradients, strict=True):
             p.grad = grad
