@@ -54,7 +54,6 @@ def _tool(name: str, shows: str, seconds: int, command: str) -> Part:
 
 
 _QUICK = "--providers 'onepass-cpu,torch-fused' --cases 300x1 --quick --samples 2"
-_GRAPHS = "tests/test_triton_graph.py tests/test_cuda_capture.py"
 
 STAGES = (
     Stage(
@@ -78,12 +77,18 @@ STAGES = (
         2,
         "features",
         (
-            _tests("graph-tests", "captured steps of Triton", 150, _GRAPHS, KERNELS),
+            _tests(
+                "graph-tests",
+                "captured steps of Triton",
+                150,
+                "tests/test_triton_graph.py",
+                ("triton",),
+            ),
             _tests(
                 "feature-tests",
                 "averages, telemetry, release_gradients, torch.compile, FSDP2 with NCCL",
                 120,
-                "tests/test_gpu_*.py",
+                "tests/test_gpu_*.py -m gpu",
                 KERNELS,
             ),
             Part(
