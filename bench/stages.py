@@ -87,7 +87,7 @@ STAGES = (
             _tests(
                 "feature-tests",
                 "averages, telemetry, release_gradients, torch.compile, FSDP2 with NCCL",
-                120,
+                200,
                 "tests/test_gpu_*.py -m gpu",
                 KERNELS,
             ),

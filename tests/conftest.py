@@ -30,6 +30,7 @@ SLOWEST = (
     "test_random_ranks",
     "test_bits",
     "test_cuda_shim",
+    "test_session",
     "test_triton_step",
     "test_compare",
     "test_memory_cli",
