@@ -7,6 +7,9 @@ ONEPASS_CUDA=0 leaves the CUDA library out, ONEPASS_CUDA=1 makes a missing toolk
 a toolkit is used if there is one. Whether there is a GPU plays no part. ONEPASS_CUDA_ARCH, else
 TORCH_CUDA_ARCH_LIST, names the architectures: "9.0", or "8.0;9.0;10.0+PTX", the default.
 
+ONEPASS_CUDA_DEFINES="ONEPASS_TUNING ONEPASS_THREADS=256" defines these macros and builds the CUDA
+library alone: a variant of csrc/cuda/tuning.h, as `python -m bench.tuning --build` does.
+
 ONEPASS_SANITIZE=1 builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, as
 `make sanitize` does: such a library loads only into a process that preloads their run times.
 """
@@ -84,6 +87,7 @@ CUDA_FLAGS = [
 CUDA_LIBRARY = "onepass.libonepass_cuda"
 CUDA_SECONDS = {"sweep_adam": 4, "sweep_rmsprop": 3, "sweep_sgd": 2, "sweep_lion": 2}
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_DEFINES = [f"-D{name}" for name in os.environ.get("ONEPASS_CUDA_DEFINES", "").split()]
 
 
 def find_compiler() -> str | None:
@@ -131,7 +135,8 @@ class BuildLibrary(build_ext):
     """Compiles every source with the flags of its instruction set and links them; the two libraries
     side by side, for each has a few files that take longest."""
 
-    compiling = ThreadPoolExecutor(os.cpu_count())
+    # Variants are built side by side, each by one thread.
+    compiling = ThreadPoolExecutor(1 if CUDA_DEFINES else os.cpu_count())
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -143,7 +148,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == CUDA_LIBRARY:
             self.build_cuda(ext)
-        else:
+        elif not CUDA_DEFINES:
             self.build_cpu(ext)
 
     def objects(self, sources: list[Path]) -> list[Path]:
@@ -196,7 +201,7 @@ class BuildLibrary(build_ext):
         assert nvcc is not None
         torch_root = find_torch()
         listed = os.environ.get("ONEPASS_CUDA_ARCH") or os.environ.get("TORCH_CUDA_ARCH_LIST")
-        host = [nvcc, f"-ccbin={compiler}"]
+        host = [nvcc, f"-ccbin={compiler}", *CUDA_DEFINES]
         device = [*CUDA_FLAGS, *architecture_flags(listed or CUDA_ARCHITECTURES)]
         include = f"-isystem={torch_root / 'include'}"
         # The slowest first, so that the last to end are short.
@@ -217,6 +222,7 @@ class BuildLibrary(build_ext):
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*host, "-shared", "-cudart=static", *map(str, objects), "-o", str(output)]
+        link += ["-Xlinker=-s"] * bool(CUDA_DEFINES)  # many variants travel together
         link += [f"-L{stub.parent}", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
         call([*link, f"-L{torch_root / 'lib'}", "-ltorch_cpu"])
 

@@ -18,13 +18,16 @@ struct Fixed {
   static constexpr int kVector = kWide ? 4 : 8;
   static constexpr bool kDraws = is_stochastic(Param) || is_stochastic(Held);
   static constexpr bool kQuick = true;
-  static constexpr bool kFetch = true;
-  // Blocks that leave each other the registers in which nothing spills.
+  static constexpr bool kFetch = kTuning.prefetch;
+  // Blocks that leave each other the registers in which nothing spills: 80 for each of 768
+  // threads of a multiprocessor, 96 of 640, 128 of 512.
   static constexpr bool kMx8 = Held == Format::kMx8;
   static constexpr int kBits = companion_bits_of(Param);
   static constexpr bool kFp16 = Param == Format::kFp16Stochastic || Param == Format::kMasterFp16;
   static constexpr int kFewer = ((kMx8 && (kBits == 8 || kBits == 32)) || kFp16) + (kMx8 && kFp16);
-  static constexpr int kBlocks = kTuning.blocks_per_sm - kFewer;
+  static constexpr int kMost = (768 - 128 * kFewer) / kTuning.threads;
+  static constexpr int kBlocks =
+      kFewer > 0 && kMost < kTuning.blocks_per_sm ? kMost : kTuning.blocks_per_sm;
 
   ONEPASS_HD explicit Fixed(const Chunk&) {}
   template <class Work>

@@ -255,6 +255,10 @@ struct CudaPlan : Plan {
             : nullptr;
     if (!found && one_flags) found = kernels.formats(first.flags);
     if (!found) found = kernels.any;
+    STD_TORCH_CHECK(
+        found,
+        "onepass: this CUDA library is a variant built for bench.tuning, which has AdamW in five "
+        "combinations of formats alone and no kernel for this list");
     const Relaxed mode;  // loading may allocate while another thread captures
     ONEPASS_CUDA(verify(found));
     return found;

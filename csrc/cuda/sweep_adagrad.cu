@@ -2,5 +2,5 @@
 
 namespace onepass::cuda {
 const RuleKernels kAdagradKernels{
-    find_fixed<Adagrad, 1>, find_formats<Adagrad, 1>, sweep_any<Adagrad>};
+    find_fixed<Adagrad, 1>, find_formats<Adagrad, 1>, find_any<Adagrad>()};
 }

@@ -2,5 +2,5 @@
 
 namespace onepass::cuda {
 const RuleKernels kRmspropKernels{
-    find_fixed<Rmsprop, 2>, find_formats<Rmsprop, 2>, sweep_any<Rmsprop>};
+    find_fixed<Rmsprop, 2>, find_formats<Rmsprop, 2>, find_any<Rmsprop>()};
 }

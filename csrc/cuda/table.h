@@ -5,6 +5,7 @@
 
 #include "../formats/table.h"
 #include "../rules/table.h"
+#include "tuning.h"
 
 namespace onepass::cuda {
 
@@ -17,6 +18,23 @@ constexpr uint32_t kReducedPrecision[kRules] = {
     1u << 0 | 1u << 1,  // Adam, AdamW
     1u << 1,            // Lion
 };
+
+// What a variant is measured with (kVariant): AdamW in these formats.
+constexpr bool is_tuned(int code, unsigned flags) { return code == 3 && flags == 1; }
+constexpr bool is_tuned(Format weight, Format states) {
+  switch (weight) {
+    case Format::kFp32:
+      return states == Format::kFp32;
+    case Format::kSplit16:
+      return states == Format::kBf16Stochastic || states == Format::kMx8;
+    case Format::kSplit8:
+      return states == Format::kMx8;
+    case Format::kBf16Stochastic:
+      return states == Format::kMx4;
+    default:
+      return false;
+  }
+}
 
 }  // namespace onepass::cuda
 

@@ -15,7 +15,10 @@ OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "judge", "a
 LIBRARY = Path(
     os.environ.get("ONEPASS_CPU_LIBRARY") or Path(__file__).with_name("libonepass_cpu.so")
 )
-CUDA_LIBRARY = Path(__file__).with_name("libonepass_cuda.so")
+# ONEPASS_CUDA_LIBRARY likewise, such as a variant of `python -m bench.tuning --build`.
+CUDA_LIBRARY = Path(
+    os.environ.get("ONEPASS_CUDA_LIBRARY") or Path(__file__).with_name("libonepass_cuda.so")
+)
 
 
 def _load() -> str:

@@ -29,6 +29,8 @@ FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
     *("-ffp-contract=off", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={2 << 56 | 10 << 48}ULL"),
     *("-I", str(HERE), "-isystem", str(TORCH / "include")),
+    # As setup.py takes them: a variant of csrc/cuda/tuning.h.
+    *(f"-D{name}" for name in os.environ.get("ONEPASS_CUDA_DEFINES", "").split()),
 ]
 
 
