@@ -209,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", metavar="PATTERN", help="only cases with this in their name")
     parser.add_argument("--check", action="store_true", help="compare with the committed lines")
     parser.add_argument(
+        "--against", type=Path, default=FILE, metavar="FILE", help="has the committed lines"
+    )
+    parser.add_argument(
         "--missing",
         action="store_true",
         help="compute only what has no line of this device and the present sources yet",
@@ -239,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, chosen: list[DigestCase], names: list[str]) -> int:
     env = results.environment(args.device)
-    committed = {case: found for (case, name), found in known(FILE).items() if name == "reference"}
+    lines = known(args.against).items()
+    committed = {case: found for (case, name), found in lines if name == "reference"}
     out = args.out or (None if args.check else FILE)
     there = _there(env, out) if args.missing else {}
     counts = {"equal": 0, "new": 0, "DIFFERS": 0, "FAILED": 0}

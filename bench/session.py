@@ -40,6 +40,7 @@ FILES = {
     "page": "paging.jsonl",
     "digest": "gpu-digests.jsonl",
     "part": "gpu-parts.jsonl",
+    "tuning-winner": "tuning.jsonl",
 }
 """Kind of a line -> its file in bench/results, where that is not named after the kind."""
 

@@ -1,0 +1,378 @@
+"""``python -m bench.tuning``: the launch shape, the chunk and the prefetch of the CUDA kernels.
+
+``--build`` compiles the variants of tuning_variants.py into build/tuning/, which needs nvcc and no
+GPU. Without it each variant is measured in a process of its own, in two rounds of different orders;
+a line is written as soon as a format is measured, and a second call measures what has no line yet.
+Then the bits of the fastest variant of each format are compared with bench/results/digests.jsonl.
+``--report`` writes the tables of docs/cuda.md.
+
+``--dry`` does all of it on a CPU, tiny: copies of the CPU library stand for the variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import onepass
+from onepass.benchmark.devices import DEVICES
+from onepass.benchmark.measure import percentile
+
+from . import digest, results, sources, tuning_report
+from .results import Line
+from .tuning_build import build, compile_variant, copy_cpu_library
+from .tuning_variants import (
+    FOLDER,
+    FORMATS,
+    TODAY,
+    VARIANTS,
+    Variant,
+    digest_cases,
+    library_of,
+    source_hash,
+)
+
+ROUNDS = 2
+AHEAD = 2
+"""Processes that import torch while another one measures."""
+SECONDS = 120
+"""After which a process that measures, or compares bits, is ended."""
+DRY_VARIANTS = 2
+VARIABLES = {"cuda": "ONEPASS_CUDA_LIBRARY", "cpu": "ONEPASS_CPU_LIBRARY"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all parts of a run share.
+
+    Attributes:
+        device: "cuda", or "cpu" for a dry run.
+        numel: elements of the list.
+        samples: of a format in a round.
+        formats: names of FORMATS.
+        variants: what is measured.
+        folder: where their libraries are.
+        out: the file of the lines.
+        digests: the file of the reference's digests.
+        built_of: the hash of what the libraries were built of.
+    """
+
+    device: str
+    numel: int
+    samples: int
+    formats: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    folder: Path
+    out: Path
+    digests: Path
+    built_of: str
+
+    def library(self, variant: Variant) -> Path:
+        """The library of a variant."""
+        return library_of(variant, self.folder, self.built_of)
+
+    def environ(self, variant: Variant) -> dict[str, str]:
+        """In which a process loads the library of a variant, and the sources that run here."""
+        here = [str(Path(onepass.__file__).resolve().parents[1]), str(results.ROOT)]
+        paths = [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        library = str(self.library(variant).resolve())
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths),
+            VARIABLES[self.device]: library,
+        }
+
+    def lines(self, kind: str) -> list[Line]:
+        """The lines that are there already of these sources, this device and this size."""
+        same = {"kind": kind, "built_of": self.built_of, "numel": self.numel}
+        same["device"] = DEVICES[self.device].name
+        return [x for x in results.read_lines(self.out) if same.items() <= x.items()]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A variant in a round, with the formats that have no line."""
+
+    variant: Variant
+    round: int
+    formats: tuple[str, ...]
+
+
+def tasks(setting: Setting) -> list[Task]:
+    """What is left to measure; each round has an order of its own."""
+    done = {(x["variant"], x["round"], x["format"]) for x in setting.lines("tuning")}
+    found = []
+    for number in range(ROUNDS):
+        order = random.Random(number).sample(setting.variants, len(setting.variants))
+        for variant in order:
+            left = [f for f in setting.formats if (variant.name, number, f) not in done]
+            if left:
+                found.append(Task(variant, number, tuple(left)))
+    return found
+
+
+def _start(setting: Setting, task: Task) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bench.tuning_step", "--device", setting.device]
+    command += ["--formats", ",".join(task.formats), "--numel", str(setting.numel)]
+    command += ["--samples", str(setting.samples)]
+    return subprocess.Popen(
+        command,
+        cwd=results.ROOT,
+        env=setting.environ(task.variant),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _measured(process: subprocess.Popen[str]) -> Iterator[Line]:
+    """What a process that waits for it measures, as it comes."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    timer = threading.Timer(SECONDS, process.kill)
+    timer.start()
+    try:
+        process.stdin.write("go\n")
+        process.stdin.close()
+        for text in process.stdout:
+            if text.startswith("{"):
+                yield json.loads(text)
+        process.wait()
+    except BrokenPipeError:  # it ended before it was told to start
+        process.wait()
+    finally:
+        timer.cancel()
+
+
+def _line(env: Line, setting: Setting, task: Task, found: Line) -> Line:
+    variant, name = task.variant, found["format"]
+    dtype, weights, states = FORMATS[name]
+    p50, copy = (percentile(found[key], 50) for key in ("samples", "copy_samples"))
+    gbps, copy_gbps = found["bytes"] / p50 / 1e6, found["copy_bytes"] / copy / 1e6
+    return {
+        **env,
+        "kind": "tuning",
+        "built_of": setting.built_of,
+        "library": sources.library_hash(setting.library(variant)),
+        "variant": variant.name,
+        **{key.removeprefix("ONEPASS_").lower(): n for key, n in variant.macros.items()},
+        "format": name,
+        "rule": "adamw",
+        "param_dtype": dtype,
+        "weights": weights,
+        "states": states,
+        "numel": setting.numel,
+        "round": task.round,
+        "bytes": found["bytes"],
+        "ms": {f"p{p}": round(percentile(found["samples"], p), 5) for p in (20, 50, 80)},
+        "gbps": round(gbps, 4),
+        "copy_gbps": round(copy_gbps, 4),
+        "share": round(gbps / copy_gbps, 4),
+        "samples": found["samples"],
+        "copy_samples": found["copy_samples"],
+    }
+
+
+def measure(env: Line, setting: Setting, plan: Sequence[Task]) -> int:
+    """Measures one process after the other, writing each line as it comes; how many failed."""
+    failed = 0
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for number, task in enumerate(plan):
+            while len(started) < min(number + 1 + AHEAD, len(plan)):
+                started.append(_start(setting, plan[len(started)]))
+            shares = []
+            for found in _measured(started[number]):
+                line = _line(env, setting, task, found)
+                results.append(setting.out, [line])
+                shares.append(f"{line['format']} {line['share']:.3f}")
+            wrong = len(shares) < len(task.formats)
+            failed += wrong
+            end = f" FAILED: exit status {started[number].returncode}" if wrong else ""
+            print(
+                f"round {task.round + 1}: {task.variant.name}: {', '.join(shares)}{end}", flush=True
+            )
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return failed
+
+
+def check(setting: Setting, variant: Variant, name: str) -> tuple[str, str]:
+    """(whether the bits of a variant are those of the reference, what bench.digest printed).
+
+    The first is "equal", "differ", "failed" or, without lines of the reference, "not compared".
+    """
+    command = [sys.executable, "-m", "bench.digest", "--device", setting.device, "--check"]
+    command += ["--backends", setting.device, "--cases", digest_cases(name)]
+    command += ["--against", str(setting.digests.resolve())]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=results.ROOT,
+            env=setting.environ(variant),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return "failed", f"no answer after {SECONDS} s"
+    counts = re.search(r"(\d+) differ, (\d+) have none, (\d+) failed", done.stdout)
+    if counts is None or int(counts[3]):
+        return "failed", done.stdout
+    if int(counts[1]):
+        return "differ", done.stdout
+    if int(counts[2]) or done.returncode:
+        return "not compared", done.stdout
+    return "equal", done.stdout
+
+
+def check_winners(env: Line, setting: Setting) -> int:
+    """Compares the bits of the fastest variant of each format; how many are not equal."""
+    lines, wrong = setting.lines("tuning"), 0
+    known = [x for x in setting.lines("tuning-winner") if x["verdict"] == "equal"]
+    equal = {(x["format"], x["variant"]) for x in known}
+    for name in setting.formats:
+        fastest = tuning_report.medians(lines, name, [v.name for v in setting.variants])
+        if not fastest:
+            continue
+        best = min(fastest, key=lambda key: fastest[key])
+        (variant,) = (v for v in setting.variants if v.name == best)
+        told = f"{name}: {best} is the fastest, {fastest[best]:.3f} ms"
+        if (name, best) in equal:
+            print(f"{told}: bits equal, as compared before", flush=True)
+            continue
+        verdict, output = check(setting, variant, name)
+        wrong += verdict != "equal"
+        line = {
+            **env,
+            "kind": "tuning-winner",
+            "built_of": setting.built_of,
+            "library": sources.library_hash(setting.library(variant)),
+            "format": name,
+            "variant": best,
+            "numel": setting.numel,
+            "ms": round(fastest[best], 5),
+            "today_ms": round(fastest[TODAY.name], 5) if TODAY.name in fastest else None,
+            "verdict": verdict,
+            "output": output[-2000:],
+        }
+        results.append(setting.out, [line])
+        print(f"{told}: bits {verdict}", flush=True)
+        if verdict != "equal":
+            print(output.rstrip(), flush=True)
+    return wrong
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tuning",
+        description="Measures variants of the CUDA kernels' launch shape, chunk and prefetch.",
+    )
+    parser.add_argument("--build", action="store_true", help="compile the variants, measure none")
+    parser.add_argument("--report", action="store_true", help="write docs/cuda.md, measure none")
+    parser.add_argument("--list", action="store_true", help="name the variants, measure none")
+    parser.add_argument("--device", choices=["cuda"], default="cuda", help="what is measured")
+    parser.add_argument("--dry", action="store_true", help="a tiny run, on the CPU all the same")
+    parser.add_argument("--variants", metavar="PATTERN", help="only those, such as '128x*-16K'")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="default: %(default)s")
+    parser.add_argument("--numel", type=int, help="elements (default 1e9; dry: 4096)")
+    parser.add_argument("--samples", type=int, help="of each format and round (default 15; dry: 2)")
+    parser.add_argument("--libraries", type=Path, metavar="DIR", help="default build/tuning")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="of the lines (default bench/results/tuning.jsonl)"
+    )
+    parser.add_argument(
+        "--digests", type=Path, default=digest.FILE, metavar="FILE", help="of the reference"
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=results.ROOT / "docs" / "cuda.md",
+        metavar="FILE",
+        help="what --report rewrites (default docs/cuda.md)",
+    )
+    return parser
+
+
+def _setting(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Setting:
+    """Exits with 2 where an argument is wrong."""
+    formats = tuple(args.formats.split(","))
+    if unknown := set(formats) - set(FORMATS):
+        parser.error(f"--formats must be of {', '.join(FORMATS)}; got {', '.join(sorted(unknown))}")
+    for name in ("numel", "samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    chosen = [v for v in VARIANTS if args.variants is None or fnmatch(v.name, args.variants)]
+    if not chosen:
+        parser.error(f"no variant matches {args.variants!r}; --list names them")
+    dry = results.ROOT / "build" / "tuning-dry"
+    kept = results.ROOT / "bench" / "results"
+    return Setting(
+        device="cpu" if args.dry else "cuda",
+        numel=args.numel or (4096 if args.dry else 1_000_000_000),
+        samples=args.samples or (2 if args.dry else 15),
+        formats=formats,
+        variants=tuple(chosen[:DRY_VARIANTS] if args.dry else chosen),
+        folder=args.libraries or (dry if args.dry else FOLDER),
+        out=args.out or (dry if args.dry else kept) / "tuning.jsonl",
+        digests=args.digests,
+        built_of=source_hash(),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs it.
+
+    Returns:
+        0 done; 1 a build or a measurement failed, or bits are not those of the reference; 2 wrong
+        usage, no GPU, or variants that are not built.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    setting = _setting(parser, args)
+    if args.list:
+        print("\n".join(v.name for v in setting.variants))
+        return 0
+    if args.report:
+        return tuning_report.write(setting.out, args.docs)
+    if args.build or args.dry:
+        # All of the table: a part of it would remove the others as stale.
+        every = setting.variants if args.dry else VARIANTS
+        failed = build(every, setting.folder, copy_cpu_library if args.dry else compile_variant)
+        if failed or args.build:
+            return int(failed > 0)
+    if why := DEVICES[setting.device].unavailable():
+        print(f"bench.tuning: {why}", file=sys.stderr)
+        return 2
+    if missing := [v for v in setting.variants if not setting.library(v).exists()]:
+        print(
+            f"bench.tuning: {len(missing)} of {len(setting.variants)} variants are not built of "
+            f"the sources {setting.built_of} in {setting.folder}: python -m bench.tuning --build",
+            file=sys.stderr,
+        )
+        return 2
+    env = results.environment(setting.device)
+    plan = tasks(setting)
+    print(f"{len(plan)} processes to run; lines go to {setting.out}", flush=True)
+    failed = measure(env, setting, plan)
+    wrong = check_winners(env, setting)
+    print(f"{failed} processes failed; the bits of {wrong} winners are not known to be equal")
+    return int(failed > 0 or wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""bench.tuning: a dry run, interrupted and resumed; its page; what the variants are. No time."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+import onepass
+from bench import digest, results, sources, tuning, tuning_report
+from bench.tuning_variants import CHUNKS, FORMATS, TODAY, VARIANTS, Variant, digest_cases
+from onepass.benchmark.devices import DEVICES
+
+from . import cuda_code, cuda_shim
+from .test_package import ROOT
+
+CHOSEN = ("fp32", "split8+mx8")
+PAGE = f"before\n\n{tuning_report.START}\nold\n{tuning_report.END}\n\nafter\n"
+compiled = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
+
+
+def lines_of(path, kind):
+    return [x for x in results.read_lines(path) if x["kind"] == kind]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The command line of a dry run in a folder of its own, and the same with other arguments."""
+
+    def arguments(**other):
+        settings = {
+            "formats": ",".join(CHOSEN),
+            "libraries": tmp_path / "libraries",
+            "out": tmp_path / "tuning.jsonl",
+        }
+        settings |= other
+        return ["--dry", *(f"--{name}={value}" for name, value in settings.items())]
+
+    return arguments
+
+
+@compiled
+def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
+    out = tmp_path / "tuning.jsonl"
+    first = subprocess.Popen(
+        [sys.executable, "-m", "bench.tuning", *run()],
+        cwd=ROOT,
+        # As the tests themselves have: the number of threads is a part of the device's name.
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for text in first.stdout:
+        if text.startswith("round 1"):
+            break
+    first.kill()
+    first.wait()
+    before = out.read_text()
+    assert {x["format"] for x in lines_of(out, "tuning")} == set(CHOSEN)
+    assert len(lines_of(out, "tuning")) < 8
+
+    assert tuning.main(run()) == 0
+    assert out.read_text().startswith(before)
+    measured = Counter((x["variant"], x["round"], x["format"]) for x in lines_of(out, "tuning"))
+    dry = VARIANTS[: tuning.DRY_VARIANTS]
+    assert measured == Counter((v.name, r, f) for v in dry for r in (0, 1) for f in CHOSEN)
+    line = lines_of(out, "tuning")[-1]
+    assert line.items() >= {"device": DEVICES["cpu"].name, "numel": 4096}.items()
+    assert line["sources"] == sources.kernel_hashes()
+    assert {x["format"]: x["verdict"] for x in lines_of(out, "tuning-winner")} == dict.fromkeys(
+        CHOSEN, "equal"
+    )
+
+    # Everything is there: nothing is measured or compared again.
+    whole = out.read_text()
+    capsys.readouterr()
+    assert tuning.main(run()) == 0
+    assert out.read_text() == whole
+    assert "0 processes to run" in capsys.readouterr().out
+
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert tuning.main([*run(docs=page), "--report"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n\n<!--")
+    assert text.endswith("-->\n\nafter\n")
+    for name in CHOSEN:
+        row = next(x for x in text.splitlines() if x.startswith(f"| {name} |"))
+        assert row.endswith("| equal |")
+    for variant in dry:
+        assert f"| {variant.name} | " in text
+
+    # A digest of the reference that is another one.
+    wrong = tmp_path / "wrong.jsonl"
+    named = digest_cases(CHOSEN[0])
+    known = [x for x in results.read_lines(digest.FILE) if x["case"].startswith(named)]
+    known = [x for x in known if x["backend"] == "reference"]
+    known[0]["digest"] = "0" * 64
+    results.append(wrong, known)
+    again = tmp_path / "again.jsonl"
+    results.append(again, lines_of(out, "tuning"))
+    capsys.readouterr()
+    assert tuning.main(run(out=again, digests=wrong, formats=CHOSEN[0])) == 1
+    assert re.search(r"fp32: \S+ is the fastest, .* ms: bits differ", capsys.readouterr().out)
+    (verdict,) = lines_of(again, "tuning-winner")
+    assert verdict["verdict"] == "differ"
+    assert known[0]["case"] in verdict["output"]
+
+
+@compiled
+def test_a_process_that_fails_is_told_and_leaves_the_others(run, tmp_path, monkeypatch, capsys):
+    """The library of one variant does not load; nothing is compared, for there are no digests."""
+
+    def compile_one(variant, target):
+        target.write_bytes(b"") if variant == TODAY else shutil.copy(onepass.ops.LIBRARY, target)
+        return ""
+
+    monkeypatch.setattr(tuning, "copy_cpu_library", compile_one)
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    arguments = run(digests=tmp_path / "none.jsonl", formats=CHOSEN[0])
+    assert tuning.main(arguments) == 1
+    told = capsys.readouterr().out
+    assert f"{TODAY.name}:  FAILED: exit status 2" in told
+    assert f"fp32: {VARIANTS[1].name} is the fastest" in told
+    assert "bits not compared" in told
+    assert len(lines_of(tmp_path / "tuning.jsonl", "tuning")) == 1
+
+
+def test_arguments_that_are_wrong(capsys):
+    for arguments, why in (
+        (["--formats", "fp64"], "--formats must be of fp32, "),
+        (["--variants", "7x7*"], "no variant matches '7x7*'"),
+        (["--samples", "0"], "--samples must be at least 1; got 0"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            tuning.main(arguments)
+        assert stop.value.code == 2
+        assert why in capsys.readouterr().err
+
+
+def test_the_page_without_lines_and_without_markers(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    arguments = ["--report", "--out", str(tmp_path / "none.jsonl"), "--docs", str(page)]
+    assert tuning.main(arguments) == 0
+    assert "Not measured yet" in page.read_text()
+    assert "old" not in page.read_text()
+    page.write_text("nothing")
+    assert tuning.main(arguments) == 2
+    assert page.read_text() == "nothing"
+
+
+def test_the_page_that_is_committed_is_of_the_lines_that_are(tmp_path):
+    page = tmp_path / "cuda.md"
+    shutil.copy(ROOT / "docs" / "cuda.md", page)
+    assert tuning.main(["--report", "--docs", str(page)]) == 0
+    assert page.read_text() == (ROOT / "docs" / "cuda.md").read_text()
+
+
+# --- the variants ----------------------------------------------------------------------------
+
+
+def test_the_table():
+    assert len({v.name for v in VARIANTS}) == len(VARIANTS) <= 24
+    assert {v.chunk for v in VARIANTS} == set(CHUNKS)
+    header = (ROOT / "csrc" / "cuda" / "tuning.h").read_text()
+    defaults = re.findall(r"#define (ONEPASS_\w+) (\d+)", header)
+    assert {name: int(value) for name, value in defaults} == TODAY.macros
+
+
+def test_the_cuda_library_is_the_one_that_the_environment_names():
+    code = "import onepass; print(onepass.ops.CUDA_LIBRARY)"
+    environ = {**os.environ, "ONEPASS_CUDA_LIBRARY": "/nowhere/variant.so"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "/nowhere/variant.so", found.stderr
+
+
+OTHER = Variant(256, 2, 8192, prefetch=False)
+# Lists that a variant has the kernels for, and one that it has none for.
+COMPARE = """
+from bench import digest
+from bench.tuning_variants import FORMATS, digest_cases
+
+def check(pattern):
+    return digest.main(["--backends", "cuda", "--check", "--cases", pattern])
+
+for name in FORMATS:
+    assert check(digest_cases(name) + "chunks") == 0, name
+assert check("Lion(lr=0.01,weight_decay=0.1) * mx8 chunks") == 1
+"""
+
+
+def test_a_variant_has_the_bits_and_refuses_other_lists():
+    """On the CPU, by the stand-in of tests/cuda_shim."""
+    if why := cuda_shim.why_not():
+        pytest.skip(why)
+    command = [sys.executable, "-c", COMPARE]
+    environ = {**os.environ, "ONEPASS_CUDA_DEFINES": OTHER.defines}
+    found = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "a variant built for bench.tuning" in found.stdout
+
+
+def test_variants_compile_and_differ(tmp_path):
+    """Threads, registers and the prefetch, in the machine code of sm_90."""
+    nvcc, dump = shutil.which("nvcc"), cuda_code.cuobjdump()
+    if nvcc is None or dump is None:
+        pytest.skip("nvcc is not on PATH" if nvcc is None else "cuobjdump is not there")
+
+    def look(variant):
+        cubin = str(tmp_path / f"{variant.name}.cubin")
+        command = [nvcc, "-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr"]
+        command += ["-arch=sm_90", *(f"-D{name}" for name in variant.defines.split())]
+        source = str(ROOT / "csrc" / "cuda" / "sweep_adam.cu")
+        subprocess.run([*command, "-cubin", source, "-o", cubin], check=True)
+
+        def dumped(option):
+            return subprocess.run([dump, option, cubin], check=True, capture_output=True, text=True)
+
+        resources = dumped("--dump-resource-usage").stdout
+        registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", resources))
+        threads = re.findall(
+            r"EIATTR_MAX_THREADS\s+\S+\s+\S+\s+Value:\s+(\w+)", dumped("-elf").stdout
+        )
+        return registers, {int(n, 16) for n in threads}, "CCTL.E.PF2" in dumped("-sass").stdout
+
+    (today, threads, fetched), (other, others, unfetched) = look(TODAY), look(OTHER)
+    assert len(today) == len(FORMATS)
+    assert today.keys() == other.keys()
+    assert (threads, others) == ({128}, {256})
+    assert sum(int(other[key]) > int(today[key]) for key in today) >= 3
+    assert fetched
+    assert not unfetched
