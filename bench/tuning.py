@@ -47,7 +47,7 @@ AHEAD = 2
 """Processes that import torch while another one measures."""
 SECONDS = 120
 """After which a process that measures, or compares bits, is ended."""
-DRY_VARIANTS = 2
+DRY_VARIANTS, DRY_FORMATS = 2, ("fp32", "split8+mx8")
 VARIABLES = {"cuda": "ONEPASS_CUDA_LIBRARY", "cpu": "ONEPASS_CPU_LIBRARY"}
 
 
@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda"], default="cuda", help="what is measured")
     parser.add_argument("--dry", action="store_true", help="a tiny run, on the CPU all the same")
     parser.add_argument("--variants", metavar="PATTERN", help="only those, such as '128x*-16K'")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="default: %(default)s")
+    parser.add_argument("--formats", metavar="NAMES", help=f"default: {','.join(FORMATS)}")
     parser.add_argument("--numel", type=int, help="elements (default 1e9; dry: 4096)")
     parser.add_argument("--samples", type=int, help="of each format and round (default 15; dry: 2)")
     parser.add_argument("--libraries", type=Path, metavar="DIR", help="default build/tuning")
@@ -310,7 +310,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _setting(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Setting:
     """Exits with 2 where an argument is wrong."""
-    formats = tuple(args.formats.split(","))
+    every = DRY_FORMATS if args.dry else tuple(FORMATS)
+    formats = tuple(args.formats.split(",")) if args.formats else every
     if unknown := set(formats) - set(FORMATS):
         parser.error(f"--formats must be of {', '.join(FORMATS)}; got {', '.join(sorted(unknown))}")
     for name in ("numel", "samples"):

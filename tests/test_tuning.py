@@ -19,7 +19,7 @@ from onepass.benchmark.devices import DEVICES
 from . import cuda_code, cuda_shim
 from .test_package import ROOT
 
-CHOSEN = ("fp32", "split8+mx8")
+CHOSEN = tuning.DRY_FORMATS
 PAGE = f"before\n\n{tuning_report.START}\nold\n{tuning_report.END}\n\nafter\n"
 compiled = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
 
