@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from onepass.benchmark import table
-from onepass.benchmark.cases import Case
-from onepass.benchmark.devices import DEVICES, Device
-from onepass.benchmark.measure import run_case
-from onepass.benchmark.providers import Provider, all_providers, find
+from onepass_tools.benchmark import table
+from onepass_tools.benchmark.cases import Case
+from onepass_tools.benchmark.devices import DEVICES, Device
+from onepass_tools.benchmark.measure import run_case
+from onepass_tools.benchmark.providers import Provider, all_providers, find
 
 from . import bars, results
 from .cases import CASES, select

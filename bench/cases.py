@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatch
 
-from onepass.benchmark.cases import OPTIONS, Case
-from onepass.benchmark.lists import ParamList, embedding, gpt2, llama3, many, one, resnet50, vit_l16
+from onepass_tools.benchmark.cases import OPTIONS, Case
+from onepass_tools.benchmark.lists import (
+    ParamList,
+    embedding,
+    gpt2,
+    llama3,
+    many,
+    one,
+    resnet50,
+    vit_l16,
+)
 
 
 def cpu_cases(quick: bool = False) -> list[Case]:

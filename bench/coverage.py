@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from onepass.benchmark.cases import DTYPES
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import RULES
+from onepass_tools.benchmark.cases import DTYPES
 
 from . import results
 from .results import Line

@@ -26,7 +26,7 @@ import torch
 
 import onepass
 from onepass.backends import BACKENDS
-from onepass.benchmark.devices import DEVICES
+from onepass_tools.benchmark.devices import DEVICES
 
 from . import results
 from .digest_cases import DTYPES, LISTS, STORED, DigestCase, cases

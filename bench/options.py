@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from onepass.benchmark.devices import DEVICES, Device
+from onepass_tools.benchmark.devices import DEVICES, Device
 
 from . import results
 from .results import Line

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 import onepass
-from onepass.benchmark.devices import DEVICES
-from onepass.benchmark.measure import percentile
 from onepass.paging import Paging
 from onepass.paging.options import SMALLEST_PAGE
+from onepass_tools.benchmark.devices import DEVICES
+from onepass_tools.benchmark.measure import percentile
 
 from . import results
 

@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from onepass.benchmark.devices import Device
-from onepass.cli.demo.data import Batches, Corpus, load
-from onepass.cli.demo.model import GPT, Shape, count_parameters
-from onepass.cli.demo.train import MAX_GRAD_NORM, Task, backward, state_bytes, validate
 from onepass.training import schedule
+from onepass_tools.benchmark.devices import Device
+from onepass_tools.demo.data import Batches, Corpus, load
+from onepass_tools.demo.model import GPT, Shape, count_parameters
+from onepass_tools.demo.train import MAX_GRAD_NORM, Task, backward, state_bytes, validate
 
 from . import pretrain_report, results
 from .options import device_of, keep, parser_of

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import onepass
-from onepass.benchmark.devices import Device
-from onepass.benchmark.providers import Provider, all_providers, find
-from onepass.cli.demo.model import GPT
-from onepass.cli.demo.train import Task
 from onepass.training import decay_groups
+from onepass_tools.benchmark.devices import Device
+from onepass_tools.benchmark.providers import Provider, all_providers, find
+from onepass_tools.demo.model import GPT
+from onepass_tools.demo.train import Task
 
 from .results import Line
 

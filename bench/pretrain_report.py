@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onepass.cli.compare.stats import interval
+from onepass_tools.compare.stats import interval
 
 from . import results
 from .pretrain_configs import BASELINE, CONFIGS

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onepass.benchmark.cases import BEYOND_CACHE
-from onepass.benchmark.measure import LIMITS
-from onepass.benchmark.providers import all_providers
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+from onepass_tools.benchmark.cases import BEYOND_CACHE
+from onepass_tools.benchmark.measure import LIMITS
+from onepass_tools.benchmark.providers import all_providers
 
 from . import bars, phase, results, share, sizes
 from .cases import cpu_cases, gpu_cases

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from onepass import ops
-from onepass.benchmark.cases import Case
-from onepass.benchmark.devices import DEVICES
-from onepass.benchmark.measure import Outcome, Timed, percentile
+from onepass_tools.benchmark.cases import Case
+from onepass_tools.benchmark.devices import DEVICES
+from onepass_tools.benchmark.measure import Outcome, Timed, percentile
 
 from . import sources
 

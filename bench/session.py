@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from onepass.benchmark.devices import DEVICES
+from onepass_tools.benchmark.devices import DEVICES
 
 from . import results, sources
 from .results import Line

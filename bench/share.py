@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import onepass
-from onepass.benchmark.devices import Device
-from onepass.benchmark.measure import percentile
-from onepass.cli.demo.model import GPT, VOCABULARY, count_parameters
-from onepass.cli.demo.runner import CPU, GPU, QUICK, Size
+from onepass_tools.benchmark.devices import Device
+from onepass_tools.benchmark.measure import percentile
+from onepass_tools.demo.model import GPT, VOCABULARY, count_parameters
+from onepass_tools.demo.runner import CPU, GPU, QUICK, Size
 
 from . import results
 from .options import device_of, keep, parser_of

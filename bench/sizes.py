@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from onepass.benchmark.cases import Case
-from onepass.benchmark.devices import Device
-from onepass.benchmark.lists import in_words, one
-from onepass.benchmark.measure import LIMITS, memory_of, run_case
-from onepass.benchmark.providers import all_providers, find
+from onepass_tools.benchmark.cases import Case
+from onepass_tools.benchmark.devices import Device
+from onepass_tools.benchmark.lists import in_words, one
+from onepass_tools.benchmark.measure import LIMITS, memory_of, run_case
+from onepass_tools.benchmark.providers import all_providers, find
 
 from . import results
 from .options import device_of, keep, parser_of

@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from onepass.benchmark.cases import DTYPES, Case
-from onepass.benchmark.devices import DEVICES
-from onepass.benchmark.lists import one
-from onepass.benchmark.providers import all_providers, find
+from onepass_tools.benchmark.cases import DTYPES, Case
+from onepass_tools.benchmark.devices import DEVICES
+from onepass_tools.benchmark.lists import one
+from onepass_tools.benchmark.providers import all_providers, find
 
 PARAMS = one(50_000_000)
 CASES = [

@@ -23,10 +23,10 @@ from torch import Tensor
 
 import onepass
 from onepass import codec
-from onepass.cli.demo.data import Batches, Corpus, load
-from onepass.cli.demo.model import Shape, count_parameters, initial_weights, parameter_groups
-from onepass.cli.demo.train import MAX_GRAD_NORM, Task, backward, schedule, state_bytes, validate
 from onepass.formats import STATE_FORMATS, scale_key
+from onepass_tools.demo.data import Batches, Corpus, load
+from onepass_tools.demo.model import Shape, count_parameters, initial_weights, parameter_groups
+from onepass_tools.demo.train import MAX_GRAD_NORM, Task, backward, schedule, state_bytes, validate
 
 from . import results, training_report
 from .results import Line

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onepass.cli.compare.stats import interval
+from onepass_tools.compare.stats import interval
 
 from . import results
 from .results import Line

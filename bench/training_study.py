@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onepass.cli.demo.data import Batches, Corpus, load
-from onepass.cli.demo.model import Shape, initial_weights, parameter_groups
-from onepass.cli.demo.train import Task, backward, schedule, validate
 from onepass.reference import blocks
 from onepass.reference.arrays import F32, U32
+from onepass_tools.demo.data import Batches, Corpus, load
+from onepass_tools.demo.model import Shape, initial_weights, parameter_groups
+from onepass_tools.demo.train import Task, backward, schedule, validate
 
 from . import results, training_study_report
 from .results import Line

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from onepass.cli.compare.stats import interval
+from onepass_tools.compare.stats import interval
 
 from . import results
 from .results import Line

@@ -25,8 +25,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import onepass
-from onepass.benchmark.devices import DEVICES
-from onepass.benchmark.measure import percentile
+from onepass_tools.benchmark.devices import DEVICES
+from onepass_tools.benchmark.measure import percentile
 
 from . import digest, results, sources, tuning_report
 from .results import Line

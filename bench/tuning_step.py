@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from onepass.benchmark.cases import DTYPES
-from onepass.benchmark.devices import DEVICES, Device, Step
-from onepass.benchmark.measure import WARM_UP
-from onepass.benchmark.providers import Provider, all_providers, find
+from onepass_tools.benchmark.cases import DTYPES
+from onepass_tools.benchmark.devices import DEVICES, Device, Step
+from onepass_tools.benchmark.measure import WARM_UP
+from onepass_tools.benchmark.providers import Provider, all_providers, find
 
 from .tuning_variants import FORMATS, case_of
 

@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from onepass.benchmark.cases import Case
-from onepass.benchmark.lists import one
+from onepass_tools.benchmark.cases import Case
+from onepass_tools.benchmark.lists import one
 
 from . import results, sources
 

@@ -10,9 +10,9 @@ import torch
 
 import onepass
 from bench import bars, cases, report, results
-from onepass.benchmark import check, devices, measure, providers
-from onepass.benchmark.cases import DTYPES, OPTIONS, Case
-from onepass.benchmark.lists import (
+from onepass_tools.benchmark import check, devices, measure, providers
+from onepass_tools.benchmark.cases import DTYPES, OPTIONS, Case
+from onepass_tools.benchmark.lists import (
     LLAMA_PARTS,
     NAMED,
     gpt2,

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from bench import gate, results, share, sizes
-from onepass.benchmark import devices, measure
+from onepass_tools.benchmark import devices, measure
 
 
 def line(provider, p20, p50, p80, date="2026-01-01", device="cpu", **more):

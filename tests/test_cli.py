@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from onepass import cli
-from onepass.cli import EXIT_INTERRUPTED, EXIT_USAGE, main
+import onepass_tools as cli
+from onepass_tools import EXIT_INTERRUPTED, EXIT_USAGE, main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from onepass.cli.demo import data, runner, train
-from onepass.cli.demo.model import GPT
-from onepass.cli.demo.recipes import recipes
+from onepass_tools.demo import data, runner, train
+from onepass_tools.demo.model import GPT
+from onepass_tools.demo.recipes import recipes
 
 KEYS = ["torch-adamw", "onepass-adamw", "onepass-adamw-bf16", "onepass-lion", "onepass-sgd"]
 
@@ -197,7 +197,7 @@ def test_interrupt_outside_a_run(
     def interrupt(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onepass.cli.info.run", interrupt)
+    monkeypatch.setattr("onepass_tools.info.run", interrupt)
     assert main(["info"]) == EXIT_INTERRUPTED
     assert capsys.readouterr().err == "onepass: interrupted\n"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import onepass
-from onepass.benchmark import devices, measure
-from onepass.cli import EXIT_USAGE, UsageError, main
-from onepass.cli.bench import size
+from onepass_tools import EXIT_USAGE, UsageError, main
+from onepass_tools.bench import size
+from onepass_tools.benchmark import devices, measure
 
 
 @pytest.mark.parametrize(

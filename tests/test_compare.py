@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from onepass.cli import EXIT_USAGE, main
+from onepass_tools import EXIT_USAGE, main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from onepass.cli.compare import claims, line, measure, path_plots, report, runner, tasks, verdicts
-from onepass.cli.compare.algorithms import ALGORITHMS, BY_KEY
-from onepass.cli.compare.stats import interval
-from onepass.cli.compare.surfaces import SURFACES, best_path, descend
-from onepass.cli.compare.table import decades, steps_to_target
 from onepass.training import OPTIMIZERS
+from onepass_tools.compare import claims, line, measure, path_plots, report, runner, tasks, verdicts
+from onepass_tools.compare.algorithms import ALGORITHMS, BY_KEY
+from onepass_tools.compare.stats import interval
+from onepass_tools.compare.surfaces import SURFACES, best_path, descend
+from onepass_tools.compare.table import decades, steps_to_target
 
 DOCS = Path(__file__).parents[1] / "docs" / "comparison"
 

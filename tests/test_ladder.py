@@ -14,7 +14,7 @@ import onepass
 from bench import results
 from bench.ladder import rungs
 from bench.ladder.__main__ import ODD, main
-from onepass.benchmark import devices
+from onepass_tools.benchmark import devices
 
 COMPILE = """
 import json, re, triton

@@ -16,11 +16,11 @@ import termios
 
 import pytest
 
-from onepass.cli import EXIT_USAGE, main
 from onepass.memory import peers
 from onepass.memory.advice import lora, recommend
 from onepass.memory.models import known
 from onepass.memory.runs import Terms, candidate, report
+from onepass_tools import EXIT_USAGE, main
 
 SMALL = ["--model", "bert-base"]
 

@@ -10,9 +10,9 @@ import torch
 
 from bench import pretrain, pretrain_report
 from bench.pretrain_configs import CONFIGS
-from onepass.benchmark.devices import DEVICES
-from onepass.cli.demo.data import load
-from onepass.cli.demo.model import count_parameters
+from onepass_tools.benchmark.devices import DEVICES
+from onepass_tools.demo.data import load
+from onepass_tools.demo.model import count_parameters
 
 CPU = DEVICES["cpu"]
 HERE = [config.name for config in CONFIGS if not config.unavailable(CPU)]

@@ -10,7 +10,7 @@ import torch
 
 import onepass
 from bench import report, training, training_report
-from onepass.cli.demo.data import load
+from onepass_tools.demo.data import load
 
 FP32, PERTURBED, SPLIT8 = training.CONFIGS[:3]
 

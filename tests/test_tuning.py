@@ -14,7 +14,7 @@ import pytest
 import onepass
 from bench import digest, results, sources, tuning, tuning_report
 from bench.tuning_variants import CHUNKS, FORMATS, TODAY, VARIANTS, Variant, digest_cases
-from onepass.benchmark.devices import DEVICES
+from onepass_tools.benchmark.devices import DEVICES
 
 from . import cuda_code, cuda_shim
 from .test_package import ROOT

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from onepass.benchmark.cases import Case
-from onepass.benchmark.devices import Device
-from onepass.benchmark.lists import ParamList, gpt2, llama3, many, one
+from onepass_tools.benchmark.cases import Case
+from onepass_tools.benchmark.devices import Device
+from onepass_tools.benchmark.lists import ParamList, gpt2, llama3, many, one
 
 from .. import results
 from ..options import device_of, keep, parser_of

@@ -20,8 +20,8 @@ import torch
 
 import onepass
 from onepass import ops
-from onepass.benchmark.cases import OPTIONS
-from onepass.benchmark.lists import ParamList
+from onepass_tools.benchmark.cases import OPTIONS
+from onepass_tools.benchmark.lists import ParamList
 
 from .rungs import Rung
 

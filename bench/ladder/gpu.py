@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import onepass
-from onepass.benchmark.cases import OPTIONS
-from onepass.benchmark.lists import ParamList
+from onepass_tools.benchmark.cases import OPTIONS
+from onepass_tools.benchmark.lists import ParamList
 
 from .kernels import one_tensor, whole_list
 from .rungs import Rung

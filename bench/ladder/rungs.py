@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onepass.benchmark.devices import Device
-from onepass.benchmark.measure import percentile
+from onepass_tools.benchmark.devices import Device
+from onepass_tools.benchmark.measure import percentile
 
 from .. import results
 from ..results import Line

@@ -1,41 +1,45 @@
-"""onepass: optimizers for PyTorch whose whole step is a single pass over memory."""
+"""onepass: optimizers for PyTorch whose whole step is a single pass over memory.
 
-from importlib.metadata import PackageNotFoundError, version
+Names are imported when they are first used, so that ``onepass --help`` does not load torch.
+"""
 
-from . import backends, memory, ops
-from .amp import GradScaler
-from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from .checkpoints import convert_state_dict, full_precision_state_dict
-from .distributed import number_parameters
-from .optim import (
-    SGD,
-    Adagrad,
-    Adagrad8bit,
-    Adam,
-    Adam8bit,
-    AdamW,
-    AdamW4bit,
-    AdamW8bit,
-    Lion,
-    Lion8bit,
-    Optimizer,
-    PagedAdam,
-    PagedAdam8bit,
-    PagedAdamW,
-    PagedAdamW8bit,
-    PagedLion,
-    PagedLion8bit,
-    RMSprop,
-    RMSprop8bit,
-    SGD8bit,
-)
-from .precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
-from .release import release_gradients
+from __future__ import annotations
 
-try:
-    __version__ = version("onepass")
-except PackageNotFoundError:  # run from the sources, as bench/gpu.sh does
-    __version__ = "0+source"
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import backends, memory, ops
+    from .amp import GradScaler
+    from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
+    from .checkpoints import convert_state_dict, full_precision_state_dict
+    from .distributed import number_parameters
+    from .optim import (
+        SGD,
+        Adagrad,
+        Adagrad8bit,
+        Adam,
+        Adam8bit,
+        AdamW,
+        AdamW4bit,
+        AdamW8bit,
+        Lion,
+        Lion8bit,
+        Optimizer,
+        PagedAdam,
+        PagedAdam8bit,
+        PagedAdamW,
+        PagedAdamW8bit,
+        PagedLion,
+        PagedLion8bit,
+        RMSprop,
+        RMSprop8bit,
+        SGD8bit,
+    )
+    from .precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
+    from .release import release_gradients
+
+    __version__: str
 
 __all__ = [
     "EMBEDDINGS",
@@ -73,3 +77,48 @@ __all__ = [
     "release_gradients",
     "to_bitsandbytes",
 ]
+
+_MODULES = ("backends", "memory", "ops")
+_HOMES = {
+    "GradScaler": "amp",
+    "from_bitsandbytes": "bitsandbytes",
+    "to_bitsandbytes": "bitsandbytes",
+    "convert_state_dict": "checkpoints",
+    "full_precision_state_dict": "checkpoints",
+    "number_parameters": "distributed",
+    "EMBEDDINGS": "precision",
+    "NORMS": "precision",
+    "cast_model": "precision",
+    "parameter_groups": "precision",
+    "release_gradients": "release",
+}
+"""Name -> the module that has it; the others are classes of ``optim``."""
+_HOMES |= {name: "optim" for name in __all__ if name not in (*_HOMES, *_MODULES)}
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onepass")
+    except PackageNotFoundError:  # run from the sources, as bench/gpu.sh does
+        return "0+source"
+
+
+def __getattr__(name: str) -> Any:
+    """A name that has not been used yet: PEP 562."""
+    value: Any
+    if name == "__version__":
+        value = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

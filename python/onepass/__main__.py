@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onepass.cli import main
+from onepass_tools import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""The command line: `onepass <command>` or `python -m onepass <command>`.
+
+Each command is a module with two functions, `add_arguments(parser)` and `run(args) -> int`. Only
+the module of the command that was asked for is imported, and it imports heavy packages in `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from typing import NamedTuple
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class Command(NamedTuple):
+    """A subcommand: its name, one line of help, and the module that has it."""
+
+    name: str
+    help: str
+    module: str
+
+
+COMMANDS = (
+    Command("bench", "time one optimizer step beside other libraries", "onepass_tools.bench"),
+    Command("compare", "the algorithms on surfaces and models, drawn", "onepass_tools.compare"),
+    Command("demo", "train a small text model with several optimizers", "onepass_tools.demo"),
+    Command("info", "versions, backends and what each of them supports", "onepass_tools.info"),
+    Command("memory", "what training takes of memory with each optimizer", "onepass_tools.memory"),
+)
+
+
+class UsageError(Exception):
+    """Something the user can put right; shown as one line on stderr, exit code 2."""
+
+
+def package_version(name: str) -> str | None:
+    """Return the installed version of a distribution, or None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
+    """Parse `argv`: the arguments and 0, or None and the exit code if there is nothing to run."""
+    parser = argparse.ArgumentParser(
+        prog="onepass", description="Optimizers whose whole step is one pass over memory."
+    )
+    version = package_version("onepass") or "(not installed)"
+    parser.add_argument("--version", action="version", version=f"onepass {version}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", title="commands")
+
+    # No top-level option takes a value, so the first bare word is the command.
+    typed = next((word for word in argv if not word.startswith("-")), None)
+    for command in COMMANDS:
+        sub = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        if command.name == typed:
+            importlib.import_module(command.module).add_arguments(sub)
+
+    names = [command.name for command in COMMANDS]
+    try:
+        if typed is not None and typed not in names:
+            near = difflib.get_close_matches(typed, names, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            listed = ", ".join(names)
+            parser.error(
+                f"argument command: invalid choice: {typed!r} (choose from {listed}){hint}"
+            )
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse ends the process; a caller of main() wants a number
+        return None, int(stop.code or 0)
+    if args.command is None:
+        parser.print_help()
+        return None, EXIT_USAGE
+    return args, 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code of the process.
+
+    `argv` is the command line without the program's name; None takes it from `sys.argv`. Codes:
+    0 done, 1 done with a result that the command calls a failure, 2 wrong usage, 130 interrupted,
+    141 the reader of the output went away.
+    """
+    try:
+        args, code = _parse(sys.argv[1:] if argv is None else argv)
+        if args is not None:
+            module = next(command.module for command in COMMANDS if command.name == args.command)
+            code = int(importlib.import_module(module).run(args))
+        # What is still buffered would otherwise meet a closed pipe after main() has returned.
+        sys.stdout.flush()
+    except UsageError as error:
+        print(f"onepass: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("onepass: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more as it exits; give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return code

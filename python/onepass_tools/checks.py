@@ -1,0 +1,26 @@
+"""What a command with pictures checks before minutes of work."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+
+from onepass_tools import UsageError
+
+
+def check_extra() -> None:
+    """Raises UsageError unless the packages of the extra "cli" are there."""
+    missing = [n for n in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not installed: pip install 'onepass[cli]'")
+
+
+def check_out(out: Path) -> None:
+    """Makes the directory; raises UsageError where nothing can be written in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error

@@ -1,0 +1,131 @@
+"""One comparison from start to end."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from onepass_tools import UsageError
+from onepass_tools.compare import line, path_plots, plots, report, tasks
+from onepass_tools.compare.algorithms import ALGORITHMS
+from onepass_tools.compare.claims import measure_claims
+from onepass_tools.compare.surfaces import STEPS, SURFACES, best_path
+from onepass_tools.compare.table import sweep
+from onepass_tools.demo.runner import device_name
+
+
+@dataclass(frozen=True)
+class Size:
+    """Steps of the small models, rates of a sweep as powers of ten from its middle, and seeds:
+    of the sweep, and of the runs at its best rate."""
+
+    steps: int
+    exponents: list[float]
+    sweep_seeds: int
+    seeds: int
+    path_steps: int = STEPS
+    animated: bool = True
+
+
+FULL = Size(300, [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5], 2, 6)
+QUICK = Size(120, [-0.5, 0.0, 0.5], 1, 2)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the comparison with checked arguments; return the exit code."""
+    size = QUICK if args.quick else FULL
+    command = "onepass compare" + (" --quick" if args.quick else "")
+    command += f" --seeds {args.seeds}" if args.seeds else ""
+    with one_thread():
+        compare(args.out, size, args.seeds or size.seeds, command, args.quiet)
+    return 0
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The models are too small for two, and one thread gives the same bits on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare(out: Path, size: Size, seeds: int, command: str, quiet: bool) -> dict[str, Any]:
+    """Measures, draws and writes everything into ``out``; returns the results."""
+    began = time.perf_counter()
+    hidden = quiet or not sys.stderr.isatty()
+    turns = 2 * (len(ALGORITHMS) * (len(size.exponents) + 2) + 1) + len(SURFACES) + 2
+    with tqdm(total=turns, desc="compare", disable=hidden) as bar:
+        experiment, batches = line.run_algorithms(), line.run_batches()
+        bar.update()
+        tracks: path_plots.Tracks = {}
+        for surface in SURFACES:
+            found = {a.key: best_path(surface, a, size.path_steps) for a in ALGORITHMS}
+            tracks[surface.key] = found
+            bar.update()
+        claims = measure_claims(experiment)
+        bar.update()
+        swept = {
+            task.name: sweep(task, size.exponents, size.sweep_seeds, seeds, bar.update)
+            for task in (tasks.cnn_task(size.steps), tasks.transformer_task(size.steps))
+        }
+    results = {
+        "about": {
+            "command": command,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": device_name(torch.device("cpu")),
+            "torch": str(torch.__version__),
+            "commit": _commit(),
+            "seconds": 0.0,
+        },
+        "line": experiment,
+        "batches": batches,
+        "paths": {
+            name: {k: {"lr": t.lr, "last": float(t.losses[-1])} for k, t in found.items()}
+            for name, found in tracks.items()
+        },
+        "claims": claims,
+        "tasks": swept,
+    }
+    try:
+        _draw(out, results, tracks, size.animated)
+        results["about"]["seconds"] = time.perf_counter() - began
+        report.write(out, results)
+    except OSError as error:  # a full disk, a directory removed meanwhile
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    print(f"wrote {out / 'comparison.md'} and its pictures ({results['about']['seconds']:.0f} s)")
+    return results
+
+
+def _draw(out: Path, results: dict[str, Any], tracks: path_plots.Tracks, animated: bool) -> None:
+    plots.draw_line(out / "line.png", results["line"])
+    plots.draw_batches(out / "batches.png", results["batches"])
+    plots.draw_models(out / "models.png", results["tasks"])
+    path_plots.draw_paths(out / "paths.png", tracks)
+    for algorithm, name in zip(ALGORITHMS, path_plots.files(), strict=True):
+        path_plots.draw_algorithm(out / name, algorithm.key, tracks)
+    if animated:
+        path_plots.animate(out / "paths.gif", tracks)
+
+
+def _commit() -> str:
+    """Of the sources, if they are a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

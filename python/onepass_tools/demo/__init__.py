@@ -1,0 +1,40 @@
+"""`onepass demo`: train a small byte-level GPT on Python's own source with several optimizers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from onepass_tools import UsageError
+from onepass_tools.checks import check_extra, check_out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `onepass demo`."""
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="steps per optimizer (default: 500 on a CPU, fewer where all would take over 130 s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: demo-out"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--quiet", action="store_true", help="only the table and the files written")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked before minutes of work, then run the demo and return the exit code.
+
+    Raises UsageError for a wrong option, a directory that cannot be written or a missing package.
+    """
+    if args.steps is not None and args.steps < 1:
+        raise UsageError(f"--steps must be at least 1, not {args.steps}")
+    check_extra()
+    check_out(args.out)
+
+    from onepass_tools.demo import runner
+
+    return runner.run(args)

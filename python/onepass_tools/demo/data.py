@@ -1,0 +1,94 @@
+"""Text that every machine has: the source code of Python's own standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onepass_tools import UsageError
+
+# Tests, other people's packages, and what is not code: tables of code pages, help texts.
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED |= {"encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes as uint8 vectors; no file is in both parts."""
+
+    train: Tensor
+    validation: Tensor
+    train_files: tuple[str, ...]
+    validation_files: tuple[str, ...]
+
+
+def load(max_bytes: int, validation_share: float = 0.1) -> Corpus:
+    """Read at most `max_bytes` of the standard library, split by file.
+
+    Raises UsageError where Python's library has too little readable source.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not SKIPPED.intersection(path.relative_to(root).parts) and path.is_file()
+    )
+    names = {path.relative_to(root).as_posix(): path for path in paths}
+
+    parts: dict[str, list[bytes]] = {"train": [], "validation": []}
+    files: dict[str, list[str]] = {"train": [], "validation": []}
+    validation_bytes = int(validation_share * max_bytes)
+    room = {"validation": validation_bytes, "train": max_bytes - validation_bytes}
+    # A hash mixes the packages and gives the same order on every machine. A file goes to one part
+    # or the other by its own name, so another Python's extra files do not move the rest across.
+    for digest, name in sorted((hashlib.sha256(n.encode()).digest(), n) for n in names):
+        part = "validation" if digest[-1] < 256 * validation_share else "train"
+        try:
+            text = names[name].read_bytes()
+        except OSError:
+            continue
+        # One large file would be most of the validation text.
+        if not text or len(text) > min(room[part], max_bytes // 16):
+            continue
+        room[part] -= len(text)
+        parts[part].append(text)
+        files[part].append(name)
+
+    corpus = Corpus(
+        train=_bytes(parts["train"]),
+        validation=_bytes(parts["validation"]),
+        train_files=tuple(files["train"]),
+        validation_files=tuple(files["validation"]),
+    )
+    if min(corpus.train.numel(), corpus.validation.numel()) < 10_000:
+        raise UsageError(f"{root} holds too little Python source to train on")
+    return corpus
+
+
+def _bytes(texts: list[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(texts) or b"\0"), dtype=torch.uint8)
+
+
+class Batches:
+    """Random windows of a text: batch `i` depends on the text, the seed and `i` only."""
+
+    def __init__(self, text: Tensor, count: int, batch: int, context: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        last = text.numel() - context - 1
+        starts = torch.randint(last + 1, (count, batch), generator=generator)
+        self._text = text
+        self._starts = starts.to(text.device)
+        self._window = torch.arange(context + 1, device=text.device)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, int64 (batch, context), targets one byte ahead."""
+        window = self._text[self._starts[index][:, None] + self._window].long()
+        return window[:, :-1], window[:, 1:]

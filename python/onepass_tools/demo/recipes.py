@@ -1,0 +1,83 @@
+"""The optimizers that are compared, each at a learning rate that was tried out for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import onepass
+from onepass_tools.demo.model import parameter_groups
+
+Groups = list[dict[str, object]]
+ADAM_BETAS = (0.9, 0.99)  # a short run has no use for a second moment that remembers 1,000 steps
+LION_BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One optimizer and its settings; `lr` is the highest value of the schedule."""
+
+    key: str
+    label: str
+    lr: float
+    weight_decay: float
+    make: Callable[[Groups, float], Optimizer]
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """Return the optimizer over `model`: decay on the matrices, none on norms and biases."""
+        return self.make(parameter_groups(model, self.weight_decay), self.lr)
+
+
+def torch_adamw_is_fused(device: torch.device) -> bool:
+    """Say whether torch.optim.AdamW(fused=True) works on this device."""
+    try:
+        torch.optim.AdamW([torch.zeros(1, device=device)], fused=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def recipes(device: torch.device) -> list[Recipe]:
+    """Return what `onepass demo` runs, in order; the second is compared with the first."""
+    fused = torch_adamw_is_fused(device)
+    return [
+        Recipe(
+            "torch-adamw",
+            "torch AdamW, fused" if fused else "torch AdamW",
+            3e-3,
+            0.1,
+            lambda groups, lr: torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, fused=fused),
+        ),
+        Recipe(
+            "onepass-adamw",
+            "onepass AdamW",
+            3e-3,
+            0.1,
+            lambda groups, lr: onepass.AdamW(groups, lr=lr, betas=ADAM_BETAS),
+        ),
+        Recipe(
+            "onepass-adamw-bf16",
+            "onepass AdamW, bf16 states",
+            3e-3,
+            0.1,
+            lambda groups, lr: onepass.AdamW(groups, lr=lr, betas=ADAM_BETAS, states="bf16"),
+        ),
+        Recipe(
+            "onepass-lion",
+            "onepass Lion",
+            5e-4,
+            0.5,
+            lambda groups, lr: onepass.Lion(groups, lr=lr, betas=LION_BETAS),
+        ),
+        Recipe(
+            "onepass-sgd",
+            "onepass SGD, Nesterov",
+            0.15,
+            1e-4,
+            lambda groups, lr: onepass.SGD(groups, lr=lr, momentum=0.9, nesterov=True),
+        ),
+    ]

@@ -1,0 +1,36 @@
+"""`onepass memory --list-models` and `--list-optimizers`."""
+
+from __future__ import annotations
+
+import argparse
+
+from onepass_tools.memory.table import print_rows
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the lists that were asked for; return 0."""
+    from onepass.memory.models import KNOWN
+    from onepass.memory.peers import PEERS
+    from onepass.memory.variants import CLASSES, WORDS
+
+    if args.list_models:
+        rows = [(name, f"{row.parameters:,}", row.source) for name, row in KNOWN.items()]
+        print_rows([("model", "parameters", "source"), *rows], left=(0, 2))
+    if args.list_models and args.list_optimizers:
+        print()
+    if args.list_optimizers:
+        ours = [(name, f"onepass.{made.__name__}", "") for name, made in CLASSES.items()]
+        peers = [
+            (name, f"{peer.module}", f"cannot run here: {why}" if (why := _why(peer)) else "")
+            for name, peer in PEERS.items()
+        ]
+        print_rows([("optimizer", "of", "note"), *ours, *peers], left=(0, 1, 2))
+        print(f"\noptions, after a plus: {', '.join(WORDS)}")
+    return 0
+
+
+def _why(peer: object) -> str:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return str(peer.unavailable(device))  # type: ignore[attr-defined]

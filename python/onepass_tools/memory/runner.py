@@ -1,0 +1,325 @@
+"""The work of `onepass memory`, from checked options to what is printed and written."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onepass.memory import MemoryReport
+from onepass.memory.advice import TASKS, cheapest_change, recommend
+from onepass.memory.measure import free_memory
+from onepass.memory.models import Model, find, near
+from onepass.memory.peers import DEFAULT as DEFAULT_PEERS
+from onepass.memory.report import TOLERANCE
+from onepass.memory.runs import Candidate, Terms, candidate, predicted, report
+from onepass.memory.shards import KINDS
+from onepass.memory.shards import check as check_shards
+from onepass.memory.simulate import CannotSimulateError
+from onepass.memory.sizes import parse_size, show
+from onepass_tools import UsageError, package_version
+from onepass_tools.memory import DEFAULT, table
+
+_DTYPES = {
+    **dict.fromkeys(("fp32", "float32"), torch.float32),
+    **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
+    **dict.fromkeys(("fp16", "float16"), torch.float16),
+}
+_UNCOUNTED = (
+    "not counted: activations, and what the CUDA runtime takes for itself; gradients are those of "
+    "a whole step (onepass.release_gradients frees each as it is used)"
+)
+
+
+@dataclass
+class Asked:
+    """The options, checked."""
+
+    model: Model
+    choices: list[Candidate]
+    terms: Terms
+    limit: int | None
+    reserve: int
+    rank: int
+
+    @property
+    def title(self) -> str:
+        """What the reports are of."""
+        terms = self.terms
+        dtype = str(terms.dtype).removeprefix("torch.")
+        parts = [f"{self.model.name}: {self.model.numel:,} parameters in {dtype}"]
+        if self.model.trained != self.model.numel:
+            parts.append(f"{self.model.trained:,} of them trained")
+        if terms.grad_dtype not in (None, terms.dtype):
+            parts.append(f"gradients in {str(terms.grad_dtype).removeprefix('torch.')}")
+        if terms.careful:
+            parts.append("norms and states of embeddings and norms in fp32")
+        if terms.shards > 1:
+            kind = {"fsdp2": "FSDP2", "zero1": "ZeRO-1"}[terms.sharding]
+            parts.append(f"one of {terms.shards} GPUs under {kind}")
+        return ", ".join(parts)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything after the check that packages are there; see :func:`onepass_tools.memory.run`."""
+    asked = _checked(args)
+    if args.recommend:
+        return _recommend(args, asked)
+    if args.measure:
+        _check_room(asked)
+    reports = []
+    with _progress(len(asked.choices), args.quiet or not args.measure) as tick:
+        for choice in asked.choices:
+            snapshot = None
+            if args.snapshot is not None:
+                snapshot = args.snapshot / f"{re.sub('[^a-z0-9.+-]', '-', choice.name)}.pickle"
+            found = report(
+                choice,
+                asked.model,
+                asked.terms,
+                args.measure,
+                snapshot,
+                partial(_say, tick, choice.name),
+            )
+            reports.append(found)
+            tick(choice.name, 1)
+    notes = _remarks(asked, reports)
+    if args.measure:
+        notes.append(f"measured on {_environment(asked.terms.device)}")
+    _output(args, asked, reports, notes)
+    off = [r for r in reports if r.ours and abs(r.difference() or 0.0) > TOLERANCE]
+    for found in off:
+        print(
+            f"onepass: {found.name}: measured {show(found.measured.peak) if found.measured else ''}"
+            f", more than {100 * TOLERANCE:g} % off its prediction",
+            file=sys.stderr,
+        )
+    return 1 if off else 0
+
+
+def _say(tick: Callable[[str, int], None], name: str, words: str) -> None:
+    tick(f"{name}: {words}", 0)
+
+
+def _checked(args: argparse.Namespace) -> Asked:
+    if not args.model:
+        raise UsageError(
+            "--model is missing: a name of --list-models, a config.json or module:factory"
+        )
+    shards = _number("--shards", args.shards, int)
+    scale = _number("--scale", args.scale, float)
+    _choice("--sharding", args.sharding, KINDS)
+    _choice("--task", args.task, TASKS)
+    _choice("--device", args.device, ("auto", "cpu", "cuda"))
+    has_cuda = torch.cuda.is_available()
+    if args.device == "cuda" and args.measure and not has_cuda:
+        raise UsageError("--device cuda: torch finds no CUDA device here")
+    # What is only predicted is of a GPU, which is what there is to be decided on.
+    real = args.measure and (args.device == "cpu" or not has_cuda)
+    device = "cpu" if real or args.device == "cpu" else "cuda"
+    if args.snapshot is not None:
+        if not args.measure or device != "cuda":
+            raise UsageError("--snapshot is of the CUDA allocator: it needs --measure on CUDA")
+        args.snapshot.mkdir(parents=True, exist_ok=True)
+    limit = parse_size(args.gpu) if args.gpu else None
+    reserve = parse_size(args.reserve) if args.reserve else 0
+    if args.reserve and limit is None:
+        raise UsageError("--reserve is of what --gpu has: it needs --gpu")
+    if limit is not None and reserve >= limit:
+        raise UsageError(f"--reserve {args.reserve} leaves nothing of --gpu {args.gpu}")
+    if args.recommend and limit is None:
+        raise UsageError("--recommend needs the memory to fit in: --gpu 24GB")
+    if args.measure and shards > 1:
+        raise UsageError("--measure is of one device: it needs --shards 1 (--scale divides too)")
+    if args.measure and args.recommend:
+        raise UsageError("--recommend predicts; measure what it names with --optimizers")
+    terms = Terms(
+        _dtype("--dtype", args.dtype),
+        _dtype("--grad-dtype", args.grad_dtype) if args.grad_dtype else None,
+        args.parameter_groups,
+        shards,
+        args.sharding,
+        device,
+    )
+    names = args.optimizers.split(",") if args.optimizers else DEFAULT.split(",")
+    if not args.optimizers and terms.dtype != torch.bfloat16:
+        names = [name for name in names if "split" not in name]
+    if args.peers:
+        names += [name for name in DEFAULT_PEERS if name not in names]
+    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not names:
+        raise UsageError("--optimizers is empty: names separated by commas are accepted")
+    choices = [candidate(name) for name in names]
+    model = find(args.model).scaled(scale)
+    return Asked(model, choices, terms, limit, reserve, _number("--rank", args.rank, int))
+
+
+def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
+    wanted = "a whole number of at least 1" if kind is int else "a number above 0, at most 1"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UsageError(f"{option} {text}: {wanted} is accepted") from None
+    if not value > 0 or (kind is float and value > 1):
+        raise UsageError(f"{option} {text}: {wanted} is accepted")
+    return value
+
+
+def _choice(option: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        hint = near(value, accepted)
+        raise UsageError(f"{option} {value}{hint} Accepted are {', '.join(accepted)}")
+
+
+def _dtype(option: str, name: str) -> torch.dtype:
+    _choice(option, name, tuple(_DTYPES))
+    return _DTYPES[name]
+
+
+def _check_room(asked: Asked) -> None:
+    """Refuses to measure what the machine has no memory for."""
+    free = free_memory(asked.terms.device)
+    worst = 0
+    for choice in asked.choices:
+        try:
+            found = predicted(choice, asked.model, asked.terms)
+        except CannotSimulateError:
+            continue
+        # Paged states are in the same memory where the device is the host.
+        worst = max(worst, found.peak + (found.host if asked.terms.device == "cpu" else 0))
+    if free is not None and worst > free:
+        scale = float(f"{0.8 * free / worst:.1g}")
+        raise UsageError(
+            f"--measure needs {show(worst)}, and {show(free)} are free: "
+            f"--scale {scale:g} measures a part of it"
+        )
+
+
+@contextmanager
+def _progress(total: int, silent: bool) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr, on a terminal only: call it with words and how many are done."""
+    if silent or not sys.stderr.isatty():
+        yield lambda words, done: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda words, done: None
+        return
+    with tqdm(total=total, file=sys.stderr, leave=False, unit="optimizer") as bar:
+
+        def tick(words: str, done: int) -> None:
+            bar.set_description(words)
+            bar.update(done)
+
+        yield tick
+
+
+def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
+    """What is to be said below the table."""
+    notes = [f"{r.name}: {text}" for r in reports for text in (r.problem, *r.notes) if text]
+    if asked.limit is not None:
+        room = asked.limit - asked.reserve
+        for choice, found in zip(asked.choices, reports, strict=True):
+            if found.predicted is None or found.predicted.peak <= room:
+                continue
+            change = cheapest_change(choice, asked.model, asked.terms, room)
+            notes.append(
+                f"{found.name} does not fit; " + (str(change) if change else "no change would")
+            )
+    if asked.terms.shards > 1 and asked.terms.sharding == "fsdp2":
+        uneven = check_shards(asked.model, asked.terms.shards)
+        notes += [uneven] if uneven else []
+        notes.append("not counted under shards: layers gathered for the time of their use")
+    return [*notes, _UNCOUNTED]
+
+
+def _environment(device: str) -> str:
+    """Where and when a measurement was made."""
+    from onepass_tools.demo.runner import device_name
+
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
+    versions = f"onepass {package_version('onepass')}, torch {torch.__version__}"
+    return f"{device_name(torch.device(device))}; {versions}; {now}"
+
+
+def _recommend(args: argparse.Namespace, asked: Asked) -> int:
+    assert asked.limit is not None
+    advice = recommend(asked.model, asked.terms, asked.limit, asked.reserve, args.task, asked.rank)
+    asked = replace(asked, model=advice.model or asked.model)
+    reasons = advice.reasons
+    lines = [f"recommended for {args.task}: {reasons[0]}" if advice.chosen else reasons[0]]
+    lines += [f"- {reason}" for reason in reasons[1:]]
+    notes = [_UNCOUNTED]
+    chosen = advice.chosen.name if advice.chosen else None
+    extra = {"task": args.task, "recommended": chosen, "reasons": reasons}
+    _output(args, asked, advice.reports, notes, lines, extra)
+    return 0 if advice.chosen else 1
+
+
+def _output(
+    args: argparse.Namespace,
+    asked: Asked,
+    reports: Sequence[MemoryReport],
+    notes: Sequence[str],
+    lines: Sequence[str] = (),
+    extra: dict[str, Any] | None = None,
+) -> None:
+    rows = table.rows(reports, asked.limit, asked.reserve)
+    if args.json:
+        content = {
+            "model": asked.model.name,
+            "source": asked.model.source or None,
+            "parameters": asked.model.numel,
+            "trained": asked.model.trained,
+            "dtype": str(asked.terms.dtype).removeprefix("torch."),
+            "shards": asked.terms.shards,
+            "sharding": asked.terms.sharding,
+            "gpu": asked.limit,
+            "reserve": asked.reserve,
+            **(extra or {}),
+            "optimizers": [_as_dict(r, asked) for r in reports],
+            "notes": list(notes),
+        }
+        print(json.dumps(content, indent=2))
+    elif args.csv:
+        print(table.as_csv(reports), end="")
+    else:
+        print(f"{asked.title}\n")
+        table.print_rows(rows)
+        print("\n" + "\n".join([*lines, *([""] if lines else []), *notes]))
+    written = []
+    try:
+        if args.plot is not None:
+            from onepass.memory.drawing import draw_bars
+
+            draw_bars(args.plot, reports, asked.title, asked.limit)
+            written.append(args.plot)
+        if args.html is not None:
+            from onepass.memory.page import page
+
+            text = page(reports, asked.title, rows, [*lines, *notes], asked.limit)
+            Path(args.html).write_text(text, "utf-8")
+            written.append(args.html)
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
+    for path in written:
+        if not args.quiet:
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def _as_dict(found: MemoryReport, asked: Asked) -> dict[str, Any]:
+    content = found.as_dict()
+    if asked.limit is not None and found.predicted is not None:
+        content["fits"] = found.predicted.peak <= asked.limit - asked.reserve
+    return content
