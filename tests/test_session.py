@@ -131,6 +131,18 @@ def test_a_part_that_shows_nothing_is_no_evidence(tmp_path, command, how):
     assert run(tmp_path, of("true"))[1] == {"a": "passed"}
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["digest", "phase", "paging", "tuning", "tuning_step", "pretrain", "sizes", "share", "steps"],
+)
+def test_a_stage_needs_torch_numpy_and_pytest_alone(module):
+    """A borrowed machine has nothing else."""
+    lacking = ("rich", "tqdm", "matplotlib", "hypothesis", "expecttest", "xdist", "safetensors")
+    code = f"import sys\nfor m in {lacking}: sys.modules[m] = None\nimport bench.{module}\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_wrong_usage():
     with pytest.raises(SystemExit) as error:
         session.main(["nothing"])

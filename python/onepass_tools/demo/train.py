@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from onepass_tools.demo.data import Batches
 from onepass_tools.demo.model import GPT, Shape, count_parameters
@@ -155,6 +154,8 @@ def validate(task: Task, model: nn.Module) -> float:
 
 def train(task: Task, recipe: Recipe, steps: int, quiet: bool) -> Run:
     """Train from the initial weights for `steps` steps with one optimizer."""
+    from tqdm import tqdm  # bench.pretrain takes other functions of this module, without tqdm
+
     began = time.perf_counter()
     model = task.model()
     optimizer = recipe.build(model)
