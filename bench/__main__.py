@@ -89,9 +89,10 @@ def _known(out: Path | None, device: Device) -> set[Measured]:
 
 
 def _lacking(
-    case: Case, available: list[Provider], known: set[Measured], env: Line
+    case: Case, available: list[Provider], known: set[Measured], env: Line, device: Device
 ) -> list[Provider]:
-    """The providers without a line of a case; with others', ours is measured beside them."""
+    """The providers that have a case and no line of it. Ours is measured beside them, even where
+    it has one, because ratios are of one run."""
 
     def of(provider: Provider) -> Measured:
         key = (case.rule, case.dtype, case.weights, case.states, case.list.name)
@@ -100,8 +101,9 @@ def _lacking(
             {**env, **line, "provider": provider.name, "provider_version": provider.version}
         )
 
-    lacking = [p for p in available if of(p) not in known]
-    ours = [p for p in available if p.name in ("onepass-cuda", "onepass-cpu") and p not in lacking]
+    having = [p for p in available if not p.skips(case, device.type)]
+    lacking = [p for p in having if of(p) not in known]
+    ours = [p for p in having if p.name in ("onepass-cuda", "onepass-cpu") and p not in lacking]
     return [*ours, *lacking] if lacking else []
 
 
@@ -133,7 +135,7 @@ def _run(
     print(f"{table.LEGEND}\n\n{table.HEADER}")
     with results.Progress(sum(samples or case.samples for case in cases)) as progress:
         for case in cases:
-            chosen = _lacking(case, available, known, env) if known else available
+            chosen = _lacking(case, available, known, env, device) if known else available
             if not chosen:
                 continue
 

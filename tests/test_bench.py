@@ -24,7 +24,8 @@ from onepass_tools.benchmark.lists import (
     vit_l16,
 )
 
-main = importlib.import_module("bench.__main__").main
+command = importlib.import_module("bench.__main__")
+main = command.main
 TINY = Case("adamw", "fp32", "fp32", many(3, 130, offset=1))
 BY_NAME = {provider.name: provider for provider in providers.all_providers()}
 
@@ -338,6 +339,29 @@ def test_end_to_end(tmp_path, capsys):
     assert lines[-1]["date"] in page
     assert "Not measured: any GPU" in page
     assert page.count("| torch-fused |") == 1
+
+
+def test_missing_measures_only_what_has_no_line(tmp_path, monkeypatch):
+    """A provider that does not have a case never has a line of it."""
+    monkeypatch.setitem(
+        command.FILES, "cpu", "none.jsonl"
+    )  # not the committed lines of this processor
+    out = tmp_path / "cpu.jsonl"
+    arguments = ["--quick", "--cases", "split8", "--samples", "1", "--missing", "--out", str(out)]
+    ours, both = (["--providers", names] for names in ("onepass-cpu", "onepass-cpu,torch-fused"))
+    assert main([*arguments, *ours]) == 0
+    first = out.read_text()
+    assert first.count('"onepass-cpu"') == 1
+    assert main([*arguments, *both]) == 0
+    assert out.read_text() == first
+    arguments[2] = "300x1"
+    assert main([*arguments, *ours]) == 0
+    assert main([*arguments, *both]) == 0
+    found = [json.loads(text)["provider"] for text in out.read_text().splitlines()]
+    assert found.count("torch-fused") == 1
+    assert found.count("onepass-cpu") == 3  # beside torch-fused once more
+    assert main([*arguments, *both]) == 0
+    assert len(out.read_text().splitlines()) == len(found)
 
 
 def fake(provider, p50, date="2026-01-01", **more):
