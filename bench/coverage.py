@@ -74,7 +74,10 @@ def _cell(part: Part, device: str, parts: Sequence[Line], written: Sequence[Line
         return f"{last['status']} {_when(last)}, {'these' if now else 'older'} sources"
     lines = [line for line in written if line["device"] == device]
     if lines:
-        return f"lines of {_when(max(lines, key=lambda line: line['date']))}, older sources"
+        last = max(lines, key=lambda line: line["date"])
+        hashes = last.get("sources") or {}  # the first lines have none
+        now = all(hashes.get(name) == of for name, of in evidence(part, device)["of"].items())
+        return f"lines of {_when(last)}, {'these' if now else 'older'} sources"
     return "not yet"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -111,7 +112,8 @@ class Session:
 
     def part(self, stage: Stage, part: Part, env: Line, scratch: str) -> str:
         """Runs a part; how it ended."""
-        command = (part.dry if self.dry else part.command).format(out=self.lines, scratch=scratch)
+        out = shlex.quote(str(self.lines.resolve()))
+        command = (part.dry if self.dry else part.command).format(out=out)
         self.say(f"=== {stage.number} {stage.name}: {part.name}, at most {part.seconds} s")
         self.say(f"    {command}")
         start = time.monotonic()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KERNELS = ("cuda", "triton")
+BOTH = ("cuda", "triton")
 CUDA = ("cuda",)
 
 
@@ -89,7 +89,7 @@ STAGES = (
                 "averages, telemetry, release_gradients, torch.compile, FSDP2 with NCCL",
                 200,
                 "tests/test_gpu_*.py -m gpu",
-                KERNELS,
+                BOTH,
             ),
             Part(
                 "phase",

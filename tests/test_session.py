@@ -110,6 +110,22 @@ def test_evidence_is_of_the_sources_that_a_part_needs(tmp_path, monkeypatch):
     assert run(tmp_path, of("exit 1"))[1] == {"a": "failed"}
 
 
+def test_a_folder_may_have_spaces_in_its_name(tmp_path):
+    folder = tmp_path / "a b"
+    assert run(folder, of("test -e {out} || echo '{{}}' > {out}"))[1] == {"a": "passed"}
+    assert lines(folder / "results.jsonl")[0] == {}
+
+
+def test_the_page_says_whether_lines_are_of_these_sources():
+    part = STAGES[2].parts[0]
+    line = {"device": "a GPU", "date": "2026-01-02T", "commit": "abcdefghi"}
+    hashes = session.sources.kernel_hashes()
+    for of_line, shown in ((None, "older"), ({"cuda": "x"}, "older"), (hashes, "these")):
+        cell = coverage._cell(part, "a GPU", [], [{**line, "sources": of_line}])
+        assert cell == f"lines of 2026-01-02 (abcdefg), {shown} sources"
+    assert coverage._cell(part, "another", [], [line]) == "not yet"
+
+
 def test_a_part_that_does_not_fit_is_left(tmp_path):
     code, ended = run(tmp_path, of("true", seconds=50), limit=40)
     assert (code, ended) == (0, {"a": "left for the next call"})
