@@ -215,7 +215,7 @@ class Shard:
         forms = [
             format_of(inner[key], inner[scale_key(key)], which)
             for key, _, _ in rule.slots
-            if scale_key(key) in inner and inner[scale_key(key)].dim()
+            if key in inner and scale_key(key) in inner and inner[scale_key(key)].dim()
         ]
         if not forms or self._tail(forms[0]) is not None:
             return dict(state)
