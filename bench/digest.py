@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import onepass
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
 from onepass_tools.benchmark.devices import DEVICES
 
 from . import results

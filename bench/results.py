@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from onepass import ops
+from onepass.engine import libraries
 from onepass_tools.benchmark.cases import Case
 from onepass_tools.benchmark.devices import DEVICES
 from onepass_tools.benchmark.measure import Outcome, Timed, percentile
@@ -60,7 +60,7 @@ def environment(device: str = "cpu") -> Line:
     gpu = device == "cuda"
     found = DEVICES[device]
     commit, dirty = sources.commit_and_dirty()
-    library = ops.CUDA_LIBRARY if gpu else ops.LIBRARY
+    library = libraries.CUDA_LIBRARY if gpu else libraries.LIBRARY
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,

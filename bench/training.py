@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import onepass
-from onepass import codec
+from onepass.engine import numpy_codec
 from onepass.formats import STATE_FORMATS, scale_key
 from onepass_tools.demo.data import Batches, Corpus, load
 from onepass_tools.demo.model import Shape, count_parameters, initial_weights, parameter_groups
@@ -167,10 +167,10 @@ class Watch:
         parts: list[list[Tensor]] = [[], []]
         for param in self._params():
             state = self._optimizer.state[param]
-            keys = {i: key for i, (key, _, _) in enumerate(rule.slots) if key in state}
+            keys = {i: key for i, key in enumerate(rule.keys) if key in state}
             codes = {i: state[key] for i, key in keys.items()}
             scales = {i: state[scale_key(k)] for i, k in keys.items() if scale_key(k) in state}
-            values = codec.read_states(form, rule.kinds, codes, scales, param.numel())
+            values = numpy_codec.read_states(form, rule.kinds, codes, scales, param.numel())
             for slot, part in enumerate(parts):
                 value = values[slot] if slot < len(values) else None
                 part.append(torch.zeros(param.numel()) if value is None else torch.tensor(value))
@@ -180,7 +180,7 @@ class Watch:
         """Follows the gradients that are in place; look: compare the coming step."""
         self._steps += 1
         grads = [p.grad for p in self._params()]
-        grad = torch.cat([codec.flat(g).float() for g in grads if g is not None])
+        grad = torch.cat([numpy_codec.flat(g).float() for g in grads if g is not None])
         exact, self._exact = step_of(self._config.rule, self._exact, grad, self._steps)
         if look:
             taken, _ = step_of(self._config.rule, self._stored(), grad, self._steps)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onepass.reference import blocks
-from onepass.reference.arrays import F32, U32
+from onepass.formats import blocks
+from onepass.numerics.arrays import F32, U32
 from onepass_tools.demo.data import Batches, Corpus, load
 from onepass_tools.demo.model import Shape, initial_weights, parameter_groups
 from onepass_tools.demo.train import Task, backward, schedule, validate

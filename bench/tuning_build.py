@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from onepass import ops
+from onepass.engine import libraries
 
 from . import results
 from .tuning_variants import Variant, architecture, library_of, source_hash
@@ -52,9 +52,9 @@ def compile_variant(variant: Variant, target: Path) -> str:
 
 def copy_cpu_library(variant: Variant, target: Path) -> str:
     """What a dry run has in place of a variant."""
-    if ops.missing:
-        return ops.missing
-    shutil.copyfile(ops.LIBRARY, target)
+    if libraries.missing:
+        return libraries.missing
+    shutil.copyfile(libraries.LIBRARY, target)
     return ""
 
 

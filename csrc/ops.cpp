@@ -45,7 +45,7 @@ namespace {
 
 // A gradient that torch negates, conjugates or fills with zeros only when it is read. torch's own
 // kernels for these dispatch keys would pass refresh a temporary copy, freed before run reads it.
-// So the plan is reported as stale, and Python copies such gradients (onepass/gradients.py).
+// So the plan is reported as stale, and Python copies such gradients (onepass/engine/gradients.py).
 void is_stale(StableIValue* stack, uint64_t, uint64_t) {
   const auto plan = torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
   const onepass::TensorList params(stack[1]), grads(stack[2]);

@@ -21,7 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Columns of spec, a row per parameter; onepass/plan.py writes it.
+// Columns of spec, a row per parameter; onepass/engine/plan.py writes it.
 enum Column {
   kRule,
   kFlags,

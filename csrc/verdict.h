@@ -1,4 +1,4 @@
-// What becomes of a step: the lines of onepass/reference/verdict.py.
+// What becomes of a step: the lines of onepass/numerics/verdict.py.
 #pragma once
 
 #include "rules/options.h"

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import onepass
-from onepass.backends import BACKENDS, Entry
+from onepass.engine.backends import BACKENDS, Entry
+from onepass.engine.hyper_table import History
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
-from onepass.rules import HYPER_WIDTH, RULES
+from onepass.rules import HYPER_WIDTH, RULES, Rule
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,11 @@ def step_of_shard(name: str, first: int, states: str) -> list[torch.Tensor]:
     assert backend.refresh(prepared, [param], [grad])
     backend.run(prepared, hyper, counters)
     return [param, *held.values(), *scales.values()]
+
+
+def history(rule: Rule, steps: float, fresh: bool) -> History:
+    """What a parameter of a rule has behind it after so many steps: scalar states that changed."""
+    return History(steps, fresh, tuple(s.starts_at * 0.7**steps for s in rule.scalar_states))
 
 
 def advance(backend: Any, table: Any, verdict: torch.Tensor | None) -> None:

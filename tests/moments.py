@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onepass import reference
 from onepass.formats import STATE_FORMATS
+from onepass.formats.specification import decode_states, encode_states
+from onepass.numerics.random_bits import random_bits as draw_bits
 
 F32 = np.float32
 ADAM = ("relative", "second")  # the kinds of Adam's slots without amsgrad
@@ -20,7 +21,7 @@ ALL_RANDOM = np.arange(1 << 16, dtype=np.uint32)  # every value that 16 random b
 
 def random_bits(step: int, count: int, slots: int = 2, seed: int = 0) -> list[np.ndarray]:
     """16 bits an element for each slot, as a step draws them."""
-    words = [reference.random_bits(seed, step, 0, 0, count, word) for word in range(-(-slots // 2))]
+    words = [draw_bits(seed, step, 0, 0, count, word) for word in range(-(-slots // 2))]
     halves = [half for word in words for half in (word & np.uint32(0xFFFF), word >> np.uint32(16))]
     return halves[:slots]
 
@@ -30,12 +31,12 @@ def encode(name: str, values: Sequence[np.ndarray], kinds: Sequence[str], random
     count = len(values[0])
     if random is None or isinstance(random, int):
         random = [np.full(count, random or 0, np.uint32)] * len(values)
-    return reference.encode_states(STATE_FORMATS[name].code, tuple(values), kinds, random)
+    return encode_states(STATE_FORMATS[name].code, tuple(values), kinds, random)
 
 
 def decode(name: str, stored, kinds: Sequence[str], count: int) -> list[np.ndarray]:
     """The fp32 values behind :func:`encode`."""
-    return list(reference.decode_states(STATE_FORMATS[name].code, stored, kinds, count))
+    return list(decode_states(STATE_FORMATS[name].code, stored, kinds, count))
 
 
 def there_and_back(name: str, values: Sequence[np.ndarray], kinds: Sequence[str], random=None):

@@ -263,7 +263,7 @@ def replace(run, rng):
     run.note(f"states of parameter {i}, {'in place' if inplace else 'replaced'}, times {factor}")
     for params, optimizer in run.sides:
         state = optimizer.state.get(params[i], {})
-        for key in [key for _, key, _ in run.reference.rule.slots if key in state]:
+        for key in [key for key in run.reference.rule.keys if key in state]:
             if inplace and factor:
                 state[key].mul_(factor)
             elif state[key] is not None:

@@ -13,7 +13,6 @@ import pytest
 
 import onepass
 from onepass.formats import STATE_FORMATS
-from onepass.reference import rules
 from onepass.rules import RULES
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithms"
@@ -21,17 +20,17 @@ PAGES = {name: DOCS / f"{name}.md" for name in RULES}
 
 
 def code(name):
-    return f"```python\n{inspect.getsource(getattr(rules, name))}```"
+    return f"```python\n{inspect.getsource(RULES[name].update)}```"
 
 
 def memory(name):
     """A row per state: when it is there, bytes per value in each format."""
     rule = RULES[name]
     rows = [
-        f"| `{key}` | {flag or 'always'} | "
+        f"| `{slot.key}` | {slot.flag or 'always'} | "
         + " | ".join(f"{form.bytes:.4g}" for form in STATE_FORMATS.values())
         + " |"
-        for key, flag, _ in rule.slots
+        for slot in rule.slots
     ]
     heads = " | ".join(f"`{form}`" for form in STATE_FORMATS)
     return "\n".join(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import onepass
-from onepass.bitsandbytes import NESTED, STATES
-from onepass.reference.blocks import dynamic_map
+from onepass.checkpoints.bitsandbytes import NESTED
+from onepass.formats.blocks import dynamic_map
 
 from .bitsandbytes_record import OPTIONS, PATH, SHAPES, STEPS, record, set_grads, values
 from .cases import assert_same, clone, make_params, same_bits, train
@@ -68,7 +68,7 @@ def test_codes_come_over_unchanged(name, run_of):
     for i, param in enumerate(params):
         theirs, state = flat(run["state_dict"]["state"][i]), optimizer.state[param]
         assert state["step"] == STEPS
-        for n, key in enumerate(STATES[optimizer.rule.name], 1):
+        for n, key in enumerate(optimizer.rule.bitsandbytes.states, 1):
             assert same_bits(state[key], theirs[f"state{n}"])
             if i == 0:
                 assert state[key].dtype == torch.uint8

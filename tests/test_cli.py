@@ -64,7 +64,7 @@ def test_mistyped_command(typed: str, hint: str | None, capsys: pytest.CaptureFi
 
 
 def test_info_is_plain_text_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from onepass import backends
+    from onepass.engine import backends
 
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_info_is_plain_text_off_a_terminal(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_info_markdown_is_only_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
-    from onepass import backends
+    from onepass.engine import backends
 
     assert main(["info", "--markdown"]) == 0
     assert capsys.readouterr().out == backends.support_matrix().strip() + "\n"

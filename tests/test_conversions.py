@@ -204,7 +204,7 @@ def test_convert_state_dict_keeps_groups_and_refuses_what_does_not_fit():
     other = onepass.convert_state_dict(optimizer, saved, states="bf16", weights="master")
     assert [group.get("weights") for group in other["param_groups"]] == [None, "master"]
     assert other["state"][0]["exp_avg"].dtype == other["state"][1]["exp_avg"].dtype == BF16
-    full = onepass.states.full_precision(weight, saved["state"][1])
+    full = onepass.engine.state_conversion.full_precision(weight, saved["state"][1])
     assert torch.equal(other["state"][1]["weight_master"], full)
     for arguments, message in [
         ({"states": "mx6"}, "states must be one of 'fp32'.*got 'mx6'"),
@@ -248,8 +248,8 @@ def test_companions_come_within_the_target_formats_error(source, target):
     saved = optimizer.state_dict()
     loaded = onepass.SGD(params, lr=0.0, weights=target)
     loaded.load_state_dict(saved)
-    want = onepass.states.full_precision(params[0], saved["state"][0])
-    got = onepass.states.full_precision(params[0], loaded.state_dict()["state"][0])
+    want = onepass.engine.state_conversion.full_precision(params[0], saved["state"][0])
+    got = onepass.engine.state_conversion.full_precision(params[0], loaded.state_dict()["state"][0])
     assert ((got - want).abs() <= LOST[target] * want.abs()).all()
     if source == target:
         assert torch.equal(got, want)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
 
 from . import cuda_shim
 from .cases import assert_same, clone, make_params, set_grads

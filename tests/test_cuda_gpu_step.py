@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS, Policy
-from onepass.reference.verdict import VERDICT_WIDTH
-from onepass.rows import RowTable
+from onepass.engine.backends import BACKENDS, Policy
+from onepass.engine.hyper_table import History, RowTable
+from onepass.numerics.verdict import VERDICT_WIDTH
 from onepass.rules import RULES
 
 from .cases import (
@@ -70,9 +70,9 @@ def captured(step):
 def test_advance_derives_the_hyperparameters_of_the_host(rule):
     reference = table_of(rule)
     rows = [
-        (row.group, float(step), bool(fresh))
-        for row, step, fresh in zip(
-            reference.rows, reference.steps.tolist(), reference.fresh.tolist(), strict=True
+        (row.group, History(steps, bool(fresh), tuple(scalar_states)))
+        for row, (steps, fresh, *scalar_states) in zip(
+            reference.rows, reference.kept.T.tolist(), strict=True
         )
     ]
     ours = RowTable(RULES[rule], rows, torch.device("cuda"))

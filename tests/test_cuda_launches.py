@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
 
 from . import cuda_shim
 from .cases import advance, assert_same, make_params, same_bits

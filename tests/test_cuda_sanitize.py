@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
 
 from . import cuda_sanitize, cuda_shim
 from .support.devices import ON_GPU

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import onepass
-from onepass import backends
-from onepass.backends import BACKENDS, Entry
+from onepass.engine import backends
+from onepass.engine.backends import BACKENDS, Entry
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
 from onepass.paging.options import SMALLEST_PAGE, Paging
 from onepass.rules import HYPER_WIDTH, RULES

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS, Policy
+from onepass.engine.backends import BACKENDS, Policy
+from onepass.engine.hyper_table import History, RowTable
 from onepass.formats import STATE_FORMATS
-from onepass.reference.verdict import SKIPPED, VERDICT_WIDTH
-from onepass.rows import RowTable
+from onepass.numerics.verdict import SKIPPED, VERDICT_WIDTH
 from onepass.rules import RULES
+from tests.cases import history
 
 from . import cuda_shim
 from .cases import CASES, DTYPES, SIZES, advance, assert_same, make_params, same_bits
@@ -66,7 +67,7 @@ def groups_of(rule):
 
 def table_of(rule):
     rows = [
-        (group, float(step - 1), first)
+        (group, history(RULES[rule], step - 1, first))
         for group, step, first in itertools.product(groups_of(rule), STEPS, (False, True))
     ]
     return RowTable(RULES[rule], rows, torch.device("cpu"))
@@ -149,11 +150,11 @@ def test_retreat_from_a_table_of_rows_that_count_and_rows_that_do_not(name):
 @pytest.mark.parametrize("name", ["reference", SHIM])
 def test_retreat_at_the_largest_count_of_fp32(name):
     table = RowTable(
-        RULES["lion"], [(next(groups_of("lion")), 2.0**24, False)], torch.device("cpu")
+        RULES["lion"], [(next(groups_of("lion")), History(2.0**24, False))], torch.device("cpu")
     )
     advance(BACKENDS[name], table, None)
     assert float(table.steps) == 2.0**24
-    BACKENDS[name].retreat(table, table.fresh.clone())
+    BACKENDS[name].retreat(table, table.kept[1:].clone())
     assert float(table.steps) == 2.0**24
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import digest, results
 from bench.digest_cases import cases
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
 
 from . import cuda_shim
 

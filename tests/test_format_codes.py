@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onepass.reference import blocks
+from onepass.formats import blocks
 
 from .moments import ADAM, ALL_RANDOM, F32, Moments, decode, encode, random_bits, there_and_back
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from onepass import reference
 from onepass.formats import WEIGHT_FORMATS
-from onepass.rules import RULES
+from onepass.formats.specification import decode_weight, encode_weight
+from onepass.numerics.random_bits import random_bits
+from onepass.rules import RULES, StepOf
 
 from .moments import ALL_RANDOM, F32
 
@@ -20,12 +21,12 @@ ADAMW |= {"decoupled_weight_decay": True, "amsgrad": False, "maximize": False, "
 def encode(name, values, random=0, dtype=BF16):
     """(weight, companion) of fp32 values; random: 16 bits an element, or one number for all."""
     random = np.broadcast_to(np.asarray(random, np.uint32), np.shape(values)).copy()
-    return reference.encode_weight(WEIGHT_FORMATS[name].codes[dtype], values, random)
+    return encode_weight(WEIGHT_FORMATS[name].codes[dtype], values, random)
 
 
 def decode(name, weight, companion=None, dtype=BF16):
     """The fp32 values behind :func:`encode`."""
-    return reference.decode_weight(WEIGHT_FORMATS[name].codes[dtype], weight, companion)
+    return decode_weight(WEIGHT_FORMATS[name].codes[dtype], weight, companion)
 
 
 def every_exponent(count):
@@ -112,9 +113,9 @@ def train(name, target, steps, lr, noise, seed=4):
         shown = decode("native", stored[0])
         grad = shown - target + F32(noise) * rng.standard_normal(count, F32)
         group = ADAMW | {"lr": lr * (1 - step / (steps + 1)), "weight_decay": 0}
-        hyper = [F32(x) for x in rule.derive(rule.options(group), step, step == 1)]
+        hyper = [F32(x) for x in rule.derive(rule.options(group), StepOf(step, step == 1))]
         param, states = rule.update(param, grad, states, hyper, {"decoupled"})
-        random = reference.random_bits(seed, step, 0, 0, count, 1) >> np.uint32(16)
+        random = random_bits(seed, step, 0, 0, count, 1) >> np.uint32(16)
         stored = encode(name, param, random)
         history.append((stored[0], decode(name, *stored)))
     return history

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
 from onepass.paging.options import Paging
 
 from .cases import CASES, last_variant, same_bits, snapshot

@@ -67,7 +67,7 @@ def test_rungs_of_the_cpu(tmp_path):
 
 def test_rungs_of_the_gpu_in_the_interpreter():
     pytest.importorskip("triton")
-    from onepass.backends import BACKENDS
+    from onepass.engine.backends import BACKENDS
 
     cpu = torch.device("cpu")
     if why := BACKENDS["triton"].unavailable(cpu):

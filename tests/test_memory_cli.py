@@ -19,7 +19,7 @@ import pytest
 from onepass.memory import peers
 from onepass.memory.advice import lora, recommend
 from onepass.memory.models import known
-from onepass.memory.runs import Terms, candidate, report
+from onepass.memory.scenarios import Terms, candidate, report
 from onepass_tools import EXIT_USAGE, main
 
 SMALL = ["--model", "bert-base"]
@@ -90,10 +90,10 @@ def test_measured_beside_predicted(capsys):
 
 
 def test_a_wrong_prediction_is_exit_code_1(capsys, monkeypatch):
-    from onepass.memory import runs
+    from onepass.memory import scenarios
     from onepass.memory.report import Bytes
 
-    monkeypatch.setattr(runs, "predicted", lambda *_: Bytes(weights=1))
+    monkeypatch.setattr(scenarios, "predicted", lambda *_: Bytes(weights=1))
     argv = [*SMALL, "--scale", "0.01", "--optimizers", "adamw", "--measure", "--device", "cpu"]
     assert "more than 0.5 % off" in call(capsys, *argv, code=1).err
 
@@ -113,7 +113,7 @@ def test_pictures(tmp_path, capsys):
 
 
 def test_names_in_a_page_are_escaped():
-    from onepass.memory.page import page
+    from onepass.memory.html_report import page
 
     found = report(candidate("adamw"), known("bert-base"), Terms())
     found.name = "<i>&amp"

@@ -9,7 +9,7 @@ import torch
 
 from onepass.memory.models import FAMILIES, KNOWN, find, known, of_module
 from onepass.memory.models.shapes import BIAS, CONV, EMBEDDING, MATRIX, NORM
-from onepass.memory.runs import Terms, candidate, predicted
+from onepass.memory.scenarios import Terms, candidate, predicted
 from onepass.memory.shards import sharded
 from onepass.memory.sizes import parse_size, show
 

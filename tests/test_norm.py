@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS, Entry
+from onepass.engine.backends import BACKENDS, Entry
 from onepass.formats import NATIVE, STATE_FORMATS
 from onepass.rules import HYPER_WIDTH, RULES
 

@@ -11,13 +11,13 @@ import torch
 
 import onepass
 from onepass.formats import ABSENT
-from onepass.rules import HYPER_WIDTH, RULES
+from onepass.rules import CODES, HYPER_WIDTH
 
 from .cases import same_bits
 
 pytestmark = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
 
-SPEC = [RULES["adam"].code, 1, 0, 0, 0, 0, 0, 0, ABSENT, 0]
+SPEC = [CODES["adam"], 1, 0, 0, 0, 0, 0, 0, ABSENT, 0]
 
 
 def arguments(n=100):

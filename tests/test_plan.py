@@ -45,9 +45,9 @@ def both(backend, change, cls=onepass.AdamW, **options):
 
 def test_a_steady_run_is_planned_once(backend, monkeypatch):
     made = []
-    original = onepass.plan.Plan.__init__
+    original = onepass.engine.plan.Plan.__init__
     monkeypatch.setattr(
-        onepass.plan.Plan,
+        onepass.engine.plan.Plan,
         "__init__",
         lambda self, *a, **k: (made.append(1), original(self, *a, **k))[1],
     )

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from onepass import reference
-from onepass.rules import HYPER_WIDTH, OPTIONS_WIDTH, RULES, power
+from onepass.formats.floats import (
+    decode_bf16,
+    decode_fp16,
+    encode_bf16,
+    encode_bf16_stochastic,
+    encode_fp16,
+)
+from onepass.numerics.random_bits import random_bits, splitmix64
+from onepass.rules import HYPER_WIDTH, OPTIONS_WIDTH, RULES, StepOf, power
 
 ALL_CODES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 # Every value with 19 significant leading bits: all rounding decisions of both 16-bit formats.
@@ -31,41 +38,35 @@ def same_codes(a, b, dtype):
 
 
 def test_bf16_is_torchs():
-    decoded = reference.decode_bf16(ALL_CODES)
+    decoded = decode_bf16(ALL_CODES)
     expected = torch.from_numpy(ALL_CODES.view(np.int16)).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(decoded, expected)
-    assert same_codes(reference.encode_bf16(decoded), ALL_CODES, torch.bfloat16)
+    assert same_codes(encode_bf16(decoded), ALL_CODES, torch.bfloat16)
     with np.errstate(all="ignore"):
         assert same_codes(
-            reference.encode_bf16(NEAR_TIES), torch_codes(NEAR_TIES, torch.bfloat16), torch.bfloat16
+            encode_bf16(NEAR_TIES), torch_codes(NEAR_TIES, torch.bfloat16), torch.bfloat16
         )
 
 
 def test_fp16_is_torchs():
-    decoded = reference.decode_fp16(ALL_CODES)
+    decoded = decode_fp16(ALL_CODES)
     expected = torch.from_numpy(ALL_CODES.view(np.int16)).view(torch.float16).float().numpy()
     np.testing.assert_array_equal(decoded, expected)
     with np.errstate(all="ignore"):
-        assert same_codes(reference.encode_fp16(decoded), ALL_CODES, torch.float16)
+        assert same_codes(encode_fp16(decoded), ALL_CODES, torch.float16)
         assert same_codes(
-            reference.encode_fp16(NEAR_TIES), torch_codes(NEAR_TIES, torch.float16), torch.float16
+            encode_fp16(NEAR_TIES), torch_codes(NEAR_TIES, torch.float16), torch.float16
         )
 
 
 def test_stochastic_bf16_keeps_what_bf16_holds_and_brackets_the_rest():
-    decoded = reference.decode_bf16(ALL_CODES)
+    decoded = decode_bf16(ALL_CODES)
     for random in (0, 1, 0x7FFF, 0xFFFF):
         bits = np.full(len(decoded), random, np.uint32)
-        assert same_codes(
-            reference.encode_bf16_stochastic(decoded, bits), ALL_CODES, torch.bfloat16
-        )
+        assert same_codes(encode_bf16_stochastic(decoded, bits), ALL_CODES, torch.bfloat16)
     values = np.random.default_rng(0).normal(size=10000).astype(np.float32) ** 9
-    low = reference.decode_bf16(
-        reference.encode_bf16_stochastic(values, np.zeros(10000, np.uint32))
-    )
-    high = reference.decode_bf16(
-        reference.encode_bf16_stochastic(values, np.full(10000, 0xFFFF, np.uint32))
-    )
+    low = decode_bf16(encode_bf16_stochastic(values, np.zeros(10000, np.uint32)))
+    high = decode_bf16(encode_bf16_stochastic(values, np.full(10000, 0xFFFF, np.uint32)))
     assert (np.abs(low) <= np.abs(values)).all()
     assert (np.abs(high) >= np.abs(values)).all()
     gap = np.abs(high - low)
@@ -76,11 +77,9 @@ def test_stochastic_bf16_keeps_what_bf16_holds_and_brackets_the_rest():
 def test_stochastic_bf16_is_unbiased(value):
     """Within 4 standard errors over 65,536 draws."""
     draws = 1 << 16
-    random = reference.random_bits(3, 5, 8, 0, draws) & np.uint32(0xFFFF)
+    random = random_bits(3, 5, 8, 0, draws) & np.uint32(0xFFFF)
     values = np.full(draws, value, np.float32)
-    decoded = reference.decode_bf16(reference.encode_bf16_stochastic(values, random)).astype(
-        np.float64
-    )
+    decoded = decode_bf16(encode_bf16_stochastic(values, random)).astype(np.float64)
     error = decoded.mean() - float(np.float32(value))
     assert decoded.std() > 0
     assert abs(error) <= 4 * decoded.std() / math.sqrt(draws)
@@ -91,10 +90,8 @@ def test_random_bits_known_answers():
 
     def by_hand(seed, step, param_id, index, word):
         mask = (1 << 32) - 1
-        stream = reference.splitmix64(
-            reference.splitmix64(reference.splitmix64(seed) ^ step) ^ param_id
-        )
-        key = reference.splitmix64(stream ^ (word << 32 | index >> 32))
+        stream = splitmix64(splitmix64(splitmix64(seed) ^ step) ^ param_id)
+        key = splitmix64(stream ^ (word << 32 | index >> 32))
         x = ((index & mask) * 0x9E3779B9 + (key & mask)) & mask
         x ^= x >> 16
         x = x * 0x7FEB352D & mask
@@ -102,21 +99,21 @@ def test_random_bits_known_answers():
         return x * 0x846CA68B & mask
 
     # SplitMix64 from state 0: the first outputs published with the generator.
-    assert reference.splitmix64(0) == 0xE220A8397B1DCDAF
-    assert reference.splitmix64(0x9E3779B97F4A7C15) == 0x6E789E6AA1B965F4
+    assert splitmix64(0) == 0xE220A8397B1DCDAF
+    assert splitmix64(0x9E3779B97F4A7C15) == 0x6E789E6AA1B965F4
     for where in [(0, 1, 0, 0, 0), (7, 3, 2, 12345, 1), (1 << 62, 9, 5, (1 << 32) - 2, 0)]:
-        found = reference.random_bits(*where[:4], 4, where[4])
+        found = random_bits(*where[:4], 4, where[4])
         expected = [by_hand(*where[:3], where[3] + i, where[4]) for i in range(4)]
         assert found.tolist() == expected
-    assert reference.random_bits(0, 1, 0, 0, 3).tolist() == KNOWN
+    assert random_bits(0, 1, 0, 0, 3).tolist() == KNOWN
 
 
 KNOWN = [3865129165, 2557184498, 1883049162]
 
 
 def test_random_bits_do_not_depend_on_where_they_are_cut():
-    whole = reference.random_bits(1, 2, 3, (1 << 32) - 100, 200)
-    parts = [reference.random_bits(1, 2, 3, (1 << 32) - 100 + i, 50) for i in range(0, 200, 50)]
+    whole = random_bits(1, 2, 3, (1 << 32) - 100, 200)
+    parts = [random_bits(1, 2, 3, (1 << 32) - 100 + i, 50) for i in range(0, 200, 50)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
@@ -124,7 +121,7 @@ def test_random_bits_look_independent():
     """Uniform halves, neighbours, blocks, words, steps and parameters: |z| of each under 5."""
     n = 1 << 19
     scores = {}
-    base = reference.random_bits(11, 4, 6, 0, n)
+    base = random_bits(11, 4, 6, 0, n)
     halves = {"low": base & np.uint32(0xFFFF), "high": base >> np.uint32(16)}
 
     def unit(half):
@@ -147,9 +144,9 @@ def test_random_bits_look_independent():
             ) / math.sqrt(2 * 4095)
         others = {"step": (11, 5, 6), "parameter": (11, 4, 7), "seed": (12, 4, 6)}
         for what, where in others.items():
-            other = unit(reference.random_bits(*where, 0, n) & np.uint32(0xFFFF))
+            other = unit(random_bits(*where, 0, n) & np.uint32(0xFFFF))
             scores[f"{name} {what}"] = (values * other).mean() * math.sqrt(n)
-        word = unit(reference.random_bits(11, 4, 6, 0, n, word=1) & np.uint32(0xFFFF))
+        word = unit(random_bits(11, 4, 6, 0, n, word=1) & np.uint32(0xFFFF))
         scores[f"{name} word"] = (values * word).mean() * math.sqrt(n)
     scores["halves"] = (unit(halves["low"]) * unit(halves["high"])).mean() * math.sqrt(n)
     worst = max(scores, key=lambda name: abs(scores[name]))
@@ -179,15 +176,16 @@ def test_derive_returns_what_the_table_says():
     for rule in RULES.values():
         options = rule.options(group)
         assert len(options) == OPTIONS_WIDTH
-        assert len(rule.derive(options, 3, False)) == rule.scalars
-        assert len(rule.hyper(options, 3, False, 1.0)) == HYPER_WIDTH
+        advanced = rule.advance(options, 3, tuple(s.starts_at for s in rule.scalar_states))
+        assert len(rule.derive(options, StepOf(3, False, advanced))) == rule.scalars
+        assert len(rule.hyper(options, StepOf(3, False, advanced), 1.0)) == HYPER_WIDTH
 
 
 def test_adam_hyperparameters_fold_the_bias_corrections():
     group = {"lr": 0.1, "weight_decay": 0.0, "decoupled_weight_decay": True}
     group |= {"betas": (0.9, 0.99), "eps": 1e-3, "maximize": False, "ema_decay": None}
     adam = RULES["adam"]
-    step_size, _, _, _, _, _, eps = adam.derive(adam.options(group), 7, False)
+    step_size, _, _, _, _, _, eps = adam.derive(adam.options(group), StepOf(7, False))
     m, v = 0.3, 0.02
     expected = 0.1 * (m / (1 - 0.9**7)) / (math.sqrt(v / (1 - 0.99**7)) + 1e-3)
     assert step_size * m / (math.sqrt(v) + eps) == pytest.approx(expected, rel=1e-14)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import onepass
-from onepass import backends
+from onepass.engine import backends
 
 from .cases import (
     CASES,

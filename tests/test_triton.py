@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import onepass
-from onepass import reference
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
+from onepass.formats.floats import decode_bf16, decode_fp16, encode_bf16, encode_fp16
 
 from .cases import (
     CASES,
@@ -216,8 +216,8 @@ def test_codes_of_both_16_bit_formats():
     values = np.zeros(-(-len(NEAR_TIES) // block) * block, np.float32)
     values[: len(NEAR_TIES)] = NEAR_TIES
     for format_, encode, decode in (
-        (formats.FORMATS[1], reference.encode_bf16, reference.decode_bf16),
-        (formats.FORMATS[2], reference.encode_fp16, reference.decode_fp16),
+        (formats.FORMATS[1], encode_bf16, decode_bf16),
+        (formats.FORMATS[2], encode_fp16, decode_fp16),
     ):
         assert format_.element == tl.uint16
         source, decoded = torch.from_numpy(values.copy()), torch.empty(len(values))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import onepass
-from onepass import backends
-from onepass.backends import triton as host
-from onepass.backends.triton import TritonBackend
-from onepass.rows import RowTable
+from onepass.engine import backends
+from onepass.engine.backends import triton as host
+from onepass.engine.backends.triton import TritonBackend
+from onepass.engine.hyper_table import History, RowTable
 
 from .cases import make_params, set_grads
 
@@ -122,7 +122,7 @@ def test_every_rule_and_format_has_a_kernel():
     from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
     from onepass.rules import RULES
 
-    assert list(rules.RULES) == list(RULES)
+    assert all(rules.update_of(name) and rules.derive_of(name) for name in RULES)
     weights = {code for form in WEIGHT_FORMATS.values() for code in form.codes.values()}
     states = {form.code for form in STATE_FORMATS.values()}
     assert {*formats.FORMATS, *formats.MOMENT_FORMATS} == weights | states
@@ -206,7 +206,7 @@ def test_a_table_of_gradients_that_a_captured_step_reads_is_not_written_again():
 def test_options_are_uploaded_again_beside_a_graph_that_copies_its_own():
     param = param_with_grad(3)
     (group,) = onepass.SGD([param], lr=0.5, seed=4).param_groups
-    table = RowTable(onepass.SGD.rule, [(group, 0.0, True)], CPU)
+    table = RowTable(onepass.SGD.rule, [(group, History(0.0, True))], CPU)
     table.upload()
     known = table.options.clone()
     table.options.zero_()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from onepass.backends.triton import CONTRACTS, _version
+from onepass.engine.backends.triton import CONTRACTS, _version
 
 HERE = Path(__file__).parent
 NVIDIA = ("sm_80", "sm_90", "sm_100")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import onepass
-from onepass import reference
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
+from onepass.formats.floats import encode_bf16_stochastic
+from onepass.numerics.random_bits import random_bits
 
 from .cases import CASES, DTYPES, FORMATS, IDS, SIZES, VARIANTS, make_params, same_bits, set_grads
 from .test_bits import SPECIAL
@@ -195,8 +196,8 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(states):
         if states == "fp32":
             assert same_bits(found, value)
         else:
-            bits = reference.random_bits(5, 1, 0, first, 8) & 0xFFFF
-            codes = reference.encode_bf16_stochastic(value.numpy(), bits).view("int16")
+            bits = random_bits(5, 1, 0, first, 8) & 0xFFFF
+            codes = encode_bf16_stochastic(value.numpy(), bits).view("int16")
             assert same_bits(found, torch.from_numpy(codes).view(torch.bfloat16))
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS, Policy
-from onepass.reference.verdict import FACTOR, SKIP, SKIPPED, VERDICT_WIDTH
-from onepass.rows import NONFINITE, RowTable
+from onepass.engine.backends import BACKENDS, Policy
+from onepass.engine.hyper_table import NONFINITE, RowTable
+from onepass.numerics.verdict import FACTOR, SKIP, SKIPPED, VERDICT_WIDTH
+from tests.cases import history
 
 from .cases import CASES, advance, assert_same, make_params, same_bits, set_grads
 
@@ -76,11 +77,11 @@ def test_hyperparameters_are_the_hosts(case):
         (group,) = case.ours([torch.nn.Parameter(torch.ones(1))], **variant).param_groups
         groups.append({**group, **{k: v for k, v in numbers.items() if k in group}})
     rows = [
-        (group, float(STEPS[(i + j) % len(STEPS)]), j % 2 == 0)
+        (group, history(case.ours.rule, STEPS[(i + j) % len(STEPS)], j % 2 == 0))
         for i, group in enumerate(groups)
         for j in range(2)
     ]
-    assert {row[1] for row in rows} == set(STEPS)
+    assert {row[1].steps for row in rows} == set(STEPS)
     tables = [RowTable(RULES_OF[case.name], rows, CPU) for _ in range(2)]
     verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64)
     for judged in (None, (0.1, 0.0), (0.7, 1.0), (NAN, 0.0), (1 / 3, 0.0)):
@@ -106,9 +107,9 @@ RULES_OF = {case.name: case.ours.rule for case in CASES}
 
 
 def test_rules_have_the_same_derive():
-    from onepass.triton_kernels.derive import DERIVE
+    from onepass.triton_kernels import rules
 
-    assert set(DERIVE) == {rule.name for rule in RULES_OF.values()}
+    assert all(rules.derive_of(rule.name) for rule in RULES_OF.values())
 
 
 # --- zeroed gradients, averages, telemetry, rows left alone ----------------------------------
@@ -278,7 +279,7 @@ def test_clipping_with_one_value_of_the_norm():
 
     def change(optimizer, step):
         grads = [p.grad.numpy().ravel() for p in params_of(optimizer)]
-        optimizer._found = torch.from_numpy(onepass.reference.norm(grads))
+        optimizer._found = torch.from_numpy(onepass.numerics.gradient_norm(grads))
 
     both(change, max_grad_norm=0.5, cls=onepass.SGD, momentum=0.9)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.backends import BACKENDS
+from onepass.engine.backends import BACKENDS
 
 from .cases import assert_same, make_params, same_bits, set_grads
 from .test_plan import BACKENDS as NAMES

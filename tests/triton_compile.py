@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from onepass.triton_kernels import derive, norm, sums
+from onepass.triton_kernels import norm, prologue, rules, sums
 from onepass.triton_kernels.sweep import sweep
 from onepass.triton_kernels.table import TUNING
 from onepass.triton_kernels.variants import Variant, Variants
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
-from onepass.rules import RULES, SLOTS
+from onepass.rules import MAX_STATES, RULES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,7 +45,7 @@ def variant(
 ) -> Variant:
     slots = {slot for slot, _ in RULES[rule].state_slots(flags)}
     code = STATE_FORMATS[states].code
-    codes = tuple(code if s in slots else -1 for s in range(SLOTS))
+    codes = tuple(code if s in slots else -1 for s in range(MAX_STATES))
     return Variant(rule, flags, param, grad, codes, ema)
 
 
@@ -124,7 +124,7 @@ SMALL = {
         {},
     ),
     "judge": (
-        derive.judge,
+        prologue.judge,
         {
             "verdict_ptr": "*fp64",
             "found_ptr": "*fp64",
@@ -137,7 +137,7 @@ SMALL = {
     ),
     **{
         f"advance-{rule}": (
-            derive.advance,
+            prologue.advance,
             {
                 "verdict_ptr": "*fp64",
                 "options_ptr": "*fp64",
@@ -147,7 +147,7 @@ SMALL = {
                 "counters_ptr": "*i64",
                 **dict.fromkeys(["RULE", "SCALARS", "JUDGED"], "constexpr"),
             },
-            {"RULE": derive.DERIVE[rule], "SCALARS": RULES[rule].scalars, "JUDGED": True},
+            {"DERIVE": rules.derive_of(rule), "SCALARS": RULES[rule].scalars, "JUDGED": True},
         )
         for rule in RULES
     },
@@ -165,8 +165,8 @@ def compiled(
     )
     narrow = "VARIANTS" in constants and constants["VARIANTS"].narrow
     options = TUNING[target.warp_size].options(narrow)
-    if function in (derive.judge, derive.advance):
-        options = derive.OPTIONS
+    if function in (prologue.judge, prologue.advance):
+        options = prologue.OPTIONS
     if function in (norm.partial_norms, norm.total_norm):
         options = norm.OPTIONS
     kernel = triton.compile(source, target=target, options=options)

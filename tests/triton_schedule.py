@@ -15,8 +15,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import onepass
-from onepass.backends import Entry
-from onepass.backends.triton import TritonBackend
+from onepass.engine.backends import Entry
+from onepass.engine.backends.triton import TritonBackend
 from onepass.formats import NATIVE, STATE_FORMATS
 from onepass.rules import RULES
 

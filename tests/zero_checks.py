@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import onepass
 from onepass.memory.models import of_module
 from onepass.memory.predict import storage_bytes
-from onepass.memory.runs import Terms, candidate
-from onepass.memory.runs import predicted as of_terms
+from onepass.memory.scenarios import Terms, candidate
+from onepass.memory.scenarios import predicted as of_terms
 
 from . import zero_model
 from .zero_model import LR, backward, everywhere, make, mesh, pair, same_as_twin, train, whole

@@ -1,4 +1,4 @@
-"""The block formats of states in Triton, as :mod:`onepass.reference.blocks` has them.
+"""The block formats of states in Triton, as :mod:`onepass.formats.blocks` has them.
 
 ``decode(codes, scales, root, maps) -> values`` and ``encode(values, random, root, maps) -> (codes,
 scales)`` on the elements of whole blocks, one after another. A block of 32 rests within one warp,

@@ -98,7 +98,7 @@ def _companion(name: str, extra: tl.dtype, **options: Any) -> Format:
     return Format(name, tl.uint16, decode, encode, extra=extra, **options)
 
 
-# By the code of onepass/formats.py: formats of a tensor alone.
+# By the code of onepass/formats/__init__.py: formats of a tensor alone.
 FORMATS = {
     0: Format("fp32", tl.float32, floats.decode_fp32, floats.encode_fp32),
     1: Format("bf16", tl.uint16, floats.decode_bf16, floats.encode_bf16),

@@ -1,17 +1,43 @@
-"""The rules in Triton: the lines of :mod:`onepass.reference`, in its order.
+"""The rules in Triton, under the names that they have in :mod:`onepass.rules`.
 
-``(param, grad, states, h, FLAGS) -> (param, states)`` on fp32 blocks. ``states`` has the rule's
-slots in the order of :data:`onepass.rules.RULES`, a stand-in that no line reads where the flags
-leave one out; ``h`` holds the fp32 scalars of its ``derive``; bit i of ``FLAGS`` is its i-th flag.
+``<name>(param, grad, states, h, FLAGS) -> (param, states)``: the lines of the specification, in its
+order, on fp32 blocks. ``states`` has the rule's slots in order, a stand-in that no line reads where
+the flags leave one out; ``h`` holds the fp32 scalars of the rule's ``derive``; bit i of ``FLAGS``
+is its i-th flag. Roots and divisions are the correctly rounded ones, and the launch turns
+contraction off, so that the results are the specification's bit for bit.
 
-Roots and divisions are the correctly rounded ones, and the launch turns contraction off, so that
-the results are the reference's bit for bit.
+``derive_<name>(o, step, first, scalar_states) -> scalars``: the lines of ``derive``, in float64 on
+scalars. o is a row of the options table, step an int64 number.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from onepass import rules as rule_table
+
+# Columns of the options table.
+DECOUPLED = tl.constexpr(rule_table.DECOUPLED)
+LR = tl.constexpr(rule_table.LR)
+WEIGHT_DECAY = tl.constexpr(rule_table.WEIGHT_DECAY)
+OWN = tl.constexpr(rule_table.OWN)
+
+
+@triton.jit
+def power(base, exponent):
+    result = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+@triton.jit
+def decay(o, lr):
+    return tl.where(o[DECOUPLED] != 0, lr * o[WEIGHT_DECAY], o[WEIGHT_DECAY])
 
 
 @triton.jit
@@ -34,6 +60,13 @@ def sgd(param, grad, states, h, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def derive_sgd(o, step, first, scalar_states):
+    momentum, dampening = o[OWN], o[OWN + 1]
+    kept = tl.where(first, 1.0, 1.0 - dampening)
+    return o[LR], decay(o, o[LR]), momentum, kept
+
+
+@triton.jit
 def adagrad(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
     EPS_IN_SQRT: tl.constexpr = FLAGS & 2
@@ -46,6 +79,13 @@ def adagrad(param, grad, states, h, FLAGS: tl.constexpr):
     if DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (sum_,)
+
+
+@triton.jit
+def derive_adagrad(o, step, first, scalar_states):
+    eps, lr_decay = o[OWN], o[OWN + 1]
+    lr = o[LR] / (1.0 + (step - 1).to(tl.float64) * lr_decay)
+    return lr, decay(o, lr), eps
 
 
 @triton.jit
@@ -76,6 +116,12 @@ def rmsprop(param, grad, states, h, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def derive_rmsprop(o, step, first, scalar_states):
+    alpha, eps, momentum = o[OWN], o[OWN + 1], o[OWN + 2]
+    return o[LR], decay(o, o[LR]), alpha, 1.0 - alpha, eps, momentum
+
+
+@triton.jit
 def adam(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
     AMSGRAD: tl.constexpr = FLAGS & 2
@@ -97,6 +143,14 @@ def adam(param, grad, states, h, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def derive_adam(o, step, first, scalar_states):
+    beta1, beta2, eps = o[OWN], o[OWN + 1], o[OWN + 2]
+    root = tl.sqrt(1.0 - power(beta2, step))
+    step_size = o[LR] * root / (1.0 - power(beta1, step))
+    return step_size, decay(o, o[LR]), beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root
+
+
+@triton.jit
 def lion(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
     lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = h
@@ -112,4 +166,17 @@ def lion(param, grad, states, h, FLAGS: tl.constexpr):
     return param - delta, (exp_avg,)
 
 
-RULES = {"sgd": sgd, "adagrad": adagrad, "rmsprop": rmsprop, "adam": adam, "lion": lion}
+@triton.jit
+def derive_lion(o, step, first, scalar_states):
+    beta1, beta2 = o[OWN], o[OWN + 1]
+    return o[LR], decay(o, o[LR]), beta1, 1.0 - beta1, beta2, 1.0 - beta2
+
+
+def update_of(name):
+    """The update of a rule."""
+    return globals()[name]
+
+
+def derive_of(name):
+    """The derive of a rule."""
+    return globals()[f"derive_{name}"]

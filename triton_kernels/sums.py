@@ -44,7 +44,7 @@ def nonfinite(magnitudes):
     return tl.sum((magnitudes >= _INFINITY).to(tl.int32), axis=1)
 
 
-# --- telemetry: columns of onepass/rows.py ---------------------------------------------------
+# --- telemetry: columns of onepass/engine/hyper_table.py --------------------------------------
 
 
 @triton.jit

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from onepass import rules as rule_table
-
+from .. import rules as rule_table
 from . import formats
 from .access import load, load_stored, only_elements, store, store_stored
 from .sums import leave_sums, measure, no_sums, total_telemetry
@@ -292,7 +291,7 @@ def launch(
         counters: int64 [rows, 2], seed and step.
         maps: fp32 [4, 256], the tables of :data:`onepass.triton_kernels.blocks.DYNAMIC_TABLES`.
         spans: int64 [rows, 2], see total_telemetry, which is a second launch.
-        zero_grads, telemetry: see :meth:`onepass.backends.base.Backend.run`.
+        zero_grads, telemetry: see :meth:`onepass.engine.backends.base.Backend.run`.
     """
     partials = maps
     if telemetry is not None:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from onepass import rules as rule_table
+from .. import rules as rule_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 

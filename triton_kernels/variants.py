@@ -10,9 +10,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from onepass import rules as rule_table
-from onepass.formats import ABSENT
-
+from .. import rules as rule_table
+from ..formats import ABSENT
 from . import formats, rules
 from .formats import FORMATS, Format
 
@@ -38,7 +37,7 @@ class Variant:
 
     @cached_property
     def update(self) -> Any:
-        return rules.RULES[self.rule]
+        return rules.update_of(self.rule)
 
     @cached_property
     def scalars(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import onepass
-from onepass import ops
+from onepass.engine import libraries
 from onepass_tools.benchmark.cases import OPTIONS
 from onepass_tools.benchmark.lists import ParamList
 
@@ -48,20 +48,20 @@ THREADS = torch.get_num_threads()  # as it was before any rung changed it
 def isas() -> list[str]:
     """The instruction sets of this machine and build, the narrowest first."""
     found = []
-    kept = ops.cpu_isa()
+    kept = libraries.cpu_isa()
     for name in ISA_FLAGS:
         try:
-            ops.cpu_isa(name)
+            libraries.cpu_isa(name)
         except RuntimeError:
             continue
         found.append(name)
-    ops.cpu_isa(kept)
+    libraries.cpu_isa(kept)
     return found
 
 
 def _use(threads: int, isa: str) -> None:
     torch.set_num_threads(threads)
-    ops.cpu_isa(isa)
+    libraries.cpu_isa(isa)
 
 
 def list_rungs(params: ParamList) -> list[Rung]:

@@ -13,7 +13,7 @@ struct Judged {
   bool largest, skip_nonfinite;
 };
 
-// The tables of onepass/rows.py.
+// The tables of onepass/engine/hyper_table.py.
 struct Rows {
   const Options* options;
   float *steps, *fresh, *hyper;

@@ -1,4 +1,4 @@
-// The one list of formats. Python names a format by this number (onepass/formats.py).
+// The one list of formats. Python names a format by this number (onepass/formats/__init__.py).
 #pragma once
 
 #include "bf16.h"

@@ -1,5 +1,5 @@
 // How a 16-bit weight keeps its precision: the weight and a companion beside it;
-// onepass/reference/weights.py specifies it.
+// onepass/formats/weights.py specifies it.
 #pragma once
 
 #include "bf16.h"

@@ -6,7 +6,7 @@
 
 namespace onepass {
 
-// In the order of the columns of the table (onepass/rules.py).
+// In the order of the columns of the table (onepass/rules/__init__.py).
 struct Options {
   double sign, decoupled, lr, weight_decay;
   double own[3];  // of one rule

@@ -1,4 +1,4 @@
-// The one list of rules. Python names a rule by its position here (onepass/rules.py), a variant by
+// The one list of rules. Python names a rule by its position here (onepass/rules/__init__.py), a variant by
 // that position and the rule's flags; a new rule is one header and one line.
 #pragma once
 

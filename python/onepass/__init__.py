@@ -9,11 +9,11 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, memory, ops
-    from .amp import GradScaler
-    from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
-    from .checkpoints import convert_state_dict, full_precision_state_dict
+    from .checkpoints.bitsandbytes import from_bitsandbytes, to_bitsandbytes
+    from .checkpoints.conversion import convert_state_dict, full_precision_state_dict
     from .distributed import number_parameters
+    from .engine import backends
+    from .engine import libraries as ops
     from .optim import (
         SGD,
         Adagrad,
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
         RMSprop8bit,
         SGD8bit,
     )
-    from .precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
-    from .release import release_gradients
+    from .optim.grad_scaler import GradScaler
+    from .optim.gradient_release import release_gradients
+    from .optim.mixed_precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
 
     __version__: str
 
@@ -78,19 +79,19 @@ __all__ = [
     "to_bitsandbytes",
 ]
 
-_MODULES = ("backends", "memory", "ops")
+_MODULES = {"backends": "engine.backends", "memory": "memory", "ops": "engine.libraries"}
 _HOMES = {
-    "GradScaler": "amp",
-    "from_bitsandbytes": "bitsandbytes",
-    "to_bitsandbytes": "bitsandbytes",
-    "convert_state_dict": "checkpoints",
-    "full_precision_state_dict": "checkpoints",
+    "from_bitsandbytes": "checkpoints.bitsandbytes",
+    "to_bitsandbytes": "checkpoints.bitsandbytes",
+    "convert_state_dict": "checkpoints.conversion",
+    "full_precision_state_dict": "checkpoints.conversion",
     "number_parameters": "distributed",
-    "EMBEDDINGS": "precision",
-    "NORMS": "precision",
-    "cast_model": "precision",
-    "parameter_groups": "precision",
-    "release_gradients": "release",
+    "GradScaler": "optim.grad_scaler",
+    "release_gradients": "optim.gradient_release",
+    "EMBEDDINGS": "optim.mixed_precision",
+    "NORMS": "optim.mixed_precision",
+    "cast_model": "optim.mixed_precision",
+    "parameter_groups": "optim.mixed_precision",
 }
 """Name -> the module that has it; the others are classes of ``optim``."""
 _HOMES |= {name: "optim" for name in __all__ if name not in (*_HOMES, *_MODULES)}
@@ -112,6 +113,8 @@ def __getattr__(name: str) -> Any:
         value = _version()
     elif name in _HOMES:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{_MODULES[name]}", __name__)
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         value = importlib.import_module(f".{name}", __name__)
     else:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, with colour only on a terminal; return 0."""
-    from onepass import backends
+    from onepass.engine import backends
 
     matrix = backends.support_matrix().strip()
     if args.markdown:
@@ -40,10 +40,10 @@ def _facts() -> list[tuple[str, str]]:
     """Return (name, value) pairs: versions, instruction set, GPUs."""
     import torch
 
-    from onepass import ops
+    from onepass.engine import libraries
 
     try:
-        isa = ops.cpu_isa()
+        isa = libraries.cpu_isa()
     except RuntimeError as error:
         isa = f"none ({_one_line(str(error))})"
     facts = [

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import onepass
-from onepass.backends.cuda import CudaBackend
+from onepass.engine.backends.cuda import CudaBackend
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"

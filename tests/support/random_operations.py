@@ -16,8 +16,8 @@ import torch
 
 import onepass
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
-from onepass.groups import DEFAULTS
-from onepass.groups import option as option_of
+from onepass.rules.group_options import DEFAULTS
+from onepass.rules.group_options import option as option_of
 
 from ..cases import served
 from .odd_tensors import AMBIENT, FAULTS, GRADIENTS, MAY_REFUSE

@@ -19,7 +19,7 @@ import torch
 
 import onepass
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
-from onepass.groups import DEFAULTS, option
+from onepass.rules.group_options import DEFAULTS, option
 
 from ..cases import CASES, DTYPES, make_params, same_bits, served
 from ..conftest import isas

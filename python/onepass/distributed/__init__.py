@@ -3,6 +3,6 @@
 torch.distributed is imported only once a model has been sharded with it.
 """
 
-from .numbers import number_parameters
+from .param_ids import number_parameters
 
 __all__ = ["number_parameters"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..formats import STATE_FORMATS
-from ..groups import option
+from ..rules.group_options import option
 
 _ATTRIBUTE = "_fsdp_flattened"  # that FSDP1 sets on the parameters it manages
 _READERS = (

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ..checks import check_memory
+from ..engine.gradients import dtensor_type, is_dtensor, unwrapped, waited
+from ..engine.state_conversion import fit_states, format_of, from_bytes, full_precision, to_bytes
+from ..engine.state_layouts import COMPANIONS, STRIDE
+from ..engine.validation import check_memory
 from ..formats import STATE_FORMATS, StateFormat, scale_key
-from ..gradients import dtensor_type, is_dtensor, unwrapped, waited
-from ..layouts import COMPANIONS, STRIDE
 from ..rules import Rule
-from ..states import fit_states, format_of, from_bytes, full_precision, to_bytes
 
 _ROOM = 256  # elements; a multiple of every format's block
 
@@ -152,7 +152,7 @@ class Shard:
         States of other placements are brought to the parameter's, which all ranks must do.
         """
         kind, found = dtensor_type(), {}
-        flat = {scale_key(key) for key, _, _ in rule.slots}
+        flat = set(map(scale_key, rule.keys))
         for key, value in state.items():
             if isinstance(value, kind) and value.placements != self.whole.placements:
                 value = value.redistribute(self.whole.device_mesh, self.whole.placements)
@@ -162,7 +162,7 @@ class Shard:
             if key in flat and value.dim():
                 value = value.reshape(-1)
             found[key] = value
-        for key, _, _ in rule.slots:
+        for key in rule.keys:
             codes, scales = found.get(key), found.get(scale_key(key))
             if codes is not None and scales is not None and scales.dim():
                 packed = codes.shape != self.local.shape
@@ -172,9 +172,9 @@ class Shard:
     def wrapped(self, held: Mapping[str, Any], rule: Rule, form: StateFormat) -> dict[str, Any]:
         """DTensors around the local tensors of a state, which they share memory with."""
         shape, local = self.whole.shape, self.local.shape
-        units = {scale_key(key): form.block for key, _, _ in rule.slots}
+        units = {scale_key(key): form.block for key in rule.keys}
         if form.packed > 1:
-            units |= {key: form.packed for key, _, _ in rule.slots}
+            units |= dict.fromkeys(rule.keys, form.packed)
         k, found = self._tail(form), dict(held)
         for key, value in held.items():
             unit, stride = units.get(key), self.whole.stride()
@@ -214,7 +214,7 @@ class Shard:
         # Not the format of the group, which may have been given another since.
         forms = [
             format_of(inner[key], inner[scale_key(key)], which)
-            for key, _, _ in rule.slots
+            for key in rule.keys
             if key in inner and scale_key(key) in inner and inner[scale_key(key)].dim()
         ]
         if not forms or self._tail(forms[0]) is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ..formats import STATE_FORMATS
 from .models.shapes import MATRIX, Model, Shape
 from .report import MemoryReport
-from .runs import Candidate, Terms, candidate, predicted, report
+from .scenarios import Candidate, Terms, candidate, predicted, report
 from .simulate import CannotSimulateError
 from .sizes import show
 from .variants import Variant, parse

@@ -1,7 +1,8 @@
 """The bytes of an optimizer of onepass, from the library's own tables.
 
-The tensors that a parameter's group asks for come from :func:`onepass.layouts.held_layouts`, where
-they are kept from :func:`onepass.paging.pager.places_of`: no rule or format is repeated here.
+The tensors that a parameter's group asks for come from ``held_layouts``
+(engine/state_layouts.py), where they are kept from ``places_of`` (paging/pager.py): no rule or
+format is repeated here.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ from collections.abc import Iterable
 
 import torch
 
-from ..arena import allocated
-from ..layouts import COMPANIONS, EMA, held_layouts
+from ..engine.hyper_table import counter_bytes
+from ..engine.state_allocator import allocated
+from ..engine.state_layouts import COMPANIONS, EMA, held_layouts
 from ..optim import Optimizer
 from ..paging.pager import places_of
 from .report import Bytes
-
-STEP = 2 * torch.float32.itemsize
-"""Bytes that the counters of a group's parameters share: see :class:`onepass.rows.RowTable`."""
 
 
 def block_of(device: torch.device) -> int:
@@ -73,7 +72,7 @@ def predict(
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if p.requires_grad]
         # The counters are one storage of all groups.
-        found["moments"] += STEP if members else 0
+        found["moments"] += counter_bytes(optimizer.rule) if members else 0
         for param in members:
             if param in paged:
                 continue

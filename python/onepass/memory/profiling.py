@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..held import OptimizerState
+from ..engine.state_tracking import OptimizerState
 from ..optim import Optimizer
 from .measure import measure as measured_run
 from .peers import categorise
 from .report import MemoryReport
-from .runs import predicted_of
+from .scenarios import predicted_of
 from .simulate import CannotSimulateError
 
 

@@ -3,8 +3,7 @@
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .base import Optimizer
-from .lion import Lion
-from .named import (
+from .bitsandbytes_names import (
     Adagrad8bit,
     Adam8bit,
     AdamW4bit,
@@ -19,6 +18,7 @@ from .named import (
     RMSprop8bit,
     SGD8bit,
 )
+from .lion import Lion
 from .options import Options
 from .rmsprop import RMSprop
 from .sgd import SGD

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from ..checks import check_number
-from .base import Optimizer, rule_named
+from ..rules.adagrad import RULE
+from .base import Optimizer
 from .options import Options
 
 
@@ -43,7 +42,7 @@ class Adagrad(Optimizer):
     optimization" (2011).
     """
 
-    rule = rule_named("adagrad")
+    rule = RULE
 
     def __init__(
         self,
@@ -66,8 +65,3 @@ class Adagrad(Optimizer):
             "eps_in_sqrt": eps_in_sqrt,
         }
         super().__init__(params, defaults, **options)
-
-    def check_options(self, group: Mapping[str, Any]) -> None:
-        super().check_options(group)
-        check_number("lr_decay", group["lr_decay"])
-        check_number("initial_accumulator_value", group["initial_accumulator_value"])

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .base import Optimizer, rule_named
+from ..rules.adam import RULE
+from .base import Optimizer
 from .options import Options
 
 
@@ -41,7 +42,7 @@ class Adam(Optimizer):
     Source: Kingma, Ba, "Adam: a method for stochastic optimization" (2015).
     """
 
-    rule = rule_named("adam")
+    rule = RULE
 
     def __init__(
         self,

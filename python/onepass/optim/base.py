@@ -12,33 +12,21 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from typing_extensions import Unpack
 
-from .. import backends
-from ..checks import (
-    check_dense,
-    check_flag,
-    check_param,
-    check_weight_format,
-)
+from ..checkpoints.loading import loaded_groups, loaded_state
+from ..checkpoints.saving import saved_dict
 from ..distributed.fsdp1 import check_reader
-from ..gradients import is_dtensor
-from ..groups import DEFAULTS, drop_defaults, option
-from ..held import OptimizerState
+from ..engine import backends
+from ..engine.gradients import is_dtensor
+from ..engine.state_tracking import OptimizerState
+from ..engine.validation import check_dense, check_param, check_weight_format
 from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
-from ..rules import RULES, Rule
-from .checking import check_names, check_torch_keywords, check_values
-from .loading import loaded_groups, loaded_state
-from .options import (
-    STEP_WIDE,
-    TORCH_KEYWORDS,
-    Options,
-    describe,
-    refuse,
-    torch_keys,
-)
-from .saving import saved_dict
+from ..rules.group_options import DEFAULTS, drop_defaults, option
+from ..rules.option_checks import check_flag
+from .compile_op import number_of
+from .group_checks import check_names, check_torch_keywords, check_values
+from .options import STEP_WIDE, TORCH_KEYWORDS, Options, describe, refuse, torch_keys
 from .stepping import Stepping
-from .traced import number_of
 
 # Attributes that are the optimizer's, not a group's; they may be set between steps.
 _DEFAULTS: dict[str, Any] = {
@@ -180,6 +168,7 @@ class Optimizer(Stepping):
         known = frozenset((*self.defaults, *_DEFAULTS, *DEFAULTS, "params"))
         check_names(group, known, self._given, type(self).__name__)
         check_values(group)
+        self.rule.check(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does; its options are checked first.
@@ -381,8 +370,3 @@ def own_optimizer(optimizer: Any) -> Optimizer:
             kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
             raise TypeError(f"an optimizer of onepass is needed; got {kind}")
     return inner
-
-
-def rule_named(name: str) -> Rule:
-    """The rule of an optimizer class."""
-    return RULES[name]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .base import Optimizer, rule_named
+from ..rules.lion import RULE
+from .base import Optimizer
 from .options import Options
 
 
@@ -36,7 +37,7 @@ class Lion(Optimizer):
     Source: Chen et al., "Symbolic discovery of optimization algorithms" (2023), program 1.
     """
 
-    rule = rule_named("lion")
+    rule = RULE
     decoupled = True
 
     def __init__(

@@ -95,11 +95,6 @@ STEP_WIDE = frozenset(
 )
 """Options of the whole step, which a single parameter group cannot have."""
 
-FLAGS = frozenset(
-    ("maximize", "decoupled_weight_decay", "amsgrad", "nesterov", "centered", "eps_in_sqrt")
-)
-"""Options of groups that are True or False."""
-
 ELSEWHERE = {
     "optim_bits": 'states="mx8" stores 8 bits, states="fp32" 32',
     "is_paged": "paged=True",

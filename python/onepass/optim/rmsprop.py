@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from ..checks import check_fraction, check_number
-from ..formats import STATE_FORMATS
-from ..groups import option
-from .base import Optimizer, rule_named
+from ..rules.rmsprop import RULE
+from .base import Optimizer
 from .options import Options
 
 
@@ -53,7 +50,7 @@ class RMSprop(Optimizer):
     "Generating sequences with recurrent neural networks" (2013).
     """
 
-    rule = rule_named("rmsprop")
+    rule = RULE
 
     def __init__(
         self,
@@ -78,14 +75,3 @@ class RMSprop(Optimizer):
             "eps_in_sqrt": eps_in_sqrt,
         }
         super().__init__(params, defaults, **options)
-
-    def check_options(self, group: Mapping[str, Any]) -> None:
-        super().check_options(group)
-        check_fraction("alpha", group["alpha"])
-        check_number("momentum", group["momentum"])
-        if group["centered"] and STATE_FORMATS[option(group, "states")].block > 1:
-            raise ValueError(
-                f"centered=True needs states='fp32' or 'bf16'; got {group['states']!r}: what is "
-                "left of square_avg - grad_avg**2 when both are coarsely rounded is noise, and "
-                "steps of millions of learning rates follow"
-            )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from ..checks import check_number
-from .base import Optimizer, rule_named
+from ..rules.sgd import RULE
+from .base import Optimizer
 from .options import Options
 
 
@@ -44,7 +43,7 @@ class SGD(Optimizer):
     deep learning" (2013).
     """
 
-    rule = rule_named("sgd")
+    rule = RULE
 
     def __init__(
         self,
@@ -64,13 +63,3 @@ class SGD(Optimizer):
             "nesterov": nesterov,
         }
         super().__init__(params, defaults, **options)
-
-    def check_options(self, group: Mapping[str, Any]) -> None:
-        super().check_options(group)
-        check_number("momentum", group["momentum"])
-        check_number("dampening", group["dampening"], least=float("-inf"))
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError(
-                "nesterov needs momentum > 0 and dampening = 0; got "
-                f"momentum={group['momentum']}, dampening={group['dampening']}"
-            )

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .. import backends
-from ..checks import check_flag, check_number
-from ..distributed.numbers import number_of
-from ..distributed.part import Moved
-from ..held import Watch
-from ..interrupts import Uninterrupted
+from ..distributed.device_plan import Moved
+from ..distributed.param_ids import number_of
+from ..engine import backends
+from ..engine.hyper_table import capturing
+from ..engine.interrupts import Uninterrupted
+from ..engine.plan import Member, Plan
+from ..engine.plan_builder import make_plan
+from ..engine.state_tracking import Watch
 from ..paging.pager import Pager
-from ..plan import Member, Plan
-from ..planning import make_plan
-from ..rows import capturing
 from ..rules import Rule
-from .findings import Findings
+from ..rules.option_checks import check_flag, check_number
+from .step_results import Findings
 
 if TYPE_CHECKING:
-    from ..release import ReleasedGradients
+    from .gradient_release import ReleasedGradients
 
 
 class Stepping(Findings):
@@ -31,7 +31,7 @@ class Stepping(Findings):
     Attributes:
         captured: plans, verdicts and memory that CUDA graphs read and write, which may be replayed
             at any time.
-        moved: see :data:`onepass.distributed.part.Moved`.
+        moved: see :data:`onepass.distributed.device_plan.Moved`.
         released: see :func:`onepass.release_gradients`.
     """
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..arena import allocated
 from ..distributed.shards import local_of
-from ..groups import option
-from ..layouts import Layout, held_layouts
+from ..engine.state_allocator import allocated
+from ..engine.state_layouts import Layout, held_layouts
 from ..rules import Rule
+from ..rules.group_options import option
 from .links import Link, link_for
 from .options import Paging
 from .ring import Ring
 from .slabs import Slabs, aligned
 
 if TYPE_CHECKING:
+    from ..engine.plan import Member
     from ..optim.stepping import Stepping
-    from ..plan import Member
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -80,7 +80,7 @@ class Pager:
     """Host memory and rings of one optimizer.
 
     Attributes:
-        home: of states that are paged: see :class:`onepass.layouts.Home`.
+        home: of states that are paged: see :class:`onepass.engine.state_layouts.Home`.
         failed: why it cannot go on: a step ended on its way. Empty while it can.
     """
 
@@ -220,7 +220,7 @@ class Pager:
 
 
 class Slabbed:
-    """In slabs on the host: see :class:`onepass.layouts.Home`."""
+    """In slabs on the host: see :class:`onepass.engine.state_layouts.Home`."""
 
     def __init__(self, slabs: Slabs) -> None:
         self._slabs = slabs

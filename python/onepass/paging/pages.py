@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends.base import Entry
+from ..engine.backends.base import Entry
 from .ring import Page, Ring
 from .slabs import Slab, Slabs, aligned
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..layouts import Layout
+from ..engine.state_layouts import Layout
 
 SLAB = 1 << 30
 """Bytes of a slab at most, unless a single tensor is larger."""

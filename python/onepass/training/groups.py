@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_number
-from ..precision import NORMS, Selection, parameter_groups, select
+from ..optim.mixed_precision import NORMS, Selection, parameter_groups, select
+from ..rules.option_checks import check_number
 
 
 def decay_groups(

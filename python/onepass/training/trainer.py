@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from ..amp import GradScaler
-from ..checks import check_flag
 from ..optim import Optimizer
-from ..precision import EMBEDDINGS, NORMS
+from ..optim.grad_scaler import GradScaler
+from ..optim.mixed_precision import EMBEDDINGS, NORMS
+from ..rules.option_checks import check_flag
 from .checkpoint import (
     VERSION,
     check_checkpoint,

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_choice
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS
+from ..rules.option_checks import check_choice
 
 
 def check_name(argument: str, name: object, known: Collection[str], kind: str = "") -> None:

@@ -254,8 +254,8 @@ def _processor() -> str:
 
 def _isa() -> str:
     try:
-        from onepass import ops
+        from onepass.engine import libraries
 
-        return ops.cpu_isa()
+        return libraries.cpu_isa()
     except (ImportError, RuntimeError):
         return "no compiled library"

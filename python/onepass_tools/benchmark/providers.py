@@ -75,7 +75,7 @@ class Provider:
             return why
         if not self.ours:
             return ""
-        from onepass.backends import BACKENDS
+        from onepass.engine.backends import BACKENDS
 
         return BACKENDS[self.name.removeprefix("onepass-")].unavailable(torch.device(device))
 

@@ -22,7 +22,7 @@ from onepass.memory.measure import free_memory
 from onepass.memory.models import Model, find, near
 from onepass.memory.peers import DEFAULT as DEFAULT_PEERS
 from onepass.memory.report import TOLERANCE
-from onepass.memory.runs import Candidate, Terms, candidate, predicted, report
+from onepass.memory.scenarios import Candidate, Terms, candidate, predicted, report
 from onepass.memory.shards import KINDS
 from onepass.memory.shards import check as check_shards
 from onepass.memory.simulate import CannotSimulateError
@@ -306,7 +306,7 @@ def _output(
             draw_bars(args.plot, reports, asked.title, asked.limit)
             written.append(args.plot)
         if args.html is not None:
-            from onepass.memory.page import page
+            from onepass.memory.html_report import page
 
             text = page(reports, asked.title, rows, [*lines, *notes], asked.limit)
             Path(args.html).write_text(text, "utf-8")

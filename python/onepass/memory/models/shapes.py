@@ -83,7 +83,7 @@ class Model:
 
 def kind_of(module: torch.nn.Module, shape: Sequence[int]) -> str:
     """The kind of a module's parameter."""
-    from ...precision import EMBEDDINGS, NORMS
+    from ...optim.mixed_precision import EMBEDDINGS, NORMS
 
     if isinstance(module, EMBEDDINGS):
         return EMBEDDING

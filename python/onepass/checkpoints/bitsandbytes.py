@@ -1,0 +1,214 @@
+"""Exchange of state dicts with bitsandbytes' optimizers, whose 8-bit format is ``dynamic8``.
+
+bitsandbytes calls the states of a parameter state1 and state2; in 8 bits they are codes, beside
+them absmax1 and absmax2, the scales of blocks of 256 elements, and qmap1 and qmap2, the values of
+the codes. Parameters of fewer than 4096 elements have fp32 states. Newer versions nest all that
+under one key. Neither library is needed for the other's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..engine.state_conversion import fit_states
+from ..formats import STATE_FORMATS, VERSION, scale_key
+from ..formats.blocks import DYNAMIC_BLOCK, dynamic_map
+from ..optim.base import own_optimizer
+from ..rules.base import BitsAndBytes, Rule
+from ..rules.group_options import DEFAULTS, option
+
+if TYPE_CHECKING:
+    from ..optim.base import Optimizer
+
+NESTED = "__bnb_optimizer_quant_state__"
+OLD_BLOCK = 2048  # of earlier versions
+_MAP_ERROR = 1e-6  # their map depends on the processor's linspace in the last bit
+
+
+def from_bitsandbytes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of bitsandbytes as one that ``optimizer.load_state_dict`` loads.
+
+    With ``states="dynamic8"`` the codes and scales are taken as they are; other formats are
+    converted when loading. fp32 states, which bitsandbytes keeps for small parameters, go to the
+    format of their group likewise: give them a group with ``states="fp32"`` to keep them. Scales of
+    blocks of 2048, of earlier versions, become those of blocks of 256: the values stay.
+
+    The options of the groups come along, and so does what bitsandbytes did with them: its Adam
+    decouples weight decay, its SGD has neither dampening nor Nesterov, its RMSprop no momentum.
+
+    Args:
+        optimizer: of the class that corresponds; only read.
+        state_dict: what ``state_dict()`` of an optimizer of bitsandbytes gave, or its checkpoint;
+            only read. The result shares tensors with it.
+
+    Raises:
+        ValueError: states of another kind of optimizer; codes of another map or block size, or in
+            another order than the contiguous one, about which bitsandbytes' own backends differ.
+    """
+    optimizer = own_optimizer(optimizer)
+    rule = optimizer.rule
+    theirs = _counterpart(rule)
+    state = {
+        number: _imported_state(rule, number, saved)
+        for number, saved in state_dict["state"].items()
+    }
+    groups = []
+    for group in state_dict["param_groups"]:
+        own: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        betas = tuple(float(beta) for beta in group["betas"])
+        if theirs.betas:
+            own[theirs.betas] = betas[:2] if theirs.betas == "betas" else betas[0]
+        if "eps" in optimizer.defaults:
+            own["eps"] = group["eps"]
+        own |= theirs.lacking
+        own |= {"maximize": False, "decoupled_weight_decay": theirs.decoupled}
+        own |= {"states": "dynamic8", "format_version": VERSION, "params": group["params"]}
+        groups.append(own)
+    return {"state": state, "param_groups": groups}
+
+
+def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state as the optimizer of bitsandbytes that corresponds loads it.
+
+    fp32 states stay fp32, as bitsandbytes has them of small parameters. All others go as
+    ``dynamic8``: unchanged if they are, else rounded to nearest. Companions of weights stay behind
+    (:func:`full_precision_state_dict` has what they hold), and so does the seed. Nothing is
+    changed; the result has tensors of its own.
+
+    Raises:
+        ValueError: an option of a group that bitsandbytes lacks; names it.
+    """
+    optimizer = own_optimizer(optimizer)
+    rule = optimizer.rule
+    theirs = _counterpart(rule)
+    for i, group in enumerate(optimizer.param_groups):
+        _check_exportable(theirs, i, group)
+    plain = optimizer.state_dict()
+    state, groups = {}, []
+    for group, saved_group in zip(optimizer.param_groups, plain["param_groups"], strict=True):
+        for number, param in zip(saved_group["params"], group["params"], strict=True):
+            held = plain["state"].get(number)
+            if held:
+                held.setdefault("step", optimizer.state[param]["step"])  # SGD may not save it
+                state[number] = _exported_state(optimizer, group, param, held, number)
+        groups.append({**_exported_options(theirs, group), "params": saved_group["params"]})
+    return {"state": state, "param_groups": groups}
+
+
+def _counterpart(rule: Rule) -> BitsAndBytes:
+    """What bitsandbytes has of a rule.
+
+    Raises:
+        ValueError: it has no optimizer that does the same.
+    """
+    if rule.bitsandbytes is None:
+        raise ValueError(f"bitsandbytes has no optimizer with the states of {rule.name}")
+    return rule.bitsandbytes
+
+
+def _imported_state(rule: Rule, number: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    saved = {**saved, **saved.get(NESTED, {})}
+    names = _counterpart(rule).states
+    found = [name for name in ("state1", "state2") if name in saved]
+    if not found:
+        if not saved:
+            return {}
+        raise ValueError(
+            f"parameter {number} has {', '.join(map(str, saved))} but no state1: it is not a state "
+            "dict of bitsandbytes"
+        )
+    if len(found) != len(names):
+        raise ValueError(
+            f"parameter {number} has {' and '.join(found)}: {rule.name} has {len(names)} state(s), "
+            "so this is of another kind of optimizer"
+        )
+    held: dict[str, Any] = {"step": saved["step"]}
+    for i, key in enumerate(names, 1):
+        which = f"state{i} of parameter {number}"
+        held[key] = saved[f"state{i}"]
+        if not held[key].is_contiguous():
+            raise ValueError(
+                f"{which} must be contiguous; got strides {held[key].stride()}: bitsandbytes reads "
+                "such a state in the order of its indices on a CPU, of its memory on a GPU"
+            )
+        if held[key].dtype == torch.uint8:
+            held[scale_key(key)] = _imported_scales(saved, i, which)
+        elif held[key].dtype != torch.float32:
+            raise ValueError(f"{which} must be uint8 or float32; got {held[key].dtype}")
+    return held
+
+
+def _imported_scales(saved: Mapping[str, Any], i: int, which: str) -> torch.Tensor:
+    codes, scales, qmap = saved[f"state{i}"], saved.get(f"absmax{i}"), saved.get(f"qmap{i}")
+    if scales is None or qmap is None:
+        raise ValueError(f"{which} is in 8 bits but without absmax{i} or qmap{i}: not in blocks")
+    ours = torch.from_numpy(dynamic_map(signed=i == 1))
+    if qmap.shape != ours.shape or (qmap.cpu().float() - ours).abs().max() > _MAP_ERROR:
+        raise ValueError(f"{which}: qmap{i} must be bitsandbytes' dynamic map")
+    blocks = -(-codes.numel() // DYNAMIC_BLOCK)
+    if scales.shape == (blocks,):
+        return scales
+    if scales.shape == (-(-codes.numel() // OLD_BLOCK),):
+        return scales.repeat_interleave(OLD_BLOCK // DYNAMIC_BLOCK)[:blocks].clone()
+    raise ValueError(
+        f"absmax{i} of {which} must be ({blocks},), of blocks of {DYNAMIC_BLOCK} (or "
+        f"{OLD_BLOCK}); got {tuple(scales.shape)}"
+    )
+
+
+def _check_exportable(theirs: BitsAndBytes, i: int, group: Mapping[str, Any]) -> None:
+    for name, needed in {**theirs.lacking, "maximize": False}.items():
+        if group.get(name, DEFAULTS.get(name)) != needed:
+            raise ValueError(
+                f"{name} of parameter group {i} must be {needed} for bitsandbytes, which has "
+                f"nothing else; got {group[name]}"
+            )
+    if theirs.betas == "momentum" and not group["momentum"]:
+        raise ValueError(f"momentum of parameter group {i} must be > 0 for bitsandbytes; got 0")
+    decoupled = theirs.decoupled
+    if group["weight_decay"] and option(group, "decoupled_weight_decay") != decoupled:
+        raise ValueError(
+            f"decoupled_weight_decay of parameter group {i} must be {decoupled} for bitsandbytes, "
+            f"which decays so; got {group['decoupled_weight_decay']}"
+        )
+
+
+def _exported_options(theirs: BitsAndBytes, group: Mapping[str, Any]) -> dict[str, Any]:
+    betas: Any = group[theirs.betas] if theirs.betas else 0.0
+    return {
+        "lr": float(group["lr"]),
+        "eps": float(group.get("eps", 0.0)),
+        "weight_decay": float(group["weight_decay"]),
+        "betas": tuple(map(float, betas)) if theirs.betas == "betas" else (float(betas), 0.0),
+        **theirs.extra,
+    }
+
+
+def _exported_state(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    param: torch.Tensor,
+    held: Mapping[str, Any],
+    number: int,
+) -> dict[str, Any]:
+    name = option(group, "states")
+    form = STATE_FORMATS["fp32" if name == "fp32" else "dynamic8"]
+    which = f"parameter {number} of shape {tuple(param.shape)}"
+    if not param.is_contiguous():
+        # bitsandbytes makes its parameters contiguous, and cuts blocks in that order.
+        wide = STATE_FORMATS["fp32"]
+        held = {"step": held["step"]} | fit_states(held, param, optimizer.rule, wide, which)
+        param = torch.empty(param.shape, dtype=torch.float32, device=param.device)
+    states = fit_states(held, param, optimizer.rule, form, which, copy=True)
+    exported: dict[str, Any] = {"step": int(held["step"])}
+    for i, key in enumerate(_counterpart(optimizer.rule).states, 1):
+        exported[f"state{i}"] = states[key]
+        if form.scale is not None:
+            exported[f"absmax{i}"] = states[scale_key(key)]
+            exported[f"qmap{i}"] = torch.tensor(
+                dynamic_map(signed=i == 1), dtype=torch.float32, device=param.device
+            )
+    return exported

@@ -1,0 +1,76 @@
+"""What a state dict says of an optimizer; nothing is changed here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..distributed.shards import shards_of
+from ..engine.state_conversion import to_bytes
+from ..engine.state_layouts import CODES_STEP, COMPANIONS
+from ..engine.state_tracking import ParamState
+from ..formats import VERSION
+from ..optim.options import torch_keys
+from ..rules.group_options import DEFAULTS, option
+
+if TYPE_CHECKING:
+    from ..optim.base import Optimizer
+
+
+def saved_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """The state dict of an optimizer, before hooks: as torch.optim's, with positions in place of
+    parameters."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    position: dict[Any, int] = {}
+    for i, param in enumerate(params):
+        position.setdefault(param, i)  # a parameter may be listed twice
+    counters = {"step", *(scalar.key for scalar in optimizer.rule.scalar_states)}
+    groups = []
+    for group in optimizer.param_groups:
+        packed = {key: value for key, value in group.items() if key != "params"}
+        packed["params"] = [position[param] for param in group["params"]]
+        if "states" in packed:
+            packed["format_version"] = VERSION
+        groups.append(packed)
+    state = {
+        position[key] if isinstance(key, torch.Tensor) else key: _entry(value, counters)
+        for key, value in optimizer.state.items()
+    }
+    own = DEFAULTS.keys() - torch_keys(type(optimizer))
+    changed = any(option(group, name) != DEFAULTS[name] for group in groups for name in own)
+    if not (optimizer.rule.saves_step or changed):
+        _drop_counts(optimizer, state)
+    for param, shard in shards_of(params).items():
+        i = position[param]
+        if state.get(i):
+            which = f"parameter {i} of shape {tuple(param.shape)}"
+            state[i] = shard.saved(state[i], optimizer.rule, which)
+    return {"state": state, "param_groups": groups}
+
+
+def _drop_counts(optimizer: Optimizer, state: dict[Any, Any]) -> None:
+    """Drops step counters that torch.optim does not save and nothing depends on."""
+    slots = set(optimizer.rule.keys)
+    for i, entry in list(state.items()):
+        if not isinstance(entry, dict) or "step" not in entry:
+            continue
+        if float(entry.pop("step")) == 0.0:  # the first step is still to come
+            state[i] = entry = {key: value for key, value in entry.items() if key not in slots}
+        if not entry:
+            del state[i]
+
+
+def _entry(state: Any, counters: set[str]) -> Any:
+    """A parameter's entry of a state dict; counters: keys of tensors that parameters share."""
+    if isinstance(state, ParamState):
+        state = state.started()
+    if not isinstance(state, dict):
+        return state
+    saved = {key: value.clone() if key in counters else value for key, value in state.items()}
+    saved.pop(CODES_STEP, None)
+    for key in COMPANIONS & saved.keys():
+        saved[key] = to_bytes(saved[key])
+    if any(key.endswith("_scale") for key in saved) and "step" in saved:
+        saved[CODES_STEP] = saved["step"].clone()
+    return saved

@@ -1,0 +1,88 @@
+"""The backends, and the one place that chooses between them."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from ...formats import NATIVE, STATE_FORMATS
+from ...rules import RULES
+from .base import Backend, Entry, Policy
+from .cpu import CpuBackend
+from .cuda import CudaBackend
+from .reference import ReferenceBackend
+from .triton import TritonBackend
+
+__all__ = ["BACKENDS", "Backend", "Entry", "Policy", "choose", "status", "support_matrix"]
+
+# In order of preference.
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
+}
+
+# Device types that a backend serves only when it is asked for by name: on the CPU, Triton's
+# interpreter is there to check kernels.
+BY_NAME_ONLY: dict[str, tuple[str, ...]] = {"triton": ("cpu",)}
+
+
+def check_name(name: str | None) -> None:
+    """Raises ValueError unless name is None or a backend's."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
+
+
+def choose(device: torch.device, name: str | None = None, extras: bool = False) -> Backend:
+    """The backend for a device: the one asked for by name, else the first that serves it; with
+    extras, the first that averages weights and measures telemetry in its sweep.
+
+    Warns when that is the reference backend and nobody asked for it.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend cannot serve this device here; says why and which one can.
+    """
+    check_name(name)
+    if name is not None:
+        why_not = BACKENDS[name].unavailable(device)
+        if extras and not why_not and not BACKENDS[name].extras:
+            why_not = "it has neither ema_decay nor telemetry"
+        if why_not:
+            able = [b for b in BACKENDS.values() if b.extras or not extras]
+            others = [b.name for b in able if not b.unavailable(device)]
+            raise RuntimeError(
+                f"backend {name!r} cannot serve parameters on {device}: {why_not}. "
+                f"Backends that can: {', '.join(others) or 'none'}"
+            )
+        return BACKENDS[name]
+    served = [b for b in BACKENDS.values() if device.type not in BY_NAME_ONLY.get(b.name, ())]
+    found = next(b for b in served if (b.extras or not extras) and not b.unavailable(device))
+    if found.name == "reference":
+        reasons = [f"{b.name}: {b.unavailable(device)}" for b in served if b is not found]
+        warnings.warn(
+            f"onepass steps on {device} by its slow reference backend ({'; '.join(reasons)})",
+            stacklevel=2,
+        )
+    return found
+
+
+def status() -> list[tuple[str, str]]:
+    """(backend, why it is not available here or an empty string), in order of preference."""
+    return [(b.name, b.unavailable(None)) for b in BACKENDS.values()]
+
+
+def support_matrix() -> str:
+    """The support matrix as a Markdown table, from the tables of rules, formats and backends."""
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in NATIVE)
+    formats = ", ".join(f"`{name}`" for name in STATE_FORMATS)
+    names = [f"`{name}`" for name in BACKENDS]
+    lines = [
+        f"| rule | options | states | weights and gradients | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(names)}",
+    ]
+    for rule in RULES.values():
+        options = ", ".join(flag.name for flag in rule.flags)
+        held = ", ".join(rule.keys)
+        served = " | ".join("yes" if rule.name in b.rules else "no" for b in BACKENDS.values())
+        lines.append(f"| {rule.name} | {options} | {held}: {formats} | {dtypes} | {served} |")
+    return "\n".join(lines)

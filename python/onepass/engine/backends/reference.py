@@ -1,0 +1,133 @@
+"""The reference backend: :mod:`onepass.reference` over tensors. Slow; it defines the bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...formats import NATIVE
+from ...formats.specification import SPLIT8
+from ...numerics.arrays import F32, U32
+from ...numerics.gradient_norm import norm as gradient_norm
+from ...numerics.random_bits import random_bits
+from ...rules import EMA
+from .. import numpy_codec
+from ..gradients import has_memory
+from ..hyper_table import TELEMETRY_WIDTH
+from .base import Backend, Entry, same_layout
+
+F64 = npt.NDArray[np.float64]
+
+
+def _layouts(entry: Entry) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
+    return [(t.shape, t.stride(), t.dtype) for t in (entry.param, *entry.held())]
+
+
+class _Prepared:
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.layouts = [_layouts(entry) for entry in entries]
+        self.devices = [entry.param.device for entry in entries]
+        self.grads: list[torch.Tensor] = []
+
+
+class ReferenceBackend(Backend):
+    """NumPy on the CPU, whatever the device: it copies there and back."""
+
+    name = "reference"
+
+    def unavailable(self, device: torch.device | None) -> str:
+        return ""
+
+    def prepare(self, entries: Sequence[Entry]) -> _Prepared:
+        return _Prepared(entries)
+
+    def refresh(
+        self, prepared: _Prepared, params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> bool:
+        prepared.grads = []
+        entries = prepared.entries
+        if not len(params) == len(grads) == len(entries):
+            return False
+        for entry, layouts, device, param, grad in zip(
+            entries, prepared.layouts, prepared.devices, params, grads, strict=True
+        ):
+            if param.device != device or grad.device != device:
+                return False
+            if _layouts(entry) != layouts or grad.dtype not in NATIVE:
+                return False
+            if not all(map(has_memory, (*entry.held(), entry.param, grad))):
+                return False
+            if param.data_ptr() != entry.param.data_ptr() or not same_layout(param, entry.param):
+                return False
+            if not same_layout(grad, entry.param):
+                return False
+        prepared.grads = grads
+        return True
+
+    def run(
+        self,
+        prepared: _Prepared,
+        hyper: torch.Tensor,
+        counters: torch.Tensor,
+        zero_grads: bool = False,
+        telemetry: torch.Tensor | None = None,
+    ) -> None:
+        sums = np.zeros((len(hyper), TELEMETRY_WIDTH))
+        for entry, grad in zip(prepared.entries, prepared.grads, strict=True):
+            with np.errstate(all="ignore"):
+                row, keys = hyper[entry.row].cpu().numpy(), counters[entry.row].tolist()
+                sums[entry.row] += self._run_entry(entry, grad, row, keys)
+            if zero_grads:
+                grad.zero_()
+        if telemetry is not None:
+            telemetry.copy_(torch.from_numpy(sums))
+        prepared.grads = []
+
+    def norm(self, prepared: _Prepared) -> torch.Tensor:
+        if len(prepared.grads) != len(prepared.entries):
+            raise RuntimeError("onepass: norm without refresh")
+        with np.errstate(all="ignore"):
+            grads = (numpy_codec.read_weight(NATIVE[grad.dtype], grad) for grad in prepared.grads)
+            found = gradient_norm(grads)
+        return torch.from_numpy(found).to(prepared.entries[0].param.device)
+
+    def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> F64:
+        """The step of one parameter; returns its part of the telemetry."""
+        rule, kinds, count = entry.rule, entry.rule.kinds, entry.param.numel()
+        before = numpy_codec.read_weight(entry.weight, entry.param, entry.companion)
+        raw = numpy_codec.read_weight(NATIVE[grad.dtype], grad)
+        seed, step = counters
+        if step == 0:
+            return _telemetry(raw, before, before)
+        states = numpy_codec.read_states(entry.format, kinds, entry.states, entry.scales, count)
+        param, states = rule.update(
+            before, row[0] * raw, states, list(row[1 : 1 + rule.scalars]),
+            rule.flag_names(entry.flags),
+        )  # fmt: skip
+        # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and the weight.
+        halves: list[U32 | None] = [None] * 4
+        for word in range(2) if entry.draws else ():
+            bits = random_bits(seed, step, entry.param_id, entry.first, count, word)
+            halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
+        # split8 takes 8 bits, the lowest, which hardly decide how the state of slot 0 is rounded.
+        dither = halves[0 if entry.weight == SPLIT8 else 3]
+        numpy_codec.write_weight(entry.weight, param, entry.param, entry.companion, dither)
+        numpy_codec.write_states(
+            entry.format, kinds, states, entry.states, entry.scales, halves[:3]
+        )
+        if entry.ema is not None:
+            # Of the weight as it was computed, before it is rounded into its format.
+            numpy_codec.write(
+                entry.ema, row[EMA] * numpy_codec.to_array(entry.ema) + row[EMA + 1] * param
+            )
+        return _telemetry(raw, before, param)
+
+
+def _telemetry(grad: F32, before: F32, after: F32) -> F64:
+    """Sums of squares in float64, of fp32 values and an fp32 difference; non-finite gradients."""
+    wide = (array.astype(np.float64) for array in (grad, after, after - before))
+    return np.array([*(np.sum(w * w) for w in wide), np.count_nonzero(~np.isfinite(grad))])

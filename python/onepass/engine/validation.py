@@ -1,0 +1,113 @@
+"""The checks of parameters and gradients; each raises before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+
+from ..formats import NATIVE, WEIGHT_FORMATS
+from .gradients import has_memory, has_own_operations
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_memory(tensor: torch.Tensor, which: str) -> None:
+    """Raises ValueError unless a tensor has memory, or would have it if it had elements."""
+    if tensor.device.type == "meta" or not has_memory(tensor):
+        raise ValueError(
+            f"{which} has no memory for its {tensor.numel()} elements: its storage was freed or "
+            "shrunk, or never had any"
+        )
+
+
+def check_distinct(tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
+    """Raises ValueError where two tensors that one step writes share memory: the result would
+    depend on which of them is written first.
+
+    Args:
+        tensors: dense tensors of one device, each with the name of its parameter.
+    """
+    listed = [(t, name) for t, name in tensors if t.numel()]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, i) for i, (t, _) in enumerate(listed))
+    for (_, end, i), (start, _, j) in pairwise(spans):
+        if start < end:
+            first, second = sorted((listed[i][1], listed[j][1]))
+            raise ValueError(
+                f"{first} and {second} share memory: one parameter listed twice, or two tensors on "
+                "one storage, cannot be written by one step"
+            )
+
+
+def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
+    """Raises unless a rule can work on the parameter and its gradient."""
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"onepass does not support sparse gradients: {which} has one with layout "
+            f"{grad.layout}; use a dense gradient (for embeddings: sparse=False)"
+        )
+    check_param(param, which)
+    if has_own_operations(type(param)):
+        raise ValueError(
+            f"{which} is a {type(param).__name__}, a tensor subclass with operations of its own: "
+            "onepass steps plain tensors and DTensors"
+        )
+    if grad.dtype not in NATIVE:
+        raise ValueError(f"{which}: its gradient must be {_dtypes()}; got {grad.dtype}")
+    if grad.shape != param.shape:
+        raise ValueError(f"{which}: its gradient has another shape, {tuple(grad.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{which} is on {param.device}, its gradient on {grad.device}")
+    check_dense(param, which)
+    check_memory(param, which)
+    check_memory(grad, f"{which}: its gradient")
+
+
+def check_dense(param: torch.Tensor, which: str) -> None:
+    """Raises ValueError where the strides of a parameter leave gaps or overlap."""
+    if not is_dense(param):
+        raise ValueError(
+            f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
+            "order: make it dense, for example with .contiguous()"
+        )
+
+
+def check_param(param: torch.Tensor, which: str) -> None:
+    """Raises ValueError unless the parameter's dtype is one that rules work on."""
+    if param.is_complex():
+        raise ValueError(
+            f"{which} is complex ({param.dtype}): onepass has no rule for complex numbers; "
+            "use torch.view_as_real(param)"
+        )
+    if param.dtype not in NATIVE:
+        raise ValueError(f"{which} must be {_dtypes()}; got {param.dtype}")
+
+
+def check_weight_format(param: torch.Tensor, weights: str, which: str) -> None:
+    """Raises ValueError unless the weight format serves the parameter's dtype."""
+    served = WEIGHT_FORMATS[weights].codes
+    if param.dtype not in served:
+        known = [name for name, form in WEIGHT_FORMATS.items() if param.dtype in form.codes]
+        helper = ""
+        if param.dtype == torch.float32:
+            helper = " (onepass.parameter_groups makes such groups)"
+        raise ValueError(
+            f"weights={weights!r} is for {_dtypes(served)} weights; {which} is {param.dtype}: give "
+            f"it a group with weights={' or '.join(map(repr, known))}{helper}"
+        )
+
+
+def _dtypes(dtypes: Iterable[torch.dtype] = NATIVE) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,1 @@
+"""What the specification has beside rules and formats: random bits, norms, verdicts."""

@@ -1,0 +1,187 @@
+"""Gradient release: each parameter steps as its gradient arrives in the backward pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..distributed.shards import shards_of
+from ..engine.interrupts import Uninterrupted
+from ..engine.plan import Plan, add_norms
+from ..engine.plan_builder import make_plan
+from ..engine.state_tracking import Watch
+from ..paging.pager import Pager
+from . import Optimizer
+from .base import own_optimizer
+
+
+def release_gradients(
+    model: torch.nn.Module, optimizer: Optimizer, *, clip_by_previous_norm: bool = False
+) -> ReleasedGradients:
+    """From now on the backward pass itself steps the parameters of a model, and frees gradients.
+
+    Each parameter takes its step when its gradient has been accumulated, and the gradient is freed:
+    at no time are there more gradients than the backward pass is working on. The bits are those of
+    an ordinary step. ``optimizer.step()`` then has nothing left to do but to step the optimizer's
+    other parameters; it ends the step, and may be left out where ``clip_by_previous_norm`` is.
+
+    Args:
+        model: its parameters that the optimizer has are released.
+        optimizer: parameters and states are updated in place.
+        clip_by_previous_norm: with ``max_grad_norm``, clip by the global norm of the *previous*
+            step's gradients, since that of this step is known only when all have been used. The
+            first step is not clipped, and a sudden large gradient is clipped one step late. Asked
+            for by name because it is another algorithm than clipping.
+
+    Returns:
+        A handle: :meth:`~ReleasedGradients.paused` for micro-batches that only accumulate,
+        :meth:`~ReleasedGradients.remove` to end it.
+
+    Raises:
+        ValueError: ``max_grad_norm`` without ``clip_by_previous_norm``; ``skip_nonfinite`` or
+            ``telemetry``, which need all gradients of a step; a model without parameters that the
+            optimizer has; an optimizer that is released already.
+
+    torch.amp.GradScaler cannot be used with it: the scale is known only after the backward pass.
+
+    Source: Lv et al., "Full parameter fine-tuning for large language models with limited resources"
+    (LOMO, 2023), for SGD; here for every rule.
+    """
+    optimizer = own_optimizer(optimizer)
+    if optimizer.max_grad_norm is not None and not clip_by_previous_norm:
+        raise ValueError(
+            "max_grad_norm needs the gradients of a whole step, and release frees each at once: "
+            "clip_by_previous_norm=True clips by the norm of the step before"
+        )
+    if optimizer.max_grad_norm is None and clip_by_previous_norm:
+        raise ValueError("clip_by_previous_norm=True needs an optimizer with max_grad_norm")
+    for name, value in (
+        ("skip_nonfinite", optimizer.skip_nonfinite),
+        ("telemetry", optimizer.measures),
+    ):
+        if value:
+            raise ValueError(f"{name} needs the gradients of a whole step: it cannot be released")
+    if shards_of(p for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("gradients of DTensors cannot be released: FSDP2 frees them by itself")
+    if optimizer.released is not None:
+        raise ValueError("the gradients of this optimizer are released already: remove() first")
+    return ReleasedGradients(model, optimizer)
+
+
+class ReleasedGradients:
+    """The handle of :func:`release_gradients`."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._paused = False
+        self._plans: dict[torch.Tensor, Plan] = {}
+        # Gradients of several devices arrive on several threads.
+        self._lock = threading.Lock()
+        # Of this step: the parameters that have stepped and what their norm is made of.
+        self._stepped: dict[torch.Tensor, None] = {}
+        self._found: list[torch.Tensor] = []
+        # Of each parameter, the one whose gradient came after its own in the step before.
+        self._next: dict[torch.Tensor, torch.Tensor] = {}
+        own = set(model.parameters())
+        self._members = {m.param: m for m in optimizer.members() if m.param in own}
+        if not self._members:
+            raise ValueError("the optimizer has no parameter of this model")
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+            for param in self._members
+        ]
+        self._settle()
+        optimizer.released = self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it gradients are accumulated as ever; the first backward pass after it uses
+        them."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def remove(self) -> None:
+        """Ends it: gradients stay until ``optimizer.step()`` again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._plans = {}
+        self._settle()
+        self._optimizer.released = None
+
+    def _settle(self) -> None:
+        # The plans of now have pages in other buffers than the plans from now on.
+        if self._optimizer.pager is not None:
+            self._optimizer.pager.settle()
+
+    @torch.no_grad()
+    def _arrived(self, param: torch.Tensor) -> None:
+        if self._paused:
+            return
+        optimizer = self._optimizer
+        with self._lock:
+            optimizer.check_ready()
+            if param in self._stepped:
+                self.end_step()  # nobody called step(): a second backward pass has begun
+            plan = self._plans.get(param)
+            if plan is None or not plan.refresh(optimizer):
+                with torch.inference_mode(False):
+                    plan = make_plan(optimizer, [self._members[param]])
+                plan.refresh(optimizer)
+            optimizer.check_options(plan.members[0].group)
+            plan.start()
+            found = None
+            if optimizer.max_grad_norm is not None:
+                found = plan.norm(optimizer.policy().largest)
+            with Uninterrupted():
+                optimizer.take(plan, optimizer.verdict, False)
+                self._plans[param] = plan
+                plan.forget_gradients()
+                if found is not None:
+                    self._found.append(found)
+                self._stepped[param] = None
+                param.grad = None
+            if optimizer.pager is not None:
+                self._start_next(optimizer.pager, param)
+
+    def forget_plan(self, watch: Watch, param: torch.Tensor) -> None:
+        """Drops the plan of a parameter whose states were replaced."""
+        plan = self._plans.get(param)
+        if plan is not None and plan.watch is watch:
+            del self._plans[param]
+
+    def _start_next(self, pager: Pager, param: torch.Tensor) -> None:
+        """Starts to bring the states of what stepped after this one in the step before: their
+        transfer hides behind the backward pass."""
+        pages = 0
+        while pages < pager.paging.buffers - 1 and (following := self._next.get(param)) is not None:
+            plan = self._plans.get(following)
+            pages += plan.start() if plan is not None else 0
+            param = following
+
+    def end_step(self, found: torch.Tensor | None = None) -> None:
+        """Makes this step's norm the one that the next is clipped by; found: of gradients that were
+        not released."""
+        if found is not None:
+            self._found.append(found)
+        if self._found and self._plans:
+            device = self._found[0].device
+            parts = torch.stack([found.to(device, non_blocking=True) for found in self._found])
+            self._optimizer.judge(next(iter(self._plans.values())), add_norms(parts))
+        if self._optimizer.pager is not None:
+            self._optimizer.pager.discard()
+            order = list(self._stepped)
+            self._next = dict(pairwise(order))
+        self._stepped.clear()
+        self._found = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("released gradients hold hooks, which cannot be copied: remove() first")

@@ -1,0 +1,131 @@
+"""The part of a plan that is on one device, with states that are paged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..engine import backends
+from ..engine.backends.base import same_layout
+from ..engine.device_plan import Part, Tensors
+from ..engine.gradients import has_memory
+from ..engine.hyper_table import RowTable, capturing
+from ..formats import NATIVE
+from .pager import Pager
+from .pages import make_pages
+
+
+class PagedPart(Part):
+    """First the entries whose states stay, then one page after another, each a plan of its own.
+
+    Args:
+        entries: all of one device; the states of those that are paged are the host's.
+        paged: the positions of these.
+    """
+
+    def __init__(
+        self,
+        backend: backends.Backend,
+        entries: list[backends.Entry],
+        table: RowTable,
+        owners: list[Any],
+        *,
+        pager: Pager,
+        paged: list[int],
+    ) -> None:
+        self._pager, self._all = pager, entries
+        self._paged, away = paged, set(paged)
+        self._resident = [i for i in range(len(entries)) if i not in away]
+        super().__init__(backend, entries, table, owners)
+
+    def _prepare(self, entries: list[backends.Entry]) -> None:
+        prepare, table = self.backend.prepare, self.table
+        away = [entries[i] for i in self._paged]
+        self._ring = self._pager.ring(entries[0].param.device)
+        self._cuts = make_pages(away, self._pager.slabs, self._ring)
+        self._pages = [made.page for made in self._cuts]
+        # Of the entries whose states stay, if any, and of each page: what a backend made of it.
+        self._rest = prepare([entries[i] for i in self._resident]) if self._resident else None
+        self._made = [prepare(made.entries) for made in self._cuts]
+        self._whole: Any = None  # of all, without states
+        # Entries that are cut, with what tells that a parameter is another than was cut.
+        pieces = {s.entry for made in self._cuts for s in made.spans if not s.whole}
+        self._pieces = {i: (away[i].param.dtype, away[i].param.shape) for i in pieces}
+        # States on the host, which no backend looks at: pages hold views of them.
+        self._held = [tensor for entry in away for tensor in entry.held()]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._held))
+        self._sums: torch.Tensor | None = None
+        if table.telemetry is not None:
+            self._sums = table.telemetry.new_zeros(len(self._made) + 1, *table.telemetry.shape)
+
+    def refresh(self) -> bool:
+        self._pager.check()
+        if capturing():
+            raise RuntimeError(
+                "a step with paged states cannot be captured in a CUDA graph: its copies wait for "
+                "those of the step before"
+            )
+        return super().refresh()
+
+    def _refresh(self, params: Tensors, grads: Tensors) -> bool:
+        if list(map(torch.Tensor.data_ptr, self._held)) != self._addresses:
+            return False
+        if not all(map(has_memory, self._held)):
+            return False
+        take = self.backend.refresh
+        if self._rest is not None and not take(
+            self._rest, [params[i] for i in self._resident], [grads[i] for i in self._resident]
+        ):
+            return False
+        params, grads = ([tensors[i] for i in self._paged] for tensors in (params, grads))
+        for i, known in self._pieces.items():
+            param, grad = params[i], grads[i]
+            if (param.dtype, param.shape) != known or grad.layout != torch.strided:
+                return False
+            if not same_layout(param, grad) or not has_memory(param) or not has_memory(grad):
+                return False
+        return all(
+            take(
+                made, *([s.of(tensors[s.entry]) for s in cut.spans] for tensors in (params, grads))
+            )
+            for made, cut in zip(self._made, self._cuts, strict=True)
+        )
+
+    def norm(self) -> torch.Tensor:
+        """As if no state was paged: its last bits depend on how a list is divided."""
+        if self._whole is None:
+            self._whole = self.backend.prepare([_bare(entry) for entry in self._all])
+        if not self.backend.refresh(self._whole, self.params, self.grads):
+            raise RuntimeError("onepass: a gradient changed within a step")
+        return self.backend.norm(self._whole)
+
+    def start(self) -> int:
+        self._ring.start(self._pages)
+        return len(self._pages)
+
+    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+        with self._pager.going():
+            super().run(verdict, zero_grads)
+
+    def _sweep(self, zero_grads: bool) -> None:
+        table, sums = self.table, self._sums
+        self.changed = True
+
+        def sweep(i: int) -> None:
+            made = self._made[i] if i < len(self._made) else self._rest
+            measured = None if sums is None else sums[i]
+            self.backend.run(made, table.hyper, table.counters, zero_grads, measured)
+
+        if self._rest is not None:
+            sweep(len(self._made))
+        self._ring.run(self._pages, sweep)
+        if sums is not None and table.telemetry is not None:
+            table.telemetry.copy_(sums.sum(0))
+
+
+def _bare(entry: backends.Entry) -> backends.Entry:
+    """An entry without states, for a norm; of any format that its weight can have."""
+    weight = NATIVE[entry.param.dtype]
+    return replace(entry, states={}, scales={}, companion=None, ema=None, weight=weight)

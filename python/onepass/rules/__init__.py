@@ -1,0 +1,60 @@
+"""The rules: one file per algorithm, with all that Python knows of it.
+
+Every file of this folder with a ``RULE`` is a rule; csrc/rules and triton_kernels/rules.py have the
+same formulas under the same name. How to add one: CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .base import (
+    DECOUPLED,
+    EMA,
+    EMA_DECAY,
+    HYPER_WIDTH,
+    LR,
+    OPTIONS_WIDTH,
+    OWN,
+    SIGN,
+    WEIGHT_DECAY,
+    Rule,
+    StepOf,
+    power,
+)
+from .limits import MAX_SCALAR_STATES, MAX_STATES
+
+__all__ = [
+    "CODES",
+    "DECOUPLED",
+    "EMA",
+    "EMA_DECAY",
+    "HYPER_WIDTH",
+    "LR",
+    "MAX_SCALAR_STATES",
+    "MAX_STATES",
+    "OPTIONS_WIDTH",
+    "OWN",
+    "RULES",
+    "SIGN",
+    "WEIGHT_DECAY",
+    "Rule",
+    "StepOf",
+    "power",
+]
+
+
+def _found() -> dict[str, Rule]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f".{name}", __name__) for name in names]
+    rules = [module.RULE for module in modules if hasattr(module, "RULE")]
+    return {rule.name: rule for rule in rules}
+
+
+RULES: dict[str, Rule] = _found()
+"""By name, in alphabetical order. Compiled libraries know a rule by its position here: its code."""
+
+CODES: dict[str, int] = {
+    name: code for code, name in enumerate(("sgd", "adagrad", "rmsprop", "adam", "lion"))
+}

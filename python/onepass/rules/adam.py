@@ -1,0 +1,104 @@
+"""Adam and AdamW, which differ by one flag.
+
+Source: Kingma, Ba, "Adam: a method for stochastic optimization" (2015); Loshchilov, Hutter,
+"Decoupled weight decay regularization" (2019); amsgrad: Reddi, Kale, Kumar, "On the convergence of
+Adam and beyond" (2018).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from ..numerics.arrays import F32, States
+from .base import (
+    DECOUPLED_DECAY,
+    LR,
+    OWN,
+    Benchmark,
+    BitsAndBytes,
+    Flag,
+    Group,
+    Numbers,
+    Rule,
+    Slot,
+    StepOf,
+    decay,
+    power,
+    present,
+)
+from .option_checks import check_betas, check_flag, check_number
+
+
+def update(
+    param: F32, grad: F32, states: States, h: Sequence[np.float32], flags: Collection[str]
+) -> tuple[F32, States]:
+    """Adam (Kingma, Ba 2015), AdamW (Loshchilov, Hutter 2019), amsgrad (Reddi et al. 2018).
+
+    The bias corrections are in h: step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t) and eps times
+    sqrt(1 - beta2^t), so that one root and one division are left.
+    """
+    step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
+    exp_avg, exp_avg_sq, max_exp_avg_sq = present(states[0]), present(states[1]), states[2]
+    if "decoupled" not in flags:
+        grad = grad + weight_decay * param
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+    second = exp_avg_sq
+    if "amsgrad" in flags:
+        highest = present(max_exp_avg_sq)
+        max_exp_avg_sq = np.where(highest >= exp_avg_sq, highest, exp_avg_sq)
+        second = max_exp_avg_sq
+    denom = np.sqrt(second) + eps
+    delta = step_size * (exp_avg / denom)
+    if "decoupled" in flags:
+        delta = delta + weight_decay * param
+    return param - delta, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+
+
+def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
+    beta1, beta2, eps = o[OWN : OWN + 3]
+    root = math.sqrt(1.0 - power(beta2, step.number))
+    step_size = o[LR] * root / (1.0 - power(beta1, step.number))
+    return step_size, decay(o, o[LR]), beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root
+
+
+def own(group: Group) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    return beta1, beta2, float(group["eps"])
+
+
+def check(group: Group) -> None:
+    check_number("eps", group["eps"])
+    check_betas(group["betas"])
+    check_flag("amsgrad", group["amsgrad"])
+
+
+RULE = Rule(
+    "adam",
+    flags=(DECOUPLED_DECAY, Flag("amsgrad")),
+    slots=(
+        Slot("exp_avg", None, "relative"),
+        Slot("exp_avg_sq", None, "second"),
+        Slot("max_exp_avg_sq", "amsgrad", "second"),
+    ),
+    own=own,
+    derive=derive,
+    scalars=7,
+    update=update,
+    check=check,
+    needs_step=True,
+    # Its Adam decouples weight decay as its AdamW does.
+    bitsandbytes=BitsAndBytes(
+        ("exp_avg", "exp_avg_sq"),
+        betas="betas",
+        decoupled=True,
+        lacking={"amsgrad": False},
+        extra={"alpha": 0.0, "t_alpha": None, "t_beta3": None},
+    ),
+    benchmark=Benchmark(
+        "adamw", {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    ),
+)

@@ -1,0 +1,73 @@
+"""The checks of option values; each raises ValueError, naming the option and the value found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+_FP32_MAX = torch.finfo(torch.float32).max
+
+
+def check_lr(lr: Any) -> None:
+    """Raises ValueError unless lr is a number, or a tensor of one, in [0, fp32's largest].
+
+    The value of a tensor on a GPU is not read: the host would wait for it at every step.
+    """
+    if isinstance(lr, torch.Tensor) and lr.is_cuda and lr.numel() == 1 and not lr.is_complex():
+        return
+    if not _is_number(lr) or not 0 <= float(lr) <= _FP32_MAX:
+        raise ValueError(
+            f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {_shown(lr)}"
+        )
+
+
+def check_number(name: str, value: Any, least: float = 0.0) -> None:
+    """Raises ValueError unless value is a finite number of at least ``least``."""
+    if not _is_number(value) or not least <= float(value) < math.inf:
+        raise ValueError(f"{name} must be a finite number >= {least:g}; got {_shown(value)}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a number in [0, 1)."""
+    if not _is_number(value) or not 0.0 <= float(value) < 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1); got {_shown(value)}")
+
+
+def check_betas(betas: Any) -> None:
+    """Raises ValueError unless betas are two numbers in [0, 1)."""
+    for i, beta in enumerate(check_pair("betas", betas)):
+        check_fraction(f"betas[{i}]", beta)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless value is True or False."""
+    if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, int) and value in (0, 1)):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises ValueError unless value is one of the known names."""
+    if value not in (names := list(known)):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
+
+
+def check_pair(name: str, value: Any) -> tuple[Any, Any]:
+    """The two values of a pair; raises ValueError for anything else."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair of numbers; got {value!r}")
+    return value[0], value[1]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number or a tensor of one; neither a word nor a truth value is."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return hasattr(value, "__float__") and not isinstance(value, (bool, np.bool_))
+
+
+def _shown(value: Any) -> str:
+    return str(float(value)) if _is_number(value) else repr(value)
