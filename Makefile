@@ -16,7 +16,7 @@ SANITIZED := build/sanitize/onepass/libonepass_cpu.so
 SANITIZE_SECONDS ?= 600
 # The folders too: their times change when a file comes or goes.
 CSRC := $(shell find csrc)
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES := $(shell find csrc -name generated -prune -o \( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) -print)
 
 # make's own default for CXX is g++, there or not; setup.py chooses unless a person does.
 ifneq ($(origin CXX),default)
@@ -101,7 +101,7 @@ $(SANITIZED): $(VENV)/.built
 	ONEPASS_SANITIZE=1 ONEPASS_CUDA=0 $(RUN) setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 
 # Not stamped as built when there was no compiler to build with: the next call tries again.
-$(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(CSRC)
+$(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
 	@rm -f $(LIBRARY) $(CUDA_LIBRARY)
 	$(RUN) -m pip install --quiet --no-build-isolation -e .
 	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found: only the slow reference backend is there"; fi

@@ -17,6 +17,7 @@ ONEPASS_SANITIZE=1 builds the CPU library with AddressSanitizer and UndefinedBeh
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -257,9 +258,12 @@ class BinaryDistribution(Distribution):
         return True
 
 
+runpy.run_path(str(ROOT / "csrc" / "generate.py"))["write"]()
+
+
 def sources(cuda: bool) -> list[str]:
-    """The files of one library; only csrc/cuda is the CUDA library's, and only csrc/ops.cpp, with
-    the schemas, cannot be in both."""
+    """The files of one library: those in a folder named cuda are the CUDA library's; only
+    csrc/ops.cpp, with the schemas, cannot be in both."""
     files = [p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")]
     return sorted(str(p) for p in files if ("cuda" in p.parts) == cuda)
 

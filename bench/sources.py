@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[1]
 ORIGIN = ROOT / "build" / "origin.json"
 """What a copy without git is of: written by ``python -m bench.sources``, carried with the copy."""
 
+_SHARED = ("csrc/*.*", "csrc/rules/*", "csrc/formats/*", "python/onepass/rules/limits.py")
 KERNELS = {
-    "cpu": ("csrc/*.*", "csrc/rules/*", "csrc/formats/*", "csrc/cpu/*"),
-    "cuda": ("csrc/*.*", "csrc/rules/*", "csrc/formats/*", "csrc/cuda/*"),
+    "cpu": (*_SHARED, "csrc/cpu/*"),
+    "cuda": (*_SHARED, "csrc/cuda/*"),
     "triton": ("triton_kernels/*.py",),
 }
 """The files that each backend's kernels are made of."""

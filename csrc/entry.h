@@ -19,6 +19,16 @@ struct Telemetry {
 };
 constexpr int kTelemetryWidth = 4;
 
+// What a step is run with, beside the plan (StepArgs of onepass/engine/backends/base.py).
+struct StepArgs {
+  const float* hyper;       // kHyperWidth floats a row
+  const int64_t* counters;  // seed and step of each row; a row whose step is 0 is left alone
+  Telemetry* telemetry;     // a row each, to be filled; or null
+  bool zero_grads;          // gradients become zero, those of rows that are left alone too
+};
+// The bits of the op's argument switches.
+enum StepSwitch : int64_t { kZeroGrads = 1, kAllSwitches = 2 };
+
 // One parameter with what belongs to it, in memory order.
 struct Entry {
   Stored param;

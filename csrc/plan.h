@@ -21,7 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Columns of spec, a row per parameter; onepass/engine/plan.py writes it.
+// Columns of spec, a row per parameter; Entry.spec of onepass/engine/backends/base.py writes it.
 enum Column {
   kRule,
   kFlags,
@@ -29,11 +29,9 @@ enum Column {
   kParamId,
   kFirstElement,
   kWeight,
-  kFormat0,
-  kFormat1,
-  kFormat2,
-  kEma,  // whether the weight has an average
-  kColumns
+  kEma,       // whether the weight has an average
+  kFormats0,  // of each state
+  kColumns = kFormats0 + kMaxStates
 };
 constexpr int64_t kAbsent = -1;  // a format column of a state that the rule does not have
 
@@ -162,16 +160,6 @@ bool native_format(int32_t dtype, Format* format) {
   return dtype == fp32 || dtype == bf16 || dtype == fp16;
 }
 
-// Bit f: the rule can have flags f.
-template <template <unsigned> class Rule, unsigned... Flags>
-constexpr uint32_t valid_flags(std::integer_sequence<unsigned, Flags...>) {
-  return ((static_cast<uint32_t>(Rule<Flags>::kValid) << Flags) | ...);
-}
-#define ONEPASS_VALID_FLAGS(CODE, RULE, ARG) \
-  valid_flags<RULE>(std::make_integer_sequence<unsigned, kMaxFlags>{}),
-constexpr uint32_t kValidFlags[kRules] = {ONEPASS_FOR_EACH_RULE(ONEPASS_VALID_FLAGS, )};
-#undef ONEPASS_VALID_FLAGS
-
 ScalarType state_type(Format format) {
   if (format == Format::kFp32) return ScalarType::Float;
   if (format == Format::kMx4) return ScalarType::Char;
@@ -206,19 +194,17 @@ bool is_weight_format(Format format) {
   return format != Format::kMx8 && format != Format::kMx4 && format != Format::kDynamic8;
 }
 
-// The states of an entry with the first second moment in front, which mx4's others depend on.
+// The states of an entry in the order in which they are decoded and encoded.
 void put_in_order(Entry& entry) {
-  const unsigned second = kRuleKinds[entry.rule].second;
-  int next = 0, front = -1;
-  for (int k = 0; k < kMaxStates && front < 0; ++k)
-    if (second >> k & 1) front = k;
-  if (front >= 0) entry.order[next++] = static_cast<uint8_t>(front);
+  const int front = front_state(kRuleInfo[entry.rule].second);
+  int next = 0;
+  entry.order[next++] = static_cast<uint8_t>(front);
   for (int k = 0; k < kMaxStates; ++k)
     if (k != front) entry.order[next++] = static_cast<uint8_t>(k);
 }
 
 Kind kind_of(const Entry& entry, int k) {
-  const RuleKinds kinds = kRuleKinds[entry.rule];
+  const RuleInfo& kinds = kRuleInfo[entry.rule];
   // As in bitsandbytes' checkpoints: the unsigned map is only for a second state.
   if (entry.state_formats[k] == Format::kDynamic8 && k == 0) return kFirst;
   if (kinds.second >> k & 1) return kSecond;
@@ -260,8 +246,8 @@ void build(
     const Tensor& param = params[i];
     Entry entry{};
     STD_TORCH_CHECK(
-        row[kRule] >= 0 && row[kRule] < kRules && row[kFlags] >= 0 && row[kFlags] < kMaxFlags &&
-            kValidFlags[row[kRule]] >> row[kFlags] & 1,
+        row[kRule] >= 0 && row[kRule] < kRules && row[kFlags] >= 0 && row[kFlags] < kFlagSets &&
+            kRuleInfo[row[kRule]].valid >> row[kFlags] & 1,
         "onepass: no rule ", row[kRule], " with flags ", row[kFlags], at(i));
     STD_TORCH_CHECK(
         row[kWeight] >= 0 && row[kWeight] < kFormats, "onepass: no format ", row[kWeight], at(i));
@@ -285,7 +271,7 @@ void build(
     plan.layouts.push_back(remember(plan.dims, param));
     put_in_order(entry);
     for (int k = 0; k < kMaxStates; ++k) {
-      const int64_t code = row[kFormat0 + k];
+      const int64_t code = row[kFormats0 + k];
       if (code == kAbsent) continue;
       STD_TORCH_CHECK(
           code >= 0 && code < kFormats && is_state_format(static_cast<Format>(code)),
@@ -348,11 +334,11 @@ bool take_gradients(Plan& plan, size_t params, size_t grads, const Tensors& tens
   return plan.taken = true;
 }
 
-// What every step asks of its tables; after it, gradients have to be taken anew: a pointer is
+// What a step is run with, checked; after it, gradients have to be taken anew: a pointer is
 // good for one step, since the gradient may be freed after it.
-void check_step(
-    Plan& plan, const Tensor& hyper, const Tensor& counters,
-    const std::optional<Tensor>& telemetry) {
+StepArgs check_step(
+    Plan& plan, const Tensor& hyper, const Tensor& counters, const std::optional<Tensor>& telemetry,
+    int64_t switches) {
   STD_TORCH_CHECK(
       on_device(plan, hyper) && hyper.scalar_type() == ScalarType::Float && hyper.is_contiguous() &&
           hyper.numel() >= plan.rows * kHyperWidth,
@@ -369,8 +355,14 @@ void check_step(
                      telemetry->numel() >= plan.rows * kTelemetryWidth),
       "onepass: telemetry must be a contiguous float64 tensor on the plan's device of ", plan.rows,
       " x ", kTelemetryWidth);
+  STD_TORCH_CHECK(
+      switches >= 0 && switches < kAllSwitches, "onepass: no switches ", switches, " of a step");
   STD_TORCH_CHECK(plan.taken, "onepass: run without refresh");
   plan.taken = false;
+  return {
+      hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>(),
+      telemetry ? static_cast<Telemetry*>(telemetry->mutable_data_ptr()) : nullptr,
+      (switches & kZeroGrads) != 0};
 }
 
 }  // namespace

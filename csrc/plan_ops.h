@@ -1,5 +1,5 @@
 // The ops on a plan, for a device whose plan derives from Plan: it is made from the arguments of
-// make_plan, and has run(hyper, counters, zero_grads, telemetry).
+// make_plan, and has run(StepArgs).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -77,13 +77,10 @@ void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
 
 template <class DevicePlan>
 void run_plan(
-    Tensor handle, Tensor hyper, Tensor counters, bool zero_grads,
-    std::optional<Tensor> telemetry) {
+    Tensor handle, Tensor hyper, Tensor counters, std::optional<Tensor> telemetry,
+    int64_t switches) {
   const std::shared_ptr<DevicePlan> plan = Registry<DevicePlan>::find(handle);
-  check_step(*plan, hyper, counters, telemetry);
-  plan->run(
-      hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>(), zero_grads,
-      telemetry ? static_cast<Telemetry*>(telemetry->mutable_data_ptr()) : nullptr);
+  plan->run(check_step(*plan, hyper, counters, telemetry, switches));
 }
 
 template <class DevicePlan>
@@ -101,8 +98,7 @@ void sweep_(
       take_gradients(plan, params.size(), grads.size(), tensors),
       "onepass: every parameter needs a gradient of its own shape and memory layout, in float32, "
       "bfloat16 or float16");
-  check_step(plan, hyper, counters, std::nullopt);
-  plan.run(hyper.const_data_ptr<float>(), counters.const_data_ptr<int64_t>(), false, nullptr);
+  plan.run(check_step(plan, hyper, counters, std::nullopt, 0));
 }
 
 }  // namespace

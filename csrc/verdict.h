@@ -1,7 +1,7 @@
 // What becomes of a step: the lines of onepass/numerics/verdict.py.
 #pragma once
 
-#include "rules/options.h"
+#include "rules/rule.h"
 
 namespace onepass {
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, Entry
+from onepass.engine.backends import BACKENDS, Entry, StepArgs
 from onepass.engine.hyper_table import History
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import HYPER_WIDTH, RULES, Rule
@@ -253,7 +253,7 @@ def step_of_shard(name: str, first: int, states: str) -> list[torch.Tensor]:
     hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
     counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
     assert backend.refresh(prepared, [param], [grad])
-    backend.run(prepared, hyper, counters)
+    backend.run(prepared, StepArgs(hyper, counters))
     return [param, *held.values(), *scales.values()]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS
+from onepass.engine.backends import BACKENDS, StepArgs
 
 from . import cuda_shim
 from .cases import advance, assert_same, make_params, same_bits
@@ -63,14 +63,14 @@ def test_a_launch_that_fails_names_the_error_and_the_next_step_works():
         advance(part.backend, table, None)
         cuda_shim.fail("cudaLaunchKernelEx", OUT_OF_RESOURCES)
         with pytest.raises(RuntimeError, match=r"launching \d+ blocks: cudaErrorLaunchOutOfRes"):
-            part.backend.run(part.prepared, table.hyper, table.counters)
+            part.backend.run(part.prepared, StepArgs(table.hyper, table.counters))
         part.backend.retreat(table, counted[1])
         assert same_bits(table.steps, counted[0])
         assert same_bits(table.fresh, counted[1])
         assert all(map(same_bits, before, snapshot(optimizer)))
         # Its gradients have been used up.
         with pytest.raises(RuntimeError, match="run without refresh"):
-            part.backend.run(part.prepared, table.hyper, table.counters)
+            part.backend.run(part.prepared, StepArgs(table.hyper, table.counters))
 
     assert_same(two_steps(SHIM, failing), two_steps("reference"))
 

@@ -9,7 +9,7 @@ import torch
 
 import onepass
 from onepass.engine import backends
-from onepass.engine.backends import BACKENDS, Entry
+from onepass.engine.backends import BACKENDS, Entry, StepArgs
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
 from onepass.paging.options import SMALLEST_PAGE, Paging
 from onepass.rules import HYPER_WIDTH, RULES
@@ -260,10 +260,9 @@ def test_what_is_launched_and_when_a_plan_is_stale():
     optimizer.step()
     assert cuda_shim.launches() == before + 4
     (part,) = optimizer._plan._parts
+    step = StepArgs(torch.zeros(1, HYPER_WIDTH), torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="run without refresh"):
-        part.backend.run(
-            part.prepared, torch.zeros(1, HYPER_WIDTH), torch.zeros(1, 2, dtype=torch.int64)
-        )
+        part.backend.run(part.prepared, step)
     good = [p.grad for p in params]
     for grads in (
         [good[0], good[1].t()],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, Policy
+from onepass.engine.backends import BACKENDS, Policy, StepArgs
 from onepass.engine.hyper_table import History, RowTable
 from onepass.formats import STATE_FORMATS
 from onepass.numerics.verdict import SKIPPED, VERDICT_WIDTH
@@ -167,7 +167,7 @@ def test_retreat_at_the_largest_count_of_fp32(name):
         ),
         (lambda t: setattr(t, "hyper", t.hyper[:, :8]), "hyper must be a contiguous float32"),
         (lambda t: setattr(t, "counters", t.counters[:-1]), "counters must be a contiguous int64"),
-        (lambda t: setattr(t, "fresh", t.fresh[1:]), "fresh must be a contiguous float32"),
+        (lambda t: setattr(t, "kept", t.kept[:1]), "kept must be a contiguous float32"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(change, message):
@@ -287,7 +287,8 @@ def test_rows_of_step_0_are_left_alone_beside_others_that_are_not():
             (part,) = plan._parts
             advance(part.backend, part.table, None)
             part.table.counters[::2, 1] = 0
-            part.backend.run(part.prepared, part.table.hyper, part.table.counters, zero)
+            table = part.table
+            part.backend.run(part.prepared, StepArgs(table.hyper, table.counters, None, zero))
             made.append((params, storages, optimizer))
         assert_same(made[0][2], made[1][2])
         for a, b in zip(made[0][1], made[1][1], strict=True):
@@ -324,8 +325,7 @@ def test_averages_and_telemetry_are_refused():
     with pytest.raises(RuntimeError, match="measures no telemetry"):
         part.backend.run(
             part.prepared,
-            *(part.table.hyper, part.table.counters, False),
-            torch.zeros(1, 4, dtype=torch.float64),
+            StepArgs(part.table.hyper, part.table.counters, torch.zeros(1, 4, dtype=torch.float64)),
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, Entry
+from onepass.engine.backends import BACKENDS, Entry, StepArgs
 from onepass.formats import NATIVE, STATE_FORMATS
 from onepass.rules import HYPER_WIDTH, RULES
 
@@ -134,7 +134,7 @@ def test_nothing_is_changed_and_the_plan_stays_ready(backend):
             assert same_bits(backend.norm(prepared).float(), backend.norm(prepared).float())
         hyper = torch.zeros(1, HYPER_WIDTH)
         hyper[0, :2] = torch.tensor([1.0, 0.5])
-        backend.run(prepared, hyper, torch.tensor([[0, 1]]))
+        backend.run(prepared, StepArgs(hyper, torch.tensor([[0, 1]])))
         with pytest.raises(RuntimeError, match="norm without refresh"):
             backend.norm(prepared)
         assert all(map(same_bits, grads, before))

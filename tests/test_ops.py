@@ -11,13 +11,13 @@ import torch
 
 import onepass
 from onepass.formats import ABSENT
-from onepass.rules import CODES, HYPER_WIDTH
+from onepass.rules import CODES, HYPER_WIDTH, OPTIONS_WIDTH
 
 from .cases import same_bits
 
 pytestmark = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
 
-SPEC = [CODES["adam"], 1, 0, 0, 0, 0, 0, 0, ABSENT, 0]
+SPEC = [CODES["adam"], 1, 0, 0, 0, 0, 0, 0, 0, ABSENT, ABSENT]
 
 
 def arguments(n=100):
@@ -25,8 +25,8 @@ def arguments(n=100):
     params = [torch.randn(n, generator=generator)]
     grads = [torch.randn(n, generator=generator)]
     states = [torch.zeros(n), torch.zeros(n)]
-    hyper = torch.tensor([[1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8, 0.0, 1.0]])
-    assert hyper.shape[1] == HYPER_WIDTH
+    hyper = torch.zeros(1, HYPER_WIDTH)
+    hyper[0, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
     return params, grads, states, torch.tensor([SPEC]), hyper, torch.tensor([[0, 1]])
 
 
@@ -62,9 +62,9 @@ def test_every_op_has_a_fake():
         assert (found.shape, found.dtype) == ((3,), torch.float64)
         assert ops.free_plan(plan) is None
         row, verdict = torch.zeros(1), torch.zeros(6, dtype=torch.float64)
-        options = torch.zeros(1, 8, dtype=torch.float64)
+        options = torch.zeros(1, OPTIONS_WIDTH, dtype=torch.float64)
         assert ops.judge(verdict, None, None, row, -1.0, False, True) is None
-        assert ops.advance(3, options, row, row.clone(), hyper, counters, verdict) is None
+        assert ops.advance(3, options, row.repeat(2), hyper, counters, verdict) is None
 
 
 def test_judge_and_advance_change_what_their_schemas_say():
@@ -76,7 +76,7 @@ def test_judge_and_advance_change_what_their_schemas_say():
         ]
         for name in ("judge", "advance")
     }
-    assert changed == {"judge": ["verdict"], "advance": ["steps", "fresh", "hyper", "counters"]}
+    assert changed == {"judge": ["verdict"], "advance": ["kept", "hyper", "counters"]}
 
 
 def test_sweep_is_plan_refresh_run():
@@ -112,18 +112,18 @@ def test_a_pointer_is_good_for_one_run():
     ("change", "message"),
     [
         (lambda p, s, spec: spec.__setitem__((0, 0), 99), "no rule 99"),
-        (lambda p, s, spec: spec.__setitem__((0, 1), 15), "no rule 3 with flags 15"),
+        (lambda p, s, spec: spec.__setitem__((0, 1), 15), "no rule 1 with flags 15"),
         (lambda p, s, spec: spec.__setitem__((0, 5), 77), "no format 77"),
         (lambda p, s, spec: spec.__setitem__((0, 5), 5), "as its format says"),
         (lambda p, s, spec: spec.__setitem__((0, 5), 12), "as its format says"),
-        (lambda p, s, spec: spec.__setitem__((0, 6), 77), "no format 77 of states"),
-        (lambda p, s, spec: spec.__setitem__((0, 6), 13), "no format 13 of states"),
-        (lambda p, s, spec: spec.__setitem__((0, 6), 5), "another shape"),
+        (lambda p, s, spec: spec.__setitem__((0, 7), 77), "no format 77 of states"),
+        (lambda p, s, spec: spec.__setitem__((0, 7), 13), "no format 13 of states"),
+        (lambda p, s, spec: spec.__setitem__((0, 7), 5), "another shape"),
         (
-            lambda p, s, spec: (spec.__setitem__((0, 6), 5), spec.__setitem__((0, 4), 16)),
+            lambda p, s, spec: (spec.__setitem__((0, 7), 5), spec.__setitem__((0, 4), 16)),
             "element 16 is inside a block of 32",
         ),
-        (lambda p, s, spec: spec.__setitem__((0, 8), 0), "too few states"),
+        (lambda p, s, spec: spec.__setitem__((0, 9), 0), "too few states"),
         (lambda p, s, spec: spec.__setitem__((0, 2), -1), "negative row"),
         (lambda p, s, spec: s.append(torch.zeros(100)), "more states than"),
         (lambda p, s, spec: s.__setitem__(0, torch.zeros(99)), "another shape"),

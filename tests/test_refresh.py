@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import onepass
+from onepass.engine.backends import StepArgs
 
 from .cases import same_bits
 from .test_gradients import needs_library, randn
@@ -110,4 +111,4 @@ def test_too_few_gradients_leave_nothing_to_run():
     assert part.backend.refresh(part.prepared, params, grads)
     assert not part.backend.refresh(part.prepared, params, grads[:-1])
     with pytest.raises(RuntimeError, match="run without refresh"):
-        part.backend.run(part.prepared, part.table.hyper, part.table.counters)
+        part.backend.run(part.prepared, StepArgs(part.table.hyper, part.table.counters))

@@ -11,9 +11,11 @@ import torch
 
 import onepass
 from onepass.engine import backends
+from onepass.engine.backends import StepArgs
 from onepass.engine.backends import triton as host
 from onepass.engine.backends.triton import TritonBackend
 from onepass.engine.hyper_table import History, RowTable
+from onepass.rules import HYPER_WIDTH
 
 from .cases import make_params, set_grads
 
@@ -157,8 +159,9 @@ def test_run_without_refresh_is_refused():
     optimizer = onepass.AdamW(params, backend="triton")
     optimizer.step()
     (part,) = optimizer._plan._parts
+    step = StepArgs(torch.zeros(1, HYPER_WIDTH), torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="run without refresh"):
-        part.backend.run(part.prepared, torch.zeros(1, 8), torch.zeros(1, 2, dtype=torch.int64))
+        part.backend.run(part.prepared, step)
 
 
 @interpreted

@@ -141,13 +141,20 @@ SMALL = {
             {
                 "verdict_ptr": "*fp64",
                 "options_ptr": "*fp64",
-                "steps_ptr": "*fp32",
-                "fresh_ptr": "*fp32",
+                "kept_ptr": "*fp32",
                 "hyper_ptr": "*fp32",
                 "counters_ptr": "*i64",
-                **dict.fromkeys(["RULE", "SCALARS", "JUDGED"], "constexpr"),
+                **dict.fromkeys(
+                    ["ADVANCE", "DERIVE", "SCALARS", "SCALAR_STATES", "JUDGED"], "constexpr"
+                ),
             },
-            {"DERIVE": rules.derive_of(rule), "SCALARS": RULES[rule].scalars, "JUDGED": True},
+            {
+                "ADVANCE": rules.advance_of(rule),
+                "DERIVE": rules.derive_of(rule),
+                "SCALARS": RULES[rule].scalars,
+                "SCALAR_STATES": len(RULES[rule].scalar_states),
+                "JUDGED": True,
+            },
         )
         for rule in RULES
     },

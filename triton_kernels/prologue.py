@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from onepass.rules import Rule
+
 from .. import rules as rule_table
 from ..numerics import verdict as verdict_table
-from .rules import derive_of
+from .rules import advance_of, derive_of
 from .table import HYPER_WIDTH, INTERPRETED
 
 # Columns of the options table.
@@ -81,12 +83,12 @@ def judge(
 
 @triton.jit(
     do_not_specialize=[
-        "verdict_ptr", "options_ptr", "steps_ptr", "fresh_ptr", "hyper_ptr", "counters_ptr",
+        "verdict_ptr", "options_ptr", "kept_ptr", "hyper_ptr", "counters_ptr",
     ]
 )  # fmt: skip
 def advance(
-    verdict_ptr, options_ptr, steps_ptr, fresh_ptr, hyper_ptr, counters_ptr, DERIVE: tl.constexpr,
-    SCALARS: tl.constexpr, JUDGED: tl.constexpr,
+    verdict_ptr, options_ptr, kept_ptr, hyper_ptr, counters_ptr, ADVANCE: tl.constexpr,
+    DERIVE: tl.constexpr, SCALARS: tl.constexpr, SCALAR_STATES: tl.constexpr, JUDGED: tl.constexpr,
 ):  # fmt: skip
     """One row of the hyperparameter table by each program; JUDGED: whether there is a verdict."""
     row = tl.program_id(0)
@@ -102,9 +104,15 @@ def advance(
         o = ()
         for i in tl.static_range(OPTIONS_WIDTH):
             o = o + (tl.load(options_ptr + row * OPTIONS_WIDTH + i),)
-        taken = tl.load(steps_ptr + row)
+        rows = tl.num_programs(0)
+        taken = tl.load(kept_ptr + row)
         step = taken.to(tl.int64) + 1
-        scalars = DERIVE(o, step, tl.load(fresh_ptr + row) != 0, ())
+        scalar_states = ()
+        for i in tl.static_range(SCALAR_STATES):
+            scalar_state = tl.load(kept_ptr + (2 + i) * rows + row)
+            scalar_states = scalar_states + (scalar_state.to(tl.float64),)
+        scalar_states = ADVANCE(o, step, scalar_states)
+        scalars = DERIVE(o, step, tl.load(kept_ptr + rows + row) != 0, scalar_states)
         # The columns between those of the rule and of the average are zero from the beginning.
         hyper = hyper_ptr + row * HYPER_WIDTH
         tl.store(hyper, (o[SIGN] * factor).to(tl.float32))
@@ -113,8 +121,10 @@ def advance(
         tl.store(hyper + EMA, o[EMA_DECAY].to(tl.float32))
         tl.store(hyper + EMA + 1, (1.0 - o[EMA_DECAY]).to(tl.float32))
         tl.store(number, step)
-        tl.store(steps_ptr + row, taken + 1.0)
-        tl.store(fresh_ptr + row, 0.0)
+        tl.store(kept_ptr + row, taken + 1.0)
+        tl.store(kept_ptr + rows + row, 0.0)
+        for i in tl.static_range(SCALAR_STATES):
+            tl.store(kept_ptr + (2 + i) * rows + row, scalar_states[i].to(tl.float32))
 
 
 # A program works on scalars alone.
@@ -151,26 +161,25 @@ def launch_judge(
 
 
 def launch_advance(
-    rule: str,
-    scalars: int,
+    rule: Rule,
     options: torch.Tensor,
-    steps: torch.Tensor,
-    fresh: torch.Tensor,
+    kept: torch.Tensor,
     hyper: torch.Tensor,
     counters: torch.Tensor,
     verdict: torch.Tensor | None,
 ) -> None:
     """See :meth:`onepass.engine.backends.Backend.advance`; on the current device and stream."""
     with np.errstate(all="ignore") if INTERPRETED else nullcontext():
-        advance[(len(steps),)](
+        advance[(len(options),)](
             options if verdict is None else verdict,
             options,
-            steps,
-            fresh,
+            kept,
             hyper,
             counters,
-            DERIVE=derive_of(rule),
-            SCALARS=scalars,
+            ADVANCE=advance_of(rule.name),
+            DERIVE=derive_of(rule.name),
+            SCALARS=rule.scalars,
+            SCALAR_STATES=len(rule.scalar_states),
             JUDGED=verdict is not None,
             **OPTIONS,
         )

@@ -8,6 +8,8 @@ contraction off, so that the results are the specification's bit for bit.
 
 ``derive_<name>(o, step, first, scalar_states) -> scalars``: the lines of ``derive``, in float64 on
 scalars. o is a row of the options table, step an int64 number.
+
+``advance_<name>(o, step, scalar_states) -> scalar_states``: its ``advance``, if it has one.
 """
 
 from __future__ import annotations
@@ -170,6 +172,16 @@ def lion(param, grad, states, h, FLAGS: tl.constexpr):
 def derive_lion(o, step, first, scalar_states):
     beta1, beta2 = o[OWN], o[OWN + 1]
     return o[LR], decay(o, o[LR]), beta1, 1.0 - beta1, beta2, 1.0 - beta2
+
+
+@triton.jit
+def keep(o, step, scalar_states):
+    return scalar_states
+
+
+def advance_of(name):
+    """The advance of a rule."""
+    return globals().get(f"advance_{name}", keep)
 
 
 def update_of(name):

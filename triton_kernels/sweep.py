@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from onepass.engine.backends.base import StepArgs
+
 from .. import rules as rule_table
 from . import formats
 from .access import load, load_stored, only_elements, store, store_stored
@@ -51,7 +53,8 @@ def unit_root(root):
 
 @triton.jit
 def bits_of(words, USE: tl.constexpr):
-    """16 random bits for each element: word 0 has those of slots 0 and 1, word 1 the others."""
+    """16 random bits for each element: word 0 has those of slots 0 and 1, word 1 those of slot 2
+    and the weight, word 2 those of slot 3."""
     return (words[USE // 2] >> (USE % 2 * 16)) & 0xFFFF
 
 
@@ -64,7 +67,8 @@ def store_state(
     FORMAT: tl.constexpr = state_format(V, SLOT)
     ROOT: tl.constexpr = root_slot(V)
     _, _, _, _, states_at, scales_at = at
-    random = bits_of(words, SLOT)
+    USE: tl.constexpr = SLOT if SLOT < 3 else SLOT + 1
+    random = bits_of(words, USE)
     values = only_elements(states[SLOT], first, count, FORMAT, FULL)
     codes, extra = FORMAT.encode(values, random, root, maps)
     store_stored(states_at[SLOT], scales_at[SLOT], first, count, codes, extra, FORMAT, BLOCK, FULL)
@@ -153,13 +157,14 @@ def sweep_block(
         average = load(average_at, first, lanes, count, tl.float32, FULL)
         average = average_h[0] * average + average_h[1] * param
         store(average_at, first, lanes, count, average, tl.float32, FULL)
-    words = (0, 0)
+    words = (0, 0, 0)
     if V.stochastic:
         # What nothing draws from is never computed: the compiler drops it.
         offsets = first + tl.arange(0, BLOCK)
         words = (
             formats.random_bits(stream, index, offsets, 0),
             formats.random_bits(stream, index, offsets, 1),
+            formats.random_bits(stream, index, offsets, 2),
         )
     USE: tl.constexpr = PARAM.use
     codes, extra = PARAM.encode(param, bits_of(words, USE), 0, maps)
@@ -273,27 +278,22 @@ def sweep(
 def launch(
     chunks: torch.Tensor,
     grads: torch.Tensor,
-    hyper: torch.Tensor,
-    counters: torch.Tensor,
     maps: torch.Tensor,
     variants: Variants,
     tuned: Tuning,
     spans: torch.Tensor,
-    zero_grads: bool = False,
-    telemetry: torch.Tensor | None = None,
+    step: StepArgs,
 ) -> None:
     """Launches the sweep over all chunks on the current device and stream.
 
     Args:
         chunks: int64 [chunks, COLUMNS]; it holds addresses, which must be valid on the device.
         grads: int64 [entries], the addresses of the gradients.
-        hyper: fp32 [rows, HYPER_WIDTH].
-        counters: int64 [rows, 2], seed and step.
         maps: fp32 [4, 256], the tables of :data:`onepass.triton_kernels.blocks.DYNAMIC_TABLES`.
         spans: int64 [rows, 2], see total_telemetry, which is a second launch.
-        zero_grads, telemetry: see :meth:`onepass.engine.backends.base.Backend.run`.
+        step: see :class:`onepass.engine.backends.base.StepArgs`.
     """
-    partials = maps
+    partials, telemetry = maps, step.telemetry
     if telemetry is not None:
         partials = torch.empty(len(chunks), 4, dtype=torch.float64, device=chunks.device)
     # NumPy, which the interpreter computes with, would warn of every overflow.
@@ -301,13 +301,13 @@ def launch(
         sweep[(len(chunks),)](
             chunks,
             grads,
-            hyper,
-            counters,
+            step.hyper,
+            step.counters,
             maps,
             partials,
             VARIANTS=variants,
             BLOCK=tuned.block,
-            ZERO=zero_grads,
+            ZERO=step.zero_grads,
             MEASURED=telemetry is not None,
             **tuned.options(variants.narrow),
         )

@@ -15,18 +15,18 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Columns of the chunk table, int64, a row per chunk.
 PARAM = tl.constexpr(0)  # address of the chunk's first element
-STATES = tl.constexpr(1)  # likewise, of the states in slots 0, 1, 2
-SCALES = tl.constexpr(4)  # of their scales
-COMPANION = tl.constexpr(7)  # of the weight's companion
-AVERAGE = tl.constexpr(8)  # of the weight's average
-ENTRY = tl.constexpr(9)  # row of the gradient table, which holds the addresses of whole gradients
-START = tl.constexpr(10)  # position of the chunk in its tensors
-COUNT = tl.constexpr(11)  # its elements
-ROW = tl.constexpr(12)  # of the hyperparameter and counter tables
-PARAM_ID = tl.constexpr(13)  # keys the random bits
-INDEX = tl.constexpr(14)  # likewise: of the first element in the whole parameter
-VARIANT = tl.constexpr(15)  # position in VARIANTS
-COLUMNS = tl.constexpr(16)
+COMPANION = tl.constexpr(1)  # of the weight's companion
+AVERAGE = tl.constexpr(2)  # of the weight's average
+ENTRY = tl.constexpr(3)  # row of the gradient table, which holds the addresses of whole gradients
+START = tl.constexpr(4)  # position of the chunk in its tensors
+COUNT = tl.constexpr(5)  # its elements
+ROW = tl.constexpr(6)  # of the hyperparameter and counter tables
+PARAM_ID = tl.constexpr(7)  # keys the random bits
+INDEX = tl.constexpr(8)  # likewise: of the first element in the whole parameter
+VARIANT = tl.constexpr(9)  # position in VARIANTS
+STATES = tl.constexpr(10)  # addresses of the states, a column for each slot
+SCALES = tl.constexpr(10 + rule_table.MAX_STATES)  # of their scales
+COLUMNS = tl.constexpr(10 + 2 * rule_table.MAX_STATES)
 
 HYPER_WIDTH = tl.constexpr(rule_table.HYPER_WIDTH)
 

@@ -6,10 +6,10 @@
 
 namespace onepass::cpu {
 
-// Where the random bits of a tile come from: the keys of the elements' first and second word, and
-// the lower half of the first element's index, which does not wrap inside a tile.
+// Where the random bits of a tile come from: the keys of each word of its elements, and the lower
+// half of the first element's index, which does not wrap inside a tile.
 struct TileRandom {
-  RandomKey keys[2];
+  RandomKey keys[kRandomWords];
   uint32_t low;
 };
 
@@ -36,7 +36,7 @@ using EncodeFn = void (*)(
 struct Direct {
   Format weight, grad, state;
   int step;
-  RuleFn rules[kRules][kMaxFlags];
+  RuleFn rules[kRules][kFlagSets];  // null where the generic tiles serve
 };
 constexpr int kDirect = 7;
 

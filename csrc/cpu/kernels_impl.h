@@ -36,13 +36,15 @@ ONEPASS_HD void prefetch(
   if (Slots & 1) lines(states[0].data);
   if (Slots & 2) lines(states[1].data);
   if (Slots & 4) lines(states[2].data);
+  if (Slots & 8) lines(states[3].data);
 }
 
 template <class Rule>
 void apply_fp32(
     const float* row, int n, const Stored& param_at, const void* grad_ptr, const Stored* states,
     const TileRandom&) {
-  constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4;
+  constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4,
+                 kHas3 = Rule::kSlots & 8;
   const auto hyper = load_hyper<Rule>(row);
   const float grad_scale = row[0];
   auto* __restrict param = static_cast<float*>(param_at.data);
@@ -50,20 +52,23 @@ void apply_fp32(
   auto* __restrict state0 = static_cast<float*>(states[0].data);
   auto* __restrict state1 = static_cast<float*>(states[1].data);
   auto* __restrict state2 = static_cast<float*>(states[2].data);
+  auto* __restrict state3 = static_cast<float*>(states[3].data);
   for (int block = 0; block < n; block += kBlock) {
     const int end = n - block < kBlock ? n : block + kBlock;
     if (kRounds && block + kAheadBytes / 4 < n)
       prefetch<Rule::kSlots, kBlock * 4>(int64_t{4} * block, param_at.data, grad_ptr, states);
 #pragma omp simd
     for (int i = block; i < end; ++i) {
-      float value0 = 0, value1 = 0, value2 = 0;
+      float value0 = 0, value1 = 0, value2 = 0, value3 = 0;
       if (kHas0) value0 = state0[i];
       if (kHas1) value1 = state1[i];
       if (kHas2) value2 = state2[i];
-      Rule::update(hyper, param[i], grad_scale * grad[i], value0, value1, value2);
+      if (kHas3) value3 = state3[i];
+      update_element<Rule>(hyper, param[i], grad_scale * grad[i], value0, value1, value2, value3);
       if (kHas0) state0[i] = value0;
       if (kHas1) state1[i] = value1;
       if (kHas2) state2[i] = value2;
+      if (kHas3) state3[i] = value3;
     }
   }
 }
@@ -84,8 +89,10 @@ ONEPASS_HD void update_pair(
   constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4;
   float p = lower(param), s0 = lower(state0), s1 = lower(state1), s2 = lower(state2);
   float q = upper(param), t0 = upper(state0), t1 = upper(state1), t2 = upper(state2);
-  Rule::update(hyper, p, Scaled ? grad_scale * lower(grad) : lower(grad), s0, s1, s2);
-  Rule::update(hyper, q, Scaled ? grad_scale * upper(grad) : upper(grad), t0, t1, t2);
+  float none = 0;
+  const float g = lower(grad), h = upper(grad);
+  update_element<Rule>(hyper, p, Scaled ? grad_scale * g : g, s0, s1, s2, none);
+  update_element<Rule>(hyper, q, Scaled ? grad_scale * h : h, t0, t1, t2, none);
   param = join(nearest(p), nearest(q));
   if (kHas0 || kHas1) {
     const uint32_t a = random_mix(random.keys[0], start0);
@@ -171,54 +178,66 @@ template <Kind>
 using Fp32State = Fp32;
 using Bf16 = Half<ToBf16>;
 
-// A rule that some flags do not go with has no kernel there.
-template <class Rule, bool = Rule::kValid>
-struct Pick {
-  static constexpr RuleFn fp32 = apply_fp32<Rule>;
-  static constexpr RuleFn bf16 = apply_bf16<Rule>;
-  static constexpr RuleFn bf16_fp32 = apply_tiles<Rule, Bf16, Bf16, Fp32State>;
-  static constexpr RuleFn fp32_mx8 = apply_tiles<Rule, Fp32, Fp32, Mx8State>;
-  static constexpr RuleFn split8_mx8 = apply_tiles<Rule, Split8Weight, Bf16, Mx8State>;
-  static constexpr RuleFn stochastic_mx8 = apply_tiles<Rule, Half<DitherBf16>, Bf16, Mx8State>;
-  static constexpr RuleFn stochastic_mx4 = apply_tiles<Rule, Half<DitherBf16>, Bf16, Mx4State>;
-};
-template <class Rule>
-struct Pick<Rule, false> {
-  static constexpr RuleFn fp32 = nullptr, bf16 = nullptr, bf16_fp32 = nullptr, fp32_mx8 = nullptr,
-                          split8_mx8 = nullptr, stochastic_mx8 = nullptr, stochastic_mx4 = nullptr;
-};
+// What a rule has with some flags: nothing where they do not go together. These loops hold three
+// states; the tiles of sweep.cpp serve a rule with more.
+enum Loop { kInFp32, kInBf16, kBf16Fp32, kFp32Mx8, kSplit8Mx8, kStochasticMx8, kStochasticMx4 };
+template <class Rule, Loop L>
+constexpr RuleFn loop_of() {
+  if constexpr (!Rule::kValid)
+    return nullptr;
+  else if constexpr (L == kInFp32)
+    return apply_fp32<Rule>;
+  else if constexpr (Rule::kStates > 3)
+    return nullptr;
+  else if constexpr (L == kInBf16)
+    return apply_bf16<Rule>;
+  else if constexpr (L == kBf16Fp32)
+    return apply_tiles<Rule, Bf16, Bf16, Fp32State>;
+  else if constexpr (L == kFp32Mx8)
+    return apply_tiles<Rule, Fp32, Fp32, Mx8State>;
+  else if constexpr (L == kSplit8Mx8)
+    return apply_tiles<Rule, Split8Weight, Bf16, Mx8State>;
+  else if constexpr (L == kStochasticMx8)
+    return apply_tiles<Rule, Half<DitherBf16>, Bf16, Mx8State>;
+  else
+    return apply_tiles<Rule, Half<DitherBf16>, Bf16, Mx4State>;
+}
+
+// Of a rule with every set of flags.
+template <template <unsigned> class Rule, Loop L, unsigned Flags = 0>
+constexpr void fill(RuleFn* of_flags) {
+  if constexpr (Flags < kFlagSets) {
+    of_flags[Flags] = loop_of<Rule<Flags>, L>();
+    fill<Rule, L, Flags + 1>(of_flags);
+  }
+}
+template <Loop L>
+constexpr Direct direct(Format weight, Format grad, Format state, int step) {
+  Direct found{weight, grad, state, step, {}};
+#define ONEPASS_FILL(CODE, RULE, ARG) fill<RULE, L>(found.rules[CODE]);
+  ONEPASS_FOR_EACH_RULE(ONEPASS_FILL, )
+#undef ONEPASS_FILL
+  return found;
+}
 
 }  // namespace
 
-#define ONEPASS_VARIANTS(CODE, RULE, KIND)                                                 \
-  {Pick<RULE<0>>::KIND,  Pick<RULE<1>>::KIND,  Pick<RULE<2>>::KIND,  Pick<RULE<3>>::KIND,  \
-   Pick<RULE<4>>::KIND,  Pick<RULE<5>>::KIND,  Pick<RULE<6>>::KIND,  Pick<RULE<7>>::KIND,  \
-   Pick<RULE<8>>::KIND,  Pick<RULE<9>>::KIND,  Pick<RULE<10>>::KIND, Pick<RULE<11>>::KIND, \
-   Pick<RULE<12>>::KIND, Pick<RULE<13>>::KIND, Pick<RULE<14>>::KIND, Pick<RULE<15>>::KIND},
-
-#define ONEPASS_DIRECT(WEIGHT, GRAD, STATE, STEP, KIND)  \
-  {                                                      \
-    Format::WEIGHT, Format::GRAD, Format::STATE, STEP, { \
-      ONEPASS_FOR_EACH_RULE(ONEPASS_VARIANTS, KIND)      \
-    }                                                    \
-  }
-
-#define ONEPASS_KERNELS                                                        \
-  {                                                                            \
-      {                                                                        \
-          ONEPASS_DIRECT(kFp32, kFp32, kFp32, 1, fp32),                        \
-          ONEPASS_DIRECT(kBf16, kBf16, kBf16Stochastic, 1, bf16),              \
-          ONEPASS_DIRECT(kBf16, kBf16, kFp32, kTile, bf16_fp32),               \
-          ONEPASS_DIRECT(kFp32, kFp32, kMx8, kTile, fp32_mx8),                 \
-          ONEPASS_DIRECT(kSplit8, kBf16, kMx8, kTile, split8_mx8),             \
-          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx8, kTile, stochastic_mx8), \
-          ONEPASS_DIRECT(kBf16Stochastic, kBf16, kMx4, kTile, stochastic_mx4), \
-      },                                                                       \
-      ONEPASS_FORMATS(load),                                                   \
-      ONEPASS_FORMATS(store),                                                  \
-      ONEPASS_NORMS,                                                           \
-      average_tile,                                                            \
-      measure_tile,                                                            \
+#define ONEPASS_KERNELS                                                                        \
+  {                                                                                            \
+      {                                                                                        \
+          direct<kInFp32>(Format::kFp32, Format::kFp32, Format::kFp32, 1),                     \
+          direct<kInBf16>(Format::kBf16, Format::kBf16, Format::kBf16Stochastic, 1),           \
+          direct<kBf16Fp32>(Format::kBf16, Format::kBf16, Format::kFp32, kTile),               \
+          direct<kFp32Mx8>(Format::kFp32, Format::kFp32, Format::kMx8, kTile),                 \
+          direct<kSplit8Mx8>(Format::kSplit8, Format::kBf16, Format::kMx8, kTile),             \
+          direct<kStochasticMx8>(Format::kBf16Stochastic, Format::kBf16, Format::kMx8, kTile), \
+          direct<kStochasticMx4>(Format::kBf16Stochastic, Format::kBf16, Format::kMx4, kTile), \
+      },                                                                                       \
+      ONEPASS_FORMATS(load),                                                                   \
+      ONEPASS_FORMATS(store),                                                                  \
+      ONEPASS_NORMS,                                                                           \
+      average_tile,                                                                            \
+      measure_tile,                                                                            \
   }
 
 }  // namespace onepass::cpu

@@ -15,9 +15,9 @@ struct CpuPlan : Plan {
     build(*this, params, states, spec);
     cuts = cut_pieces(entries);
   }
-  void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
-    if (telemetry) std::fill_n(telemetry, rows, Telemetry{});
-    sweep(kernels(), entries, cuts, hyper, counters, zero_grads, telemetry);
+  void run(const StepArgs& step) {
+    if (step.telemetry) std::fill_n(step.telemetry, rows, Telemetry{});
+    sweep(kernels(), entries, cuts, step);
   }
 };
 

@@ -30,7 +30,7 @@ const Direct* direct_kernel(const Kernels& kernels, const Entry& entry) {
     bool same = entry.param_format == direct.weight && entry.grad_format == direct.grad;
     for (int k = 0; k < kMaxStates; ++k)
       same = same && (!entry.has(k) || entry.state_formats[k] == direct.state);
-    if (same) return &direct;
+    if (same && direct.rules[entry.rule][entry.flags]) return &direct;
   }
   return nullptr;
 }
@@ -77,7 +77,7 @@ void sweep_tile(
     if (entry.has(k))
       close(
           entry.state_formats[k], entry.kinds[k], static_cast<float*>(states[k].data),
-          entry.states[k], k);
+          entry.states[k], state_use(k));
 }
 
 // Gradients are zeroed while they are in the L1 cache.
@@ -85,14 +85,17 @@ constexpr int64_t kZeroed = 4096;
 
 // Elements [begin, end) of one entry.
 void sweep_entry(
-    const Kernels& kernels, const Entry& entry, int64_t begin, int64_t end, const float* row,
-    const int64_t* counters, bool zero_grads, Telemetry* telemetry, Tiles& tiles) {
+    const Kernels& kernels, const Entry& entry, int64_t begin, int64_t end, const StepArgs& step,
+    Telemetry* telemetry, Tiles& tiles) {
+  const float* row = step.hyper + int64_t{entry.row} * kHyperWidth;
+  const int64_t* counters = step.counters + int64_t{entry.row} * 2;
   const bool skipped = counters[1] == 0;
-  if (skipped && !zero_grads && !telemetry) return;
+  if (skipped && !step.zero_grads && !telemetry) return;
   const bool plain = !skipped && !entry.ema && !telemetry;
   const Direct* direct = plain ? direct_kernel(kernels, entry) : nullptr;
-  const int64_t most = zero_grads ? kZeroed : kPiece;
+  const int64_t most = step.zero_grads ? kZeroed : kPiece;
   const bool draws = needs_random(entry);
+  const uint32_t words = entry.slots >> 3 ? kRandomWords : 2;
   const uint64_t stream =
       draws ? random_stream(
                   static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
@@ -108,7 +111,8 @@ void sweep_entry(
       const uint32_t high = static_cast<uint32_t>(index >> 32);
       random.low = static_cast<uint32_t>(index);
       n = std::min<int64_t>(n, (int64_t{1} << 32) - random.low);
-      for (uint32_t word = 0; word < 2; ++word) random.keys[word] = random_key(stream, high, word);
+      for (uint32_t word = 0; word < words; ++word)
+        random.keys[word] = random_key(stream, high, word);
     }
     if (whole && n % direct->step == 0) {
       Stored states[kMaxStates] = {};
@@ -124,7 +128,7 @@ void sweep_entry(
       sweep_tile(
           kernels, entry, first, static_cast<int>(n), row, random, skipped, telemetry, tiles);
     }
-    if (zero_grads)
+    if (step.zero_grads)
       std::memset(
           static_cast<char*>(entry.grad) + bytes_of(entry.grad_format, first), 0,
           bytes_of(entry.grad_format, n));
@@ -171,14 +175,14 @@ std::vector<Cut> cut_pieces(const std::vector<Entry>& entries) {
 
 void sweep(
     const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts,
-    const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
+    const StepArgs& step) {
   const int64_t pieces = static_cast<int64_t>(cuts.size()) - 1;
   if (pieces <= 0) return;
   const int64_t count = static_cast<int64_t>(entries.size());
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pieces);
   Runs runs(pieces, threads);
   // Of each piece, in the order of its entries: a sum must not depend on who took which piece.
-  std::vector<std::vector<std::pair<int32_t, Telemetry>>> measured(telemetry ? pieces : 0);
+  std::vector<std::vector<std::pair<int32_t, Telemetry>>> measured(step.telemetry ? pieces : 0);
   const auto work = [&](int64_t, int64_t) {
     DefaultRounding rounding;
     Tiles tiles;
@@ -188,10 +192,8 @@ void sweep(
         if (e + kEntriesAhead <= last) prefetch_entry(entries[e + kEntriesAhead]);
         const Entry& entry = entries[e];
         Telemetry* into = nullptr;
-        if (telemetry) into = &measured[piece].emplace_back(entry.row, Telemetry{}).second;
-        sweep_entry(
-            kernels, entry, begin, end, hyper + entry.row * kHyperWidth, counters + entry.row * 2,
-            zero_grads, into, tiles);
+        if (step.telemetry) into = &measured[piece].emplace_back(entry.row, Telemetry{}).second;
+        sweep_entry(kernels, entry, begin, end, step, into, tiles);
       });
     });
   };
@@ -201,10 +203,11 @@ void sweep(
     torch::stable::parallel_for(0, threads, 1, work);
   for (const auto& piece : measured)
     for (const auto& [row, found] : piece) {
-      telemetry[row].grads += found.grads;
-      telemetry[row].weights += found.weights;
-      telemetry[row].updates += found.updates;
-      telemetry[row].nonfinite += found.nonfinite;
+      Telemetry& total = step.telemetry[row];
+      total.grads += found.grads;
+      total.weights += found.weights;
+      total.updates += found.updates;
+      total.nonfinite += found.nonfinite;
     }
 }
 

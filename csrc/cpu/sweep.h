@@ -59,12 +59,10 @@ void for_each_part(
   }
 }
 
-// hyper: kHyperWidth floats a row. counters: seed and step of each row; rows whose step is 0 are
-// left alone. zero_grads: gradients become zero, those of such rows too. telemetry: null, or added
-// to, a row each.
+// A step over all entries. Telemetry is added to what is there.
 void sweep(
     const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts,
-    const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry);
+    const StepArgs& step);
 
 // Of the gradients of all entries.
 Norm norm(const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts);

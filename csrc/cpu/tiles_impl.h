@@ -10,7 +10,7 @@ namespace {
 
 template <class Rule>
 typename Rule::Hyper load_hyper(const float* row) {
-  static_assert(sizeof(typename Rule::Hyper) <= (kEmaDecay - 1) * sizeof(float), "row too narrow");
+  static_assert(sizeof(typename Rule::Hyper) <= kMaxScalars * sizeof(float), "row too narrow");
   typename Rule::Hyper hyper;
   __builtin_memcpy(&hyper, row + 1, sizeof hyper);
   return hyper;
@@ -49,7 +49,7 @@ struct Slot {
 template <class Rule, class Body>
 ONEPASS_HD void for_each_slot(const Body& body) {
   constexpr unsigned kSecond = Rule::kSecond & Rule::kSlots;
-  constexpr int kLead = kSecond & 1 ? 0 : kSecond & 2 ? 1 : kSecond & 4 ? 2 : 0;
+  constexpr int kLead = front_state(kSecond);
   if constexpr (Rule::kSlots >> kLead & 1) body(Slot<kLead>());
   if constexpr (kLead != 0 && (Rule::kSlots & 1)) body(Slot<0>());
   if constexpr (kLead != 1 && (Rule::kSlots & 2)) body(Slot<1>());
@@ -138,7 +138,8 @@ void apply_tiles(
       if (kSlots & 1) value0 = t0[i];
       if (kSlots & 2) value1 = t1[i];
       if (kSlots & 4) value2 = t2[i];
-      Rule::update(hyper, p[i], g[i], value0, value1, value2);
+      float none = 0;
+      update_element<Rule>(hyper, p[i], g[i], value0, value1, value2, none);
       if (kSlots & 1) t0[i] = value0;
       if (kSlots & 2) t1[i] = value1;
       if (kSlots & 4) t2[i] = value2;

@@ -22,7 +22,6 @@ __global__ void __launch_bounds__(kTuning.threads) judge_step(Judged of, Verdict
 template <class Hyper>
 __device__ __forceinline__ void write_row(const Options& o, double factor, Hyper made, float* row) {
   constexpr int kScalars = sizeof(Hyper) / sizeof(float);
-  static_assert(kScalars < kEmaDecay, "row too narrow");
   float scalars[kScalars];
   memcpy(scalars, &made, sizeof made);
   row[0] = rounded(o.sign * factor);
@@ -30,6 +29,24 @@ __device__ __forceinline__ void write_row(const Options& o, double factor, Hyper
   for (int i = 1; i < kEmaDecay; ++i) row[i] = i <= kScalars ? scalars[(i - 1) % kScalars] : 0.0f;
   row[kEmaDecay] = rounded(o.ema_decay);
   row[kEmaDecay + 1] = rounded(1.0 - o.ema_decay);
+}
+
+// Counts the step of row r and derives its scalars.
+template <class Rule>
+__device__ __forceinline__ void advance_row(const Rows& rows, int64_t r, double factor) {
+  const Options o = rows.options[r];
+  StepOf step{static_cast<int64_t>(rows.steps[r]) + 1, rows.fresh[r] != 0.0f, {}};
+  if constexpr (Rule::kScalarStates > 0) {
+    for (int k = 0; k < Rule::kScalarStates; ++k)
+      step.scalar_states[k] = static_cast<double>(rows.scalar_states[k * rows.count + r]);
+    Rule::advance(o, step.number, step.scalar_states);
+    for (int k = 0; k < Rule::kScalarStates; ++k)
+      rows.scalar_states[k * rows.count + r] = rounded(step.scalar_states[k]);
+  }
+  write_row(o, factor, Rule::derive(o, step), rows.hyper + r * kHyperWidth);
+  rows.counters[2 * r + 1] = step.number;
+  rows.steps[r] = rows.steps[r] + 1.0f;
+  rows.fresh[r] = 0.0f;
 }
 
 __global__ void __launch_bounds__(kTuning.threads) advance_rows(int rule, Rows rows) {
@@ -40,21 +57,14 @@ __global__ void __launch_bounds__(kTuning.threads) advance_rows(int rule, Rows r
       rows.counters[2 * r + 1] = 0;
       continue;
     }
-    const Options o = rows.options[r];
-    const int64_t number = static_cast<int64_t>(rows.steps[r]) + 1;
-    const bool first = rows.fresh[r] != 0.0f;
-    float* row = rows.hyper + r * kHyperWidth;
     switch (rule) {
-#define ONEPASS_DERIVE(CODE, RULE, ARG)                           \
-  case CODE:                                                      \
-    write_row(o, factor, RULE<0>::derive(o, number, first), row); \
+#define ONEPASS_ADVANCE(CODE, RULE, ARG)   \
+  case CODE:                               \
+    advance_row<RULE<0>>(rows, r, factor); \
     break;
-      ONEPASS_FOR_EACH_RULE(ONEPASS_DERIVE, )
-#undef ONEPASS_DERIVE
+      ONEPASS_FOR_EACH_RULE(ONEPASS_ADVANCE, )
+#undef ONEPASS_ADVANCE
     }
-    rows.counters[2 * r + 1] = number;
-    rows.steps[r] = rows.steps[r] + 1.0f;
-    rows.fresh[r] = 0.0f;
   }
 }
 

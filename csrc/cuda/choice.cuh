@@ -130,7 +130,7 @@ struct AnyRule {
  private:
   template <unsigned Flags, class Work>
   ONEPASS_HD void from(const Work& work) const {
-    if constexpr (Flags < kMaxFlags) {
+    if constexpr (Flags < kFlagSets) {
       if constexpr (Rule<Flags>::kValid) {
         if (flags_ == Flags) return work(Rule<Flags>{});
       }
@@ -139,21 +139,20 @@ struct AnyRule {
   }
 };
 
-template <class Work>
+template <int Count, int Slot = 0, int Skip = -1, class Work>
 __device__ __forceinline__ void for_each_slot(const Work& work) {
-  work(std::integral_constant<int, 0>{});
-  work(std::integral_constant<int, 1>{});
-  work(std::integral_constant<int, 2>{});
+  if constexpr (Slot < Count) {
+    if constexpr (Slot != Skip) work(std::integral_constant<int, Slot>{});
+    for_each_slot<Count, Slot + 1, Skip>(work);
+  }
 }
 
-// The slots with the first second moment in front, which mx4's other states depend on.
+// The slots with front_state in front.
 template <class Rule, class Work>
 __device__ __forceinline__ void for_each_slot_in_order(const Work& work) {
-  constexpr unsigned kSecond = Rule::kSecond;
-  constexpr int kFront = kSecond & 1 ? 0 : kSecond & 2 ? 1 : kSecond & 4 ? 2 : 0;
+  constexpr int kFront = front_state(Rule::kSecond);
   work(std::integral_constant<int, kFront>{});
-  work(std::integral_constant<int, kFront == 0 ? 1 : 0>{});
-  work(std::integral_constant<int, kFront == 2 ? 1 : 2>{});
+  for_each_slot<Rule::kStates, 0, kFront>(work);
 }
 
 }  // namespace onepass::cuda

@@ -22,9 +22,7 @@ struct alignas(16) Chunk {
 struct Tables {
   const Chunk* chunks;
   const void* const* grads;  // addresses of whole gradients, which change from step to step
-  const float* hyper;        // kHyperWidth floats a row
-  const int64_t* counters;   // seed and step of each row; a row of step 0 is left alone
-  bool zero_grads;           // of rows that are left alone too
+  StepArgs step;
 };
 
 // Sums over some gradients.

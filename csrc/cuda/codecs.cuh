@@ -26,7 +26,7 @@ constexpr Kind kind_in(Format format) {
 
 // The 16 random bits of each element for one use: the slot of a state, or weight_use.
 struct Random {
-  RandomKey keys[2];
+  RandomKey keys[kRandomWords];
   uint32_t low;  // lower half of the index of the warp's first element
 
   ONEPASS_HD uint32_t draw(int use, int at) const {

@@ -81,15 +81,20 @@ std::tuple<std::string, bool> cuda_support(int64_t device) {
       false};
 }
 
+// As layout of csrc/ops.cpp, of this library.
+std::string cuda_layout() { return kLayout; }
+
 }  // namespace
 
-// Its schema is here, not in csrc/ops.cpp: it has no tensor to be dispatched by.
+// Their schemas are here, not in csrc/ops.cpp: they have no tensor to be dispatched by.
 STABLE_TORCH_LIBRARY_FRAGMENT(onepass, m) {
   m.def("cuda_support(int device) -> (str reason, bool lasting)");
+  m.def("cuda_layout() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
   m.impl("cuda_support", TORCH_BOX(&cuda_support));
+  m.impl("cuda_layout", TORCH_BOX(&cuda_layout));
 }
 
 }  // namespace onepass::cuda

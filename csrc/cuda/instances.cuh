@@ -1,5 +1,5 @@
-// The kernels of one rule: included once by each of sweep_<rule>.cu, which are compiled side by
-// side.
+// The kernels of one rule: included once by each of csrc/generated/cuda/sweep_<rule>.cu, which are
+// compiled side by side.
 #pragma once
 
 #include "kernels.h"
@@ -22,39 +22,43 @@ SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
   return nullptr;
 }
 
+template <class Rule, unsigned Flags>
+constexpr bool has_reduced() {
+  return (Rule::kReducedPrecision >> Flags & 1) != 0;
+}
+
 // The kernel for a list of one combination, or null if the table does not have it.
-template <template <unsigned> class Rule, int Code, unsigned Flags = 0>
+template <template <unsigned> class Rule, unsigned Flags = 0>
 SweepKernel find_fixed(unsigned flags, Format weight, Format grad, Format states) {
-  if constexpr (Flags < kMaxFlags) {
-    if constexpr (Rule<Flags>::kValid && (!kVariant || is_tuned(Code, Flags))) {
+  if constexpr (Flags < kFlagSets) {
+    if constexpr (Rule<Flags>::kValid && (!kVariant || is_tuned<Rule<Flags>>())) {
       if (flags == Flags)
-        return fixed_kernel<Rule, Flags, (kReducedPrecision[Code] >> Flags & 1) != 0>(
-            weight, grad, states);
+        return fixed_kernel<Rule, Flags, has_reduced<Rule<0>, Flags>()>(weight, grad, states);
     }
-    return find_fixed<Rule, Code, Flags + 1>(flags, weight, grad, states);
+    return find_fixed<Rule, Flags + 1>(flags, weight, grad, states);
   }
   return nullptr;
 }
 
 // The kernel for a list of one set of flags, or null if the table does not have it.
-template <template <unsigned> class Rule, int Code, unsigned Flags = 0>
+template <template <unsigned> class Rule, unsigned Flags = 0>
 SweepKernel find_formats(unsigned flags) {
-  if constexpr (Flags < kMaxFlags) {
-    if constexpr (!kVariant && (kReducedPrecision[Code] >> Flags & 1) != 0) {
+  if constexpr (Flags < kFlagSets) {
+    if constexpr (!kVariant && has_reduced<Rule<0>, Flags>()) {
       if (flags == Flags) return sweep_formats<Rule, Flags>;
     }
-    return find_formats<Rule, Code, Flags + 1>(flags);
+    return find_formats<Rule, Flags + 1>(flags);
   }
   return nullptr;
 }
 
-// The kernel for every list, which a variant does not have.
+// All of a rule. A variant has no kernel for every list.
 template <template <unsigned> class Rule>
-constexpr SweepKernel find_any() {
+constexpr RuleKernels kernels_of() {
   if constexpr (kVariant)
-    return nullptr;
+    return {find_fixed<Rule>, find_formats<Rule>, nullptr};
   else
-    return sweep_any<Rule>;
+    return {find_fixed<Rule>, find_formats<Rule>, sweep_any<Rule>};
 }
 
 }  // namespace onepass::cuda

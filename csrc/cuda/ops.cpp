@@ -102,17 +102,16 @@ struct CudaPlan : Plan {
     taken = true;
   }
 
-  void run(const float* hyper, const int64_t* counters, bool zero_grads, Telemetry* telemetry) {
-    STD_TORCH_CHECK(!telemetry, "onepass: the cuda backend measures no telemetry, triton does");
+  void run(const StepArgs& step) {
+    STD_TORCH_CHECK(
+        !step.telemetry, "onepass: the cuda backend measures no telemetry, triton does");
     if (chunks.empty()) return;
     const OnDevice guard(device.index);
     const cudaStream_t stream = stream_of(device.index);
     const unsigned long long now = capture_of(stream);
     const SideStreams::Use use(side_streams_of(stream, now), stream);
     Tables tables = prepare(stream, now);
-    tables.hyper = hyper;
-    tables.counters = counters;
-    tables.zero_grads = zero_grads;
+    tables.step = step;
     launch(stream, kernel, static_cast<unsigned>(chunks.size()), tables);
   }
 

@@ -16,7 +16,8 @@ struct Judged {
 // The tables of onepass/engine/hyper_table.py.
 struct Rows {
   const Options* options;
-  float *steps, *fresh, *hyper;
+  float *steps, *fresh, *scalar_states;  // of one tensor; the last [scalar states, rows]
+  float* hyper;
   int64_t* counters;
   const Verdict* verdict;  // null: nothing was asked
   int64_t count;

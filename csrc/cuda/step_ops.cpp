@@ -53,29 +53,28 @@ void judge_(
 }
 
 void advance(
-    int64_t rule, Tensor options, Tensor steps, Tensor fresh, Tensor hyper, Tensor counters,
+    int64_t rule, Tensor options, Tensor kept, Tensor hyper, Tensor counters,
     std::optional<Tensor> verdict) {
   STD_TORCH_CHECK(rule >= 0 && rule < kRules, "onepass: no rule ", rule);
-  const int64_t rows = steps.numel();
-  check_table(options, steps, ScalarType::Double, rows * kOptionsWidth, "options", "float64");
-  check_table(steps, steps, ScalarType::Float, rows, "steps", "float32");
-  check_table(fresh, steps, ScalarType::Float, rows, "fresh", "float32");
-  check_table(hyper, steps, ScalarType::Float, rows * kHyperWidth, "hyper", "float32");
-  check_table(counters, steps, ScalarType::Long, rows * 2, "counters", "int64");
-  if (verdict)
-    check_table(*verdict, steps, ScalarType::Double, kVerdictWidth, "verdict", "float64");
+  const int64_t rows = counters.numel() / 2, columns = 2 + kRuleInfo[rule].scalar_states;
+  check_table(options, kept, ScalarType::Double, rows * kOptionsWidth, "options", "float64");
+  check_table(kept, kept, ScalarType::Float, rows * columns, "kept", "float32");
+  check_table(hyper, kept, ScalarType::Float, rows * kHyperWidth, "hyper", "float32");
+  check_table(counters, kept, ScalarType::Long, rows * 2, "counters", "int64");
+  if (verdict) check_table(*verdict, kept, ScalarType::Double, kVerdictWidth, "verdict", "float64");
+  float* steps = kept.mutable_data_ptr<float>();
   const Rows tables{
       static_cast<const Options*>(options.data_ptr()),
-      steps.mutable_data_ptr<float>(),
-      fresh.mutable_data_ptr<float>(),
+      steps,
+      steps + rows,
+      steps + 2 * rows,
       hyper.mutable_data_ptr<float>(),
       counters.mutable_data_ptr<int64_t>(),
       pointer<Verdict>(verdict),
       rows};
-  const OnDevice guard(steps.get_device_index());
+  const OnDevice guard(kept.get_device_index());
   launch(
-      stream_of(steps.get_device_index()), kStepKernels.advance, 1u, static_cast<int>(rule),
-      tables);
+      stream_of(kept.get_device_index()), kStepKernels.advance, 1u, static_cast<int>(rule), tables);
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ __device__ __forceinline__ void fetch_warp(
     constexpr int kBits = bits_of(decltype(format)::value);
     Codes<kBits, kVector>::fetch(at(grad_at, kBits), lanes);
   });
-  for_each_slot([&](auto slot) {
+  for_each_slot<Sample::kStates>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ bool sweep_warp(
     constexpr Format F = decltype(format)::value;
     Codes<bits_of(F), kVector>::template load<Full>(at(grad_at, bits_of(F)), lanes, grad_codes);
   });
-  for_each_slot([&](auto slot) {
+  for_each_slot<Sample::kStates>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
@@ -113,11 +113,11 @@ __device__ __forceinline__ bool sweep_warp(
   rules.with([&](auto rule) {
     using Rule = decltype(rule);
     typename Rule::Hyper hyper;
-    static_assert(sizeof hyper <= (kHyperWidth - 1) * sizeof(float), "row too narrow");
     memcpy(&hyper, row + 1, sizeof hyper);
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      Rule::update(hyper, param[j], grad[j], values[0][j], values[1][j], values[2][j], math);
+      update_element<Rule>(
+          hyper, param[j], grad[j], values[0][j], values[1][j], values[2][j], values[3][j], math);
       math.note_weight(param[j]);
     }
   });
@@ -144,7 +144,7 @@ __device__ __forceinline__ bool sweep_warp(
     formats.held([&](auto format) {
       constexpr Format F = decltype(format)::value;
       StateCodec<F, kind_in<Sample, k>(F), kVector>::template encode<Full>(
-          values[k], random, k, lanes, states[k], roots, math);
+          values[k], random, state_use(k), lanes, states[k], roots, math);
     });
   });
   // All lanes have the same answer, since a scale is theirs together.
@@ -158,7 +158,7 @@ __device__ __forceinline__ bool sweep_warp(
       Codes<companion_bits_of(F), kVector>::template store<Full>(
           at(chunk.param.extra, companion_bits_of(F)), lanes, companions);
   });
-  for_each_slot([&](auto slot) {
+  for_each_slot<Sample::kStates>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
@@ -209,19 +209,20 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   float row[kHyperWidth];
 #pragma unroll
   for (int i = 0; i < kHyperWidth; ++i)
-    row[i] = tables.hyper[static_cast<int64_t>(chunk.row) * kHyperWidth + i];
-  const int64_t* counters = tables.counters + static_cast<int64_t>(chunk.row) * 2;
+    row[i] = tables.step.hyper[static_cast<int64_t>(chunk.row) * kHyperWidth + i];
+  const int64_t* counters = tables.step.counters + static_cast<int64_t>(chunk.row) * 2;
   if (counters[1] == 0) {
-    if (tables.zero_grads)
+    if (tables.step.zero_grads)
       formats.grad([&](auto format) {
         zero_bytes(const_cast<char*>(grad), chunk.count * (bits_of(decltype(format)::value) / 8));
       });
     return;
   }
-  // Two threads find the keys: in every thread they would be a twentieth of all instructions.
-  __shared__ RandomKey words[2];
+  // A thread each finds the keys: in every thread they would be a twentieth of all instructions.
+  constexpr int kDrawn = Rules::Sample::kStates > 3 ? kRandomWords : 2;
+  __shared__ RandomKey words[kDrawn];
   if (Formats::kDraws) {
-    if (threadIdx.x < 2) {
+    if (threadIdx.x < kDrawn) {
       const uint64_t stream = random_stream(
           static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
           static_cast<uint64_t>(chunk.param_id));
@@ -230,11 +231,13 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
     }
     __syncthreads();
   }
-  const Random keys{{words[0], words[1]}, static_cast<uint32_t>(chunk.index)};
+  Random keys{{}, static_cast<uint32_t>(chunk.index)};
+#pragma unroll
+  for (int word = 0; word < kDrawn; ++word) keys.keys[word] = words[word];
   uintptr_t addresses = reinterpret_cast<uintptr_t>(grad) |
                         reinterpret_cast<uintptr_t>(chunk.param.data) |
                         reinterpret_cast<uintptr_t>(chunk.param.extra);
-  for_each_slot([&](auto slot) {
+  for_each_slot<Rules::Sample::kStates>([&](auto slot) {
     if (rules.has(slot)) addresses |= reinterpret_cast<uintptr_t>(chunk.states[slot].data);
   });
   const bool aligned = addresses % 16 == 0;
@@ -243,7 +246,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
        offset += kTuning.threads * kElements) {
     const auto sweep = [&](auto full, auto math, int from) {
       return sweep_warp<decltype(full)::value, decltype(math)>(
-          rules, formats, chunk, grad, row, keys, tables.zero_grads, from);
+          rules, formats, chunk, grad, row, keys, tables.step.zero_grads, from);
     };
     const bool full = aligned && offset + kWarpElements <= chunk.count;
     using First = std::conditional_t<Formats::kQuick, Quick, Careful>;

@@ -1,7 +1,10 @@
 // The table of combinations that have a kernel of their own. A list that is all of one combination
 // runs it; every other list runs a kernel of its rule that reads the formats, or flags and formats,
-// from each chunk. Every flag of every rule has fp32 everything beside these.
+// from each chunk. Every flag of every rule has fp32 everything; those that a rule names in
+// kReducedPrecision have these, and a kernel for lists that mix formats.
 #pragma once
+
+#include <type_traits>
 
 #include "../formats/table.h"
 #include "../rules/table.h"
@@ -9,18 +12,11 @@
 
 namespace onepass::cuda {
 
-// Bit f of a rule: its flags f have the combinations below, and a kernel for lists that mix
-// formats.
-constexpr uint32_t kReducedPrecision[kRules] = {
-    1u << 2,            // SGD with momentum
-    0,                  // Adagrad
-    0,                  // RMSprop
-    1u << 0 | 1u << 1,  // Adam, AdamW
-    1u << 1,            // Lion
-};
-
 // What a variant is measured with (kVariant): AdamW in these formats.
-constexpr bool is_tuned(int code, unsigned flags) { return code == 3 && flags == 1; }
+template <class Rule>
+constexpr bool is_tuned() {
+  return std::is_same_v<Rule, Adam<1>>;
+}
 constexpr bool is_tuned(Format weight, Format states) {
   switch (weight) {
     case Format::kFp32:

@@ -87,9 +87,11 @@ constexpr int64_t extra_bytes_of(Format format, int64_t n) {
   }
 }
 
-// Which 16 random bits a weight takes; a state takes those of its slot. split8 needs 8: the lowest
-// of slot 0's, which hardly decide how that state is rounded.
+// Which 16 random bits of an element are used for what: use u is half u % 2 of word u / 2. split8
+// needs 8 bits: the lowest of state 0's, which hardly decide how that state is rounded.
+constexpr int kRandomWords = 3;
 constexpr int weight_use(Format format) { return format == Format::kSplit8 ? 0 : 3; }
+constexpr int state_use(int k) { return k < 3 ? k : k + 1; }
 
 constexpr bool is_stochastic(Format format) {
   return format == Format::kBf16Stochastic || format == Format::kFp16Stochastic ||

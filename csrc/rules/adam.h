@@ -2,17 +2,19 @@
 // regularization" (2019); amsgrad: Reddi, Kale, Kumar, "On the convergence of Adam" (2018).
 #pragma once
 
-#include "options.h"
+#include "rule.h"
 
 namespace onepass {
 
 template <unsigned Flags>
-struct Adam {
+struct Adam : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
   static constexpr bool kAmsgrad = Flags & 2;
   static constexpr bool kValid = Flags < 4;
+  static constexpr int kStates = 3;
   static constexpr unsigned kSlots = kAmsgrad ? 0b111 : 0b011;
-  static constexpr unsigned kSecond = 0b110, kRelative = 0b001;  // kinds of its states
+  static constexpr unsigned kSecond = 0b110, kRelative = 0b001;     // kinds of its states
+  static constexpr uint32_t kReducedPrecision = 1u << 0 | 1u << 1;  // Adam, AdamW
 
   // derive folds the bias corrections in, which leaves one division and one root:
   // step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t), eps = eps * sqrt(1 - beta2^t).
@@ -20,10 +22,10 @@ struct Adam {
     float step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
   };
 
-  ONEPASS_HD static Hyper derive(const Options& o, int64_t step, bool) {
+  ONEPASS_HD static Hyper derive(const Options& o, const StepOf& step) {
     const double beta1 = o.own[0], beta2 = o.own[1], eps = o.own[2];
-    const double root = sqrt_rn(1.0 - power(beta2, step));
-    const double step_size = div_rn(o.lr * root, 1.0 - power(beta1, step));
+    const double root = sqrt_rn(1.0 - power(beta2, step.number));
+    const double step_size = div_rn(o.lr * root, 1.0 - power(beta1, step.number));
     return {
         rounded(step_size), rounded(decay_of(o, o.lr)), rounded(beta1),     rounded(1.0 - beta1),
         rounded(beta2),     rounded(1.0 - beta2),       rounded(eps * root)};

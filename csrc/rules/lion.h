@@ -1,22 +1,24 @@
 // Lion. Chen et al., "Symbolic discovery of optimization algorithms" (2023), program 1.
 #pragma once
 
-#include "options.h"
+#include "rule.h"
 
 namespace onepass {
 
 template <unsigned Flags>
-struct Lion {
+struct Lion : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
   static constexpr bool kValid = Flags < 2;
+  static constexpr int kStates = 1;
   static constexpr unsigned kSlots = 0b001;
   static constexpr unsigned kSecond = 0, kRelative = 0;  // kinds of its states
+  static constexpr uint32_t kReducedPrecision = 1u << 1;
 
   struct Hyper {
     float lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
   };
 
-  ONEPASS_HD static Hyper derive(const Options& o, int64_t, bool) {
+  ONEPASS_HD static Hyper derive(const Options& o, const StepOf&) {
     const double beta1 = o.own[0], beta2 = o.own[1];
     return {rounded(o.lr),  rounded(decay_of(o, o.lr)), rounded(beta1), rounded(1.0 - beta1),
             rounded(beta2), rounded(1.0 - beta2)};
@@ -24,7 +26,7 @@ struct Lion {
 
   template <class Math = Exact>
   ONEPASS_HD static void update(
-      const Hyper& h, float& param, float grad, float& exp_avg, float&, float&, Math&& = Math()) {
+      const Hyper& h, float& param, float grad, float& exp_avg, Math&& = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     const float blend = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     // sign(0) is 0, and sign(NaN) is NaN: a broken gradient shows in the weights at once.

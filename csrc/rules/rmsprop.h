@@ -2,17 +2,18 @@
 // "Generating sequences with recurrent neural networks" (2013).
 #pragma once
 
-#include "options.h"
+#include "rule.h"
 
 namespace onepass {
 
 template <unsigned Flags>
-struct Rmsprop {
+struct Rmsprop : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
   static constexpr bool kMomentum = Flags & 2;
   static constexpr bool kCentered = Flags & 4;
   static constexpr bool kEpsInSqrt = Flags & 8;
   static constexpr bool kValid = Flags < 16;
+  static constexpr int kStates = 3;
   static constexpr unsigned kSlots = 0b001 | (kMomentum ? 0b010 : 0) | (kCentered ? 0b100 : 0);
   static constexpr unsigned kSecond = 0b001, kRelative = 0;  // kinds of its states
 
@@ -20,7 +21,7 @@ struct Rmsprop {
     float lr, weight_decay, alpha, one_minus_alpha, eps, momentum;
   };
 
-  ONEPASS_HD static Hyper derive(const Options& o, int64_t, bool) {
+  ONEPASS_HD static Hyper derive(const Options& o, const StepOf&) {
     const double alpha = o.own[0], eps = o.own[1], momentum = o.own[2];
     return {rounded(o.lr), rounded(decay_of(o, o.lr)), rounded(alpha), rounded(1.0 - alpha),
             rounded(eps),  rounded(momentum)};

@@ -2,34 +2,35 @@
 // Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013).
 #pragma once
 
-#include "options.h"
+#include "rule.h"
 
 namespace onepass {
 
 template <unsigned Flags>
-struct Sgd {
+struct Sgd : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
   static constexpr bool kMomentum = Flags & 2;
   static constexpr bool kNesterov = Flags & 4;
   static constexpr bool kValid = Flags < 8 && (kMomentum || !kNesterov);
+  static constexpr int kStates = 1;
   static constexpr unsigned kSlots = kMomentum ? 0b001 : 0;
-  static constexpr unsigned kSecond = 0, kRelative = 0;  // kinds of its states
+  static constexpr unsigned kSecond = 0, kRelative = 0;   // kinds of its states
+  static constexpr uint32_t kReducedPrecision = 1u << 2;  // momentum
 
   struct Hyper {
     float lr, weight_decay, momentum, one_minus_dampening;
   };
 
-  ONEPASS_HD static Hyper derive(const Options& o, int64_t, bool first) {
+  ONEPASS_HD static Hyper derive(const Options& o, const StepOf& step) {
     const double momentum = o.own[0], dampening = o.own[1];
-    const double kept = first ? 1.0 : 1.0 - dampening;
+    const double kept = step.first ? 1.0 : 1.0 - dampening;
     return {rounded(o.lr), rounded(decay_of(o, o.lr)), rounded(momentum), rounded(kept)};
   }
 
   // one_minus_dampening is 1 on the step that creates the buffer: torch starts it at the gradient.
   template <class Math = Exact>
   ONEPASS_HD static void update(
-      const Hyper& h, float& param, float grad, float& momentum_buffer, float&, float&,
-      Math&& = Math()) {
+      const Hyper& h, float& param, float grad, float& momentum_buffer, Math&& = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     float direction = grad;
     if (kMomentum) {

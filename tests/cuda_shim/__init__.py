@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -45,7 +46,9 @@ def why_not() -> str:
 
 def _build() -> Path:
     """The library, built again only when a source has changed."""
-    sources = [*(CSRC / "cuda").glob("*.c[up]*"), HERE / "shim.cpp"]
+    runpy.run_path(str(CSRC / "generate.py"))["write"]()
+    sources = [p for p in CSRC.rglob("*.c[up]*") if "cuda" in p.parts]
+    sources.append(HERE / "shim.cpp")
     sources = sorted(s for s in sources if s.suffix in (".cu", ".cpp"))
     key = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
     for path in sorted([*CSRC.rglob("*.*"), *HERE.glob("*.*")]):

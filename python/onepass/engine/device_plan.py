@@ -143,7 +143,8 @@ class Part:
 
     def _sweep(self, zero_grads: bool) -> None:
         table = self.table
-        self.backend.run(self.prepared, table.hyper, table.counters, zero_grads, table.telemetry)
+        step = backends.StepArgs(table.hyper, table.counters, table.telemetry, zero_grads)
+        self.backend.run(self.prepared, step)
 
 
 def _alike(param: torch.Tensor, grad: torch.Tensor) -> bool:

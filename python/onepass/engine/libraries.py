@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-OPS = ("sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "judge", "advance", "cpu_isa")
+from ..rules import LAYOUT
+
+OPS = (
+    "sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "judge", "advance", "cpu_isa",
+    "layout",
+)  # fmt: skip
 PACKAGE = Path(__file__).parents[1]
 # ONEPASS_CPU_LIBRARY names another build of it, such as that of `make sanitize`.
 LIBRARY = Path(os.environ.get("ONEPASS_CPU_LIBRARY") or PACKAGE / "libonepass_cpu.so")
@@ -29,7 +34,8 @@ def _load() -> str:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__}: {error}"
-    if not all(hasattr(torch.ops.onepass, name) for name in OPS):
+    ops = torch.ops.onepass
+    if not all(hasattr(ops, name) for name in OPS) or ops.layout() != LAYOUT:
         return f"{LIBRARY.name} is of another version of onepass: build it again"
     return ""
 
@@ -57,7 +63,8 @@ def cuda_missing() -> str:
         torch.ops.load_library(CUDA_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.onepass, "cuda_support"):
+    ops = torch.ops.onepass
+    if not hasattr(ops, "cuda_layout") or ops.cuda_layout() != LAYOUT:
         return f"{CUDA_LIBRARY.name} is of another version of onepass: build it again"
     return ""
 
@@ -120,7 +127,7 @@ if not missing:
         return 1  # tensors without memory: stale
 
     @torch.library.register_fake("onepass::run")
-    def _run_fake(plan, hyper, counters, zero_grads=False, telemetry=None):  # type: ignore[no-untyped-def]
+    def _run_fake(plan, hyper, counters, telemetry=None, switches=0):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake("onepass::norm")
@@ -136,8 +143,12 @@ if not missing:
         return None
 
     @torch.library.register_fake("onepass::advance")
-    def _advance_fake(rule, options, steps, fresh, hyper, counters, verdict):  # type: ignore[no-untyped-def]
+    def _advance_fake(rule, options, kept, hyper, counters, verdict):  # type: ignore[no-untyped-def]
         return None
+
+    @torch.library.register_fake("onepass::layout")
+    def _layout_fake():  # type: ignore[no-untyped-def]
+        return LAYOUT
 
     @torch.library.register_fake("onepass::cpu_isa")
     def _cpu_isa_fake(name):  # type: ignore[no-untyped-def]

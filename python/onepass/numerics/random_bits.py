@@ -30,7 +30,7 @@ def random_bits(seed: int, step: int, param_id: int, first: int, count: int, wor
 
     with low the index's lower half: a Weyl sequence through the two multiplications of Wellons'
     32-bit hash "lowbias32", a second key between them. Word 0 serves the states of slots 0 (lower
-    16 bits) and 1 (upper 16 bits), word 1 those of slot 2.
+    16 bits) and 1 (upper 16 bits), word 1 that of slot 2 and the weight, word 2 that of slot 3.
     """
     stream = splitmix64(splitmix64(splitmix64(seed & _MASK64) ^ step) ^ param_id)
     index = np.arange(first, first + count, dtype=np.uint64)

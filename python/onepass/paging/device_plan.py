@@ -116,7 +116,8 @@ class PagedPart(Part):
         def sweep(i: int) -> None:
             made = self._made[i] if i < len(self._made) else self._rest
             measured = None if sums is None else sums[i]
-            self.backend.run(made, table.hyper, table.counters, zero_grads, measured)
+            step = backends.StepArgs(table.hyper, table.counters, measured, zero_grads)
+            self.backend.run(made, step)
 
         if self._rest is not None:
             sweep(len(self._made))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from . import limits
 from .base import (
     DECOUPLED,
     EMA,
@@ -31,6 +32,7 @@ __all__ = [
     "EMA",
     "EMA_DECAY",
     "HYPER_WIDTH",
+    "LAYOUT",
     "LR",
     "MAX_SCALAR_STATES",
     "MAX_STATES",
@@ -55,6 +57,9 @@ def _found() -> dict[str, Rule]:
 RULES: dict[str, Rule] = _found()
 """By name, in alphabetical order. Compiled libraries know a rule by its position here: its code."""
 
-CODES: dict[str, int] = {
-    name: code for code, name in enumerate(("sgd", "adagrad", "rmsprop", "adam", "lion"))
-}
+CODES: dict[str, int] = {name: code for code, name in enumerate(RULES)}
+
+LAYOUT = " ".join(
+    [*RULES, *(f"{name}={value}" for name, value in vars(limits).items() if name[:4] == "MAX_")]
+)
+"""What the numbers in a plan mean; a compiled library says the same (csrc/generate.py)."""

@@ -8,13 +8,22 @@ import torch
 
 from ...formats import NATIVE, STATE_FORMATS
 from ...rules import RULES
-from .base import Backend, Entry, Policy
+from .base import Backend, Entry, Policy, StepArgs
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "Backend", "Entry", "Policy", "choose", "status", "support_matrix"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Entry",
+    "Policy",
+    "StepArgs",
+    "choose",
+    "status",
+    "support_matrix",
+]
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {

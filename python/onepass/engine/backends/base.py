@@ -53,7 +53,7 @@ class Entry:
         """The entry's row of the spec that compiled backends read (csrc/plan.h)."""
         codes = [self.format.code if slot in self.states else ABSENT for slot in range(MAX_STATES)]
         named = [CODES[self.rule.name], self.flags, self.row, self.param_id, self.first]
-        return [*named, self.weight, *codes, int(self.ema is not None)]
+        return [*named, self.weight, int(self.ema is not None), *codes]
 
     def held(self) -> list[torch.Tensor]:
         """Its tensors as compiled backends take them: of each slot codes and scales, companion, the
@@ -75,6 +75,30 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     strides = zip(a.stride(), b.stride(), a.shape, strict=True)
     return all(s == t for s, t, n in strides if n > 1)
+
+
+@dataclass(frozen=True)
+class StepArgs:
+    """What a step is run with, beside the plan: the same struct in csrc/entry.h.
+
+    Attributes:
+        hyper: fp32 [rows, HYPER_WIDTH], on the device.
+        counters: int64 [rows, 2], on the device: seed and number of the step. A row whose number is
+            0 is left alone, bit for bit.
+        telemetry: float64 [rows, TELEMETRY_WIDTH] to fill, of rows left alone too, with no update;
+            None for none.
+        zero_grads: set the gradients to zero, those of rows left alone as well.
+    """
+
+    hyper: torch.Tensor
+    counters: torch.Tensor
+    telemetry: torch.Tensor | None = None
+    zero_grads: bool = False
+
+    @property
+    def switches(self) -> int:
+        """Its booleans as bits: StepSwitch of csrc/entry.h."""
+        return int(self.zero_grads)
 
 
 @dataclass(frozen=True)
@@ -132,24 +156,12 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def run(
-        self,
-        prepared: Any,
-        hyper: torch.Tensor,
-        counters: torch.Tensor,
-        zero_grads: bool = False,
-        telemetry: torch.Tensor | None = None,
-    ) -> None:
+    def run(self, prepared: Any, step: StepArgs) -> None:
         """The sweep over the gradients that refresh has taken.
 
         Args:
             prepared: of :meth:`prepare`.
-            hyper: fp32 [rows, HYPER_WIDTH], on the device.
-            counters: int64 [rows, 2], on the device: seed and number of the step. A row whose
-                number is 0 is left alone, bit for bit.
-            zero_grads: set the gradients to zero, those of rows left alone as well.
-            telemetry: float64 [rows, TELEMETRY_WIDTH] to fill; of rows left alone too, with no
-                update.
+            step: what it is run with.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import libraries
-from .base import Backend, Entry
+from .base import Backend, Entry, StepArgs
 
 
 class _Prepared:
@@ -45,15 +45,9 @@ class CompiledBackend(Backend):
             # finds it and says which.
             return False
 
-    def run(
-        self,
-        prepared: _Prepared,
-        hyper: torch.Tensor,
-        counters: torch.Tensor,
-        zero_grads: bool = False,
-        telemetry: torch.Tensor | None = None,
-    ) -> None:
-        self.calls.run(prepared.plan, hyper, counters, zero_grads, telemetry)
+    def run(self, prepared: _Prepared, step: StepArgs) -> None:
+        s = step
+        self.calls.run(prepared.plan, s.hyper, s.counters, s.telemetry, s.switches)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         found: torch.Tensor = self.calls.norm(prepared.plan)

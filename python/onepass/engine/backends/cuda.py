@@ -60,7 +60,7 @@ class CudaBackend(CompiledBackend):
     def advance(self, table: RowTable, verdict: torch.Tensor | None, staged: None) -> None:
         table.upload()
         self.calls.advance(
-            *(CODES[table.rule.name], table.options, table.steps, table.fresh),
+            *(CODES[table.rule.name], table.options, table.kept),
             *(table.hyper, table.counters, verdict),
         )
 

@@ -17,7 +17,7 @@ from ...rules import EMA
 from .. import numpy_codec
 from ..gradients import has_memory
 from ..hyper_table import TELEMETRY_WIDTH
-from .base import Backend, Entry, same_layout
+from .base import Backend, Entry, StepArgs, same_layout
 
 F64 = npt.NDArray[np.float64]
 
@@ -68,23 +68,17 @@ class ReferenceBackend(Backend):
         prepared.grads = grads
         return True
 
-    def run(
-        self,
-        prepared: _Prepared,
-        hyper: torch.Tensor,
-        counters: torch.Tensor,
-        zero_grads: bool = False,
-        telemetry: torch.Tensor | None = None,
-    ) -> None:
+    def run(self, prepared: _Prepared, step: StepArgs) -> None:
+        hyper, counters = step.hyper, step.counters
         sums = np.zeros((len(hyper), TELEMETRY_WIDTH))
         for entry, grad in zip(prepared.entries, prepared.grads, strict=True):
             with np.errstate(all="ignore"):
                 row, keys = hyper[entry.row].cpu().numpy(), counters[entry.row].tolist()
                 sums[entry.row] += self._run_entry(entry, grad, row, keys)
-            if zero_grads:
+            if step.zero_grads:
                 grad.zero_()
-        if telemetry is not None:
-            telemetry.copy_(torch.from_numpy(sums))
+        if step.telemetry is not None:
+            step.telemetry.copy_(torch.from_numpy(sums))
         prepared.grads = []
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
@@ -108,16 +102,22 @@ class ReferenceBackend(Backend):
             before, row[0] * raw, states, list(row[1 : 1 + rule.scalars]),
             rule.flag_names(entry.flags),
         )  # fmt: skip
-        # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and the weight.
-        halves: list[U32 | None] = [None] * 4
-        for word in range(2) if entry.draws else ():
+        # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and the weight, word 2
+        # that of slot 3.
+        halves: list[U32 | None] = [None] * 6
+        for word in range(3 if len(kinds) > 3 else 2) if entry.draws else ():
             bits = random_bits(seed, step, entry.param_id, entry.first, count, word)
             halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
         # split8 takes 8 bits, the lowest, which hardly decide how the state of slot 0 is rounded.
         dither = halves[0 if entry.weight == SPLIT8 else 3]
         numpy_codec.write_weight(entry.weight, param, entry.param, entry.companion, dither)
         numpy_codec.write_states(
-            entry.format, kinds, states, entry.states, entry.scales, halves[:3]
+            entry.format,
+            kinds,
+            states,
+            entry.states,
+            entry.scales,
+            [*halves[:3], halves[4]][: len(kinds)],
         )
         if entry.ema is not None:
             # Of the weight as it was computed, before it is rounded into its format.

@@ -24,7 +24,7 @@ from ...formats.blocks import dynamic_edges, dynamic_map
 from ...rules import MAX_STATES
 from ..gradients import has_memory
 from ..hyper_table import RowTable
-from .base import Backend, Entry, Policy, same_layout
+from .base import Backend, Entry, Policy, StepArgs, same_layout
 
 OLDEST = (3, 6)
 # Whether ptxas contracts paired fp32 operations (f32x2) to multiply-adds, by version of Triton.
@@ -313,28 +313,18 @@ class TritonBackend(Backend):
         p.bound = True
         return True
 
-    def run(
-        self,
-        prepared: _Prepared,
-        hyper: torch.Tensor,
-        counters: torch.Tensor,
-        zero_grads: bool = False,
-        telemetry: torch.Tensor | None = None,
-    ) -> None:
+    def run(self, prepared: _Prepared, step: StepArgs) -> None:
         p = prepared
         # Addresses are good for one step: a gradient may be freed after it.
         if not p.bound:
             raise RuntimeError("onepass: run without refresh")
         p.bound = False
         if not len(p.table):
-            if telemetry is not None:
-                telemetry.zero_()
+            if step.telemetry is not None:
+                step.telemetry.zero_()
             return
         with _on(p.device):
-            p.kernels.launch(
-                p.chunks, p.grads, hyper, counters, p.maps, p.variants, p.tuning, p.spans,
-                zero_grads, telemetry,
-            )  # fmt: skip
+            p.kernels.launch(p.chunks, p.grads, p.maps, p.variants, p.tuning, p.spans, step)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         """Two launches: see :meth:`Backend.norm`.
@@ -372,8 +362,7 @@ class TritonBackend(Backend):
         with _on(table.steps.device):
             table.upload()
             importlib.import_module(_PROLOGUE).launch_advance(
-                table.rule.name, table.rule.scalars, table.options, table.steps, table.fresh,
-                table.hyper, table.counters, verdict,
+                table.rule, table.options, table.kept, table.hyper, table.counters, verdict,
             )  # fmt: skip
 
     def count(self, table: RowTable, staged: None) -> None:

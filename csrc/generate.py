@@ -1,0 +1,87 @@
+"""Writes csrc/generated: what C++ takes from the folder listing and from Python's limits.
+
+- ``limits.h``: the limits of onepass/rules/limits.py;
+- ``rules.h``: the list of rules, one for each header of csrc/rules that defines a struct template
+  of the file's own name (``nadam.h``: ``Nadam``), in alphabetical order, and the layout that Python
+  compares before it uses a library;
+- ``cuda/sweep_<rule>.cu``: the file that compiles the CUDA kernels of one rule.
+
+setup.py calls it before it compiles. Files that are as they should be are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+LIMITS = CSRC.parent / "python" / "onepass" / "rules" / "limits.py"
+GENERATED = CSRC / "generated"
+NOTE = "// Written by csrc/generate.py.\n"
+
+
+def rules() -> list[str]:
+    """The names of the rules."""
+    found = []
+    for path in sorted((CSRC / "rules").glob("*.h")):
+        if re.search(rf"^struct {path.stem.capitalize()}\b", path.read_text(), re.MULTILINE):
+            found.append(path.stem)
+    return found
+
+
+def limits() -> dict[str, int]:
+    """Name -> limit."""
+    return {k: v for k, v in runpy.run_path(str(LIMITS)).items() if k.startswith("MAX_")}
+
+
+def layout() -> str:
+    """What the numbers in a plan mean: the rules in order, and the limits."""
+    return " ".join([*rules(), *(f"{name}={value}" for name, value in limits().items())])
+
+
+def files() -> dict[str, str]:
+    """Path below csrc/generated -> text."""
+    names = rules()
+    constants = "".join(
+        f"constexpr int k{name.title().replace('_', '')} = {value};\n"
+        for name, value in limits().items()
+    )
+    made = {
+        "limits.h": f"{NOTE}#pragma once\n\nnamespace onepass {{\n\n{constants}\n}}\n",
+        "rules.h": NOTE
+        + "#pragma once\n\n"
+        + "".join(f'#include "../rules/{name}.h"\n' for name in names)
+        + "\n#define ONEPASS_FOR_EACH_RULE(RULE, ARG) \\\n"
+        + " \\\n".join(f"  RULE({i}, {n.capitalize()}, ARG)" for i, n in enumerate(names))
+        + f"\n\nnamespace onepass {{\n\nconstexpr int kRules = {len(names)};\n"
+        + f'constexpr char kLayout[] = "{layout()}";\n\n}}\n',
+    }
+    for name in names:
+        rule = name.capitalize()
+        made[f"cuda/sweep_{name}.cu"] = (
+            f'{NOTE}#include "../../cuda/instances.cuh"\n\nnamespace onepass::cuda {{\n'
+            f"const RuleKernels k{rule}Kernels = kernels_of<{rule}>();\n}}\n"
+        )
+    return made
+
+
+def write() -> None:
+    """Brings csrc/generated up to date."""
+    made = files()
+    for path in GENERATED.rglob("*.*"):
+        if path.relative_to(GENERATED).as_posix() not in made:
+            path.unlink()
+    for name, text in made.items():
+        path = GENERATED / name
+        if path.exists() and path.read_text() == text:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(text)
+        os.replace(part, path)
+
+
+if __name__ == "__main__":
+    write()
