@@ -61,7 +61,7 @@ def files() -> dict[str, str]:
     for name in names:
         rule = name.capitalize()
         made[f"cuda/sweep_{name}.cu"] = (
-            f'{NOTE}#include "../../cuda/instances.cuh"\n\nnamespace onepass::cuda {{\n'
+            f'{NOTE}#include "../../cuda/rule_kernels.cuh"\n\nnamespace onepass::cuda {{\n'
             f"const RuleKernels k{rule}Kernels = kernels_of<{rule}>();\n}}\n"
         )
     return made

@@ -160,38 +160,21 @@ bool native_format(int32_t dtype, Format* format) {
   return dtype == fp32 || dtype == bf16 || dtype == fp16;
 }
 
-ScalarType state_type(Format format) {
-  if (format == Format::kFp32) return ScalarType::Float;
-  if (format == Format::kMx4) return ScalarType::Char;
-  return format == Format::kBf16Stochastic ? ScalarType::BFloat16 : ScalarType::Byte;
-}
-
-ScalarType extra_type(Format format) {
-  switch (format) {
-    case Format::kDynamic8:
-    case Format::kMasterBf16:
-    case Format::kMasterFp16:
+ScalarType scalar_type(Dtype type) {
+  switch (type) {
+    case Dtype::kFloat:
       return ScalarType::Float;
-    case Format::kKahanBf16:
+    case Dtype::kBFloat16:
       return ScalarType::BFloat16;
-    case Format::kKahanFp16:
+    case Dtype::kHalf:
       return ScalarType::Half;
-    case Format::kSplit16:
+    case Dtype::kShort:
       return ScalarType::Short;
-    case Format::kSplit8:
+    case Dtype::kChar:
       return ScalarType::Char;
     default:
       return ScalarType::Byte;
   }
-}
-
-bool is_state_format(Format format) {
-  return format == Format::kFp32 || format == Format::kBf16Stochastic || format == Format::kMx8 ||
-         format == Format::kMx4 || format == Format::kDynamic8;
-}
-
-bool is_weight_format(Format format) {
-  return format != Format::kMx8 && format != Format::kMx4 && format != Format::kDynamic8;
 }
 
 // The states of an entry in the order in which they are decoded and encoded.
@@ -254,8 +237,8 @@ void build(
     entry.param_format = static_cast<Format>(row[kWeight]);
     Format native;
     STD_TORCH_CHECK(
-        native_format(view_of(param.get()).dtype, &native) &&
-            is_weight_format(entry.param_format) && native == native_of(entry.param_format),
+        native_format(view_of(param.get()).dtype, &native) && info_of(entry.param_format).weight &&
+            native == native_of(entry.param_format),
         "onepass: a parameter must be float32, bfloat16 or float16, as its format says", at(i));
     STD_TORCH_CHECK(on_device(plan, param), "onepass: parameters on two devices", at(i));
     checked_end(param, "parameter", i);
@@ -274,23 +257,24 @@ void build(
       const int64_t code = row[kFormats0 + k];
       if (code == kAbsent) continue;
       STD_TORCH_CHECK(
-          code >= 0 && code < kFormats && is_state_format(static_cast<Format>(code)),
+          code >= 0 && code < kFormats && info_of(static_cast<Format>(code)).state,
           "onepass: no format ", code, " of states", at(i));
       const Format format = entry.state_formats[k] = static_cast<Format>(code);
-      const int64_t block = block_of(format);
+      const FormatInfo info = info_of(format);
+      const int64_t block = info.block;
       STD_TORCH_CHECK(
           entry.first % block == 0, "onepass: element ", entry.first, " is inside a block of ",
           block, at(i));
-      const int64_t packed = format == Format::kMx4 ? bytes_of(format, entry.numel) : -1;
-      entry.states[k].data = take(state_type(format), param, packed, i);
+      const int64_t flat = info.packed > 1 ? bytes_of(format, entry.numel) : -1;
+      entry.states[k].data = take(scalar_type(info.codes), param, flat, i);
       if (block > 1)
         entry.states[k].extra =
-            take(extra_type(format), param, (entry.numel + block - 1) / block, i);
+            take(scalar_type(info.extra), param, (entry.numel + block - 1) / block, i);
       entry.kinds[k] = kind_of(entry, k);
       entry.slots |= 1u << k;
     }
     if (extra_bytes_of(entry.param_format, 1) > 0)
-      entry.param.extra = take(extra_type(entry.param_format), param, -1, i);
+      entry.param.extra = take(scalar_type(info_of(entry.param_format).extra), param, -1, i);
     if (row[kEma]) entry.ema = static_cast<float*>(take(ScalarType::Float, param, -1, i));
     plan.entries.push_back(entry);
   }

@@ -1,7 +1,7 @@
 // Asking for memory before it is used.
 #pragma once
 
-#include "macros.h"
+#include "portability.h"
 
 namespace onepass {
 

@@ -1,8 +1,8 @@
-// On a GPU: whether the roots and quotients of csrc/cuda/quick.cuh have the bits of the compiler's
+// On a GPU: whether the roots and quotients of csrc/cuda/fast_path.cuh have the bits of the compiler's
 // correctly rounded ones wherever Quick says that they are right. Built and run by bench/gpu.sh.
 #include <cstdio>
 
-#include "../csrc/cuda/quick.cuh"
+#include "../csrc/cuda/fast_path.cuh"
 
 using onepass::from_bits;
 using onepass::splitmix64;

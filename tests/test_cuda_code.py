@@ -16,7 +16,7 @@ WHY_NOT = cuda_code.why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 
 # A block is 128 threads and a multiprocessor has 65,536 registers: 80 a thread leave room for six
-# blocks, 128 for four, which __launch_bounds__ asks for (csrc/cuda/choice.cuh). A thread of an fp32
+# blocks, 128 for four, which __launch_bounds__ asks for (csrc/cuda/dispatch.cuh). A thread of an fp32
 # AdamW step has 128 bytes of reads under way, so six blocks 96 KiB; bandwidth times latency on an
 # H200 (4.8 TB/s over 132 multiprocessors, some 800 ns) is 29 KiB. In all bf16 it is half, 48 KiB.
 MOST = 128
@@ -33,7 +33,7 @@ def named(name):
 
 
 def test_every_row_of_the_table_has_a_kernel():
-    table = (ROOT / "csrc" / "cuda" / "table.h").read_text()
+    table = (ROOT / "csrc" / "cuda" / "combinations.h").read_text()
     rows = re.findall(r"^\s+COMBINATION\(k\w+, k\w+, k\w+\)", table, re.MULTILINE)
     names = {kernel.name for kernel in kernels()}
     for rule, flags in (("sgd", 2), ("adam", 0), ("adam", 1), ("lion", 1)):

@@ -70,7 +70,7 @@ def test_every_rule_option_dtype_and_format_in_one_mixed_launch(number, case, va
 @pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_twenty_steps_of_every_rule_and_format(case, dtype, weights, states):
-    """Lists of one combination: the kernels of csrc/cuda/table.h where it has them."""
+    """Lists of one combination: the kernels of csrc/cuda/combinations.h where it has them."""
     variant = last_variant(case, states)
     params = make_params([*SIZES, (20_001,)], dtype, seed=1)
     gpu_params = on_gpu(params)

@@ -11,7 +11,11 @@
 namespace onepass::cpu {
 namespace {
 
-constexpr int kAdam = 3, kDecoupled = 1;  // as in csrc/rules/table.h and adam.h
+// kAdam: the rule's code.
+#define ONEPASS_CODE(CODE, RULE, ARG) [[maybe_unused]] constexpr int k##RULE = CODE;
+ONEPASS_FOR_EACH_RULE(ONEPASS_CODE, )
+#undef ONEPASS_CODE
+constexpr int kDecoupled = 1;
 constexpr Format kWeight = Format::kBf16, kState = Format::kBf16Stochastic;
 // Threads take pieces of whole tiles and of whole rows of a direct kernel.
 constexpr int64_t kUnit = 65536;

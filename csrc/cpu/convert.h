@@ -1,7 +1,7 @@
 // Between integers of different widths, for one instruction set: see kernels_impl.h.
 #pragma once
 
-#include "../macros.h"
+#include "../portability.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>  // always inlined: no copy of these functions reaches the linker

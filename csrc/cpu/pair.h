@@ -1,7 +1,7 @@
 // bf16 elements two at a time.
 #pragma once
 
-#include "../macros.h"
+#include "../portability.h"
 
 namespace onepass::cpu {
 namespace {

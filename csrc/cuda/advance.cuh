@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "../rules/table.h"
-#include "step.h"
+#include "step_tables.h"
 #include "tuning.h"
 
 namespace onepass::cuda {

@@ -52,7 +52,7 @@ ONEPASS_HD uint32_t code_fp16(float value) { return encode_fp16(value); }
 ONEPASS_HD float from_bf16(uint32_t code) { return decode_bf16(static_cast<uint16_t>(code)); }
 ONEPASS_HD float from_fp16(uint32_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
 
-// Quick: see quick.cuh, which asks about the value afterwards.
+// Quick: see fast_path.cuh, which asks about the value afterwards.
 template <Format F, bool Quick>
 ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
   switch (F) {

@@ -2,14 +2,14 @@
 #pragma once
 
 #include "chunk.h"
-#include "step.h"
+#include "step_tables.h"
 
 namespace onepass::cuda {
 
 using SweepKernel = void (*)(Tables);
 
 // fixed: that of a list of one combination. formats: that of a list whose flags are all one. Both
-// are null where table.h has none. any: that of every list; null in a variant (tuning.h).
+// are null where combinations.h has none. any: that of every list; null in a variant (tuning.h).
 struct RuleKernels {
   SweepKernel (*fixed)(unsigned flags, Format weight, Format grad, Format states);
   SweepKernel (*formats)(unsigned flags);

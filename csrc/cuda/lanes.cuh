@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../macros.h"
+#include "../portability.h"
 #include "tuning.h"
 
 namespace onepass::cuda {

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "choice.cuh"
+#include "dispatch.cuh"
 
 namespace onepass::cuda {
 
@@ -41,7 +41,7 @@ __device__ __forceinline__ void fetch_warp(
 }
 
 // 256 elements of a chunk, by one warp. offset: of the first of them; Full as in Codes, Math of
-// quick.cuh. Returns whether it was right; where it was not, nothing has been written.
+// fast_path.cuh. Returns whether it was right; where it was not, nothing has been written.
 template <bool Full, class Math, class Rules, class Formats>
 __device__ __forceinline__ bool sweep_warp(
     const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,

@@ -37,8 +37,8 @@ constexpr Tuning kTuning{
     ONEPASS_THREADS,      ONEPASS_BLOCKS_PER_SM, ONEPASS_CHUNK, ONEPASS_WIDE_CHUNK, 16,
     ONEPASS_PREFETCH != 0};
 
-// A variant that is built to be measured has the kernels of table.h's is_tuned alone, so that its
-// build takes seconds. A step of any other list is an error.
+// A variant that is built to be measured has the kernels of is_tuned in combinations.h alone, so
+// that its build takes seconds. A step of any other list is an error.
 #if defined(ONEPASS_TUNING)
 constexpr bool kVariant = true;
 #else

@@ -1,7 +1,7 @@
 // bfloat16: the upper half of an fp32. Decoding is exact.
 #pragma once
 
-#include "../macros.h"
+#include "../portability.h"
 
 namespace onepass {
 

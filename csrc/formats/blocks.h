@@ -3,7 +3,7 @@
 // arithmetic on the bits; onepass/formats/blocks.py specifies it.
 #pragma once
 
-#include "../macros.h"
+#include "../portability.h"
 
 namespace onepass {
 

@@ -2,7 +2,7 @@
 // 2022) over blocks of 256 with an fp32 scale; onepass/formats/blocks.py specifies it.
 #pragma once
 
-#include "../macros.h"
+#include "../portability.h"
 
 namespace onepass {
 

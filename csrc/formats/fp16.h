@@ -1,7 +1,7 @@
 // IEEE binary16 by integer arithmetic, so that every instruction set vectorises the same source.
 #pragma once
 
-#include "../macros.h"
+#include "../portability.h"
 
 namespace onepass {
 

@@ -2,7 +2,7 @@
 // answers in tests/test_reference.py.
 #pragma once
 
-#include "../macros.h"
+#include "../portability.h"
 
 namespace onepass {
 

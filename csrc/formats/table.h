@@ -1,4 +1,5 @@
-// The one list of formats. Python names a format by this number (onepass/formats/__init__.py).
+// The list of formats, with a row for each. Python names a format by this number
+// (onepass/formats/__init__.py).
 #pragma once
 
 #include "bf16.h"
@@ -29,62 +30,90 @@ enum class Format : uint8_t {
 
 constexpr int kFormats = 14;
 
-// Elements that share a scale; 1 where there is none.
-constexpr int block_of(Format format) {
-  if (format == Format::kDynamic8) return kDynamicBlock;
-  return format == Format::kMx8 || format == Format::kMx4 ? kMxBlock : 1;
+// Element types of torch, as far as formats have them.
+enum class Dtype : uint8_t { kNone, kFloat, kBFloat16, kHalf, kShort, kChar, kByte };
+
+constexpr int bytes_of(Dtype type) {
+  switch (type) {
+    case Dtype::kNone:
+      return 0;
+    case Dtype::kFloat:
+      return 4;
+    case Dtype::kChar:
+    case Dtype::kByte:
+      return 1;
+    default:
+      return 2;
+  }
 }
+
+// What the sweeps and the plan need to know of a format.
+struct FormatInfo {
+  Dtype codes;      // of the tensor itself
+  Dtype extra;      // of what lies beside it: scales, or the companion of a weight
+  int block;        // elements that share a scale; 1 where there is none
+  int packed;       // codes in an element of the tensor
+  bool stochastic;  // whether it draws random bits
+  bool state;       // whether it stores states
+  bool weight;      // whether it stores weights
+};
+
+// A switch and no array: kernels call it with constants, and an array would be the host's.
+constexpr FormatInfo info_of(Format format) {
+  using D = Dtype;
+  switch (format) {  //              codes         extra        block packed stochastic state weight
+    case Format::kFp32:
+      return {D::kFloat, D::kNone, 1, 1, false, true, true};
+    case Format::kBf16:
+      return {D::kBFloat16, D::kNone, 1, 1, false, false, true};
+    case Format::kFp16:
+      return {D::kHalf, D::kNone, 1, 1, false, false, true};
+    case Format::kBf16Stochastic:
+      return {D::kBFloat16, D::kNone, 1, 1, true, true, true};
+    case Format::kFp16Stochastic:
+      return {D::kHalf, D::kNone, 1, 1, true, false, true};
+    case Format::kMx8:
+      return {D::kByte, D::kByte, kMxBlock, 1, true, true, false};
+    case Format::kMx4:
+      return {D::kChar, D::kByte, kMxBlock, 2, true, true, false};
+    case Format::kDynamic8:
+      return {D::kByte, D::kFloat, kDynamicBlock, 1, false, true, false};
+    case Format::kKahanBf16:
+      return {D::kBFloat16, D::kBFloat16, 1, 1, false, false, true};
+    case Format::kKahanFp16:
+      return {D::kHalf, D::kHalf, 1, 1, false, false, true};
+    case Format::kMasterBf16:
+      return {D::kBFloat16, D::kFloat, 1, 1, false, false, true};
+    case Format::kMasterFp16:
+      return {D::kHalf, D::kFloat, 1, 1, false, false, true};
+    case Format::kSplit16:
+      return {D::kBFloat16, D::kShort, 1, 1, false, false, true};
+    case Format::kSplit8:
+      return {D::kBFloat16, D::kChar, 1, 1, true, false, true};
+  }
+  return {};
+}
+
+constexpr int block_of(Format format) { return info_of(format).block; }
+constexpr bool is_stochastic(Format format) { return info_of(format).stochastic; }
 
 // The format of a weight's own dtype.
 constexpr Format native_of(Format format) {
-  switch (format) {
-    case Format::kFp32:
-      return Format::kFp32;
-    case Format::kFp16:
-    case Format::kFp16Stochastic:
-    case Format::kKahanFp16:
-    case Format::kMasterFp16:
-      return Format::kFp16;
-    default:
-      return Format::kBf16;
-  }
+  const Dtype codes = info_of(format).codes;
+  if (codes == Dtype::kFloat) return Format::kFp32;
+  return codes == Dtype::kHalf ? Format::kFp16 : Format::kBf16;
 }
 
 // Bytes of n elements of the tensor itself.
 constexpr int64_t bytes_of(Format format, int64_t n) {
-  switch (format) {
-    case Format::kFp32:
-      return 4 * n;
-    case Format::kMx8:
-    case Format::kDynamic8:
-      return n;
-    case Format::kMx4:
-      return (n + 1) / 2;
-    default:
-      return 2 * n;
-  }
+  const FormatInfo info = info_of(format);
+  return (n + info.packed - 1) / info.packed * bytes_of(info.codes);
 }
 
-// Bytes of what lies beside n elements: scales, or the companion of a weight.
+// Bytes of what lies beside n elements.
 constexpr int64_t extra_bytes_of(Format format, int64_t n) {
-  switch (format) {
-    case Format::kMx8:
-    case Format::kMx4:
-      return (n + kMxBlock - 1) / kMxBlock;
-    case Format::kDynamic8:
-      return (n + kDynamicBlock - 1) / kDynamicBlock * 4;
-    case Format::kKahanBf16:
-    case Format::kKahanFp16:
-    case Format::kSplit16:
-      return 2 * n;
-    case Format::kMasterBf16:
-    case Format::kMasterFp16:
-      return 4 * n;
-    case Format::kSplit8:
-      return n;
-    default:
-      return 0;
-  }
+  const FormatInfo info = info_of(format);
+  return (n + info.block - 1) / info.block * bytes_of(info.extra);
 }
 
 // Which 16 random bits of an element are used for what: use u is half u % 2 of word u / 2. split8
@@ -92,10 +121,5 @@ constexpr int64_t extra_bytes_of(Format format, int64_t n) {
 constexpr int kRandomWords = 3;
 constexpr int weight_use(Format format) { return format == Format::kSplit8 ? 0 : 3; }
 constexpr int state_use(int k) { return k < 3 ? k : k + 1; }
-
-constexpr bool is_stochastic(Format format) {
-  return format == Format::kBf16Stochastic || format == Format::kFp16Stochastic ||
-         format == Format::kMx8 || format == Format::kMx4 || format == Format::kSplit8;
-}
 
 }  // namespace onepass

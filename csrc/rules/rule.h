@@ -8,7 +8,7 @@
 #pragma once
 
 #include "../generated/limits.h"
-#include "../macros.h"
+#include "../portability.h"
 
 namespace onepass {
 
@@ -33,7 +33,7 @@ struct RuleDefaults {
   // Numbers that a parameter keeps beside its step counter. A rule that has any also has
   // advance(options, number, scalar_states), which brings them to this step.
   static constexpr int kScalarStates = 0;
-  // Bit f: the CUDA library has kernels for the formats of cuda/table.h with flags f.
+  // Bit f: the CUDA library has kernels for the formats of cuda/combinations.h with flags f.
   static constexpr uint32_t kReducedPrecision = 0;
 };
 

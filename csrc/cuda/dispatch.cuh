@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "codecs.cuh"
-#include "quick.cuh"
+#include "fast_path.cuh"
 
 namespace onepass::cuda {
 

@@ -2,9 +2,9 @@
 // compiled side by side.
 #pragma once
 
+#include "combinations.h"
 #include "kernels.h"
 #include "sweep.cuh"
-#include "table.h"
 
 namespace onepass::cuda {
 
