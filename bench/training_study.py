@@ -1,9 +1,9 @@
 """``python -m bench.training_study``: why 4-bit states train as they do, one thing at a time.
 
 The model, data and seeds of :mod:`bench.training`, with fp32 weights and gradients. AdamW is
-written out, its averages exact between steps or put through a codec: one of onepass.reference, or
-one that was tried. One line per finished run goes to bench/results/training_study.jsonl; runs that
-are there already are left out. ``--report`` writes docs/training-mx4.md.
+written out, its averages exact between steps or put through a codec: one of onepass.formats, or one
+that was tried. One line per finished run goes to bench/results/training_study.jsonl; runs that are
+there already are left out. ``--report`` writes docs/training-mx4.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onepass.formats import blocks
+from onepass.formats import mx4, mx8
+from onepass.formats.block_scales import MX_BLOCK, decode_signed, encode_signed
 from onepass.numerics.arrays import F32, U32
 from onepass_tools.demo.data import Batches, Corpus, load
 from onepass_tools.demo.model import Shape, initial_weights, parameter_groups
@@ -72,32 +73,32 @@ def _bits(random: Random, count: int) -> U32:
 
 def root_e3m1(v: F32, random: Random) -> F32:
     """The second moment in version 1 of mx4: its root, rounded stochastically."""
-    codes, scale = blocks.encode_positive(np.sqrt(v), _bits(random, len(v)))
-    root = blocks.decode_positive(codes, scale)
+    codes, scale = mx4.encode_positive(np.sqrt(v), _bits(random, len(v)))
+    root = mx4.decode_positive(codes, scale)
     return root * root
 
 
 def root_e2m2(v: F32, random: Random) -> F32:
     """The second moment as mx4 has it now: E2M2 where all of a block is within its range."""
-    root = blocks.decode_root(*blocks.encode_root(np.sqrt(v), _bits(random, len(v))))
+    root = mx4.decode_root(*mx4.encode_root(np.sqrt(v), _bits(random, len(v))))
     return root * root
 
 
 def second_mx8(v: F32, random: Random) -> F32:
     """The second moment in mx8."""
-    return blocks.decode_unsigned(*blocks.encode_unsigned(v, _bits(random, len(v))))
+    return mx8.decode_unsigned(*mx8.encode_unsigned(v, _bits(random, len(v))))
 
 
 def first_mx8(m: F32, root: F32, random: Random) -> F32:
     """The first moment in mx8."""
-    codes, scale = blocks.encode_signed(m, _bits(random, len(m)), blocks.E4M3)
-    return blocks.decode_signed(codes, scale, blocks.E4M3)
+    codes, scale = encode_signed(m, _bits(random, len(m)), mx8.E4M3)
+    return decode_signed(codes, scale, mx8.E4M3)
 
 
 def floored(v: F32, random: Random) -> F32:
     """Exact, but for what is below the lowest code of mx4, which becomes it."""
-    codes, scale = blocks.encode_positive(np.sqrt(v), np.zeros(len(v), np.uint32))
-    lowest = blocks.decode_positive(np.zeros_like(codes), scale)
+    codes, scale = mx4.encode_positive(np.sqrt(v), np.zeros(len(v), np.uint32))
+    lowest = mx4.decode_positive(np.zeros_like(codes), scale)
     return np.maximum(v, lowest * lowest)
 
 
@@ -105,7 +106,7 @@ def powers_of_two(v: F32, random: Random, log: bool) -> F32:
     """The second moment as one of the 16 powers of two up to the block's largest.
 
     Rounded up with the probability that makes v (or log v) right on average."""
-    grid = np.pad(v, (0, -len(v) % blocks.MX_BLOCK)).reshape(-1, blocks.MX_BLOCK)
+    grid = np.pad(v, (0, -len(v) % MX_BLOCK)).reshape(-1, MX_BLOCK)
     top = np.ceil(np.log2(np.maximum(grid.max(1, keepdims=True), 1e-37)))
     held = np.maximum(grid, np.exp2(top - 15))
     exponent = np.floor(np.log2(held))
@@ -119,8 +120,8 @@ def root_log(v: F32, random: Random) -> F32:
     """Those codes, rounded up with the probability that makes log v right on average."""
     root = np.sqrt(v)
     nothing = np.zeros(len(v), np.uint32)
-    codes, scale = blocks.encode_positive(root, nothing)
-    below = blocks.decode_positive(codes, scale)
+    codes, scale = mx4.encode_positive(root, nothing)
+    below = mx4.decode_positive(codes, scale)
     above = np.where(codes % 2 == 0, below * np.float32(1.5), below * np.float32(4 / 3))
     with np.errstate(divide="ignore", invalid="ignore"):
         part = np.log(root / below) / np.log(above / below)
@@ -132,10 +133,8 @@ def root_log(v: F32, random: Random) -> F32:
 def ratio_e2m1(m: F32, root: F32, random: Random) -> F32:
     """The first moment in version 1 of mx4."""
     divisor = np.where(root == 0, np.float32(1), root)
-    codes, scale = blocks.encode_signed(
-        blocks.ratio(m, divisor), _bits(random, len(m)), blocks.E2M1
-    )
-    return blocks.decode_signed(codes, scale, blocks.E2M1) * divisor
+    codes, scale = encode_signed(mx4.ratio(m, divisor), _bits(random, len(m)), mx4.E2M1)
+    return decode_signed(codes, scale, mx4.E2M1) * divisor
 
 
 def ratio_even(m: F32, root: F32, random: Random, size: int = 32, dithered: bool = False) -> F32:
@@ -147,7 +146,7 @@ def ratio_even(m: F32, root: F32, random: Random, size: int = 32, dithered: bool
     zero stays zero, by the sixteenth code.
     """
     divisor = np.where(root == 0, np.float32(1), root)
-    unit = blocks.ratio(m, divisor)
+    unit = mx4.ratio(m, divisor)
     grid = np.pad(unit, (0, -len(unit) % size)).reshape(-1, size)
     step = np.maximum(np.abs(grid).max(1, keepdims=True) / 7, np.float32(1e-30))
     dither = random.random(grid.shape, dtype=np.float32)
@@ -252,7 +251,7 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
     scheduler = schedule(schedules, size.steps)
     params: list[Tensor] = [p for group in schedules.param_groups for p in group["params"]]
     sizes = [p.numel() for p in params]
-    if any(count % blocks.MX_BLOCK for count in sizes):
+    if any(count % MX_BLOCK for count in sizes):
         raise ValueError(f"a block must not span parameters; got parameters of {sizes} elements")
     decay = torch.cat(
         [

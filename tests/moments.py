@@ -1,6 +1,6 @@
 """Averages that rest in a state format between steps, for the tests of formats: no weights.
 
-The formats are those of :mod:`onepass.reference`; the other backends return the same bits as it
+The formats are those of :mod:`onepass.formats`; the other backends return the same bits as it
 does, which other tests see to. The random bits are the generator's, as in a step.
 """
 
@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onepass.formats import STATE_FORMATS
-from onepass.formats.specification import decode_states, encode_states
+from onepass.formats import STATE_FORMATS, decode_states, encode_states
 from onepass.numerics.random_bits import random_bits as draw_bits
 
 F32 = np.float32
@@ -31,12 +30,12 @@ def encode(name: str, values: Sequence[np.ndarray], kinds: Sequence[str], random
     count = len(values[0])
     if random is None or isinstance(random, int):
         random = [np.full(count, random or 0, np.uint32)] * len(values)
-    return encode_states(STATE_FORMATS[name].code, tuple(values), kinds, random)
+    return encode_states(STATE_FORMATS[name], tuple(values), kinds, random)
 
 
 def decode(name: str, stored, kinds: Sequence[str], count: int) -> list[np.ndarray]:
     """The fp32 values behind :func:`encode`."""
-    return list(decode_states(STATE_FORMATS[name].code, stored, kinds, count))
+    return list(decode_states(STATE_FORMATS[name], stored, kinds, count))
 
 
 def there_and_back(name: str, values: Sequence[np.ndarray], kinds: Sequence[str], random=None):

@@ -10,7 +10,7 @@ import torch
 
 import onepass
 from onepass.checkpoints.bitsandbytes import NESTED
-from onepass.formats.blocks import dynamic_map
+from onepass.formats.dynamic8 import dynamic_map
 
 from .bitsandbytes_record import OPTIONS, PATH, SHAPES, STEPS, record, set_grads, values
 from .cases import assert_same, clone, make_params, same_bits, train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onepass.formats import blocks
+from onepass.formats.mx4 import RATIO_LIMIT
 
 from .moments import ADAM, ALL_RANDOM, F32, Moments, decode, encode, random_bits, there_and_back
 
@@ -223,9 +223,9 @@ def test_mx4_limits_the_ratio_and_nothing_else():
     exp_avg[[3, 40]] = 100, -1e30
     for random in (0, 0xFFFF):
         found = there_and_back("mx4", (exp_avg, exp_avg_sq), ADAM, random)[0]
-        np.testing.assert_array_equal(np.abs(found[32:]), 2 * blocks.RATIO_LIMIT)
-        assert found[3] == 2 * blocks.RATIO_LIMIT
-        assert found[40] == -2 * blocks.RATIO_LIMIT
+        np.testing.assert_array_equal(np.abs(found[32:]), 2 * RATIO_LIMIT)
+        assert found[3] == 2 * RATIO_LIMIT
+        assert found[40] == -2 * RATIO_LIMIT
         # Not where no ratio is coded: SGD, Lion.
         alone = there_and_back("mx4", [exp_avg], ["first"], random)[0]
         assert abs(alone[40]) >= 1e30 / 2

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from onepass.formats import WEIGHT_FORMATS
-from onepass.formats.specification import decode_weight, encode_weight
+from onepass.formats import WEIGHT_FORMATS, decode_weight, encode_weight
 from onepass.numerics.random_bits import random_bits
 from onepass.rules import RULES, StepOf
 
@@ -21,12 +20,12 @@ ADAMW |= {"decoupled_weight_decay": True, "amsgrad": False, "maximize": False, "
 def encode(name, values, random=0, dtype=BF16):
     """(weight, companion) of fp32 values; random: 16 bits an element, or one number for all."""
     random = np.broadcast_to(np.asarray(random, np.uint32), np.shape(values)).copy()
-    return encode_weight(WEIGHT_FORMATS[name].codes[dtype], values, random)
+    return encode_weight(WEIGHT_FORMATS[name], dtype, values, random)
 
 
 def decode(name, weight, companion=None, dtype=BF16):
     """The fp32 values behind :func:`encode`."""
-    return decode_weight(WEIGHT_FORMATS[name].codes[dtype], weight, companion)
+    return decode_weight(WEIGHT_FORMATS[name], dtype, weight, companion)
 
 
 def every_exponent(count):

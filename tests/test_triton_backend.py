@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,10 +109,10 @@ def test_none_picks_triton_for_gpus_and_never_for_cpus(compiled, monkeypatch):
 def test_an_unsupported_dtype_names_what_is_needed():
     with pytest.raises(ValueError, match=r"float32, bfloat16, float16; got torch\.float64"):
         onepass.AdamW([torch.nn.Parameter(torch.ones(3).double())], backend="triton")
-    from onepass.formats import StateFormat
+    from onepass.formats import STATE_FORMATS
     from onepass.rules import RULES
 
-    strange = StateFormat("strange", 99, torch.int8)
+    strange = replace(STATE_FORMATS["mx4"], name="strange", code=99)
     entry = backends.Entry(torch.ones(3), {0: torch.ones(3)}, strange, 0, RULES["lion"], 1, 0, 0)
     with pytest.raises(ValueError, match=r"code=99.*backend='reference' serves every format"):
         backends.BACKENDS["triton"].prepare([entry])

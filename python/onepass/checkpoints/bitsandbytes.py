@@ -15,7 +15,7 @@ import torch
 
 from ..engine.state_conversion import fit_states
 from ..formats import STATE_FORMATS, VERSION, scale_key
-from ..formats.blocks import DYNAMIC_BLOCK, dynamic_map
+from ..formats.dynamic8 import DYNAMIC_BLOCK, dynamic_map
 from ..optim.base import own_optimizer
 from ..rules.base import BitsAndBytes, Rule
 from ..rules.group_options import DEFAULTS, option

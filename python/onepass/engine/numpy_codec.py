@@ -1,5 +1,8 @@
-"""Tensors to fp32 values and back, through :mod:`onepass.reference`: the reference backend, and the
-conversions of checkpoints. Exact and slow; everything is taken in memory order."""
+"""Decode tensors to fp32 values and encode them, by the specification (:mod:`onepass.formats`).
+
+The reference backend and the conversion of checkpoints use it. Exact and slow; elements are taken
+in memory order.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..formats import StateFormat
-from ..formats.specification import decode_states, decode_weight, encode_states, encode_weight
+from ..formats import (
+    StateFormat,
+    WeightFormat,
+    decode_states,
+    decode_weight,
+    encode_states,
+    encode_weight,
+)
 from ..numerics.arrays import F32, U32, States
 
 # NumPy has no 16-bit torch types and the reference works on codes without a sign.
@@ -56,7 +65,7 @@ def read_states(
         (to_array(states[i]), to_array(scales[i]) if i in scales else None) if i in states else None
         for i in range(len(kinds))
     )
-    return decode_states(form.code, stored, kinds, count)
+    return decode_states(form, stored, kinds, count)
 
 
 def write_states(
@@ -70,7 +79,7 @@ def write_states(
     """Encodes fp32 values into the tensors of each slot; without random bits to nearest."""
     if random is None:
         random = [None if v is None else np.full(len(v), NEAREST) for v in values]
-    for slot, found in enumerate(encode_states(form.code, values, kinds, random)):
+    for slot, found in enumerate(encode_states(form, values, kinds, random)):
         if found is not None:
             data, extra = found
             write(states[slot], data)
@@ -78,14 +87,16 @@ def write_states(
                 write(scales[slot], extra)
 
 
-def read_weight(code: int, weight: torch.Tensor, companion: torch.Tensor | None = None) -> F32:
+def read_weight(
+    form: WeightFormat, weight: torch.Tensor, companion: torch.Tensor | None = None
+) -> F32:
     """The fp32 values of a weight or gradient."""
     extra = None if companion is None else to_array(companion)
-    return decode_weight(code, to_array(weight), extra)
+    return decode_weight(form, weight.dtype, to_array(weight), extra)
 
 
 def write_weight(
-    code: int,
+    form: WeightFormat,
     values: F32,
     weight: torch.Tensor,
     companion: torch.Tensor | None = None,
@@ -94,7 +105,7 @@ def write_weight(
     """Encodes fp32 values into a weight and its companion; without random bits to nearest."""
     if random is None:
         random = np.full(len(values), NEAREST)
-    data, extra = encode_weight(code, values, random)
+    data, extra = encode_weight(form, weight.dtype, values, random)
     write(weight, data)
     if companion is not None:
         assert extra is not None

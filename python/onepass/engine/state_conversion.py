@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
+from ..formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, scale_key
 from ..rules import Rule
 from . import numpy_codec
 from .state_layouts import (
@@ -266,8 +266,8 @@ def fit_companion(
         return home.empty(layout).copy_(value)
     values = numpy_codec.to_array(full_precision(param, {key: value}))
     companion = home.empty(layout)
-    weight, code = torch.empty_like(param.detach()), form.codes[param.dtype]
-    numpy_codec.write_weight(code, values, weight, companion)
+    weight = torch.empty_like(param.detach())
+    numpy_codec.write_weight(form, values, weight, companion)
     # The weight stays what it is, but near the middle between two weights formats round
     # differently: such a value moves towards the weight, by as little as the format can tell. What
     # is farther away was left over of another weight, changed since.
@@ -278,11 +278,11 @@ def fit_companion(
         if not off.any():
             break
         if ulps is None:
-            values[off] = numpy_codec.read_weight(NATIVE[param.dtype], param)[off]
+            values[off] = numpy_codec.read_weight(WEIGHT_FORMATS["native"], param)[off]
         else:
             outwards = (kept & 0x7FFF) > (found & 0x7FFF)
             bits[off] += np.where(outwards, np.uint32(ulps), np.uint32(2**32 - ulps))[off]
-        numpy_codec.write_weight(code, values, weight, companion)
+        numpy_codec.write_weight(form, values, weight, companion)
     return companion
 
 
@@ -325,7 +325,7 @@ def full_precision(param: torch.Tensor, saved: Mapping[str, Any]) -> torch.Tenso
         if value.dtype != (form.companion or param.dtype):
             continue
         companion = torch.empty_like(param.detach(), dtype=value.dtype).copy_(value)
-        values = numpy_codec.read_weight(form.codes[param.dtype], param, companion)
+        values = numpy_codec.read_weight(form, param, companion)
         full = torch.empty_like(param.detach(), dtype=torch.float32)
         numpy_codec.flat(full).copy_(torch.from_numpy(values))
         return full

@@ -1,113 +1,98 @@
-"""The table of formats: how tensors rest in memory, and by which number kernels know it.
+"""The formats: one file per format of states or of weights, with all that Python knows of it.
 
-The numbers are those of ``csrc/formats/table.h``; docs/formats.md describes the codes.
+Every file of this folder with a ``FORMAT`` is a format; csrc/formats and triton_kernels/formats.py
+have the same codes under the same number. docs/formats.md describes the codes, CONTRIBUTING.md how
+to add a format.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib
+import pkgutil
 
 import torch
 
+from .base import (
+    Moment,
+    StateFormat,
+    Stored,
+    WeightFormat,
+    decode_states,
+    decode_weight,
+    encode_states,
+    encode_weight,
+)
+
+__all__ = [
+    "ABSENT",
+    "NATIVE",
+    "STATE_FORMATS",
+    "VERSION",
+    "WEIGHT_FORMATS",
+    "WEIGHT_FORMAT_OF_CODE",
+    "Moment",
+    "StateFormat",
+    "Stored",
+    "WeightFormat",
+    "decode_states",
+    "decode_weight",
+    "encode_states",
+    "encode_weight",
+    "readable",
+    "scale_key",
+]
+
 ABSENT = -1  # in place of a format's number: the rule has no such state
 
-# Written into every checkpoint; one more whenever the codes of a format change.
-# 2: those of mx4 have another meaning. 3: those of mx4 are int8 in place of uint8, so that dtypes
-# tell every format. No other format has changed.
+# Written into every checkpoint. Add one when the codes of a format change, and set the format's
+# readable_since. 2: mx4 has other codes. 3: those codes are int8 rather than uint8, so that dtypes
+# tell every format.
 VERSION = 3
 
 
+def _found() -> list[StateFormat | WeightFormat]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f".{name}", __name__) for name in names]
+    return [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
+
+
+_FOUND = _found()
+
+STATE_FORMATS: dict[str, StateFormat] = {
+    form.name: form
+    for form in sorted(
+        (form for form in _FOUND if isinstance(form, StateFormat)), key=lambda form: form.code
+    )
+}
+"""By name, in the order of their numbers."""
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    form.name: form
+    for form in sorted(
+        (form for form in _FOUND if isinstance(form, WeightFormat)),
+        key=lambda form: min(form.codes.values()),
+    )
+}
+"""By name, in the order of their numbers."""
+
+WEIGHT_FORMAT_OF_CODE: dict[int, WeightFormat] = {
+    code: form for form in WEIGHT_FORMATS.values() for code in form.codes.values()
+}
+
+NATIVE: dict[torch.dtype, int] = WEIGHT_FORMATS["native"].codes
+"""The numbers of weights and gradients as torch stores them, by dtype."""
+
+
 def readable(version: int, states: str) -> bool:
-    """Whether codes that a checkpoint has of a version mean what they do now.
+    """Whether the codes in a checkpoint mean what they mean now.
 
     Args:
         version: the group's "format_version".
-        states: the format of its states.
+        states: the format of its states. A name that is unknown here counts as readable: the dtypes
+            of the codes decide what they are.
     """
-    return version in (2, VERSION) or (version == 1 and states != "mx4")
-
-
-@dataclass(frozen=True)
-class StateFormat:
-    """A format of optimizer states.
-
-    Attributes:
-        name: what users ask for.
-        code: its number.
-        dtype: of the tensor of codes, which has the parameter's shape and strides unless codes are
-            packed. No two formats have the same dtypes of codes and of scales.
-        stochastic: whether it draws random bits.
-        block: elements, in memory order, that share a scale; 1 for none.
-        scale: dtype of the scales, a tensor [ceil(numel / block)] beside the codes.
-        packed: codes in one byte; with more than one the codes are [ceil(numel / packed)].
-    """
-
-    name: str
-    code: int
-    dtype: torch.dtype
-    stochastic: bool = False
-    block: int = 1
-    scale: torch.dtype | None = None
-    packed: int = 1
-
-    @property
-    def bytes(self) -> float:
-        """Bytes of a stored value, its share of a scale included, in a long tensor."""
-        scale = self.scale.itemsize / self.block if self.scale else 0.0
-        return self.dtype.itemsize / self.packed + scale
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How a weight of 16 bits keeps its precision.
-
-    Attributes:
-        name: what users ask for.
-        codes: its number for each dtype of a weight that it serves.
-        key: of the companion tensor in the parameter's state, of the parameter's shape and strides;
-            empty for none.
-        companion: dtype of it, None for the weight's own.
-        stochastic: whether it draws random bits.
-    """
-
-    name: str
-    codes: dict[torch.dtype, int] = field(hash=False)
-    key: str = ""
-    companion: torch.dtype | None = None
-    stochastic: bool = False
-
-    def bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the companion of one weight."""
-        return (self.companion or dtype).itemsize if self.key else 0
-
-
-NATIVE: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Weights and gradients as torch made them, rounded to nearest."""
-
-_BF16, _FP16 = torch.bfloat16, torch.float16
-
-STATE_FORMATS: dict[str, StateFormat] = {
-    f.name: f
-    for f in (
-        StateFormat("fp32", 0, torch.float32),
-        StateFormat("bf16", 3, torch.bfloat16, stochastic=True),
-        StateFormat("mx8", 5, torch.uint8, stochastic=True, block=32, scale=torch.uint8),
-        StateFormat("mx4", 6, torch.int8, stochastic=True, block=32, scale=torch.uint8, packed=2),
-        StateFormat("dynamic8", 7, torch.uint8, block=256, scale=torch.float32),
-    )
-}
-
-WEIGHT_FORMATS: dict[str, WeightFormat] = {
-    f.name: f
-    for f in (
-        WeightFormat("native", NATIVE),
-        WeightFormat("stochastic", {_BF16: 3, _FP16: 4}, stochastic=True),
-        WeightFormat("kahan", {_BF16: 8, _FP16: 9}, "weight_compensation"),
-        WeightFormat("master", {_BF16: 10, _FP16: 11}, "weight_master", torch.float32),
-        WeightFormat("split16", {_BF16: 12}, "weight_low", torch.int16),
-        WeightFormat("split8", {_BF16: 13}, "weight_low", torch.int8, stochastic=True),
-    )
-}
+    since = STATE_FORMATS[states].readable_since if states in STATE_FORMATS else 1
+    return version in range(since, VERSION + 1)
 
 
 def scale_key(key: str) -> str:

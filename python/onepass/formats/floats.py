@@ -1,10 +1,12 @@
-"""The 16-bit floats of weights and gradients, in NumPy."""
+"""The floats of weights, gradients and bf16 states, in NumPy."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ..numerics.arrays import F32, U16, U32
+from .base import Array
 
 BF16_NAN = np.uint16(0x7FC0)
 
@@ -29,6 +31,16 @@ def encode_bf16_stochastic(values: F32, random: U32) -> U16:
     """
     rounded = values.view(np.uint32) + random
     return np.where(np.isnan(values), BF16_NAN, (rounded >> np.uint32(16)).astype(np.uint16))
+
+
+def round_half_away(values: F32) -> U16:
+    """fp32 to bfloat16, to nearest, ties away from zero. NaN becomes 0x7FC0.
+
+    A split weight needs it: ties to even would give two values that are a tie apart the same weight
+    and the same 16 bits below it.
+    """
+    rounded = (values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
+    return np.where(np.isnan(values), BF16_NAN, rounded.astype(np.uint16))
 
 
 def decode_fp16(codes: U16) -> F32:
@@ -58,3 +70,16 @@ def encode_fp16_stochastic(values: F32, random: U32) -> U16:
     code = np.where(magnitude >= np.uint32(0x47800000), np.uint32(0x7C00), code)
     code = np.where(magnitude > np.uint32(0x7F800000), np.uint32(0x7E00), code)
     return (sign | code).astype(np.uint16)
+
+
+_CODECS = {torch.bfloat16: (decode_bf16, encode_bf16), torch.float16: (decode_fp16, encode_fp16)}
+
+
+def decode_float(codes: Array, dtype: torch.dtype) -> F32:
+    """A float32, bfloat16 or float16 tensor as stored, to fp32: exact, and a copy."""
+    return np.array(codes, np.float32) if dtype == torch.float32 else _CODECS[dtype][0](codes)
+
+
+def encode_float(values: F32, dtype: torch.dtype) -> Array:
+    """fp32 to float32, bfloat16 or float16, to nearest, ties to even."""
+    return values if dtype == torch.float32 else _CODECS[dtype][1](values)

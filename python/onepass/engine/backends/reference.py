@@ -1,4 +1,5 @@
-"""The reference backend: :mod:`onepass.reference` over tensors. Slow; it defines the bits."""
+"""The reference backend: the specification (:mod:`onepass.rules`, :mod:`onepass.formats`) over
+tensors. Slow; it defines the bits."""
 
 from __future__ import annotations
 
@@ -8,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...formats import NATIVE
-from ...formats.specification import SPLIT8
+from ...formats import NATIVE, WEIGHT_FORMAT_OF_CODE, WEIGHT_FORMATS
 from ...numerics.arrays import F32, U32
 from ...numerics.gradient_norm import norm as gradient_norm
 from ...numerics.random_bits import random_bits
@@ -20,6 +20,7 @@ from ..hyper_table import TELEMETRY_WIDTH
 from .base import Backend, Entry, StepArgs, same_layout
 
 F64 = npt.NDArray[np.float64]
+_NATIVE = WEIGHT_FORMATS["native"]
 
 
 def _layouts(entry: Entry) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
@@ -85,15 +86,16 @@ class ReferenceBackend(Backend):
         if len(prepared.grads) != len(prepared.entries):
             raise RuntimeError("onepass: norm without refresh")
         with np.errstate(all="ignore"):
-            grads = (numpy_codec.read_weight(NATIVE[grad.dtype], grad) for grad in prepared.grads)
+            grads = (numpy_codec.read_weight(_NATIVE, grad) for grad in prepared.grads)
             found = gradient_norm(grads)
         return torch.from_numpy(found).to(prepared.entries[0].param.device)
 
     def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> F64:
         """The step of one parameter; returns its part of the telemetry."""
         rule, kinds, count = entry.rule, entry.rule.kinds, entry.param.numel()
-        before = numpy_codec.read_weight(entry.weight, entry.param, entry.companion)
-        raw = numpy_codec.read_weight(NATIVE[grad.dtype], grad)
+        weight = WEIGHT_FORMAT_OF_CODE[entry.weight]
+        before = numpy_codec.read_weight(weight, entry.param, entry.companion)
+        raw = numpy_codec.read_weight(_NATIVE, grad)
         seed, step = counters
         if step == 0:
             return _telemetry(raw, before, before)
@@ -102,23 +104,16 @@ class ReferenceBackend(Backend):
             before, row[0] * raw, states, list(row[1 : 1 + rule.scalars]),
             rule.flag_names(entry.flags),
         )  # fmt: skip
-        # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and the weight, word 2
+        # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and most weights, word 2
         # that of slot 3.
         halves: list[U32 | None] = [None] * 6
         for word in range(3 if len(kinds) > 3 else 2) if entry.draws else ():
             bits = random_bits(seed, step, entry.param_id, entry.first, count, word)
             halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
-        # split8 takes 8 bits, the lowest, which hardly decide how the state of slot 0 is rounded.
-        dither = halves[0 if entry.weight == SPLIT8 else 3]
-        numpy_codec.write_weight(entry.weight, param, entry.param, entry.companion, dither)
-        numpy_codec.write_states(
-            entry.format,
-            kinds,
-            states,
-            entry.states,
-            entry.scales,
-            [*halves[:3], halves[4]][: len(kinds)],
-        )
+        dither = halves[weight.random_half]
+        numpy_codec.write_weight(weight, param, entry.param, entry.companion, dither)
+        random = [*halves[:3], halves[4]][: len(kinds)]
+        numpy_codec.write_states(entry.format, kinds, states, entry.states, entry.scales, random)
         if entry.ema is not None:
             # Of the weight as it was computed, before it is rounded into its format.
             numpy_codec.write(

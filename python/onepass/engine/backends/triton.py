@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from ...formats import ABSENT, NATIVE
-from ...formats.blocks import dynamic_edges, dynamic_map
+from ...formats.dynamic8 import dynamic_edges, dynamic_map
 from ...rules import MAX_STATES
 from ..gradients import has_memory
 from ..hyper_table import RowTable

@@ -1,0 +1,20 @@
+"""fp32: states as they are computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..numerics.arrays import F32, U32
+from .base import Moment, StateFormat, Stored
+
+
+def encode(values: F32, random: U32, moment: Moment) -> Stored:
+    return values, None
+
+
+def decode(data: F32, scales: None, count: int, moment: Moment) -> F32:
+    return np.array(data, np.float32)
+
+
+FORMAT = StateFormat("fp32", code=0, dtype=torch.float32, encode=encode, decode=decode)

@@ -1,0 +1,34 @@
+"""kahan: a 16-bit weight and, in its own dtype, a second number that holds the rounding error."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..numerics.arrays import F32, U16, U32
+from .base import Stored, WeightFormat
+from .floats import decode_float, encode_float
+
+
+def encode(values: F32, random: U32, dtype: torch.dtype) -> Stored:
+    """(weight, compensation), each rounded to nearest. The compensation of an infinity or NaN is
+    0."""
+    weight = encode_float(values, dtype)
+    near = decode_float(weight, dtype)
+    with np.errstate(invalid="ignore"):  # infinity minus itself
+        rest = np.where(np.isfinite(near), values - near, np.float32(0))
+    return weight, encode_float(rest, dtype)
+
+
+def decode(weight: U16, compensation: U16, dtype: torch.dtype) -> F32:
+    """The sum, in fp32."""
+    return decode_float(weight, dtype) + decode_float(compensation, dtype)
+
+
+FORMAT = WeightFormat(
+    "kahan",
+    codes={torch.bfloat16: 8, torch.float16: 9},
+    encode=encode,
+    decode=decode,
+    key="weight_compensation",
+)
