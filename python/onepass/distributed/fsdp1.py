@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..formats import STATE_FORMATS
+from ..formats import STATE_FORMATS, WEIGHT_FORMATS
 from ..rules.group_options import option
 
 _ATTRIBUTE = "_fsdp_flattened"  # that FSDP1 sets on the parameters it manages
@@ -16,12 +16,20 @@ _READERS = (
 )
 
 
+def _reshapes(name: str) -> bool:
+    """Whether a format saves a tensor of another shape than the parameter's."""
+    states, weights = STATE_FORMATS.get(name), WEIGHT_FORMATS.get(name)
+    if weights is not None and weights.saved_as_bytes:
+        return True
+    return states is not None and states.scale is not None
+
+
 def check_reader(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuses a state dict that FSDP1 asks for and cannot use.
 
-    FSDP1 cuts and joins states by the shape of their parameter, which scales, packed codes and the
-    low halves of ``split16`` do not have, and then fails with an error of sizes that names none of
-    them. A rank's own ``state_dict()`` is not cut and passes, so the caller is looked at.
+    FSDP1 cuts and joins states by the shape of their parameter, which scales, packed codes and
+    companions that are saved as bytes do not have, and then fails with an error of sizes that names
+    none of them. A rank's own ``state_dict()`` is not cut and passes, so the caller is looked at.
 
     Raises:
         ValueError: a group of FSDP1's parameters has such states, and FSDP1 or
@@ -32,7 +40,7 @@ def check_reader(groups: Sequence[Mapping[str, Any]]) -> None:
         for group in groups
         if any(getattr(param, _ATTRIBUTE, False) for param in group["params"])
         for name in (option(group, "states"), option(group, "weights"))
-        if name == "split16" or (name in STATE_FORMATS and STATE_FORMATS[name].scale is not None)
+        if _reshapes(name)
     )
     frame = sys._getframe() if refused else None
     while frame is not None:

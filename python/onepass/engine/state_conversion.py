@@ -79,12 +79,13 @@ def format_of(data: torch.Tensor, scale: torch.Tensor | None, which: str) -> Sta
             f"{which} is {data.dtype} {'without' if scale is None else 'with'} a scale: codes have "
             "one, numbers have none"
         )
-    if scale is None:
-        return STATE_FORMATS["bf16" if data.dtype == torch.bfloat16 else "fp32"]
+    scales = None if scale is None else scale.dtype
     for form in STATE_FORMATS.values():
-        if (form.dtype, form.scale) == (data.dtype, scale.dtype):
+        if (form.dtype, form.scale) == (data.dtype, scales):
             return form
-    raise ValueError(f"{which} is {data.dtype} with {scale.dtype} scales: no format has these")
+    if scale is None:
+        return STATE_FORMATS["fp32"]  # torch.optim's states of an fp16 weight are fp16
+    raise ValueError(f"{which} is {data.dtype} with {scales} scales: no format has these")
 
 
 def fit_states(
@@ -129,10 +130,10 @@ def fit_states(
                     "parameter"
                 )
             found[layout.key] = value if is_dense(value) else value.contiguous()
-        if source.name == "fp32":
-            found[key] = found[key].float()  # torch.optim's are fp16 where the weight is
+        if source.scale is None:
+            found[key] = found[key].to(source.dtype)
         forms.add(source.name)
-    if len(forms) > 1 and not forms <= {"fp32", "bf16"}:
+    if len(forms) > 1 and any(STATE_FORMATS[name].scale is not None for name in forms):
         raise ValueError(f"the states of {which} are in different formats: {sorted(forms)}")
     if len(forms) > 1:
         found, forms = {key: value.float() for key, value in found.items()}, {"fp32"}
@@ -252,7 +253,7 @@ def fit_companion(
     key = next((key for key in sorted(COMPANIONS) if saved.get(key) is not None), None)
     if key is None:
         companion = home.empty(layout)
-        return companion.copy_(param.detach()) if form.name == "master" else companion.zero_()
+        return companion.copy_(param.detach()) if form.starts_as_weight else companion.zero_()
     value = _tensor(saved[key], f"{key} of {which}")
     if value.dtype == torch.uint8 and tuple(value.shape) == (*layout.shape, 2):
         value = from_bytes(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ..formats import STATE_FORMATS
+from ..formats import STATE_FORMATS, WEIGHT_FORMATS
 from .models.shapes import MATRIX, Model, Shape
 from .report import MemoryReport
 from .scenarios import Candidate, Terms, candidate, predicted, report
@@ -67,10 +67,10 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
     name = choice.variant.name if choice.variant else choice.peer.rule if choice.peer else "adamw"
     variant = parse(name)
     assert variant is not None
-    bf16 = terms.dtype.itemsize == 2
     options = [] if choice.variant is not None else [()]
     for words in (*options, *_smaller(variant)):
-        if not bf16 and set(words) & {"split8", "split16"}:
+        weights = [WEIGHT_FORMATS[word] for word in words if word in WEIGHT_FORMATS]
+        if any(terms.dtype not in form.codes for form in weights):
             continue
         try:
             found = predicted(Candidate("", variant=variant.plus(*words)), model, terms)

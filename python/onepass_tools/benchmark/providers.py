@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from onepass.formats import WEIGHT_FORMATS
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 
 from .cases import CLASSES, DTYPES, OPTIONS, Case, bytes_moved
 
@@ -172,7 +172,7 @@ def _onepass(backend: str) -> Provider:
 
 # torch's states have the dtype of the weights.
 AS_WEIGHTS = frozenset({(name, name) for name in DTYPES})
-BLOCKS = frozenset({"mx8", "mx4", "dynamic8"})
+BLOCKS = frozenset(name for name, form in STATE_FORMATS.items() if form.block > 1)
 
 
 def _torch(kind: str, rules: list[str], **fixed: Any) -> Provider:
