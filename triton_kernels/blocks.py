@@ -1,4 +1,5 @@
-"""The block formats of states in Triton, as :mod:`onepass.formats.blocks` has them.
+"""The block formats of states in Triton, as mx8.py, mx4.py and dynamic8.py in
+:mod:`onepass.formats` specify them.
 
 ``decode(codes, scales, root, maps) -> values`` and ``encode(values, random, root, maps) -> (codes,
 scales)`` on the elements of whole blocks, one after another. A block of 32 rests within one warp,

@@ -1,4 +1,5 @@
-"""fp32, bf16 and fp16 in Triton, and weights with companions, as :mod:`onepass.reference` has them.
+"""fp32, bf16 and fp16 in Triton, and weights with companions, as :mod:`onepass.formats` specifies
+them.
 
 ``decode(codes, companion, root, maps) -> values``, ``encode(values, random, root, maps) -> (codes,
 companion)``; the arguments beyond what a format stores are those of other formats. 16-bit floats

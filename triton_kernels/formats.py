@@ -1,5 +1,5 @@
-"""The table of formats in Triton and the counter-based random bits, as :mod:`onepass.reference` has
-them.
+"""The table of formats in Triton and the counter-based random bits, as :mod:`onepass.formats` and
+:mod:`onepass.numerics.random_bits` specify them.
 
 A format decodes stored elements to fp32 blocks and encodes fp32 blocks: floats.py, blocks.py.
 """
@@ -98,7 +98,7 @@ def _companion(name: str, extra: tl.dtype, **options: Any) -> Format:
     return Format(name, tl.uint16, decode, encode, extra=extra, **options)
 
 
-# By the code of onepass/formats/__init__.py: formats of a tensor alone.
+# By the number of the format (onepass/formats/<name>.py): formats of a tensor alone.
 FORMATS = {
     0: Format("fp32", tl.float32, floats.decode_fp32, floats.encode_fp32),
     1: Format("bf16", tl.uint16, floats.decode_bf16, floats.encode_bf16),

@@ -1,6 +1,6 @@
 // mx8 and mx4: a block of 32 elements in memory order shares a power of two. A code is the upper
 // part of an fp32 whose exponent counts from the scale byte, so that all of it is integer
-// arithmetic on the bits; onepass/formats/blocks.py specifies it.
+// arithmetic on the bits; onepass/formats/mx8.py and mx4.py specify it.
 #pragma once
 
 #include "../portability.h"

@@ -1,5 +1,5 @@
 // The dynamic map of bitsandbytes (Dettmers et al., "8-bit optimizers via block-wise quantization",
-// 2022) over blocks of 256 with an fp32 scale; onepass/formats/blocks.py specifies it.
+// 2022) over blocks of 256 with an fp32 scale; onepass/formats/dynamic8.py specifies it.
 #pragma once
 
 #include "../portability.h"

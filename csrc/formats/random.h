@@ -1,5 +1,5 @@
-// The counter-based generator of the random bits: onepass/reference/ specifies it, with known
-// answers in tests/test_reference.py.
+// The counter-based generator of the random bits: onepass/numerics/random_bits.py specifies it,
+// with known answers in tests/test_reference.py.
 #pragma once
 
 #include "../portability.h"

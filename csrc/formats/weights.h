@@ -1,5 +1,5 @@
 // How a 16-bit weight keeps its precision: the weight and a companion beside it;
-// onepass/formats/weights.py specifies it.
+// kahan.py, master.py, split16.py and split8.py in onepass/formats specify it.
 #pragma once
 
 #include "bf16.h"
