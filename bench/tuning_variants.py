@@ -77,8 +77,8 @@ FORMATS = {
     "split8+mx8": ("bf16", "split8", "mx8"),
     "stochastic+mx4": ("bf16", "stochastic", "mx4"),
 }
-"""Name -> (dtype, format of the weights, format of the states); csrc/cuda/combinations.h has the same five
-in is_tuned."""
+"""Name -> (dtype, format of the weights, format of the states); csrc/cuda/combinations.h has the
+same five in is_tuned."""
 
 
 def case_of(name: str, numel: int) -> Case:

@@ -103,7 +103,7 @@ def test_every_rule_and_option_in_a_list_of_fp32(case, variant, name):
 @pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lion"])
 def test_every_format_in_a_list_of_its_own(name, dtype, weights, states):
-    """Those of csrc/cuda/combinations.h run a kernel of their own, the others the one for any list."""
+    """Those of combinations.h run a kernel of their own, the others the one for any list."""
     case = next(case for case in CASES if case.name == name)
     options = {"lr": 0.01, "weight_decay": 0.1, **({"momentum": 0.9} if name == "sgd" else {})}
     sizes = [*SIZES, (2085,), (CHUNK + 300,)]

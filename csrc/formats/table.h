@@ -1,5 +1,5 @@
 // The list of formats, with a row for each. Python names a format by this number
-// (onepass/formats/__init__.py).
+// (onepass/formats/<name>.py).
 #pragma once
 
 #include "bf16.h"
