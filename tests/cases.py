@@ -6,7 +6,7 @@ A new rule adds its row here, and every test of this folder runs on it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,12 @@ from onepass.rules import HYPER_WIDTH, RULES, Rule
 
 @dataclass(frozen=True)
 class Case:
-    """An algorithm: our class, torch's twin if there is one, and its booleans."""
+    """An algorithm: our class, torch's twin if there is one, and its booleans.
+
+    Attributes:
+        direction: (oracle, gradient) -> what the weight loses for lr = 1, in float64; None where
+            tests/oracle.py has it.
+    """
 
     name: str
     ours: type[onepass.Optimizer]
@@ -29,6 +34,7 @@ class Case:
     lr: float
     base: dict[str, Any]
     options: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    direction: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
 
     def variants(self) -> Iterator[dict[str, Any]]:
         """Every combination of its options with both kinds of decay and both directions."""

@@ -1,11 +1,12 @@
 """Every algorithm once more, in float64 and in the form of the paper or of torch.optim.
 
-Independent of onepass.reference: bias corrections are not folded, decay is applied where the paper
+Independent of the specification: bias corrections are not folded, decay is applied where the paper
 has it. tests/test_oracle.py compares it with torch.optim in float64 before it is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,17 @@ Tensor = torch.Tensor
 class Oracle:
     """One parameter of one algorithm, step by step, in float64."""
 
-    def __init__(self, name: str, param: Tensor, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        param: Tensor,
+        options: dict[str, Any],
+        direction: Callable[[Oracle, Tensor], Tensor] | None = None,
+    ) -> None:
+        """direction: of an algorithm that is not among the methods below; see tests/cases.py."""
         self.name, self.o = name, options
+        method = "_" + name.removesuffix("w")
+        self.direction = direction or getattr(type(self), method)
         self.p = param.detach().double().clone()
         self.t = 0
         self.s: dict[str, Tensor] = {}
@@ -36,7 +46,7 @@ class Oracle:
         before = self.p.clone()
         if not o["decoupled_weight_decay"]:
             g = g + o["weight_decay"] * before
-        self.p = before - lr * getattr(self, "_" + self.name.removesuffix("w"))(g)
+        self.p = before - lr * self.direction(self, g)
         if o["decoupled_weight_decay"]:
             self.p -= lr * o["weight_decay"] * before
 

@@ -64,7 +64,7 @@ def test_a_page_says_what_is_to_be_said(name):
         "## Memory",
         "## Beside torch.optim",
         "## Source",
-        "## Its path",
+        *(["## Its path"] if (DOCS.parent / "comparison" / f"path-{name}.png").exists() else []),
     ):
         assert f"\n{heading}\n" in text, heading
     source = Path(onepass.__file__).parents[2] / "csrc" / "rules" / f"{name}.h"

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 
 # A block is 128 threads and a multiprocessor has 65,536 registers: 80 a thread leave room for six
 # blocks, 128 for four, which __launch_bounds__ asks for (csrc/cuda/dispatch.cuh). A thread of an
-# fp32 AdamW step has 128 bytes of reads under way, so six blocks 96 KiB; bandwidth times latency on an
-# H200 (4.8 TB/s over 132 multiprocessors, some 800 ns) is 29 KiB. In all bf16 it is half, 48 KiB.
+# fp32 AdamW step has 128 bytes of reads under way, so six blocks 96 KiB; bandwidth times latency on
+# an H200 (4.8 TB/s over 132 multiprocessors, some 800 ns) is 29 KiB. In all bf16 it is half of
+# that, 48 KiB.
 MOST = 128
 
 

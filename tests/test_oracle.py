@@ -32,7 +32,7 @@ def torch_twin(case, variant, params):
 @pytest.mark.parametrize(("case", "variant", "name"), TWINS, ids=TWIN_IDS)
 def test_the_oracle_is_torch_optim_in_float64(case, variant, name):
     param = torch.nn.Parameter(torch.randn(257, dtype=torch.float64))
-    oracle = Oracle(case.name, param, variant)
+    oracle = Oracle(case.name, param, variant, case.direction)
     optimizer = torch_twin(case, variant, [param])
     for seed in range(20):
         param.grad = torch.randn(
@@ -67,7 +67,7 @@ def test_one_step(case, variant, name, dtype):
         oracles = []
         for param in params:
             param.grad = draw(0.1, 2, param.shape)
-            oracle = Oracle(case.name, param, variant)
+            oracle = Oracle(case.name, param, variant, case.direction)
             state = optimizer.state.get(param, {})
             oracle.t = int(state.get("step", 0))
             oracle.s = {k: v.double().clone() for k, v in state.items() if k != "step"}
@@ -87,7 +87,7 @@ def test_hundred_steps(case, variant, name):
     ours = make_params([(4099,), (64, 33)], torch.float32, seed=5)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     start = [p.detach().double().clone() for p in ours]
-    oracles = [Oracle(case.name, p, variant) for p in ours]
+    oracles = [Oracle(case.name, p, variant, case.direction) for p in ours]
     optimizers = [case.ours(ours, **variant), torch_twin(case, variant, theirs)]
     for step in range(100):
         for i, (p, q, oracle) in enumerate(zip(ours, theirs, oracles, strict=True)):

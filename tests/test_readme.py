@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import onepass
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -31,11 +29,6 @@ def test_an_example_runs_as_it_stands(example):
     assert not result.stderr
 
 
-def test_the_support_matrix_is_the_codes():
-    """`python tests/test_readme.py` rewrites it."""
-    assert with_matrix(README) == README
-
-
 def test_links_lead_somewhere():
     for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
@@ -46,16 +39,3 @@ def test_links_lead_somewhere():
 def test_ci_runs_the_command_that_the_readme_names():
     command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert command in README
-
-
-def with_matrix(text):
-    return re.sub(
-        r"(<!-- support matrix -->\n).*?(<!-- end -->)",
-        lambda m: f"{m.group(1)}{onepass.backends.support_matrix()}\n{m.group(2)}",
-        text,
-        flags=re.S,
-    )
-
-
-if __name__ == "__main__":
-    (ROOT / "README.md").write_text(with_matrix(README))

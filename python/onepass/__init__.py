@@ -9,75 +9,35 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import memory, optim
     from .checkpoints.bitsandbytes import from_bitsandbytes, to_bitsandbytes
     from .checkpoints.conversion import convert_state_dict, full_precision_state_dict
     from .distributed import number_parameters
     from .engine import backends
     from .engine import libraries as ops
-    from .optim import (
-        SGD,
-        Adagrad,
-        Adagrad8bit,
-        Adam,
-        Adam8bit,
-        AdamW,
-        AdamW4bit,
-        AdamW8bit,
-        Lion,
-        Lion8bit,
-        Optimizer,
-        PagedAdam,
-        PagedAdam8bit,
-        PagedAdamW,
-        PagedAdamW8bit,
-        PagedLion,
-        PagedLion8bit,
-        RMSprop,
-        RMSprop8bit,
-        SGD8bit,
-    )
+    from .optim import *  # noqa: F403
     from .optim.grad_scaler import GradScaler
     from .optim.gradient_release import release_gradients
     from .optim.mixed_precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
 
     __version__: str
-
-__all__ = [
-    "EMBEDDINGS",
-    "NORMS",
-    "SGD",
-    "Adagrad",
-    "Adagrad8bit",
-    "Adam",
-    "Adam8bit",
-    "AdamW",
-    "AdamW4bit",
-    "AdamW8bit",
-    "GradScaler",
-    "Lion",
-    "Lion8bit",
-    "Optimizer",
-    "PagedAdam",
-    "PagedAdam8bit",
-    "PagedAdamW",
-    "PagedAdamW8bit",
-    "PagedLion",
-    "PagedLion8bit",
-    "RMSprop",
-    "RMSprop8bit",
-    "SGD8bit",
-    "backends",
-    "cast_model",
-    "convert_state_dict",
-    "from_bitsandbytes",
-    "full_precision_state_dict",
-    "memory",
-    "number_parameters",
-    "ops",
-    "parameter_groups",
-    "release_gradients",
-    "to_bitsandbytes",
-]
+    __all__ = [
+        "EMBEDDINGS",
+        "NORMS",
+        "GradScaler",
+        "backends",
+        "cast_model",
+        "convert_state_dict",
+        "from_bitsandbytes",
+        "full_precision_state_dict",
+        "memory",
+        "number_parameters",
+        "ops",
+        "parameter_groups",
+        "release_gradients",
+        "to_bitsandbytes",
+    ]
+    __all__ += optim.__all__
 
 _MODULES = {"backends": "engine.backends", "memory": "memory", "ops": "engine.libraries"}
 _HOMES = {
@@ -93,8 +53,7 @@ _HOMES = {
     "cast_model": "optim.mixed_precision",
     "parameter_groups": "optim.mixed_precision",
 }
-"""Name -> the module that has it; the others are classes of ``optim``."""
-_HOMES |= {name: "optim" for name in __all__ if name not in (*_HOMES, *_MODULES)}
+"""Name -> the module that has it; the optimizer classes are in ``optim``."""
 
 
 def _version() -> str:
@@ -106,6 +65,10 @@ def _version() -> str:
         return "0+source"
 
 
+def _classes() -> Any:
+    return importlib.import_module(".optim", __name__)
+
+
 def __getattr__(name: str) -> Any:
     """A name that has not been used yet: PEP 562."""
     value: Any
@@ -115,8 +78,12 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     elif name in _MODULES:
         value = importlib.import_module(f".{_MODULES[name]}", __name__)
+    elif name == "__all__":
+        value = sorted({*_HOMES, *_MODULES, *_classes().__all__})
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         value = importlib.import_module(f".{name}", __name__)
+    elif not name.startswith("_") and name in _classes().__all__:
+        value = getattr(_classes(), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -124,4 +91,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *__getattr__("__all__"), "__version__"})

@@ -19,7 +19,7 @@ from .bitsandbytes_names import (
     SGD8bit,
 )
 from .lion import Lion
-from .options import Options
+from .options import Options as Options
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -35,7 +35,6 @@ __all__ = [
     "Lion",
     "Lion8bit",
     "Optimizer",
-    "Options",
     "PagedAdam",
     "PagedAdam8bit",
     "PagedAdamW",
