@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..optim import Optimizer
+from ..optim.registry import classes
 from . import shards
 from .measure import measure
 from .models import Model, Shape, load, near
@@ -18,7 +19,7 @@ from .peers import PEERS, Peer, categorise
 from .predict import block_of, predict, storage_bytes
 from .report import Bytes, MemoryReport
 from .simulate import CannotSimulateError, simulate
-from .variants import CLASSES, Variant, groups_of, parse
+from .variants import Variant, groups_of, parse
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def candidate(name: str) -> Candidate:
         return Candidate(name.lower(), peer=PEERS[name.lower()])
     if ":" in name:
         return Candidate(name, factory=load(name))
+    ours = classes()
     raise ValueError(
-        f"no optimizer {name!r}{near(name, [*CLASSES, *PEERS])} It takes {', '.join(CLASSES)} with "
+        f"no optimizer {name!r}{near(name, [*ours, *PEERS])} It takes {', '.join(ours)} with "
         "options such as adamw+mx8+split8, a peer of --list-optimizers, or module:factory"
     )
 

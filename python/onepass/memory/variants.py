@@ -11,18 +11,10 @@ import torch
 
 from .. import optim
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS
+from ..optim.registry import classes
 from .models.shapes import EMBEDDING, NORM
 
 Groups = list[dict[str, Any]]
-
-CLASSES: dict[str, type[optim.Optimizer]] = {
-    name.lower(): getattr(optim, name)
-    for name in optim.__all__
-    if isinstance(getattr(optim, name), type)
-    and issubclass(getattr(optim, name), optim.Optimizer)
-    and getattr(optim, name) is not optim.Optimizer
-}
-"""Every class of the library, by its name in small letters."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9},
@@ -99,9 +91,10 @@ def parse(text: str) -> Variant | None:
         ValueError: an unknown word after a plus; says which there are.
     """
     name, *words = text.lower().split("+")
-    if name not in CLASSES:
+    made = classes().get(name)
+    if made is None:
         return None
-    variant = Variant(name, CLASSES[name]).plus(*words)
+    variant = Variant(name, made).plus(*words)
     variant.make([torch.nn.Parameter(torch.empty(1, device="meta", dtype=torch.bfloat16))])
     return replace(variant, name=text.lower())
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from .. import optim
+from ..optim.registry import classes
 from .validation import check_name
 
 OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
-    name.lower(): getattr(optim, name)
-    for name in optim.__all__
-    if name not in ("Optimizer", "Options")
+    **classes(),
+    "momentum": optim.SGD,
+    "nesterov": optim.SGD,
 }
-"""Every class by its name in lower case: ``"adamw"``, ``"adamw8bit"``, ``"lion"``, ..."""
-OPTIMIZERS.update(momentum=optim.SGD, nesterov=optim.SGD)
+"""Every class by its name in lower case, and SGD by two further names; see :func:`presets`."""
 
 
 def optimizer_class(optimizer_type: str | type[optim.Optimizer]) -> type[optim.Optimizer]:

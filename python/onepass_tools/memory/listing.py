@@ -11,7 +11,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the lists that were asked for; return 0."""
     from onepass.memory.models import KNOWN
     from onepass.memory.peers import PEERS
-    from onepass.memory.variants import CLASSES, WORDS
+    from onepass.memory.variants import WORDS
+    from onepass.optim.registry import classes
 
     if args.list_models:
         rows = [(name, f"{row.parameters:,}", row.source) for name, row in KNOWN.items()]
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list_models and args.list_optimizers:
         print()
     if args.list_optimizers:
-        ours = [(name, f"onepass.{made.__name__}", "") for name, made in CLASSES.items()]
+        ours = [(name, f"onepass.{made.__name__}", "") for name, made in classes().items()]
         peers = [
             (name, f"{peer.module}", f"cannot run here: {why}" if (why := _why(peer)) else "")
             for name, peer in PEERS.items()
