@@ -12,7 +12,8 @@ from torch import nn
 import onepass
 from onepass.training import decay_groups
 from onepass_tools.benchmark.devices import Device
-from onepass_tools.benchmark.providers import Provider, all_providers, find
+from onepass_tools.benchmark.provider import Provider
+from onepass_tools.benchmark.providers import all_providers, find
 from onepass_tools.demo.model import GPT
 from onepass_tools.demo.train import Task
 

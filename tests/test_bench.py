@@ -10,6 +10,7 @@ import torch
 
 import onepass
 from bench import bars, cases, report, results
+from onepass.integrations.other_libraries import TORCH, Library
 from onepass_tools.benchmark import check, devices, measure, providers
 from onepass_tools.benchmark.cases import DTYPES, OPTIONS, Case
 from onepass_tools.benchmark.lists import (
@@ -23,6 +24,7 @@ from onepass_tools.benchmark.lists import (
     resnet50,
     vit_l16,
 )
+from onepass_tools.benchmark.provider import Provider
 
 command = importlib.import_module("bench.__main__")
 main = command.main
@@ -121,14 +123,14 @@ def test_the_providers_that_every_machine_has_are_right(case):
 def test_a_wrong_provider_is_named_and_not_timed(fault):
     wrong = {"lr": 1.01e-2, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
 
-    def make(module, params, case, device):
+    def make(params, case, device):
         options = dict(OPTIONS["adamw"])
         if fault == "still":
             return torch.optim.SGD(params, lr=0.0)
         options[fault] = wrong[fault]
         return torch.optim.AdamW(params, **options)
 
-    broken = providers.Provider("broken", "torch", "torch.optim", {"adamw": make}, ours=True)
+    broken = Provider("broken", TORCH, {"adamw": make}, ours=True)
     found = outcome(TINY, broken, BY_NAME["torch-fused"])
     assert [name for name, _ in found.failed] == ["broken"]
     assert found.ours_failed
@@ -242,8 +244,8 @@ def test_the_check_also_sees_the_end_of_a_long_tensor(monkeypatch):
 
 
 def test_a_provider_that_is_not_there_says_so():
-    absent = providers.Provider("absent", "no-such-distribution", "no_such_module", {})
-    assert absent.unavailable() == "not installed"
+    absent = Provider("absent", Library("absent", "no-such-distribution", "no_such_module"), {})
+    assert absent.unavailable() == "no-such-distribution is not installed"
 
 
 def test_providers_of_a_device_have_names_of_their_own_and_are_found_by_patterns():

@@ -16,6 +16,8 @@ import termios
 
 import pytest
 
+from onepass.integrations import other_libraries
+from onepass.integrations.other_libraries import TORCH
 from onepass.memory import peers
 from onepass.memory.advice import lora, recommend
 from onepass.memory.models import known
@@ -170,14 +172,14 @@ def test_lists(capsys):
 
 
 def test_a_peer_that_cannot_run_is_listed_with_the_reason(capsys, monkeypatch):
-    monkeypatch.setattr(peers, "_load", lambda *_: (None, "it is not installed"))
+    monkeypatch.setattr(other_libraries, "load", lambda *_: (None, "it is not installed"))
     names = "adamw,optimi-adamw,flashoptim-adamw"
     out = call(capsys, *SMALL, "--optimizers", names, "--measure", "--scale", "0.01").out
     assert "optimi-adamw: it is not installed\n" in out
     assert "flashoptim-adamw: it is not installed (predicted only)\n" in out
 
 
-@pytest.mark.parametrize("name", [n for n, p in peers.PEERS.items() if p.distribution != "torch"])
+@pytest.mark.parametrize("name", [n for n, p in peers.PEERS.items() if p.made.library != TORCH])
 def test_other_libraries_take_what_is_predicted(name):
     peer = peers.PEERS[name]
     why = peer.unavailable("cpu")

@@ -64,7 +64,11 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
     formats, then paging, then FSDP2 instead of ZeRO-1, then more GPUs. Of a peer's, ours of the
     same rule. None if there is none.
     """
-    name = choice.variant.name if choice.variant else choice.peer.rule if choice.peer else "adamw"
+    name = "adamw"
+    if choice.variant is not None:
+        name = choice.variant.name
+    elif choice.peer is not None:
+        name = choice.peer.variant
     variant = parse(name)
     assert variant is not None
     options = [] if choice.variant is not None else [()]

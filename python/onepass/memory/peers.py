@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import io
-import logging
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..integrations.other_libraries import CLASSES, TORCH_LOOPS, OptimizerClass
 from .predict import category_of
 from .report import Bytes
 from .simulate import CannotSimulateError, simulate
 
-Make = Callable[[Any, list[torch.nn.Parameter]], Any]
-"""(the peer's module, parameters) -> an optimizer."""
+LR = 1e-3
 
 _COMPILED = "its step is compiled when it first runs: what that has of temporaries is not predicted"
 _PLAIN = "on a CPU its step is plain torch within one operator: temporaries there are not predicted"
@@ -30,40 +23,41 @@ _MANAGED = 100_000
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer of another library.
+    """An optimizer of another library on the command line.
 
     Attributes:
         name: on the command line.
-        distribution, module: what is installed, what is imported.
-        make: see Make.
-        rule: of onepass that does the same; what a smaller variant is looked for of.
-        cuda: it runs on CUDA alone.
-        unseen: what of its step is not predicted, where something is not.
-        unpaged: the same without paging; its large states are on the host here.
-        formula: predicts it where it cannot be simulated.
+        made: its class.
+        options: keyword arguments of the class.
+        variant: the variant of onepass whose smaller variants are proposed in its place.
+        cuda: whether it runs on CUDA only.
+        unseen: which part of its step is not predicted; empty if all of it is.
+        unpaged: the same class without paging; the large states of this one rest on the host.
+        formula: predicts its bytes where its step cannot be simulated.
     """
 
     name: str
-    distribution: str
-    module: str
-    make: Make
-    rule: str
+    made: OptimizerClass
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    variant: str = ""
     cuda: bool = False
     unseen: str = ""
-    unpaged: Make | None = None
+    unpaged: OptimizerClass | None = None
     formula: Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes] | None = None
 
     def unavailable(self, device: str) -> str:
         """Why it cannot run on a device here; empty when it can."""
-        why = _load(self.distribution, self.module)[1]
+        why = self.made.library.unavailable()
         if not why and self.cuda and (device != "cuda" or not torch.cuda.is_available()):
             why = "runs on CUDA only"
         return why
 
     def optimizer(self, params: list[torch.nn.Parameter]) -> Any:
         """A new one over those parameters that are trained."""
-        module = _load(self.distribution, self.module)[0]
-        return self.make(module, [p for p in params if p.requires_grad])
+        return self._optimizer(self.made, params)
+
+    def _optimizer(self, made: OptimizerClass, params: list[torch.nn.Parameter]) -> Any:
+        return made.make([p for p in params if p.requires_grad], lr=LR, **self.options)
 
     def predict(
         self, like: Sequence[torch.Tensor], grad_dtype: torch.dtype | None, device: str
@@ -75,16 +69,11 @@ class Peer:
         """
         if self.formula is not None:
             return self.formula(like, grad_dtype)
-        module, why = _load(self.distribution, self.module)
-        if module is None:
+        if why := self.made.library.unavailable():
             raise CannotSimulateError(why)
-        make = self.unpaged or self.make
+        made = self.unpaged or self.made
         found = simulate(
-            lambda params: make(module, [p for p in params if p.requires_grad]),
-            like,
-            grad_dtype,
-            device,
-            categorise,
+            lambda params: self._optimizer(made, params), like, grad_dtype, device, categorise
         )
         if self.unpaged is not None:
             # Managed memory: it is on the device too while it is worked on, as much as fits.
@@ -106,26 +95,6 @@ def categorise(key: str) -> str:
     return "companions" if key in ("kahan_comp", "error_bits", "master") else category_of(key)
 
 
-@cache
-def _load(distribution: str, module: str) -> tuple[Any, str]:
-    """(the module, why it could not be imported)."""
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None, f"{distribution} is not installed"
-    try:
-        # What some print of kernels that they do not find is nobody's business here.
-        logging.disable(logging.WARNING)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            return importlib.import_module(module), ""
-    except Exception as error:  # a peer may fail in any way
-        first = (str(error).splitlines() or [""])[0]
-        return None, f"{distribution} does not import: {type(error).__name__}: {first}"
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _flash(moments: int) -> Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes]:
     """FlashOptim 0.1.4, read in its source: a byte a moment and an fp16 scale for each 32 elements,
     and a byte beside a weight of 16 bits (master_weight_bits=24); nothing temporary."""
@@ -143,67 +112,41 @@ def _flash(moments: int) -> Callable[[Sequence[torch.Tensor], torch.dtype | None
     return predict
 
 
-def _named(name: str, **options: Any) -> Make:
-    return lambda module, params: getattr(module, name)(params, lr=1e-3, **options)
+def _torch(name: str, loop: str, suffix: str = "", **options: Any) -> Peer:
+    made, variant = CLASSES[f"torch.{name}"], name.lower() + suffix
+    options |= TORCH_LOOPS[loop]
+    return Peer(f"torch-{variant}-{loop}", made, options, variant)
 
 
-def _torch(name: str, how: str, suffix: str = "", **options: Any) -> Peer:
-    kinds = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    make = _named(name, **kinds[how], **options)
-    lower = name.lower()
-    # torch has no fused RMSprop; the rule of AdamW is Adam's.
-    return Peer(f"torch-{lower}{suffix}-{how}", "torch", "torch.optim", make, lower + suffix)
+def _bitsandbytes(name: str) -> Peer:
+    made, unpaged = CLASSES[f"bitsandbytes.{name}"], None
+    if name.startswith("Paged"):
+        unpaged = CLASSES[f"bitsandbytes.{name.removeprefix('Paged')}"]
+    return _of(made, cuda=unpaged is not None, unseen="" if unpaged else _PLAIN, unpaged=unpaged)
 
 
-def _bitsandbytes(name: str, rule: str) -> Peer:
-    lower = name.lower()
-    unpaged = _named(name.removeprefix("Paged")) if name.startswith("Paged") else None
-    return Peer(
-        f"bitsandbytes-{lower}",
-        "bitsandbytes",
-        "bitsandbytes.optim",
-        _named(name),
-        rule,
-        cuda=unpaged is not None,
-        unseen="" if unpaged else _PLAIN,
-        unpaged=unpaged,
-    )
-
-
-def _torchao(name: str) -> Peer:
-    make = _named(name)
-    return Peer(
-        f"torchao-{name.lower()}", "torchao", "torchao.optim", make, "adamw", unseen=_COMPILED
-    )
-
-
-def _flashoptim(rule: str, name: str, moments: int) -> Peer:
-    return Peer(
-        f"flashoptim-{rule}",
-        "flashoptim",
-        "flashoptim",
-        _named(name),
-        rule,
-        cuda=True,
-        formula=_flash(moments),
-    )
+def _of(made: OptimizerClass, name: str = "", **more: Any) -> Peer:
+    name = name or f"{made.library.name}-{made.name.lower()}"
+    return Peer(name, made, variant=made.twin, **more)
 
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        *(_torch(name, how) for name in ("AdamW", "Adam") for how in ("loop", "foreach", "fused")),
-        *(_torch("SGD", how, "+momentum", momentum=0.9) for how in ("loop", "foreach", "fused")),
-        *(_torch("Adagrad", how) for how in ("loop", "foreach")),
-        *(_torch("RMSprop", how) for how in ("loop", "foreach")),
-        *(_bitsandbytes(name, "adamw") for name in ("AdamW", "AdamW8bit", "PagedAdamW8bit")),
-        *(_bitsandbytes(name, "lion") for name in ("Lion8bit", "PagedLion8bit")),
-        *(_torchao(name) for name in ("AdamW8bit", "AdamW4bit")),
-        _flashoptim("adamw", "FlashAdamW", 2),
-        _flashoptim("lion", "FlashLion", 1),
-        Peer("optimi-adamw", "torch-optimi", "optimi", _named("AdamW"), "adamw"),
-        Peer("optimi-lion", "torch-optimi", "optimi", _named("Lion"), "lion"),
-        Peer("lion-pytorch", "lion-pytorch", "lion_pytorch", _named("Lion"), "lion"),
+        *(_torch(name, loop) for name in ("AdamW", "Adam") for loop in TORCH_LOOPS),
+        *(_torch("SGD", loop, "+momentum", momentum=0.9) for loop in TORCH_LOOPS),
+        # These have no fused step for every device.
+        *(_torch("Adagrad", loop) for loop in ("loop", "foreach")),
+        *(_torch("RMSprop", loop) for loop in ("loop", "foreach")),
+        *(_bitsandbytes(name) for name in ("AdamW", "AdamW8bit", "PagedAdamW8bit")),
+        *(_bitsandbytes(name) for name in ("Lion8bit", "PagedLion8bit")),
+        _of(CLASSES["torchao.AdamW8bit"], unseen=_COMPILED),
+        _of(CLASSES["torchao.AdamW4bit"], unseen=_COMPILED),
+        _of(CLASSES["flashoptim.FlashAdamW"], "flashoptim-adamw", cuda=True, formula=_flash(2)),
+        _of(CLASSES["flashoptim.FlashLion"], "flashoptim-lion", cuda=True, formula=_flash(1)),
+        _of(CLASSES["optimi.AdamW"]),
+        _of(CLASSES["optimi.Lion"]),
+        _of(CLASSES["lion-pytorch.Lion"], "lion-pytorch"),
     )
 }
 """By name. What is predicted of one that cannot run here has not been measured here."""

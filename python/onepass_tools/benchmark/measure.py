@@ -18,7 +18,7 @@ import torch
 from .cases import BEYOND_CACHE, DTYPES, Case
 from .check import Expected
 from .devices import DEVICES, Device, Step
-from .providers import Provider
+from .provider import Provider
 
 WARM_UP = 3
 LIMITS = ("copy", "in-place")

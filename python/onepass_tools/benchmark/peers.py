@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 
-from .cases import CLASSES, OPTIONS, Case
-from .providers import (
+from onepass.integrations.other_libraries import (
+    BITSANDBYTES,
+    CLASSES,
+    DEEPSPEED,
+    FLASHOPTIM,
+    LION_PYTORCH,
+    OPTIMI,
+    TORCHAO,
+    Library,
+    OptimizerClass,
+)
+
+from .cases import OPTIONS, Case
+from .provider import (
     AS_WEIGHTS,
     BLOCKS,
     COMPILED,
@@ -19,31 +30,44 @@ from .providers import (
     ONE_EACH,
     Make,
     Provider,
-    named,
+    made,
 )
 
 ONE_BYTE, HALF_BYTE = frozenset({"mx8", "dynamic8"}), frozenset({"mx4"})
 _SIZED = AS_WEIGHTS | {("bf16", "fp32")}
 
 
-def _deepspeed_cpu(module: str, name: str, **fixed: Any) -> Make:
-    def make(_: Any, params: list[torch.Tensor], case: Case, device: str) -> Any:
-        options: dict[str, Any] = {**OPTIONS[case.rule], **fixed}
+def _rules(library: Library, suffix: str = "") -> dict[str, Make]:
+    """The classes of a library that are named as ours with this suffix, by rule."""
+    return {
+        peer.twin: made(peer)
+        for peer in CLASSES.values()
+        if peer.library == library
+        and peer.name.lower() == peer.twin + suffix
+        and peer.twin in OPTIONS
+    }
+
+
+def _deepspeed_cpu(name: str) -> Make:
+    """Its states have the dtype of the weights unless it is told otherwise; only Adam can be."""
+
+    def make(params: list[torch.Tensor], case: Case, device: str) -> Any:
+        options: dict[str, Any] = {**OPTIONS[case.rule]}
         if case.rule == "adamw":
             options["fp32_optimizer_states"] = case.states == "fp32"
-        return getattr(importlib.import_module(module), name)(params, **options)
+        return CLASSES[f"deepspeed.{name}"].make(params, **options)
 
     return make
 
 
-def _flash(name: str) -> Make:
-    """Its formats of its own on a GPU; on a CPU it has none, and steps in the weights' dtype."""
+def _flash(peer: OptimizerClass) -> Make:
+    """On a GPU in its own formats; on a CPU it has none, and steps in the weights' dtype."""
 
-    def make(module: Any, params: list[torch.Tensor], case: Case, device: str) -> Any:
+    def make(params: list[torch.Tensor], case: Case, device: str) -> Any:
         own = case.states in BLOCKS
         bits = 24 if case.weights == "split8" else None
         more = {"quantize": own, "master_weight_bits": bits, "fused": device == "cuda"}
-        return getattr(module, name)(params, **OPTIONS[case.rule], **more)
+        return peer.make(params, **OPTIONS[case.rule], **more)
 
     return make
 
@@ -51,9 +75,8 @@ def _flash(name: str) -> Make:
 def _flash_provider(name: str, compared: frozenset[str], devices: frozenset[str]) -> Provider:
     return Provider(
         name,
-        "flashoptim",
-        "flashoptim",
-        {"adamw": _flash("FlashAdamW"), "lion": _flash("FlashLion"), "sgd": _flash("FlashSGD")},
+        FLASHOPTIM,
+        {peer.twin: _flash(peer) for peer in CLASSES.values() if peer.library == FLASHOPTIM},
         devices,
         frozenset() if compared else frozenset({("fp32", "fp32")}),
         kept=frozenset({"split8"}),
@@ -64,16 +87,11 @@ def _flash_provider(name: str, compared: frozenset[str], devices: frozenset[str]
     )
 
 
-def _bitsandbytes(bits: int) -> dict[str, Make]:
-    return {rule: named(f"{name}{bits}bit") for rule, name in CLASSES.items()}
-
-
 def _torchao(name: str, cls: str, compared: frozenset[str], state_bytes: float) -> Provider:
     return Provider(
         name,
-        "torchao",
-        "torchao.optim",
-        {"adamw": named(cls)},
+        TORCHAO,
+        {"adamw": made(CLASSES[f"torchao.{cls}"])},
         formats=frozenset() if compared else frozenset({("fp32", "fp32")}),
         most_tensors=COMPILED,
         slack=FP32_CORRECTION,
@@ -85,12 +103,11 @@ def _torchao(name: str, cls: str, compared: frozenset[str], state_bytes: float) 
 PEERS = [
     Provider(
         "deepspeed-cpu",
-        "deepspeed",
-        "deepspeed.ops",
+        DEEPSPEED,
         {
-            "adamw": _deepspeed_cpu("deepspeed.ops.adam", "DeepSpeedCPUAdam", adamw_mode=True),
-            "lion": _deepspeed_cpu("deepspeed.ops.lion", "DeepSpeedCPULion"),
-            "adagrad": _deepspeed_cpu("deepspeed.ops.adagrad", "DeepSpeedCPUAdagrad"),
+            "adamw": _deepspeed_cpu("DeepSpeedCPUAdam"),
+            "lion": _deepspeed_cpu("DeepSpeedCPULion"),
+            "adagrad": _deepspeed_cpu("DeepSpeedCPUAdagrad"),
         },
         CPU,
         frozenset(_SIZED),
@@ -99,18 +116,16 @@ PEERS = [
     ),
     Provider(
         "deepspeed-cuda",
-        "deepspeed",
-        "deepspeed.ops.adam",
-        {"adamw": named("FusedAdam", adam_w_mode=True)},
+        DEEPSPEED,
+        {"adamw": made(CLASSES["deepspeed.FusedAdam"])},
         CUDA,
         AS_WEIGHTS,
         slack=FP32_CORRECTION,
     ),
     Provider(
         "bitsandbytes",
-        "bitsandbytes",
-        "bitsandbytes.optim",
-        _bitsandbytes(32),
+        BITSANDBYTES,
+        _rules(BITSANDBYTES, suffix="32bit"),
         formats=frozenset({("fp32", "fp32"), ("bf16", "fp32")}),
         most_tensors=ONE_EACH,
         slack=2 * FP32_CORRECTION,  # 1.3e-4 seen on an H200, with fast powers
@@ -118,9 +133,8 @@ PEERS = [
     # Its blocks are of 256, with an fp32 scale.
     Provider(
         "bitsandbytes-8bit",
-        "bitsandbytes",
-        "bitsandbytes.optim",
-        _bitsandbytes(8),
+        BITSANDBYTES,
+        _rules(BITSANDBYTES, suffix="8bit"),
         formats=frozenset(),
         most_tensors=ONE_EACH,
         slack=FP32_CORRECTION,
@@ -135,16 +149,14 @@ PEERS = [
     _flash_provider("flashoptim-8bit", ONE_BYTE, CUDA),
     Provider(
         "optimi",
-        "torch-optimi",
-        "optimi",
-        {"adamw": named("AdamW"), "lion": named("Lion"), "sgd": named("SGD")},
+        OPTIMI,
+        _rules(OPTIMI),
         most_tensors=ONE_EACH,
     ),
     Provider(
         "lion-pytorch",
-        "lion-pytorch",
-        "lion_pytorch",
-        {"lion": named("Lion")},
+        LION_PYTORCH,
+        _rules(LION_PYTORCH),
         most_tensors=ONE_EACH,
     ),
 ]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from onepass_tools.memory.table import print_rows
+
+if TYPE_CHECKING:
+    from onepass.memory.peers import Peer
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,17 +25,14 @@ def run(args: argparse.Namespace) -> int:
         print()
     if args.list_optimizers:
         ours = [(name, f"onepass.{made.__name__}", "") for name, made in classes().items()]
-        peers = [
-            (name, f"{peer.module}", f"cannot run here: {why}" if (why := _why(peer)) else "")
-            for name, peer in PEERS.items()
-        ]
+        peers = [(name, p.made.library.module, _note(p)) for name, p in PEERS.items()]
         print_rows([("optimizer", "of", "note"), *ours, *peers], left=(0, 1, 2))
         print(f"\noptions, after a plus: {', '.join(WORDS)}")
     return 0
 
 
-def _why(peer: object) -> str:
+def _note(peer: Peer) -> str:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return str(peer.unavailable(device))  # type: ignore[attr-defined]
+    why = peer.unavailable("cuda" if torch.cuda.is_available() else "cpu")
+    return f"cannot run here: {why}" if why else ""

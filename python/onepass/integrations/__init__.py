@@ -1,0 +1,1 @@
+"""What onepass knows of other libraries."""
