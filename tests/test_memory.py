@@ -9,8 +9,9 @@ import torch
 
 import onepass
 from onepass import memory
-from onepass.memory.measure import measure, resident_growth
+from onepass.memory.measure import measure
 from onepass.memory.predict import predict
+from onepass.memory.probes import resident_growth
 from onepass.memory.report import TOLERANCE, Bytes, MemoryReport
 from onepass.memory.simulate import simulate, with_gradients
 from onepass.paging.options import Paging

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from onepass.memory.probes import free_memory, step_growth
 
 Step = Callable[[], Any]
 
@@ -102,33 +101,12 @@ class Device:
         return None
 
     def extra_memory(self, step: Step) -> int | None:
-        """Bytes that the process needs at most during a step beyond what it had before it.
-
-        The high-water mark of the resident set over the step, by any allocator; None where the
-        kernel does not tell (it is Linux that does). The kernel counts in batches, so below about
-        half a MiB it is noise. What the C library held free is given back first, or its reuse would
-        not be seen.
-        """
-        if not sys.platform.startswith("linux"):
-            return None
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the mark is now the current size
-        except (AttributeError, OSError):
-            return None
-        before = _status("VmRSS")
-        step()
-        return max(0, _status("VmHWM") - before)
+        """Bytes that a step needs at most beyond those in use before it; None if unknown."""
+        return step_growth(step, torch.device(self.type))
 
     def free(self) -> int | None:
-        """Bytes that can still be allocated; None where the kernel does not tell."""
-        meminfo = Path("/proc/meminfo")
-        found = (
-            re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M)
-            if meminfo.exists()
-            else None
-        )
-        return int(found[1]) * 1024 if found else None
+        """Bytes that can still be allocated; None if unknown."""
+        return free_memory(self.type)
 
     def release(self) -> None:
         """Gives back what the allocator keeps."""
@@ -201,20 +179,6 @@ class Cuda(Device):
         torch.cuda.synchronize()
         return sorted(spent)[len(spent) // 2]
 
-    def extra_memory(self, step: Step) -> int | None:
-        """Bytes of torch's allocator that a step needs at most beyond what was there before it."""
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def free(self) -> int | None:
-        """Bytes free on the device, with what torch's allocator keeps for reuse."""
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return int(torch.cuda.mem_get_info()[0]) + kept
-
     def release(self) -> None:
         """Gives back what the allocator keeps."""
         torch.cuda.empty_cache()
@@ -231,11 +195,6 @@ def _nvidia_smi(field: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return (done.stdout.splitlines() or [""])[0].strip() or None
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    return int(found[1]) * 1024 if found else 0
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from onepass.memory.simulate import state_bytes as bytes_by_category
 from onepass_tools.demo.data import Batches
 from onepass_tools.demo.model import GPT, Shape, count_parameters
 from onepass_tools.demo.recipes import Recipe
@@ -126,13 +127,7 @@ def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes behind the tensors in `optimizer.state`, each storage counted once."""
-    storages = {
-        (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
-        for state in optimizer.state.values()
-        for tensor in state.values()
-        if isinstance(tensor, Tensor)
-    }
-    return sum(storages.values())
+    return sum(bytes_by_category(optimizer).values())
 
 
 def backward(task: Task, model: nn.Module, index: int) -> Tensor:

@@ -18,9 +18,9 @@ import torch
 
 from onepass.memory import MemoryReport
 from onepass.memory.advice import TASKS, cheapest_change, recommend
-from onepass.memory.measure import free_memory
 from onepass.memory.models import Model, find, near
 from onepass.memory.peers import DEFAULT as DEFAULT_PEERS
+from onepass.memory.probes import free_memory
 from onepass.memory.report import TOLERANCE
 from onepass.memory.scenarios import Candidate, Terms, candidate, predicted, report
 from onepass.memory.shards import KINDS
