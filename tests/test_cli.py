@@ -53,7 +53,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "hint"),
-    [("dmo", "did you mean demo?"), ("infos", "did you mean info?"), ("zzz", None)],
+    [("dmo", "did you mean 'demo'?"), ("infos", "did you mean 'info'?"), ("zzz", None)],
 )
 def test_mistyped_command(typed: str, hint: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([typed]) == EXIT_USAGE

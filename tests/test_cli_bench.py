@@ -42,12 +42,12 @@ def test_sizes(text, number):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rule", "adamv"], "did you mean adamw"),
-        (["--states", "mx16"], "did you mean mx"),
-        (["--weights", "split"], "did you mean split"),
+        (["--rule", "adamv"], "did you mean 'adamw"),
+        (["--states", "mx16"], "did you mean 'mx"),
+        (["--weights", "split"], "did you mean 'split"),
         (["--dtype", "fp64"], "fp32, bf16, fp16"),
-        (["--list", "resnet5"], "did you mean resnet50?"),
-        (["--device", "cpuu"], "did you mean cpu"),
+        (["--list", "resnet5"], "did you mean 'resnet50'?"),
+        (["--device", "cpuu"], "did you mean 'cpu"),
         (["--numel", "ten"], "such as 2500, 100M or 1.5B, not 'ten'"),
         (["--samples", "0"], "--samples must be"),
         (["--weights", "split8", "--dtype", "fp32"], "needs --dtype bf16"),

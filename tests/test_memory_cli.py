@@ -127,9 +127,9 @@ def test_names_in_a_page_are_escaped():
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--model", "bert-bass"], "did you mean bert-base"),
-        ([*SMALL, "--optimizers", "adamx"], "did you mean adam"),
-        ([*SMALL, "--optimizers", "adamw+mx9"], "did you mean mx8"),
+        (["--model", "bert-bass"], "did you mean 'bert-base'"),
+        ([*SMALL, "--optimizers", "adamx"], "did you mean 'adam"),
+        ([*SMALL, "--optimizers", "adamw+mx9"], "did you mean 'mx8'"),
         ([*SMALL, "--optimizers", "adamw+paged=24GX"], "is no size"),
         ([*SMALL, "--optimizers", ","], "--optimizers is empty"),
         ([*SMALL, "--optimizers", "rmsprop8bit+centered"], "centered=True needs"),

@@ -72,7 +72,7 @@ def test_a_name_in_the_hubs_cache(tmp_path, monkeypatch):
         ("{", "not JSON"),
         ("[]", "no model_type"),
         ('{"hidden_size": 3}', "no model_type; one of bert"),
-        ('{"model_type": "lama"}', "did you mean llama"),
+        ('{"model_type": "lama"}', "did you mean 'llama'"),
         ('{"model_type": "llama", "hidden_size": 8}', "needs 'intermediate_size'"),
         (json.dumps({**CONFIG, "hidden_size": "8"}), "not a configuration of llama"),
         (json.dumps({**CONFIG, "hidden_size": -64}), "integers > 0"),
@@ -103,7 +103,7 @@ def test_factories(tmp_path, monkeypatch):
     for name, says in {
         "my_model_for_memory:none": "makes a int, not a torch.nn.Module",
         "my_model_for_memory:broken": "RuntimeError: not today",
-        "my_model_for_memory:bigg": "did you mean big",
+        "my_model_for_memory:bigg": "did you mean 'big'",
         "my_model_for_memorx:big": "cannot be imported",
         "my_model_for_memory:torch": "is no function",
     }.items():
@@ -118,11 +118,11 @@ def test_a_shared_parameter_counts_once():
 
 
 def test_near_names():
-    with pytest.raises(ValueError, match="did you mean llama-3-8b"):
+    with pytest.raises(ValueError, match="did you mean 'llama-3-8b'"):
         find("llama3-8b")
     with pytest.raises(ValueError, match=r"did you mean .*adamw"):
         candidate("adamww")
-    with pytest.raises(ValueError, match="did you mean mx8"):
+    with pytest.raises(ValueError, match="did you mean 'mx8'"):
         candidate("adamw+mx88")
     with pytest.raises(ValueError, match="Lion has no amsgrad"):
         candidate("lion+amsgrad")

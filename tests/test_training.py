@@ -156,7 +156,7 @@ def test_a_loader_needs_samples():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"optimizer_type": "adanw"}, r"one of sgd, .*lion.*'adanw' \(did you mean 'adamw'"),
+        ({"optimizer_type": "adanw"}, r"one of sgd, .*lion.*'adanw'; did you mean 'adamw'"),
         ({"schedule": "linear"}, "schedule must be one of warm_restarts, cosine, constant, wsd"),
         ({"nan_guard": "rise"}, r"did you mean 'raise'"),
         ({"accumulate": 0}, "accumulate must be at least 1; got 0"),

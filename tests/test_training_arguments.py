@@ -79,7 +79,7 @@ def test_a_subclass_of_ones_own_is_accepted():
         (
             {"schedule_options": {"total_step": 9}},
             ValueError,
-            r"schedule_options must be one of total_steps.*'total_step' \(did you mean 'total_st",
+            r"schedule_options must be one of total_steps.*'total_step'; did you mean 'total_st",
         ),
         (
             {"schedule_options": {"warmup_steps": 9}},

@@ -119,7 +119,7 @@ def test_cosine_and_wsd_end_where_they_say_and_stay():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "cosin"}, r"one of warm_restarts, .*'cosin' \(did you mean 'cosine'\?\)"),
+        ({"name": "cosin"}, r"one of warm_restarts, .*'cosin'; did you mean 'cosine'\?"),
         ({"name": "cosine"}, "needs total_steps above"),
         (
             {"name": "wsd", "total_steps": 10, "decay_steps": 11},

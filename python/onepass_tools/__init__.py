@@ -7,12 +7,13 @@ the module of the command that was asked for is imported, and it imports heavy p
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.metadata
 import os
 import sys
 from typing import NamedTuple
+
+from onepass.suggestions import did_you_mean
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
@@ -67,11 +68,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
     names = [command.name for command in COMMANDS]
     try:
         if typed is not None and typed not in names:
-            near = difflib.get_close_matches(typed, names, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            meant = did_you_mean(typed, names)
             listed = ", ".join(names)
             parser.error(
-                f"argument command: invalid choice: {typed!r} (choose from {listed}){hint}"
+                f"argument command: invalid choice: {typed!r} (choose from {listed}){meant}"
             )
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse ends the process; a caller of main() wants a number

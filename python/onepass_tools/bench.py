@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import re
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from onepass.suggestions import did_you_mean
 from onepass_tools import UsageError
 
 if TYPE_CHECKING:
@@ -99,9 +99,8 @@ def size(text: str, option: str) -> int:
 def _one_of(value: str, names: Iterable[str], option: str) -> str:
     known = list(names)
     if value not in known:
-        near = difflib.get_close_matches(value, known, n=2, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UsageError(f"{option} must be one of {', '.join(known)}, not {value!r}{hint}")
+        meant = did_you_mean(value, known)
+        raise UsageError(f"{option} must be one of {', '.join(known)}, not {value!r}{meant}")
     return value
 
 

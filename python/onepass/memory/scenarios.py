@@ -11,9 +11,10 @@ import torch
 
 from ..optim import Optimizer
 from ..optim.registry import classes
+from ..suggestions import did_you_mean
 from . import shards
 from .measure import measure
-from .models import Model, Shape, load, near
+from .models import Model, Shape, load
 from .models.shapes import EMBEDDING, NORM
 from .peers import PEERS, Peer, categorise
 from .predict import block_of, predict, storage_bytes
@@ -84,8 +85,9 @@ def candidate(name: str) -> Candidate:
     if ":" in name:
         return Candidate(name, factory=load(name))
     ours = classes()
+    meant = did_you_mean(name, [*ours, *PEERS]) or "."
     raise ValueError(
-        f"no optimizer {name!r}{near(name, [*ours, *PEERS])} It takes {', '.join(ours)} with "
+        f"no optimizer {name!r}{meant} It takes {', '.join(ours)} with "
         "options such as adamw+mx8+split8, a peer of --list-optimizers, or module:factory"
     )
 

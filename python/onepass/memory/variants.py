@@ -12,6 +12,7 @@ import torch
 from .. import optim
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS
 from ..optim.registry import classes
+from ..suggestions import did_you_mean
 from .models.shapes import EMBEDDING, NORM
 
 Groups = list[dict[str, Any]]
@@ -110,11 +111,8 @@ def _option(word: str, name: str) -> dict[str, Any]:
         from .sizes import parse_size
 
         return {"paged": parse_size(word.removeprefix("paged="))}
-    from .models import near
-
-    raise ValueError(
-        f"{name}+{word}: no option {word!r}{near(word, WORDS)} Accepted are {', '.join(WORDS)}"
-    )
+    meant = did_you_mean(word, WORDS) or "."
+    raise ValueError(f"{name}+{word}: no option {word!r}{meant} Accepted are {', '.join(WORDS)}")
 
 
 def groups_of(

@@ -15,7 +15,8 @@ from ..rules.option_checks import (
     check_lr,
     check_number,
 )
-from .options import STEP_WIDE, nearest
+from ..suggestions import nearest
+from .options import STEP_WIDE
 
 
 def check_names(
@@ -46,8 +47,7 @@ def check_names(
                 stacklevel=3,
             )
     for name in group.keys() - known:
-        meant = nearest(name, known, 0.85) if isinstance(name, str) else None
-        if meant is not None:
+        for meant in nearest(name, known, 1, 0.85) if isinstance(name, str) else ():
             raise ValueError(f"a parameter group has {name!r}; did you mean {meant!r}?")
 
 

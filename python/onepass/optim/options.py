@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from functools import cache
 from typing import Any, Literal, get_type_hints
 
 import torch
 from typing_extensions import TypedDict  # torch's own dependency
 
 from ..paging.options import Paging
+from ..suggestions import did_you_mean
 
 States = Literal["fp32", "bf16", "mx8", "mx4", "dynamic8"]
 Weights = Literal["native", "stochastic", "kahan", "master", "split16", "split8"]
@@ -122,16 +121,8 @@ def refuse(name: str, kind: str, known: set[str]) -> None:
     hint = ELSEWHERE.get(name)
     if hint is not None:
         raise TypeError(f"{kind} has no keyword {name!r}; in onepass: {hint}")
-    near = nearest(name, frozenset(known), 0.6)
-    hint = f"; did you mean {near!r}?" if near else f". Its keywords: {', '.join(sorted(known))}"
-    raise TypeError(f"{kind} has no keyword {name!r}{hint}")
-
-
-@cache
-def nearest(name: str, known: frozenset[str], least: float) -> str | None:
-    """The known name that is most like another, if any is."""
-    found = difflib.get_close_matches(name, sorted(known), 1, least)
-    return found[0] if found else None
+    meant = did_you_mean(name, known, 0.6) or f". Its keywords: {', '.join(sorted(known))}"
+    raise TypeError(f"{kind} has no keyword {name!r}{meant}")
 
 
 _TORCH_KEYS: dict[type, frozenset[str]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import numbers
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS
 from ..rules.option_checks import check_choice
+from ..suggestions import did_you_mean
 
 
 def check_name(argument: str, name: object, known: Collection[str], kind: str = "") -> None:
@@ -26,9 +26,8 @@ def check_name(argument: str, name: object, known: Collection[str], kind: str = 
     """
     if isinstance(name, str) and name in known:
         return
-    near = difflib.get_close_matches(str(name).lower(), known, n=2, cutoff=0.6)
-    hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-    raise ValueError(f"{argument} must be {kind}one of {', '.join(known)}; got {name!r}{hint}")
+    meant = did_you_mean(name, known)
+    raise ValueError(f"{argument} must be {kind}one of {', '.join(known)}; got {name!r}{meant}")
 
 
 def check_count(argument: str, value: object, least: int) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from onepass.memory import MemoryReport
 from onepass.memory.advice import TASKS, cheapest_change, recommend
-from onepass.memory.models import Model, find, near
+from onepass.memory.models import Model, find
 from onepass.memory.peers import DEFAULT as DEFAULT_PEERS
 from onepass.memory.probes import free_memory
 from onepass.memory.report import TOLERANCE
@@ -27,6 +27,7 @@ from onepass.memory.shards import KINDS
 from onepass.memory.shards import check as check_shards
 from onepass.memory.simulate import CannotSimulateError
 from onepass.memory.sizes import parse_size, show
+from onepass.suggestions import did_you_mean
 from onepass_tools import UsageError, package_version
 from onepass_tools.memory import DEFAULT, table
 
@@ -177,8 +178,8 @@ def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
 
 def _choice(option: str, value: str, accepted: Sequence[str]) -> None:
     if value not in accepted:
-        hint = near(value, accepted)
-        raise UsageError(f"{option} {value}{hint} Accepted are {', '.join(accepted)}")
+        meant = did_you_mean(value, accepted) or "."
+        raise UsageError(f"{option} {value}{meant} Accepted are {', '.join(accepted)}")
 
 
 def _dtype(option: str, name: str) -> torch.dtype:

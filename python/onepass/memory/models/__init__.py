@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...suggestions import did_you_mean
 from .families import FAMILIES
 from .known import KNOWN, known
 from .shapes import Model, Shape, of_module
 
-__all__ = ["FAMILIES", "KNOWN", "Model", "Shape", "find", "known", "near", "of_module"]
-
-
-def near(word: str, words: Iterable[str]) -> str:
-    """ "; did you mean a or b?" of the words that look like it; "." where none does."""
-    found = difflib.get_close_matches(word.lower(), list(words), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(found)}?" if found else "."
+__all__ = ["FAMILIES", "KNOWN", "Model", "Shape", "find", "known", "of_module"]
 
 
 def find(name: str) -> Model:
@@ -48,10 +42,10 @@ def find(name: str) -> Model:
     cached = _cached(name)
     if cached is not None:
         return of_config(cached, name)
+    meant = did_you_mean(name, KNOWN) or "."
     raise ValueError(
-        f"no model {name!r}{near(name, KNOWN)} It takes a name of --list-models, a transformers "
-        "config.json or its folder, owner/name that is in the cache of Hugging Face's hub, or "
-        "module:factory"
+        f"no model {name!r}{meant} It takes a name of --list-models, a transformers config.json or "
+        "its folder, owner/name that is in the cache of Hugging Face's hub, or module:factory"
     )
 
 
@@ -76,8 +70,8 @@ def of_config(path: Path, name: str) -> Model:
     family = config["model_type"]
     if family not in FAMILIES:
         raise ValueError(
-            f"{path}: model_type {family!r} is not known{near(family, FAMILIES)} Accepted are "
-            f"{families}; any other model goes as module:factory"
+            f"{path}: model_type {family!r} is not known{did_you_mean(family, FAMILIES) or '.'} "
+            f"Accepted are {families}; any other model goes as module:factory"
         )
     try:
         shapes = tuple(FAMILIES[family](config))
@@ -127,7 +121,8 @@ def load(name: str) -> Callable[..., Any]:
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"{name}: {module!r} has no {attribute!r}{near(part, dir(found))}")
+            meant = did_you_mean(part, dir(found))
+            raise ValueError(f"{name}: {module!r} has no {attribute!r}{meant}")
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"{name} is no function: {type(found).__name__}")
