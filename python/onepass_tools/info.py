@@ -41,6 +41,7 @@ def _facts() -> list[tuple[str, str]]:
     import torch
 
     from onepass.engine import libraries
+    from onepass_tools.device_names import device_name
 
     try:
         isa = libraries.cpu_isa()
@@ -56,7 +57,7 @@ def _facts() -> list[tuple[str, str]]:
         ("cpu threads", str(torch.get_num_threads())),
     ]
     for index in range(torch.cuda.device_count()):
-        facts.append((f"gpu {index}", torch.cuda.get_device_name(index)))
+        facts.append((f"gpu {index}", device_name(torch.device("cuda", index))))
     return facts
 
 

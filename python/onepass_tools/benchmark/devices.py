@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from onepass.memory.probes import free_memory, step_growth
+from onepass_tools.device_names import device_name
 
 Step = Callable[[], Any]
 
@@ -56,7 +54,7 @@ class Device:
     @property
     def name(self) -> str:
         """As in the results: only lines of one name are compared."""
-        return _processor()
+        return device_name(torch.device(self.type))
 
     @property
     def driver(self) -> str | None:
@@ -126,11 +124,6 @@ class Cuda(Device):
         return "" if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
 
     @property
-    def name(self) -> str:
-        """As the driver calls it."""
-        return torch.cuda.get_device_name()
-
-    @property
     def driver(self) -> str | None:
         """As nvidia-smi tells; None where it does not."""
         return _nvidia_smi("driver_version")
@@ -195,26 +188,3 @@ def _nvidia_smi(field: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return (done.stdout.splitlines() or [""])[0].strip() or None
-
-
-def _processor() -> str:
-    """The processor, its family and model (virtual machines hide the name), threads, ISA."""
-    name, family, model = platform.processor() or platform.machine(), "", ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        pairs = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
-        found = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
-        name = found.get("model name", name)
-        family, model = found.get("cpu family", ""), found.get("model", "")
-    numbers = f" (family {family} model {model})" if family and model else ""
-    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
-    return f"{name}{numbers}, {threads}, {_isa()}"
-
-
-def _isa() -> str:
-    try:
-        from onepass.engine import libraries
-
-        return libraries.cpu_isa()
-    except (ImportError, RuntimeError):
-        return "no compiled library"

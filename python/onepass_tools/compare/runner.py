@@ -22,7 +22,7 @@ from onepass_tools.compare.algorithms import ALGORITHMS
 from onepass_tools.compare.claims import measure_claims
 from onepass_tools.compare.surfaces import STEPS, SURFACES, best_path
 from onepass_tools.compare.table import sweep
-from onepass_tools.demo.runner import device_name
+from onepass_tools.device_names import device_name
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from onepass_tools.demo.train import (
     seconds_per_step,
     train,
 )
+from onepass_tools.device_names import device_name
 
 CALIBRATION_STEPS = 40
 REPLAY_STEPS = 10
@@ -178,20 +179,3 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UsageError("--device cuda: torch finds no CUDA device here")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """What a device calls itself; of a CPU with torch's number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            name = " ".join(line.partition(":")[2].split())
-            break
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

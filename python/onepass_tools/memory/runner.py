@@ -29,6 +29,7 @@ from onepass.memory.simulate import CannotSimulateError
 from onepass.memory.sizes import parse_size, show
 from onepass.suggestions import did_you_mean
 from onepass_tools import UsageError, package_version
+from onepass_tools.device_names import device_name
 from onepass_tools.memory import DEFAULT, table
 
 _DTYPES = {
@@ -247,8 +248,6 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
 
 def _environment(device: str) -> str:
     """Where and when a measurement was made."""
-    from onepass_tools.demo.runner import device_name
-
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
     versions = f"onepass {package_version('onepass')}, torch {torch.__version__}"
     return f"{device_name(torch.device(device))}; {versions}; {now}"
