@@ -20,6 +20,7 @@ from onepass_tools.benchmark.providers import all_providers, find
 
 from . import results
 from .options import device_of, keep, parser_of
+from .plot_styles import STYLES
 from .results import Line
 
 KIND = "sizes"
@@ -165,8 +166,6 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-
-    from .report import STYLES
 
     devices = list(dict.fromkeys(line["device"] for line in lines))
     figure, panels = plt.subplots(

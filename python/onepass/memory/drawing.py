@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .report import CATEGORIES, TITLES, MemoryReport
 from .sizes import show
-
-if TYPE_CHECKING:
-    from .tracking import Timeline
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the hatches tell neighbours apart
 # in black and white.
@@ -123,29 +120,40 @@ def draw_bars(
 
 
 def draw_timeline(
-    path: str | os.PathLike[str], timeline: Timeline, titles: Mapping[str, str], title: str
+    path: str | os.PathLike[str],
+    seconds: Sequence[float],
+    columns: Mapping[str, Sequence[int]],
+    marks: Sequence[tuple[float, str]],
+    titles: Mapping[str, str],
+    title: str = "",
 ) -> None:
-    """Draws the bytes of each category over time, stacked."""
-    unit, word = (_GB, "GB") if timeline.peak >= _GB else (_MB, "MB")
+    """Draws the bytes of each category over time, stacked.
+
+    Args:
+        path: its ending decides the format.
+        seconds: moments, ascending.
+        columns: category -> bytes from each of these moments on.
+        marks: (seconds, word), drawn as lines with words.
+        titles: of the categories, for the legend.
+        title: of the picture; empty for the peak.
+    """
+    peak = max((sum(held) for held in zip(*columns.values(), strict=True)), default=0)
+    unit, word = (_GB, "GB") if peak >= _GB else (_MB, "MB")
     with _figure(8.4, 4.4) as (_, figure, axes):
-        columns = {
-            category: values
-            for category, values in timeline.bytes.items()
-            if max(values, default=0) > 0
-        }
+        shown = {name: held for name, held in columns.items() if max(held, default=0) > 0}
         axes.stackplot(
-            timeline.seconds,
-            *([value / unit for value in values] for values in columns.values()),
-            labels=[titles[category] for category in columns],
-            colors=[COLOURS[category] for category in columns],
+            seconds,
+            *([value / unit for value in held] for held in shown.values()),
+            labels=[titles[category] for category in shown],
+            colors=[COLOURS[category] for category in shown],
             step="post",
             linewidth=0,
         )
         axes.margins(x=0)
-        for moment, word_ in timeline.marks:
+        for moment, mark in marks:
             axes.axvline(moment, color="black", linewidth=0.6, alpha=0.6)
             axes.annotate(
-                word_,
+                mark,
                 (moment, 1),
                 xycoords=("data", "axes fraction"),
                 rotation=90,
@@ -153,9 +161,9 @@ def draw_timeline(
                 ha="right",
                 va="top",
             )
-        axes.set_ylim(0, max(timeline.peak, 1) / unit * 1.1)
+        axes.set_ylim(0, max(peak, 1) / unit * 1.1)
         axes.set_xlabel("seconds")
         axes.set_ylabel(f"{word} held")
-        axes.set_title(title or f"peak {show(timeline.peak)}", fontsize=10.5)
+        axes.set_title(title or f"peak {show(peak)}", fontsize=10.5)
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
         figure.savefig(path)

@@ -79,7 +79,7 @@ class Timeline:
         """
         from .drawing import draw_timeline
 
-        draw_timeline(path, self, _TITLES, title)
+        draw_timeline(path, self.seconds, self.bytes, self.marks, _TITLES, title)
 
     def _fill(self, entries: Iterable[Entry]) -> None:
         changes: list[tuple[float, str, int]] = []

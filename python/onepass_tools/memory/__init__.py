@@ -7,8 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from onepass_tools import UsageError
-
-DEFAULT = "adamw,adamw+bf16,adamw+mx8+split8,adamw8bit,adamw4bit,lion,lion8bit,pagedadamw8bit"
+from onepass_tools.memory.defaults import OPTIMIZERS
 
 EPILOG = """\
 examples:
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizers",
         metavar="LIST",
         help="separated by commas: a class in small letters, with options after a plus "
-        f"(adamw+mx8+split8), a peer, or module:factory (default: {DEFAULT})",
+        f"(adamw+mx8+split8), a peer, or module:factory (default: {OPTIMIZERS})",
     )
     what.add_argument("--peers", action="store_true", help="other libraries' optimizers as well")
     what.add_argument("--list-models", action="store_true", help="names, parameters and sources")

@@ -30,7 +30,8 @@ from onepass.memory.sizes import parse_size, show
 from onepass.suggestions import did_you_mean
 from onepass_tools import UsageError, package_version
 from onepass_tools.device_names import device_name
-from onepass_tools.memory import DEFAULT, table
+from onepass_tools.memory import table
+from onepass_tools.memory.defaults import OPTIMIZERS
 
 _DTYPES = {
     **dict.fromkeys(("fp32", "float32"), torch.float32),
@@ -153,7 +154,7 @@ def _checked(args: argparse.Namespace) -> Asked:
         args.sharding,
         device,
     )
-    names = args.optimizers.split(",") if args.optimizers else DEFAULT.split(",")
+    names = (args.optimizers or OPTIMIZERS).split(",")
     if not args.optimizers and terms.dtype != torch.bfloat16:
         names = [name for name in names if "split" not in name]
     if args.peers:
