@@ -40,10 +40,7 @@ def cpu_cases(quick: bool = False) -> list[Case]:
         Case("adamw", "bf16", "mx8", big, "stochastic"),
         Case("adamw", "bf16", "mx4", big, "stochastic"),
         Case("adamw", "fp32", "dynamic8", big),
-        Case("lion", "fp32", "fp32", big),
-        Case("sgd", "fp32", "fp32", big),
-        Case("adagrad", "fp32", "fp32", big),
-        Case("rmsprop", "fp32", "fp32", big),
+        *(Case(rule, "fp32", "fp32", big) for rule in OPTIONS if rule != "adamw"),
         *(Case("adamw", "fp32", "fp32", params) for params in lists),
     ]
     if not quick:  # in bf16, for all providers have to fit beside each other

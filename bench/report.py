@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+from onepass.optim.registry import classes
 from onepass_tools.benchmark.cases import BEYOND_CACHE
 from onepass_tools.benchmark.measure import LIMITS
 from onepass_tools.benchmark.providers import all_providers
@@ -23,13 +24,8 @@ from .plot_styles import STYLES
 from .results import Line, case_key
 
 OURS = "onepass-"
-RULE_NAMES = {
-    "adamw": "AdamW",
-    "lion": "Lion",
-    "sgd": "SGD with momentum",
-    "adagrad": "Adagrad",
-    "rmsprop": "RMSprop",
-}
+RULE_NAMES = {name: found.__name__ for name, found in classes().items()}
+RULE_NAMES["sgd"] = "SGD with momentum"
 # By the format of the states.
 CPU_REASONS = {
     "mx8": "With AVX2 arithmetic bounds it: an element takes about as long in a cache as in "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+from onepass.optim.registry import classes
+from onepass.rules import RULES
 
 from .lists import ParamList
 
@@ -16,24 +20,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Well beyond a shared last-level cache; what moves less per step may stay in it.
 BEYOND_CACHE = 1 << 29
 
-# The learning rates are large so that two steps change weights by far more than their rounding:
-# check.py would not notice a step that does nothing otherwise.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
-    "lion": {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-2},
-    "sgd": {"lr": 1e-1, "momentum": 0.9},
-    "adagrad": {"lr": 1e-2, "eps": 1e-10},
-    "rmsprop": {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8},
+    rule.benchmark.optimizer: dict(rule.benchmark.options)
+    for rule in RULES.values()
+    if rule.benchmark is not None
 }
-STATES = {"adamw": 2, "lion": 1, "sgd": 1, "adagrad": 1, "rmsprop": 1}
-"""Values that a rule keeps per element, with the options above."""
-CLASSES = {
-    "adamw": "AdamW",
-    "lion": "Lion",
-    "sgd": "SGD",
-    "adagrad": "Adagrad",
-    "rmsprop": "RMSprop",
-}
+"""The options of each measured class of onepass, by its name in lower case."""
+
+
+@cache
+def group_of(rule: str) -> Mapping[str, Any]:
+    """A parameter group with the options of a key of OPTIONS."""
+    param = torch.nn.Parameter(torch.empty(1, device="meta"))
+    group = classes()[rule]([param], **OPTIONS[rule]).param_groups[0]
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+@cache
+def state_count(rule: str) -> int:
+    """Values that a key of OPTIONS keeps per element."""
+    found = classes()[rule].rule
+    return len(found.state_slots(found.flag_bits(group_of(rule))))
 
 
 def bytes_moved(rule: str, weight: int, extra: int, state: float) -> float:
@@ -41,12 +48,12 @@ def bytes_moved(rule: str, weight: int, extra: int, state: float) -> float:
     read and written.
 
     Args:
-        rule: a key of STATES.
+        rule: a key of OPTIONS.
         weight: bytes of a weight, and of its gradient.
         extra: of what is kept beside a weight.
         state: of one value of a state.
     """
-    return 2 * (weight + extra) + weight + STATES[rule] * 2 * state
+    return 2 * (weight + extra) + weight + state_count(rule) * 2 * state
 
 
 @dataclass(frozen=True)

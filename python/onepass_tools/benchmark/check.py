@@ -1,6 +1,7 @@
-"""Whether a provider's step is right: two steps against the rules written out in float64.
+"""Whether a provider's step is right: two steps against the specification of its rule, in float64.
 
-Independent of onepass.reference, and in the form of the papers: nothing is folded.
+The specification is the rule's own ``derive`` and ``update`` (onepass/rules). tests/test_oracle.py
+compares it with formulas that are written independently of it, and those with torch.optim.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from .cases import DTYPES, OPTIONS, Case
+from onepass.optim.registry import classes
+from onepass.rules import StepOf
+
+from .cases import DTYPES, OPTIONS, Case, group_of
 
 Tensor = torch.Tensor
-Update = Callable[[Tensor, Tensor, int, list[Tensor], dict[str, Any]], Tensor]
 
 SAMPLED = 1 << 20
 """About how many elements of a list are compared; all of them if it has no more."""
@@ -41,43 +45,43 @@ LOWEST = 0.325e-6
 the centre of the lower half of the lowest decade, 1e-7 to 1e-6."""
 
 
-def _adamw(w: Tensor, g: Tensor, t: int, s: list[Tensor], o: dict[str, Any]) -> Tensor:
-    beta1, beta2 = o["betas"]
-    s[0] = beta1 * s[0] + (1 - beta1) * g
-    s[1] = beta2 * s[1] + (1 - beta2) * g * g
-    m, v = s[0] / (1 - beta1**t), s[1] / (1 - beta2**t)
-    return w - o["lr"] * (m / (v.sqrt() + o["eps"]) + o["weight_decay"] * w)
+def exact_step(
+    rule: str, weights: Tensor, grad: Tensor, number: int, states: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """(weights, states) after a step of the specification, in float64.
+
+    Args:
+        rule: a key of OPTIONS.
+        weights: float64; not changed.
+        grad: likewise.
+        number: of the step, from 1.
+        states: likewise, in the order of the rule's slots that these options have.
+    """
+    found, group = classes()[rule].rule, group_of(rule)
+    bits, options = found.flag_bits(group), found.options(group)
+    scalar_states = tuple(state.starts_at for state in found.scalar_states)
+    for step in range(1, number + 1):
+        scalar_states = found.advance(options, step, scalar_states)
+    scalars = found.derive(options, StepOf(number, number == 1, scalar_states))
+    slots = [slot for slot, _ in found.state_slots(bits)]
+    arrays: list[Any] = [None] * len(found.slots)
+    for slot, state in zip(slots, states, strict=True):
+        arrays[slot] = state.cpu().numpy()
+    # update is typed for fp32 arrays; it computes in the dtype of those it is given.
+    update: Any = found.update
+    with np.errstate(all="ignore"):  # the bounds below have infinite moments
+        after, arrays = update(
+            weights.cpu().numpy(), grad.cpu().numpy(), arrays, scalars, found.flag_names(bits)
+        )
+    after, *kept = (torch.from_numpy(x) for x in (after, *(arrays[slot] for slot in slots)))
+    return after.to(weights.device), [state.to(weights.device) for state in kept]
 
 
-def _lion(w: Tensor, g: Tensor, t: int, s: list[Tensor], o: dict[str, Any]) -> Tensor:
-    beta1, beta2 = o["betas"]
-    update = torch.sign(beta1 * s[0] + (1 - beta1) * g)
-    s[0] = beta2 * s[0] + (1 - beta2) * g
-    return w - o["lr"] * (update + o["weight_decay"] * w)
-
-
-def _sgd(w: Tensor, g: Tensor, t: int, s: list[Tensor], o: dict[str, Any]) -> Tensor:
-    s[0] = o["momentum"] * s[0] + g
-    return w - o["lr"] * s[0]
-
-
-def _adagrad(w: Tensor, g: Tensor, t: int, s: list[Tensor], o: dict[str, Any]) -> Tensor:
-    s[0] = s[0] + g * g
-    return w - o["lr"] * g / (s[0].sqrt() + o["eps"])
-
-
-def _rmsprop(w: Tensor, g: Tensor, t: int, s: list[Tensor], o: dict[str, Any]) -> Tensor:
-    s[0] = o["alpha"] * s[0] + (1 - o["alpha"]) * g * g
-    return w - o["lr"] * g / (s[0].sqrt() + o["eps"])
-
-
-RULES: dict[str, Update] = {
-    "adamw": _adamw,
-    "lion": _lion,
-    "sgd": _sgd,
-    "adagrad": _adagrad,
-    "rmsprop": _rmsprop,
-}
+def initial_states(rule: str, like: Tensor) -> list[Tensor]:
+    """The states before the first step, see :func:`exact_step`."""
+    found, group = classes()[rule].rule, group_of(rule)
+    keys = [key for _, key in found.state_slots(found.flag_bits(group))]
+    return [torch.full_like(like, found.initial_value(key, group)) for key in keys]
 
 
 def sample(tensors: Sequence[Tensor]) -> Tensor:
@@ -132,16 +136,15 @@ class Expected:
     def __init__(self, case: Case, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         self.case = case
         self.before, grad = sample(weights), sample(grads)
-        zero = torch.zeros_like(self.before)
-        states = [zero, zero]
-        self.after, self.path = self.before, zero
+        states = initial_states(case.rule, self.before)
+        self.after, self.path = self.before, torch.zeros_like(self.before)
         self.lost: Tensor | None = None
         for t in range(1, STEPS + 1):
             if t == STEPS and case.rule == "adamw" and case.states in BLOCKS:
                 bounds = self._bounds if case.states == "dynamic8" else self._bounds_mx8
                 lost, low, high = bounds(states, grad, _largest(grads, BLOCKS[case.states]))
                 self.lost = lost
-            now = RULES[case.rule](self.after, grad, t, states, OPTIONS[case.rule])
+            now, states = exact_step(case.rule, self.after, grad, t, states)
             self.path = self.path + (now - self.after).abs()
             self.after, grad = now, SECOND * grad
         self.low = self.high = self.after
@@ -176,7 +179,7 @@ class Expected:
             (small, torch.zeros_like(grad)),
             (great, torch.zeros_like(grad)),
         ):
-            ends.append(_adamw(self.after, grad, STEPS, [first, second], OPTIONS["adamw"]))
+            ends.append(exact_step("adamw", self.after, grad, STEPS, [first, second])[0])
         found = torch.stack(ends)
         return lost, found.amin(0), found.amax(0)
 
@@ -195,7 +198,7 @@ class Expected:
         reach = (first.abs() + EVEN * scale) / 8
         lowest = FLOOR * (1 - beta2) * largest**2
         ends = [
-            _adamw(self.after, grad, STEPS, [m, v], OPTIONS["adamw"])
+            exact_step("adamw", self.after, grad, STEPS, [m, v])[0]
             for m in (first - reach, first + reach)
             for v in (second * 7 / 8, torch.maximum(second * 9 / 8, lowest))
         ]
