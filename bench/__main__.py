@@ -10,9 +10,9 @@ from pathlib import Path
 from onepass_tools.benchmark import table
 from onepass_tools.benchmark.cases import Case
 from onepass_tools.benchmark.devices import DEVICES, Device
-from onepass_tools.benchmark.measure import run_case
 from onepass_tools.benchmark.provider import Provider
 from onepass_tools.benchmark.providers import all_providers, find
+from onepass_tools.benchmark.timing import run_case
 
 from . import bars, results
 from .cases import CASES, select

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 
 from onepass_tools.benchmark.cases import OPTIONS, Case
-from onepass_tools.benchmark.lists import (
+from onepass_tools.benchmark.param_lists import (
     ParamList,
     embedding,
     gpt2,

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import onepass
-from onepass_tools.benchmark.measure import percentile
+from onepass_tools.benchmark.timing import percentile
 
 from . import results
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onepass_tools.benchmark.measure import LIMITS
+from onepass_tools.benchmark.timing import LIMITS
 
 from . import results
 from .report import OURS, newest

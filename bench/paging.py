@@ -23,7 +23,7 @@ import onepass
 from onepass.paging import Paging
 from onepass.paging.options import SMALLEST_PAGE
 from onepass_tools.benchmark.devices import DEVICES
-from onepass_tools.benchmark.measure import percentile
+from onepass_tools.benchmark.timing import percentile
 
 from . import results
 

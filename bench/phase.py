@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import onepass
-from onepass_tools.benchmark.measure import percentile
+from onepass_tools.benchmark.timing import percentile
 
 from . import results
 

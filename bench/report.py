@@ -14,8 +14,8 @@ from typing import Any
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.optim.registry import classes
 from onepass_tools.benchmark.cases import BEYOND_CACHE
-from onepass_tools.benchmark.measure import LIMITS
 from onepass_tools.benchmark.providers import all_providers
+from onepass_tools.benchmark.timing import LIMITS
 
 from . import bars, phase, results, share, sizes
 from .cases import cpu_cases, gpu_cases

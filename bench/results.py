@@ -15,7 +15,7 @@ import torch
 from onepass.engine import libraries
 from onepass_tools.benchmark.cases import Case
 from onepass_tools.benchmark.devices import DEVICES
-from onepass_tools.benchmark.measure import Outcome, Timed, percentile
+from onepass_tools.benchmark.timing import Outcome, Timed, percentile
 
 from . import sources
 

@@ -17,7 +17,7 @@ import torch
 
 import onepass
 from onepass_tools.benchmark.devices import Device
-from onepass_tools.benchmark.measure import percentile
+from onepass_tools.benchmark.timing import percentile
 from onepass_tools.demo.model import GPT, VOCABULARY, count_parameters
 from onepass_tools.demo.runner import CPU, GPU, QUICK, Size
 

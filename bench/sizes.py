@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from onepass_tools.benchmark.cases import Case
 from onepass_tools.benchmark.devices import Device
-from onepass_tools.benchmark.lists import in_words, one
-from onepass_tools.benchmark.measure import LIMITS, memory_of, run_case
+from onepass_tools.benchmark.param_lists import in_words, one
 from onepass_tools.benchmark.providers import all_providers, find
+from onepass_tools.benchmark.timing import LIMITS, memory_of, run_case
 
 from . import results
 from .options import device_of, keep, parser_of

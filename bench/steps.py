@@ -13,7 +13,7 @@ import torch
 
 from onepass_tools.benchmark.cases import DTYPES, Case
 from onepass_tools.benchmark.devices import DEVICES
-from onepass_tools.benchmark.lists import one
+from onepass_tools.benchmark.param_lists import one
 from onepass_tools.benchmark.providers import all_providers, find
 
 PARAMS = one(50_000_000)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import onepass
 from onepass_tools.benchmark.devices import DEVICES
-from onepass_tools.benchmark.measure import percentile
+from onepass_tools.benchmark.timing import percentile
 
 from . import digest, results, sources, tuning_report
 from .results import Line

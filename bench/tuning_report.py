@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from onepass_tools.benchmark.measure import percentile
+from onepass_tools.benchmark.timing import percentile
 
 from . import results
 from .results import Line

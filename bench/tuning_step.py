@@ -17,9 +17,9 @@ import torch
 
 from onepass_tools.benchmark.cases import DTYPES
 from onepass_tools.benchmark.devices import DEVICES, Device, Step
-from onepass_tools.benchmark.measure import WARM_UP
 from onepass_tools.benchmark.provider import Provider
 from onepass_tools.benchmark.providers import all_providers, find
+from onepass_tools.benchmark.timing import WARM_UP
 
 from .tuning_variants import FORMATS, case_of
 

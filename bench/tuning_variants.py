@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onepass_tools.benchmark.cases import Case
-from onepass_tools.benchmark.lists import one
+from onepass_tools.benchmark.param_lists import one
 
 from . import results, sources
 

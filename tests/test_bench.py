@@ -11,9 +11,9 @@ import torch
 import onepass
 from bench import bars, cases, report, results
 from onepass.integrations.other_libraries import TORCH, Library
-from onepass_tools.benchmark import check, devices, measure, providers
+from onepass_tools.benchmark import check, devices, providers, timing
 from onepass_tools.benchmark.cases import DTYPES, OPTIONS, Case
-from onepass_tools.benchmark.lists import (
+from onepass_tools.benchmark.param_lists import (
     LLAMA_PARTS,
     NAMED,
     gpt2,
@@ -36,7 +36,7 @@ BY_NAME = {provider.name: provider for provider in providers.all_providers()}
 def _small_limits(monkeypatch):
     """The buffers of the limits take a second to fill at their real size."""
     monkeypatch.setattr(devices.Device, "smallest_copy", 1 << 12)
-    monkeypatch.setattr(measure, "BEYOND_CACHE", 1 << 14)
+    monkeypatch.setattr(timing, "BEYOND_CACHE", 1 << 14)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_case_names_are_unique_and_bars_name_cases():
 
 
 def outcome(case, *chosen):
-    return measure.run_case(case, list(chosen), samples=2)
+    return timing.run_case(case, list(chosen), samples=2)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_what_does_not_fit_beside_the_others_is_left_out():
             return 100  # a quarter more has to be free
 
     chosen = [BY_NAME["torch-fused"], BY_NAME["torch-foreach"]]
-    found = measure.run_case(TINY, chosen, samples=1, device=Full())
+    found = timing.run_case(TINY, chosen, samples=1, device=Full())
     assert [one.provider for one in found.timed] == ["torch-fused", "copy", "in-place"]
     assert found.skipped == [("torch-foreach", "does not fit in memory beside the others")]
     assert found.failed == []
@@ -297,9 +297,9 @@ def test_bytes_of_formats_of_their_own():
 
 
 def test_percentiles():
-    assert measure.percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert measure.percentile([0.0, 10.0], 20) == 2.0
-    assert measure.percentile([7.0], 80) == 7.0
+    assert timing.percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert timing.percentile([0.0, 10.0], 20) == 2.0
+    assert timing.percentile([7.0], 80) == 7.0
 
 
 def test_extra_memory_sees_a_temporary():
@@ -327,7 +327,7 @@ def test_end_to_end(tmp_path, capsys):
         assert list(line["ms"]) == ["p20", "p50", "p80"]
         assert len(line["samples"]) == 2
         assert line["share"] == pytest.approx(line["gbps"] / line["copy_gbps"], abs=1e-2, rel=1e-2)
-        assert (line["host_us"] is None) == (line["provider"] in measure.LIMITS)
+        assert (line["host_us"] is None) == (line["provider"] in timing.LIMITS)
         assert line["driver"] is None
         assert line["cuda"] is None
         assert line["tensors"] == 300

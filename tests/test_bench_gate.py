@@ -8,7 +8,7 @@ import json
 import pytest
 
 from bench import gate, results, share, sizes
-from onepass_tools.benchmark import devices, measure
+from onepass_tools.benchmark import devices, timing
 
 
 def line(provider, p20, p50, p80, date="2026-01-01", device="cpu", **more):
@@ -87,7 +87,7 @@ def test_the_fit_is_never_negative():
 def test_sizes_and_share_end_to_end(tmp_path, monkeypatch):
     """Their lines make tables and a picture, and are not taken for those of the benchmark."""
     monkeypatch.setattr(devices.Device, "smallest_copy", 1 << 12)
-    monkeypatch.setattr(measure, "BEYOND_CACHE", 1 << 14)
+    monkeypatch.setattr(timing, "BEYOND_CACHE", 1 << 14)
     results_dir = tmp_path / "results"
     out = results_dir / "sizes.jsonl"
     assert sizes.main(["--most", "3000", "--samples", "2", "--out", str(out)]) == 0

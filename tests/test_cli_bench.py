@@ -7,7 +7,7 @@ import pytest
 import onepass
 from onepass_tools import EXIT_USAGE, UsageError, main
 from onepass_tools.bench import size
-from onepass_tools.benchmark import devices, measure
+from onepass_tools.benchmark import devices, timing
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_it_refuses_in_one_line(arguments, message, capsys):
 
 def test_a_table_for_a_pipe(capsys, monkeypatch):
     monkeypatch.setattr(devices.Device, "smallest_copy", 1 << 12)
-    monkeypatch.setattr(measure, "BEYOND_CACHE", 1 << 14)
+    monkeypatch.setattr(timing, "BEYOND_CACHE", 1 << 14)
     ours = "onepass-cpu" if not onepass.ops.missing else "torch-fused-fp32"
     arguments = ["--states", "mx8", "--weights", "split8", "--numel", "1K", "--samples", "2"]
     providers = ["--providers", f"{ours},torch-fused-fp32,torch-fused", "--device", "cpu"]

@@ -18,11 +18,20 @@ pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
 from onepass.training import OPTIMIZERS
-from onepass_tools.compare import claims, line, measure, path_plots, report, runner, tasks, verdicts
+from onepass_tools.compare import (
+    claims,
+    line_fit,
+    path_plots,
+    report,
+    runner,
+    tasks,
+    training_runs,
+    verdicts,
+)
 from onepass_tools.compare.algorithms import ALGORITHMS, BY_KEY
+from onepass_tools.compare.lr_sweep import decades, steps_to_target
 from onepass_tools.compare.stats import interval
 from onepass_tools.compare.surfaces import SURFACES, best_path, descend
-from onepass_tools.compare.table import decades, steps_to_target
 
 DOCS = Path(__file__).parents[1] / "docs" / "comparison"
 
@@ -88,14 +97,14 @@ def test_sharpness_is_the_largest_eigenvalue(low, high):
         x = torch.cat([a, b])
         return 0.5 * x @ hessian @ x
 
-    assert measure.sharpness(loss, [a, b], 200) == pytest.approx(high, rel=1e-4)
+    assert training_runs.sharpness(loss, [a, b], 200) == pytest.approx(high, rel=1e-4)
 
 
 def test_sharpness_changes_nothing():
     task = tasks.cnn_task(1)
     model = task.model(0)
     before = [p.clone() for p in model.parameters()]
-    assert math.isfinite(measure.sharpness_of(task, model))
+    assert math.isfinite(training_runs.sharpness_of(task, model))
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
 
@@ -157,7 +166,7 @@ def test_rates_do_not_know_of_each_other():
 
 
 def test_all_begin_at_the_same_line_and_most_find_it():
-    found = line.run_algorithms()
+    found = line_fit.run_algorithms()
     assert len({run["loss"][0] for run in found["runs"].values()}) == 1
     assert found["exact"] == pytest.approx([2, 1], abs=0.05)
     for key, run in found["runs"].items():
@@ -166,7 +175,7 @@ def test_all_begin_at_the_same_line_and_most_find_it():
 
 
 def test_smaller_batches_are_sooner_there_by_samples_and_noisier():
-    batch, mini, stochastic = line.run_batches().values()
+    batch, mini, stochastic = line_fit.run_batches().values()
     assert batch["samples"][1] == 100
     assert stochastic["samples"][1] == 1
     assert batch["loss"][-1] > 10 * mini["loss"][-1]
@@ -180,7 +189,7 @@ def test_smaller_batches_are_sooner_there_by_samples_and_noisier():
 
 def test_tasks_depend_on_their_seed_alone():
     for task in (tasks.cnn_task(30), tasks.transformer_task(30)):
-        runs = [measure.train(task, BY_KEY["adamw"], 0.01, seed) for seed in (0, 0, 1)]
+        runs = [training_runs.train(task, BY_KEY["adamw"], 0.01, seed) for seed in (0, 0, 1)]
         assert runs[0].curve == runs[1].curve
         assert runs[0].curve[0] != runs[2].curve[0]
         assert runs[0].curve[-1] < 0.9 * runs[0].curve[0]
@@ -188,7 +197,7 @@ def test_tasks_depend_on_their_seed_alone():
 
 
 def test_a_run_that_diverges_is_no_result():
-    result = measure.train(tasks.cnn_task(30), BY_KEY["sgd"], 1e8, 0, max_grad_norm=None)
+    result = training_runs.train(tasks.cnn_task(30), BY_KEY["sgd"], 1e8, 0, max_grad_norm=None)
     assert math.isnan(result.train)
     assert len(result.curve) < 30
 
@@ -202,7 +211,7 @@ def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
     patch = pytest.MonkeyPatch()
     patch.setattr(path_plots, "FRAMES", 3)
-    patch.setattr(measure, "ITERATIONS", 2)
+    patch.setattr(training_runs, "ITERATIONS", 2)
     size = runner.Size(12, [0.0], 1, 2, path_steps=15)
     with runner.one_thread():
         runner.compare(out, size, size.seeds, "a test", True)

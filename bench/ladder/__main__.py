@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from onepass_tools.benchmark.cases import Case
 from onepass_tools.benchmark.devices import Device
-from onepass_tools.benchmark.lists import ParamList, gpt2, llama3, many, one
+from onepass_tools.benchmark.param_lists import ParamList, gpt2, llama3, many, one
 
 from .. import results
 from ..options import device_of, keep, parser_of

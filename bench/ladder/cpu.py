@@ -21,7 +21,7 @@ import torch
 import onepass
 from onepass.engine import libraries
 from onepass_tools.benchmark.cases import OPTIONS
-from onepass_tools.benchmark.lists import ParamList
+from onepass_tools.benchmark.param_lists import ParamList
 
 from .rungs import Rung
 

@@ -14,7 +14,7 @@ import torch
 
 import onepass
 from onepass_tools.benchmark.cases import OPTIONS
-from onepass_tools.benchmark.lists import ParamList
+from onepass_tools.benchmark.param_lists import ParamList
 
 from .kernels import one_tensor, whole_list
 from .rungs import Rung

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onepass_tools.benchmark.devices import Device
-from onepass_tools.benchmark.measure import percentile
+from onepass_tools.benchmark.timing import percentile
 
 from .. import results
 from ..results import Line

@@ -15,7 +15,7 @@ from onepass_tools import UsageError
 if TYPE_CHECKING:
     from onepass_tools.benchmark.cases import Case
     from onepass_tools.benchmark.devices import Device
-    from onepass_tools.benchmark.lists import ParamList
+    from onepass_tools.benchmark.param_lists import ParamList
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     samples = None if args.samples is None else size(args.samples, "--samples")
     device = _device(args.device)
 
-    from onepass_tools.benchmark import measure, table
+    from onepass_tools.benchmark import table, timing
     from onepass_tools.benchmark.providers import all_providers, find
 
     try:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         missing = [(p.name, why) for p in chosen if (why := p.unavailable(device.type))]
         available = [p for p in chosen if p.name not in dict(missing)]
         _check_memory(case, device)
-        outcome = measure.run_case(case, available, samples, device=device)
+        outcome = timing.run_case(case, available, samples, device=device)
     print(f"{case.name}: {case.list.numel:,} elements, {case.bytes / 1e6:,.3f} MB a step")
     print(f"{device.name}\n{table.LEGEND}\n\n{table.HEADER}")
     print("\n".join(table.rows(outcome)))
@@ -121,7 +121,7 @@ def _case(args: argparse.Namespace) -> Case:
 
 
 def _params(args: argparse.Namespace) -> ParamList:
-    from onepass_tools.benchmark.lists import NAMED, one
+    from onepass_tools.benchmark.param_lists import NAMED, one
 
     if args.list is not None:
         return NAMED[_one_of(args.list, NAMED, "--list")]()
@@ -141,7 +141,7 @@ def _device(name: str) -> Device:
 
 def _check_memory(case: Case, device: Device) -> None:
     """Raises UsageError where not even one provider has room beside the gradients and the copy."""
-    from onepass_tools.benchmark.measure import memory_of
+    from onepass_tools.benchmark.timing import memory_of
 
     free, needed = device.free(), memory_of(case, device)
     if free is not None and needed > free:

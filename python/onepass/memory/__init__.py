@@ -11,6 +11,6 @@ See docs/memory.md; on the command line ``onepass memory``.
 
 from .profiling import profile
 from .report import Bytes, MemoryReport
-from .tracking import Timeline, track
+from .timeline import Timeline, track
 
 __all__ = ["Bytes", "MemoryReport", "Timeline", "profile", "track"]

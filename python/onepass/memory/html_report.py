@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .drawing import COLOURS
+from .plots import COLOURS
 from .report import CATEGORIES, TITLES, MemoryReport
 from .sizes import show
 

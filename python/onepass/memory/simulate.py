@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .ledger import Ledger, plain_tensors
 from .predict import block_of, category_of, storage_bytes
 from .report import Bytes
+from .storage_tracking import Ledger, plain_tensors
 
 Make = Callable[[list[torch.nn.Parameter]], Any]
 """Parameters -> an optimizer over them."""

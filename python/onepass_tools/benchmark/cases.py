@@ -13,7 +13,7 @@ from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.optim.registry import classes
 from onepass.rules import RULES
 
-from .lists import ParamList
+from .param_lists import ParamList
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -35,7 +35,7 @@ class Device:
 
     Attributes:
         type: torch's name of it.
-        limits: what memory allows, measured beside the providers (measure.py says how).
+        limits: what memory allows, measured beside the providers (timing.py says how).
         smallest_copy: bytes of a limit at least.
         largest_copy: at most, so that it fits beside all providers.
         host_apart: whether the time of a step and the time that it keeps the host are two things.

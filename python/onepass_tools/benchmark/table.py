@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .measure import Outcome, Timed, percentile
+from .timing import Outcome, Timed, percentile
 
 LEGEND = (
     "ms: one step; GB/s: bytes of the formula / p50; of copy: over GB/s of copy_ in the same turn; "

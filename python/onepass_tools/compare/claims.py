@@ -10,7 +10,7 @@ import torch
 
 from onepass.training import make_optimizer
 from onepass_tools.compare.algorithms import BY_KEY
-from onepass_tools.compare.line import run_algorithms
+from onepass_tools.compare.line_fit import run_algorithms
 from onepass_tools.compare.surfaces import SURFACES, Array, best_path, descend
 
 RAVINE = next(surface for surface in SURFACES if surface.key == "ravine")

@@ -9,10 +9,10 @@ from typing import Any
 
 from onepass_tools.compare import verdicts
 from onepass_tools.compare.algorithms import ALGORITHMS, BY_KEY
-from onepass_tools.compare.line import BATCHES, LR
+from onepass_tools.compare.line_fit import BATCHES, LR
+from onepass_tools.compare.lr_sweep import NEAR, steps_to_target
 from onepass_tools.compare.stats import shown
 from onepass_tools.compare.surfaces import STEPS, SURFACES
-from onepass_tools.compare.table import NEAR, steps_to_target
 from onepass_tools.demo.report import write_json
 
 HEADINGS = (

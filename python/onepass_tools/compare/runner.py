@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from onepass_tools import UsageError
-from onepass_tools.compare import line, path_plots, plots, report, tasks
+from onepass_tools.compare import line_fit, path_plots, plots, report, tasks
 from onepass_tools.compare.algorithms import ALGORITHMS
 from onepass_tools.compare.claims import measure_claims
+from onepass_tools.compare.lr_sweep import sweep
 from onepass_tools.compare.surfaces import STEPS, SURFACES, best_path
-from onepass_tools.compare.table import sweep
 from onepass_tools.device_names import device_name
 
 
@@ -69,7 +69,7 @@ def compare(out: Path, size: Size, seeds: int, command: str, quiet: bool) -> dic
     hidden = quiet or not sys.stderr.isatty()
     turns = 2 * (len(ALGORITHMS) * (len(size.exponents) + 2) + 1) + len(SURFACES) + 2
     with tqdm(total=turns, desc="compare", disable=hidden) as bar:
-        experiment, batches = line.run_algorithms(), line.run_batches()
+        experiment, batches = line_fit.run_algorithms(), line_fit.run_batches()
         bar.update()
         tracks: path_plots.Tracks = {}
         for surface in SURFACES:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from onepass_tools.compare.algorithms import BY_KEY
+from onepass_tools.compare.lr_sweep import steps_to_target
 from onepass_tools.compare.stats import interval, shown
-from onepass_tools.compare.table import steps_to_target
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds", "**contradicted**", "undecided"
 

@@ -302,7 +302,7 @@ def _output(
     written = []
     try:
         if args.plot is not None:
-            from onepass.memory.drawing import draw_bars
+            from onepass.memory.plots import draw_bars
 
             draw_bars(args.plot, reports, asked.title, asked.limit)
             written.append(args.plot)

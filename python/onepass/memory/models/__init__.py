@@ -14,7 +14,7 @@ import torch
 
 from ...suggestions import did_you_mean
 from .families import FAMILIES
-from .known import KNOWN, known
+from .published import KNOWN, known
 from .shapes import Model, Shape, of_module
 
 __all__ = ["FAMILIES", "KNOWN", "Model", "Shape", "find", "known", "of_module"]

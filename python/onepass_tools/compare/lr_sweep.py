@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from onepass_tools.compare.algorithms import ALGORITHMS, BY_KEY
-from onepass_tools.compare.measure import Result, train
 from onepass_tools.compare.stats import interval
 from onepass_tools.compare.tasks import Task
+from onepass_tools.compare.training_runs import Result, train
 
 NEAR = 0.1  # nats above the best that still count as near it
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .ledger import Entry, Ledger, plain_tensors
+from .storage_tracking import Entry, Ledger, plain_tensors
 
 CATEGORIES = ("weights", "gradients", "states", "activations", "temporary")
 """In this order a storage is counted to the first that it ever was."""
@@ -77,7 +77,7 @@ class Timeline:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from .drawing import draw_timeline
+        from .plots import draw_timeline
 
         draw_timeline(path, self.seconds, self.bytes, self.marks, _TITLES, title)
 
