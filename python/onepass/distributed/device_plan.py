@@ -9,10 +9,16 @@ import torch
 
 from ..engine import backends
 from ..engine.device_plan import Part, Tensors
-from ..engine.gradients import are_plain, dtensor_type, has_memory, waited
 from ..engine.hyper_table import RowTable
+from ..engine.tensor_access import (
+    are_plain,
+    dtensor_type,
+    has_memory,
+    local_of,
+    local_tensor,
+    waited,
+)
 from ..paging.device_plan import PagedPart
-from .shards import local_of, local_tensor
 
 _placements, _mesh = attrgetter("placements"), attrgetter("device_mesh")
 

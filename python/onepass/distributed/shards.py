@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
 
-from ..engine.gradients import dtensor_type, is_dtensor, unwrapped, waited
 from ..engine.state_conversion import fit_states, format_of, from_bytes, full_precision, to_bytes
 from ..engine.state_layouts import COMPANIONS, STRIDE
+from ..engine.tensor_access import dtensor_type, is_dtensor, local_of, unwrapped
 from ..engine.validation import check_memory
 from ..formats import STATE_FORMATS, StateFormat, scale_key
 from ..rules import Rule
@@ -37,23 +36,6 @@ def shards_of(params: Iterable[torch.Tensor]) -> dict[torch.Tensor, Shard]:
 def shard_of(param: torch.Tensor) -> Shard | None:
     """What this rank has of a parameter; None of one that is no DTensor."""
     return shards_of([param]).get(param)
-
-
-local_tensor = attrgetter("_local_tensor")
-"""The local tensor of a DTensor, maybe one that has not arrived yet. DTensor.to_local() makes a new
-view of a parameter's at every call, which takes longer than the rest of a step."""
-
-
-def local_of(value: Any) -> Any:
-    """The local tensor of a DTensor, once it is there; anything else itself."""
-    return waited(local_tensor(value)) if is_dtensor(value) else value
-
-
-def versioned(whole: torch.Tensor) -> torch.Tensor:
-    """A plain tensor with the version counter of a DTensor, to increment it by: asking a DTensor
-    whether it is a tensor takes longer than the rest of that."""
-    with torch.no_grad(), torch._C._DisableTorchDispatch():
-        return torch.Tensor.detach(whole)
 
 
 class Shard:

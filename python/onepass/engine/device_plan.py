@@ -9,8 +9,8 @@ import torch
 
 from . import backends
 from .backends.base import same_layout
-from .gradients import are_plain, has_memory, unwrapped, zero
 from .hyper_table import RowTable
+from .tensor_access import are_plain, has_memory, unwrapped, zero
 
 _NoTorchFunction = torch._C.DisableTorchFunctionSubclass
 

@@ -25,10 +25,10 @@ from ..rules.group_options import option
 from . import backends
 from .comparisons import is_fixed, options_of, same, values_of
 from .device_plan import Part
-from .gradients import share_memory
 from .hyper_table import TELEMETRY_WIDTH, Row, capturing
 from .state_conversion import stale_keys
 from .state_tracking import OptimizerState, PagedState, ParamState, Watch
+from .tensor_access import share_memory
 
 if TYPE_CHECKING:
     from ..optim.stepping import Stepping

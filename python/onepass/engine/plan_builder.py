@@ -14,20 +14,20 @@ import torch
 
 from ..distributed.device_plan import PagedShards, ShardedPart
 from ..distributed.rank_sums import Groups, Ranks
-from ..distributed.shards import shards_of, versioned
+from ..distributed.shards import shards_of
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS, scale_key
 from ..paging.device_plan import PagedPart
 from ..rules.group_options import option
 from . import backends
 from .comparisons import Reader
 from .device_plan import Part
-from .gradients import unwrapped
 from .hyper_table import History, RowTable, capturing, step_number
 from .plan import Made, Member, Plan
 from .state_allocator import Arena
 from .state_conversion import fill, fit_companion, fit_ema, fit_states, packed_order
 from .state_layouts import EMA, state_layouts
 from .state_tracking import Watch
+from .tensor_access import unwrapped, version_holder
 from .validation import check_distinct, check_tensors, check_weight_format
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _Planner:
             ranks=self.ranks,
             made=made,
             versioned=[
-                versioned(p) if p in self.shards else p for p in params if not p.is_inference()
+                version_holder(p) if p in self.shards else p for p in params if not p.is_inference()
             ],
             watch=Watch(
                 _forgetting(weakref.ref(optimizer), None if self.whole else self.members[0].param)

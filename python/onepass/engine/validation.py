@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from ..formats import NATIVE, WEIGHT_FORMATS
-from .gradients import has_memory, has_own_operations
+from .tensor_access import has_memory, has_own_operations
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

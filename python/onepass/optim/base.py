@@ -16,8 +16,8 @@ from ..checkpoints.loading import loaded_groups, loaded_state
 from ..checkpoints.saving import saved_dict
 from ..distributed.fsdp1 import check_reader
 from ..engine import backends
-from ..engine.gradients import is_dtensor
 from ..engine.state_tracking import OptimizerState
+from ..engine.tensor_access import is_dtensor
 from ..engine.validation import check_dense, check_param, check_weight_format
 from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager

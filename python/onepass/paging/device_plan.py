@@ -10,8 +10,8 @@ import torch
 from ..engine import backends
 from ..engine.backends.base import same_layout
 from ..engine.device_plan import Part, Tensors
-from ..engine.gradients import has_memory
 from ..engine.hyper_table import RowTable, capturing
+from ..engine.tensor_access import has_memory
 from ..formats import NATIVE
 from .pager import Pager
 from .pages import make_pages

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..distributed.shards import local_of
 from ..engine.state_allocator import allocated
 from ..engine.state_layouts import Layout, held_layouts
+from ..engine.tensor_access import local_of
 from ..rules import Rule
 from ..rules.group_options import option
 from .links import Link, link_for

@@ -15,8 +15,8 @@ from ...numerics.gradient_norm import norm as gradient_norm
 from ...numerics.random_bits import random_bits
 from ...rules import EMA
 from .. import numpy_codec
-from ..gradients import has_memory
 from ..hyper_table import TELEMETRY_WIDTH
+from ..tensor_access import has_memory
 from .base import Backend, Entry, StepArgs, same_layout
 
 F64 = npt.NDArray[np.float64]

@@ -22,8 +22,8 @@ import torch
 from ...formats import ABSENT, NATIVE
 from ...formats.dynamic8 import dynamic_edges, dynamic_map
 from ...rules import MAX_STATES
-from ..gradients import has_memory
 from ..hyper_table import RowTable
+from ..tensor_access import has_memory
 from .base import Backend, Entry, Policy, StepArgs, same_layout
 
 OLDEST = (3, 6)

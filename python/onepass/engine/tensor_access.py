@@ -1,4 +1,4 @@
-"""Gradients as backends read them: plain tensors with memory of their own.
+"""Access to what tensors hold: their memory, local tensors of DTensors, gradients of any class.
 
 torch lets ``.grad`` be any tensor: a subclass, the pending result of a collective, a view that is
 negated when it is read. Backends read memory, so such gradients are unwrapped, or copied by torch's
@@ -65,6 +65,23 @@ def waited(tensor: torch.Tensor) -> torch.Tensor:
         sys.modules.get("torch.distributed._functional_collectives"), "AsyncCollectiveTensor", None
     )
     return tensor.wait() if kind is not None and isinstance(tensor, kind) else tensor  # type: ignore[attr-defined]
+
+
+local_tensor = attrgetter("_local_tensor")
+"""The local tensor of a DTensor, which may be the pending result of a collective.
+DTensor.to_local() makes a new view at every call, which takes longer than the rest of a step."""
+
+
+def local_of(value: Any) -> Any:
+    """The local tensor of a DTensor, once it has arrived; any other value itself."""
+    return waited(local_tensor(value)) if is_dtensor(value) else value
+
+
+def version_holder(whole: torch.Tensor) -> torch.Tensor:
+    """A plain tensor with the version counter of a DTensor. Incrementing the counter of a DTensor
+    directly is slower: torch first asks the DTensor whether it is a tensor."""
+    with torch.no_grad(), torch._C._DisableTorchDispatch():
+        return torch.Tensor.detach(whole)
 
 
 def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
