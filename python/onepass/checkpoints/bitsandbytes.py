@@ -9,19 +9,16 @@ under one key. Neither library is needed for the other's files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..engine.state_conversion import fit_states
 from ..formats import STATE_FORMATS, VERSION, scale_key
 from ..formats.dynamic8 import DYNAMIC_BLOCK, dynamic_map
-from ..optim.base import own_optimizer
+from ..optim.base import Optimizer, own_optimizer
 from ..rules.base import BitsAndBytes, Rule
 from ..rules.group_options import DEFAULTS, option
-
-if TYPE_CHECKING:
-    from ..optim.base import Optimizer
 
 NESTED = "__bnb_optimizer_quant_state__"
 OLD_BLOCK = 2048  # of earlier versions

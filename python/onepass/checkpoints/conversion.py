@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,11 +11,8 @@ from ..distributed.shards import full_weight
 from ..engine.state_layouts import COMPANIONS
 from ..engine.state_tracking import ParamState
 from ..engine.validation import check_weight_format
-from ..optim.base import own_optimizer
+from ..optim.base import Optimizer, own_optimizer
 from ..rules.group_options import option
-
-if TYPE_CHECKING:
-    from ..optim.base import Optimizer
 
 
 def convert_state_dict(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,28 +14,40 @@ from ..engine.state_layouts import CODES_STEP, COMPANIONS, EMA, STRIDE, Home
 from ..engine.state_tracking import ParamState
 from ..engine.validation import check_weight_format
 from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_key
-from ..optim.options import torch_keys
 from ..rules import Rule
 from ..rules.group_options import drop_defaults, option
-
-if TYPE_CHECKING:
-    from ..optim.base import Optimizer
 
 # Options that describe this run, not the state of training: loading a state dict keeps them.
 _OWN_OPTIONS = ("states", "weights", "ema_decay", "format_version")
 
 
-def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups of an optimizer with the options of a state dict, checked; changes nothing."""
-    if len(saved_groups) != len(optimizer.param_groups):
+def loaded_groups(
+    own_groups: list[dict[str, Any]],
+    saved_groups: list[dict[str, Any]],
+    named: frozenset[str],
+    check_options: Callable[[Mapping[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """The groups of an optimizer with the options of a state dict, checked; changes nothing.
+
+    Args:
+        own_groups: of the optimizer.
+        saved_groups: of the state dict.
+        named: keys that groups have even with default options.
+        check_options: raises ValueError for an option of a group that is out of range.
+
+    Raises:
+        ValueError: the state dict has other groups, an option out of range, or formats of a newer
+            onepass.
+    """
+    if len(saved_groups) != len(own_groups):
         raise ValueError(
             f"the state dict has {len(saved_groups)} parameter groups, "
-            f"the optimizer {len(optimizer.param_groups)}"
+            f"the optimizer {len(own_groups)}"
         )
     groups: list[dict[str, Any]] = []
     # One copy: a tensor that groups share, such as a learning rate, is shared by the copies.
     copies = deepcopy([{k: v for k, v in g.items() if k != "params"} for g in saved_groups])
-    pairs = zip(optimizer.param_groups, saved_groups, copies, strict=True)
+    pairs = zip(own_groups, saved_groups, copies, strict=True)
     for i, (group, saved, copied) in enumerate(pairs):
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
@@ -55,30 +67,35 @@ def loaded_groups(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> l
         if "seed" not in copied:
             merged["seed"] = 0
         merged.update({name: option(group, name) for name in _OWN_OPTIONS})
-        drop_defaults(merged, torch_keys(type(optimizer)))
-        optimizer.check_options(merged)
+        drop_defaults(merged, named)
+        check_options(merged)
         groups.append(merged)
     return groups
 
 
 def loaded_state(
-    optimizer: Optimizer,
+    rule: Rule,
     saved: Mapping[str, Any],
     param: torch.Tensor,
     number: int,
     group: Mapping[str, Any],
     saved_group: Mapping[str, Any],
     home: Home | None,
+    kind: str,
 ) -> ParamState:
     """What a state dict has of a parameter, in the formats of its group; changes nothing.
 
-    The states rest at home, or where that is None on the parameter's device. ``saved_group`` is the
-    group of the state dict.
+    Args:
+        rule: of the optimizer.
+        saved: the parameter's entry of the state dict.
+        param, number: the parameter and its position in the optimizer.
+        group, saved_group: its group in the optimizer and in the state dict.
+        home: where the states are stored; None for the parameter's device.
+        kind: name of the optimizer's class.
 
     Raises:
-        ValueError: it belongs to another model or another kind of optimizer.
+        ValueError: the state belongs to another model or another kind of optimizer.
     """
-    rule = optimizer.rule
     shard = shard_of(param)
     which = f"parameter {number} of shape {tuple(param.shape)}"
     check_weight_format(param, option(group, "weights"), which)
@@ -97,7 +114,7 @@ def loaded_state(
         raise ValueError(
             f"the state dict has no {', '.join(missing)} for {which}, only "
             f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "
-            f"than {type(optimizer).__name__}"
+            f"than {kind}"
         )
     beside = saved.pop(CODES_STEP, None)
     if beside is not None and "step" in saved and float(beside) != float(saved["step"]):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,23 +12,30 @@ from ..engine.state_conversion import to_bytes
 from ..engine.state_layouts import CODES_STEP, COMPANIONS
 from ..engine.state_tracking import ParamState
 from ..formats import VERSION
-from ..optim.options import torch_keys
+from ..rules import Rule
 from ..rules.group_options import DEFAULTS, option
 
-if TYPE_CHECKING:
-    from ..optim.base import Optimizer
 
-
-def saved_dict(optimizer: Optimizer) -> dict[str, Any]:
+def saved_dict(
+    param_groups: list[dict[str, Any]],
+    optimizer_state: Mapping[Any, Any],
+    rule: Rule,
+    named: frozenset[str],
+) -> dict[str, Any]:
     """The state dict of an optimizer, before hooks: as torch.optim's, with positions in place of
-    parameters."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    parameters.
+
+    Args:
+        param_groups, optimizer_state, rule: of the optimizer; only read.
+        named: keys that groups have even with default options.
+    """
+    params = [param for group in param_groups for param in group["params"]]
     position: dict[Any, int] = {}
     for i, param in enumerate(params):
         position.setdefault(param, i)  # a parameter may be listed twice
-    counters = {"step", *(scalar.key for scalar in optimizer.rule.scalar_states)}
+    counters = {"step", *(scalar.key for scalar in rule.scalar_states)}
     groups = []
-    for group in optimizer.param_groups:
+    for group in param_groups:
         packed = {key: value for key, value in group.items() if key != "params"}
         packed["params"] = [position[param] for param in group["params"]]
         if "states" in packed:
@@ -35,23 +43,23 @@ def saved_dict(optimizer: Optimizer) -> dict[str, Any]:
         groups.append(packed)
     state = {
         position[key] if isinstance(key, torch.Tensor) else key: _entry(value, counters)
-        for key, value in optimizer.state.items()
+        for key, value in optimizer_state.items()
     }
-    own = DEFAULTS.keys() - torch_keys(type(optimizer))
+    own = DEFAULTS.keys() - named
     changed = any(option(group, name) != DEFAULTS[name] for group in groups for name in own)
-    if not (optimizer.rule.saves_step or changed):
-        _drop_counts(optimizer, state)
+    if not (rule.saves_step or changed):
+        _drop_counts(rule, state)
     for param, shard in shards_of(params).items():
         i = position[param]
         if state.get(i):
             which = f"parameter {i} of shape {tuple(param.shape)}"
-            state[i] = shard.saved(state[i], optimizer.rule, which)
+            state[i] = shard.saved(state[i], rule, which)
     return {"state": state, "param_groups": groups}
 
 
-def _drop_counts(optimizer: Optimizer, state: dict[Any, Any]) -> None:
+def _drop_counts(rule: Rule, state: dict[Any, Any]) -> None:
     """Drops step counters that torch.optim does not save and nothing depends on."""
-    slots = set(optimizer.rule.keys)
+    slots = set(rule.keys)
     for i, entry in list(state.items()):
         if not isinstance(entry, dict) or "step" not in entry:
             continue

@@ -18,7 +18,6 @@ from ..engine.tensor_access import (
     local_tensor,
     waited,
 )
-from ..paging.device_plan import PagedPart
 
 _placements, _mesh = attrgetter("placements"), attrgetter("device_mesh")
 
@@ -80,7 +79,3 @@ class ShardedPart(Part):
     def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
         super().run(verdict, zero_grads)
         self._moved.clear()
-
-
-class PagedShards(ShardedPart, PagedPart):
-    """Local tensors of DTensors, with states that are paged."""

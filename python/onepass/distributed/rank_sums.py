@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
+from ..engine.plan_request import ProcessGroups
 from .shards import Shard
-
-Groups = tuple[Any, ...]
-"""Process groups over which parameters are cut: kinds of parameters, as far as sums go."""
 
 
 class Ranks:
@@ -28,9 +26,9 @@ class Ranks:
     def __init__(
         self, params: Iterable[torch.Tensor], shards: dict[torch.Tensor, Shard], norm_group: Any
     ) -> None:
-        more: Groups = () if norm_group is None else (_resolved(norm_group),)
+        more: ProcessGroups = () if norm_group is None else (_resolved(norm_group),)
         local: torch.Tensor | None = None
-        kinds: dict[Groups, None] = {}
+        kinds: dict[ProcessGroups, None] = {}
         for param in params:
             shard = shards.get(param)
             kinds[() if shard is None else shard.groups] = None
@@ -41,7 +39,7 @@ class Ranks:
         self._groups = list(dict.fromkeys(group for over in self._over for group in over))
         self._device = _device_of(more) if local is None else local.device
 
-    def norm(self, parts: list[tuple[Groups, torch.Tensor]], largest: bool) -> torch.Tensor:
+    def norm(self, parts: list[tuple[ProcessGroups, torch.Tensor]], largest: bool) -> torch.Tensor:
         """What :meth:`Backend.norm` finds, of the parameters of all ranks.
 
         One all-reduce over each group, of a sum; where largest is set one more, of a maximum. The
@@ -67,7 +65,7 @@ class Ranks:
         return torch.stack([sums[0], tops.max(), sums[1]])
 
     def sums(
-        self, parts: list[tuple[Groups, torch.Tensor]], shape: tuple[int, ...]
+        self, parts: list[tuple[ProcessGroups, torch.Tensor]], shape: tuple[int, ...]
     ) -> torch.Tensor:
         """The sum of float64 tensors of a shape, of each kind of parameter here, over all ranks."""
         from torch.distributed import ReduceOp
@@ -101,7 +99,7 @@ def _resolved(group: Any) -> Any:
     return dist.group.WORLD if group is True else group
 
 
-def _device_of(groups: Groups) -> torch.device:
+def _device_of(groups: ProcessGroups) -> torch.device:
     """Where a rank without parameters has its zeros."""
     import torch.distributed as dist
 

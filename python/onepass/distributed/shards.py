@@ -19,7 +19,7 @@ import torch
 
 from ..engine.state_conversion import fit_states, format_of, from_bytes, full_precision, to_bytes
 from ..engine.state_layouts import COMPANIONS, STRIDE
-from ..engine.tensor_access import dtensor_type, is_dtensor, local_of, unwrapped
+from ..engine.tensor_access import dtensor_type, is_dtensor, local_of, unwrapped, version_holder
 from ..engine.validation import check_memory
 from ..formats import STATE_FORMATS, StateFormat, scale_key
 from ..rules import Rule
@@ -113,6 +113,10 @@ class Shard:
             check_memory(local_of(whole.grad), f"{which}: its gradient")
             return self.local, torch.empty_like(self.local, dtype=whole.grad.dtype)
         return self.local, unwrapped(local_of(whole.grad), which)
+
+    def version_holder(self) -> torch.Tensor:
+        """A plain tensor with the version counter of the parameter."""
+        return version_holder(self.whole)
 
     # --- states ---
 

@@ -1,4 +1,4 @@
-"""The plan: an optimizer's parameter list flattened once, and the checks that keep it true.
+"""The plan: an optimizer's parameter list flattened once, and run at every step.
 
 A step costs reading the gradients and comparing what is there with what the plan was built from:
 identities in Python, addresses and layouts in the backend. If anything has changed (a parameter
@@ -12,41 +12,21 @@ parameter, so that torch can swap parameters and free what is replaced.
 
 from __future__ import annotations
 
-from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from ..distributed.rank_sums import Groups, Ranks
-from ..formats import scale_key
 from ..numerics.verdict import VERDICT_WIDTH
-from ..rules import Rule
-from ..rules.group_options import option
 from . import backends
-from .comparisons import is_fixed, options_of, same, values_of
 from .device_plan import Part
-from .hyper_table import TELEMETRY_WIDTH, Row, capturing
-from .state_conversion import stale_keys
-from .state_tracking import OptimizerState, PagedState, ParamState, Watch
+from .hyper_table import TELEMETRY_WIDTH
+from .plan_layout import PlanLayout
+from .plan_publish import Publication
+from .plan_request import Member, RankSums
+from .plan_validity import PlanValidity
+from .state_tracking import Watch
 from .tensor_access import share_memory
-
-if TYPE_CHECKING:
-    from ..optim.stepping import Stepping
-
-
-class Member(NamedTuple):
-    """A parameter of an optimizer.
-
-    Attributes:
-        param: the tensor.
-        number: keys its random bits: its position in the optimizer, unless it was given one.
-        at, group: its group, and the position of that.
-    """
-
-    param: torch.Tensor
-    number: int
-    at: int
-    group: dict[str, Any]
 
 
 def add_norms(parts: torch.Tensor) -> torch.Tensor:
@@ -56,44 +36,15 @@ def add_norms(parts: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def group_options(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
-    """What entries are made from; the other options are read at every step."""
-    return (
-        rule.flag_bits(group),
-        option(group, "states"),
-        option(group, "weights"),
-        option(group, "ema_decay") is None,
-        len(group["params"]),
-    )
-
-
-class Made(NamedTuple):
-    """What a parameter's entry of ``optimizer.state`` becomes when the plan is adopted.
-
-    Attributes:
-        param: the parameter.
-        held: state key -> tensor, but for the step counter.
-        row: that has the counter.
-    """
-
-    param: torch.Tensor
-    held: dict[str, Any]
-    row: Row
-
-
 class Plan:
     """An optimizer's groups, flattened; made by :func:`onepass.engine.plan_builder.make_plan`.
 
     Args:
-        rule: of the optimizer.
-        groups: that the plan looks at.
         members: parameters with gradients.
-        whole: whether these are all; a plan of one parameter, of gradients that are released, does
-            not look at the others.
-        parts: by device and process groups.
-        kinds: of each part, the process groups that its parameters are cut over.
+        layout: their entries, by device and process groups.
         ranks: sums over ranks; None where there is one.
-        made: the states of the members.
+        publication: the states of the members.
+        validity: what the plan was built from.
         versioned: tensors whose version counters are those of the parameters.
         watch: what the dictionaries of the states report to.
 
@@ -105,100 +56,48 @@ class Plan:
 
     def __init__(
         self,
-        rule: Rule,
-        groups: list[dict[str, Any]],
         members: list[Member],
-        whole: bool,
+        layout: PlanLayout,
         *,
-        parts: list[Part],
-        kinds: list[Groups],
-        ranks: Ranks | None,
-        made: list[Made],
+        ranks: RankSums | None,
+        publication: Publication,
+        validity: PlanValidity,
         versioned: list[torch.Tensor],
         watch: Watch,
     ) -> None:
         self.members, self.watch = members, watch
         self.adopted = self.changed = False
-        self._rule, self._groups, self._whole = rule, groups, whole
-        self._parts, self._kinds, self._ranks = parts, kinds, ranks
-        self._made, self._versioned = made, versioned
-        self._active = [member.param for member in members]
-        active = set(self._active)
-        self._params = [list(group["params"]) for group in groups] if whole else []
-        self._idle = [p for params in self._params for p in params if p not in active]
-        self._options = [group_options(rule, group) for group in groups]
-        self._checked: list[Any] | None = None
+        self._parts, self._kinds, self._ranks = layout.parts, layout.groups, ranks
+        self._publication: Publication | None = publication
+        self._validity, self._versioned = validity, versioned
 
-    def adopt(self, optimizer: Stepping) -> None:
-        """Makes the plan's states and counters those of the optimizer.
+    def adopt(self, state: Any) -> Any:
+        """Makes the plan's states and counters those of the optimizer, once.
 
-        The optimizer then has them in ``optimizer.state``, and drops the plan when one of them is
-        replaced or removed there.
+        Args:
+            state: ``optimizer.state``; its entries are changed in place.
+
+        Returns:
+            What ``optimizer.state`` has to be from now on.
         """
-        if self.adopted:
-            return
-        for param, held, row in self._made:
-            state = optimizer.state[param]
-            if not isinstance(state, ParamState):
-                state = optimizer.state[param] = ParamState(state)
-            # Scales and companions of a format that the group no longer has.
-            for stale in stale_keys(state, held, self._rule):
-                del state[stale]
-            state.update(held, step=row.step, **row.scalar_states)
-            state.fresh, state.watch = row.fresh, self.watch
-            state.begun = ()
-            if self._rule.needs_first:
-                keys = self._rule.keys
-                state.begun = (*keys, *map(scale_key, keys))
-        if self._whole:
-            if optimizer.pager is not None and not isinstance(optimizer.state, PagedState):
-                optimizer.state = PagedState(optimizer.pager.settle, optimizer.state)
-            elif not isinstance(optimizer.state, OptimizerState):
-                optimizer.state = OptimizerState(optimizer.state)
-            optimizer.state.watch = self.watch
-        self._made = []
+        if self._publication is not None:
+            state = self._publication.publish(state)
+            self._publication = None
         self.adopted = True
+        return state
 
-    def check_options(self, optimizer: Stepping) -> None:
-        """Raises ValueError for an option that is out of range; each value is looked at once."""
-        if self._checked is None:
-            for group in self._groups:
-                optimizer.check_options(group)
-            if self._whole and all(map(is_fixed, options_of(self._groups))):
-                self._checked = list(values_of(self._groups))
+    def check_options(self, check: Callable[[Mapping[str, Any]], None]) -> None:
+        """See :meth:`PlanValidity.check_options`."""
+        self._validity.check_options(check)
 
-    def _unchanged(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether the groups hold the very objects that were checked, all of them immutable."""
-        known = self._checked
-        return (
-            known is not None
-            and sum(map(len, groups)) == len(known)
-            and same(values_of(groups), known)
-        )
+    def refresh(self, groups: list[dict[str, Any]], state: Any) -> bool:
+        """Takes the gradients; False, with nothing changed, if the plan is stale.
 
-    def _holds(self, optimizer: Stepping) -> bool:
-        """Whether groups, states and the parameters without a gradient are what they were."""
-        groups = optimizer.param_groups if self._whole else self._groups
-        if not self._unchanged(groups):
-            self._checked = None
-            if [group_options(self._rule, group) for group in groups] != self._options:
-                return False
-        state = optimizer.state if self._whole else dict.get(optimizer.state, self._active[0])
-        if getattr(state, "watch", None) is not self.watch or not self.watch.same:
-            return False
-        if not self._whole:
-            return True
-        if len(groups) != len(self._params) or not all(
-            len(group["params"]) == len(known) and all(map(is_, group["params"], known))
-            for group, known in zip(groups, self._params, strict=True)
-        ):
-            return False
-        self._groups = groups
-        return all(p.grad is None for p in self._idle)
-
-    def refresh(self, optimizer: Stepping) -> bool:
-        """Takes the gradients; False, with nothing changed, if the plan is stale."""
-        if self.adopted and not self._holds(optimizer):
+        Args:
+            groups: ``optimizer.param_groups``.
+            state: ``optimizer.state``.
+        """
+        if self.adopted and not self._validity.holds(groups, state):
             return False
         return all(part.refresh() for part in self._parts)
 
@@ -227,22 +126,26 @@ class Plan:
 
     def judge(
         self,
-        optimizer: Stepping,
+        known: torch.Tensor | None,
         found: torch.Tensor | None,
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
+        *,
         policy: backends.Policy,
+        backend: str | None,
     ) -> torch.Tensor:
         """See :meth:`Backend.judge`; the verdict is on the first device.
 
         It is a new tensor unless it is on a GPU, where a captured graph goes on reading it.
+
+        Args:
+            known: the verdict of the step before, or None.
+            found: of :meth:`norm`, or None.
+            grad_scale, found_inf: torch.amp.GradScaler's, or None.
+            policy: what is asked for.
+            backend: name of the optimizer's backend, or None.
         """
-        known = optimizer.verdict
-        backend, device = self._judging(optimizer, found)
-        if capturing():
-            if known is None:
-                raise RuntimeError("a step that is captured needs one before it that judges as it")
-            optimizer.captured.append(known)
+        judging, device = self._judging(found if known is None else known, backend)
         if known is None:
             verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64, device=device)
         else:
@@ -252,20 +155,19 @@ class Plan:
             for t in (grad_scale, found_inf)
         )
         found = None if found is None else found.to(device)
-        backend.judge(verdict, found, scale, inf, policy)
+        judging.judge(verdict, found, scale, inf, policy)
         return verdict
 
     def _judging(
-        self, optimizer: Stepping, found: torch.Tensor | None
+        self, known: torch.Tensor | None, backend: str | None
     ) -> tuple[backends.Backend, torch.device]:
         """The backend and the device of verdicts; where there is nothing to step, too, since other
-        ranks may have found something."""
+        ranks may have found something. known: a verdict or a norm, or None."""
         if self._parts:
             return self._parts[0].backend, self._parts[0].table.steps.device
-        known = found if optimizer.verdict is None else optimizer.verdict
         if known is None or known.device.type == "cpu":
             return backends.BACKENDS["reference"], torch.device("cpu")
-        return backends.choose(known.device, optimizer.backend), known.device
+        return backends.choose(known.device, backend), known.device
 
     def stage(self, verdict: torch.Tensor | None) -> None:
         """Derives the numbers of the next step that can fail; nothing is changed.

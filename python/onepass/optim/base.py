@@ -23,7 +23,7 @@ from ..paging.options import Paging, paging_of
 from ..paging.pager import Pager
 from ..rules.group_options import DEFAULTS, drop_defaults, option
 from ..rules.option_checks import check_flag
-from .compile_op import number_of
+from .compile_op import register
 from .group_checks import check_names, check_torch_keywords, check_values
 from .options import STEP_WIDE, TORCH_KEYWORDS, Options, describe, refuse, torch_keys
 from .stepping import Stepping
@@ -123,7 +123,7 @@ class Optimizer(Stepping):
         self._swapped = False
         self.moved = {}
         self.released = None
-        self._number = number_of(self)
+        self._number = register(self)
         named = torch_keys(type(self))
         kept = {name: o[name] for name in TORCH_KEYWORDS if name in named}
         kept |= {name: o[name] for name in _GROUP_OPTIONS}
@@ -271,7 +271,7 @@ class Optimizer(Stepping):
 
     def _begin(self) -> None:
         """Forgets what belongs to the tensors of before."""
-        self._number = number_of(self)
+        self._number = register(self)
         self._plan = self.verdict = self._found = self.released = None
         self._failed = ""
         self._swapped = False
@@ -300,7 +300,7 @@ class Optimizer(Stepping):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         check_reader(self.param_groups)
-        result = saved_dict(self)
+        result = saved_dict(self.param_groups, self.state, self.rule, torch_keys(type(self)))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             if changed is not None:
@@ -324,7 +324,12 @@ class Optimizer(Stepping):
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        groups = loaded_groups(self, state_dict["param_groups"])
+        groups = loaded_groups(
+            self.param_groups,
+            state_dict["param_groups"],
+            torch_keys(type(self)),
+            self.check_options,
+        )
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         pairs = zip(groups, state_dict["param_groups"], strict=True)
         members = [(p, g, saved) for g, saved in pairs for p in g["params"]]
@@ -332,13 +337,13 @@ class Optimizer(Stepping):
             i: (param, number, group, saved)
             for number, (i, (param, group, saved)) in enumerate(zip(ids, members, strict=True))
         }
-        state, pager = OptimizerState(), self.pager
+        state, pager, kind = OptimizerState(), self.pager, type(self).__name__
         paged = set() if pager is None else pager.announce(groups)
         for key, value in state_dict["state"].items():
             if key in owners:
                 param = owners[key][0]
                 home = pager.home if pager is not None and param in paged else None
-                state[param] = loaded_state(self, value, *owners[key], home)
+                state[param] = loaded_state(self.rule, value, *owners[key], home, kind)
             else:
                 state[key] = value
         self.__setstate__({"state": state, "param_groups": groups})

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .base import Optimizer
+
+class Steppable(Protocol):
+    """An optimizer, as far as the op needs it."""
+
+    param_groups: list[dict[str, Any]]
+
+    def whole_step(self) -> None:
+        """The step, without closure or hooks."""
+
 
 _numbers = itertools.count()
-_optimizers: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[int, Steppable] = weakref.WeakValueDictionary()
 
 _library: Any = torch.library.Library("onepass", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -28,8 +35,8 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
 
 
-def number_of(optimizer: Optimizer) -> int:
-    """A new number by which a graph knows the optimizer."""
+def register(optimizer: Steppable) -> int:
+    """A new number by which graphs find the optimizer, as long as it is alive."""
     number = next(_numbers)
     _optimizers[number] = optimizer
     return number

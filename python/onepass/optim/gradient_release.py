@@ -13,7 +13,6 @@ import torch
 from ..distributed.shards import shards_of
 from ..engine.interrupts import Uninterrupted
 from ..engine.plan import Plan, add_norms
-from ..engine.plan_builder import make_plan
 from ..engine.state_tracking import Watch
 from ..paging.pager import Pager
 from . import Optimizer
@@ -132,10 +131,10 @@ class ReleasedGradients:
             if param in self._stepped:
                 self.end_step()  # nobody called step(): a second backward pass has begun
             plan = self._plans.get(param)
-            if plan is None or not plan.refresh(optimizer):
-                with torch.inference_mode(False):
-                    plan = make_plan(optimizer, [self._members[param]])
-                plan.refresh(optimizer)
+            groups, state = optimizer.param_groups, optimizer.state
+            if plan is None or not plan.refresh(groups, state):
+                plan = optimizer.new_plan([self._members[param]])
+                plan.refresh(groups, state)
             optimizer.check_options(plan.members[0].group)
             plan.start()
             found = None

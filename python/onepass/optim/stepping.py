@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -13,16 +14,25 @@ from ..distributed.param_ids import number_of
 from ..engine import backends
 from ..engine.hyper_table import capturing
 from ..engine.interrupts import Uninterrupted
-from ..engine.plan import Member, Plan
+from ..engine.plan import Plan
 from ..engine.plan_builder import make_plan
+from ..engine.plan_request import Member, PlanRequest
 from ..engine.state_tracking import Watch
 from ..paging.pager import Pager
 from ..rules import Rule
 from ..rules.option_checks import check_flag, check_number
+from .plan_features import Features
 from .step_results import Findings
 
-if TYPE_CHECKING:
-    from .gradient_release import ReleasedGradients
+
+class Released(Protocol):
+    """Released gradients, as far as a step needs them: see :func:`onepass.release_gradients`."""
+
+    def end_step(self, found: torch.Tensor | None = None) -> None:
+        """Ends a step of the released parameters. found: the norm of the others' gradients."""
+
+    def forget_plan(self, watch: Watch, param: torch.Tensor) -> None:
+        """Drops the plan of a parameter whose states were replaced."""
 
 
 class Stepping(Findings):
@@ -45,7 +55,7 @@ class Stepping(Findings):
     pager: Pager | None
     captured: list[Any]
     moved: Moved
-    released: ReleasedGradients | None
+    released: Released | None
     _found: torch.Tensor | None  # what measure() has found, for the step that follows
     _failed: str  # why the last step was left half taken, or an empty string
 
@@ -81,7 +91,7 @@ class Stepping(Findings):
             with Uninterrupted():
                 verdict = None
                 if policy.measures or scaled:
-                    verdict = plan.judge(self, found, scale, inf, policy)
+                    verdict = self._judged(plan, found, scale, inf, policy)
                 self.take(plan, verdict, self.zero_grads)
                 self._plan = plan
         finally:
@@ -97,7 +107,7 @@ class Stepping(Findings):
         self._failed = "it was interrupted"
         try:
             plan.run(verdict, zero_grads)
-            plan.adopt(self)
+            self._adopt(plan)
             if verdict is not None:
                 self.verdict = verdict
         except BaseException as error:
@@ -118,20 +128,34 @@ class Stepping(Findings):
 
     def judge(self, plan: Plan, found: torch.Tensor | None) -> None:
         """Makes the verdict that the next step is to use; see :meth:`Plan.judge`."""
-        self.verdict = plan.judge(self, found, None, None, self.policy())
+        self.verdict = self._judged(plan, found, None, None, self.policy())
+
+    def _judged(
+        self,
+        plan: Plan,
+        found: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        inf: torch.Tensor | None,
+        policy: backends.Policy,
+    ) -> torch.Tensor:
+        """See :meth:`Plan.judge`."""
+        known = self.verdict
+        if capturing():
+            if known is None:
+                raise RuntimeError("a step that is captured needs one before it that judges as it")
+            self.captured.append(known)
+        return plan.judge(known, found, scale, inf, policy=policy, backend=self.backend)
 
     def planned(self) -> Plan:
         """The plan with the gradients of now taken: that of the last step, or if it is stale a new
         one, whose states are not the optimizer's yet."""
         plan = self._plan
-        if plan is None or not plan.refresh(self):
+        if plan is None or not plan.refresh(self.param_groups, self.state):
             self._plan = None
-            # States are ordinary tensors, whatever mode the step is called in.
-            with torch.inference_mode(False), torch.no_grad():
-                plan = make_plan(self, [m for m in self.members() if m.param.grad is not None])
-            if not plan.refresh(self):
+            plan = self.new_plan([m for m in self.members() if m.param.grad is not None])
+            if not plan.refresh(self.param_groups, self.state):
                 raise RuntimeError("onepass: a tensor changed while the step was planned")
-        plan.check_options(self)
+        plan.check_options(self.check_options)
         if capturing():
             self.captured += [plan, plan.memory()]
         return plan
@@ -140,9 +164,55 @@ class Stepping(Findings):
         """The plan, whose states are the optimizer's: outside of a step."""
         plan = self.planned()
         with Uninterrupted():
-            plan.adopt(self)
+            self._adopt(plan)
             self._plan = plan
         return plan
+
+    def _adopt(self, plan: Plan) -> None:
+        """See :meth:`Plan.adopt`."""
+        if not plan.adopted:
+            self.state = plan.adopt(self.state)
+
+    def new_plan(self, members: list[Member]) -> Plan:
+        """A plan whose gradients are still to be taken; see
+        :func:`onepass.engine.plan_builder.make_plan`.
+
+        Args:
+            members: parameters with gradients.
+        """
+        # A single parameter that is released has a plan that does not depend on the others.
+        whole = self.released is None or len(members) != 1
+        groups = self.param_groups if whole else [members[0].group]
+        # States are ordinary tensors, whatever mode the step is called in.
+        with torch.inference_mode(False), torch.no_grad():
+            features = Features(
+                groups,
+                members,
+                whole,
+                norm_group=self.norm_group,
+                moved=self.moved,
+                pager=self.pager,
+                param_groups=self.param_groups,
+                state=self.state,
+                later=None if self.released is None else self._trained,
+            )
+            request = PlanRequest(
+                rule=self.rule,
+                groups=groups,
+                members=members,
+                state=self.state,
+                whole=whole,
+                backend=self.backend,
+                measured=self.measures,
+                check_options=self.check_options,
+                forget=_forgetting(weakref.ref(self), None if whole else members[0].param),
+                settle=None if self.pager is None else self.pager.settle,
+                features=features,
+            )
+            return make_plan(request)
+
+    def _trained(self) -> list[Member]:
+        return [member for member in self.members() if member.param.requires_grad]
 
     def forget_plan(self, watch: Watch, param: torch.Tensor | None) -> None:
         """Drops the plan of a watch: that of one parameter, or of all for None."""
@@ -182,3 +252,17 @@ class Stepping(Findings):
         self._found = plan.norm(self.policy().largest)
         plan.forget_gradients()
         return self._found
+
+
+def _forgetting(
+    reference: weakref.ref[Stepping], param: torch.Tensor | None
+) -> Callable[[Watch], None]:
+    """What a watch calls: the optimizer drops the plan of this watch, which is of one parameter, or
+    of all for None."""
+
+    def forget(watch: Watch) -> None:
+        optimizer = reference()
+        if optimizer is not None:
+            optimizer.forget_plan(watch, param)
+
+    return forget

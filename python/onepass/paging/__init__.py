@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
+from ..rules import Rule
 from .options import Paging
 from .pager import Footprint, places_of
-
-if TYPE_CHECKING:
-    from ..optim import Optimizer
 
 __all__ = ["Footprint", "Paging", "footprints"]
 
 
-def footprints(optimizer: Optimizer) -> dict[torch.device, Footprint]:
+class PagedOptimizer(Protocol):
+    """An optimizer, as far as :func:`footprints` reads it."""
+
+    param_groups: list[dict[str, Any]]
+    paging: Paging | None
+
+    @property
+    def rule(self) -> Rule: ...
+
+
+def footprints(optimizer: PagedOptimizer) -> dict[torch.device, Footprint]:
     """Bytes that the states of an optimizer will take, or take, by device of the parameters.
 
     Of all its parameters, as they, the options of their groups and ``paged`` are now; before the

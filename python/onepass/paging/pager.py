@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,11 +20,10 @@ from .options import Paging
 from .ring import Ring
 from .slabs import Slabs, aligned
 
-if TYPE_CHECKING:
-    from ..engine.plan import Member
-    from ..optim.stepping import Stepping
-
 Groups = Sequence[Mapping[str, Any]]
+
+Owned = tuple[torch.Tensor, Mapping[str, Any]]
+"""A parameter and its group."""
 
 
 @dataclass
@@ -111,18 +110,27 @@ class Pager:
             self._places, self._key = places_of(groups, self.rule, self.paging), key
         return self._places
 
-    def want(self, members: Sequence[Member], optimizer: Stepping) -> None:
-        """Announces the states of parameters that are still to be made, as they are paged.
+    def want(
+        self,
+        params: Iterable[Owned],
+        state: dict[Any, Any],
+        later: Callable[[], Iterable[Owned]] | None = None,
+    ) -> None:
+        """Reserves host memory for the paged states of parameters that have none yet.
+
+        Args:
+            params: with their groups.
+            state: ``optimizer.state``; only read, without waiting for states on their way.
+            later: all parameters that will have a plan of their own; where memory must be
+                allocated, it is one slab for the states of all of them. None where there are no
+                other plans.
 
         Raises:
-            MemoryError: the host has not so much memory.
+            MemoryError: the host lacks that memory.
         """
-        needed = self._missing(members, optimizer)
-        if optimizer.released is not None and needed > self.slabs.room:
-            # Each parameter has a plan: one slab for all that will be made.
-            needed = self._missing(
-                [m for m in optimizer.members() if m.param.requires_grad], optimizer
-            )
+        needed = self._missing(params, state)
+        if later is not None and needed > self.slabs.room:
+            needed = self._missing(later(), state)
         self.slabs.want(needed)
 
     def announce(self, groups: Groups) -> set[torch.Tensor]:
@@ -137,13 +145,13 @@ class Pager:
         self.slabs.want(sum(found.host for found in places.footprints.values()))
         return places.paged
 
-    def _missing(self, members: Sequence[Member], optimizer: Stepping) -> int:
+    def _missing(self, params: Iterable[Owned], state: dict[Any, Any]) -> int:
         needed = 0
-        for param, _, _, group in members:
+        for param, group in params:
             if param in self._places.paged:
-                state = dict.get(optimizer.state, param, {})
+                entry = dict.get(state, param, {})
                 for layout in held_layouts(local_of(param), self.rule, group):
-                    if self.slabs.find(local_of(state.get(layout.key))) is None:
+                    if self.slabs.find(local_of(entry.get(layout.key))) is None:
                         needed += aligned(layout.nbytes)
         return needed
 

@@ -1,0 +1,64 @@
+"""The checks before a plan is made: capture, options, parameters, gradients, backends."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..rules.group_options import option
+from . import backends
+from .hyper_table import capturing
+from .plan_request import Member, ParamView, PlanRequest
+from .validation import check_tensors, check_weight_format
+
+
+class Checked(NamedTuple):
+    """What a plan can be made of.
+
+    Attributes:
+        views: of the members, in their order.
+        backends: of each device.
+    """
+
+    views: list[ParamView]
+    backends: dict[torch.device, backends.Backend]
+
+
+def check_plan(request: PlanRequest) -> Checked:
+    """Checks what a plan is to be made of; nothing is changed.
+
+    Raises:
+        ValueError: a group option, parameter or gradient that no rule can work on; names it.
+        RuntimeError: a sparse gradient, no backend for a device, or a CUDA graph is being captured.
+    """
+    if capturing() and any(member.param.is_cuda for member in request.members):
+        raise RuntimeError(
+            "a step that is captured needs one before it with the same parameters, states and "
+            "gradients: making its plan waits for the device"
+        )
+    request.features.place_states()
+    for group in request.groups:
+        request.check_options(group)
+    views = [request.features.view(member.param) for member in request.members]
+    for member, view in zip(request.members, views, strict=True):
+        _check_member(member, view)
+    return Checked(views, _choose_backends(request, views))
+
+
+def _check_member(member: Member, view: ParamView) -> None:
+    """Raises unless the rule can work on a parameter and its gradient."""
+    which = member.name
+    param, grad = view.check(which)
+    check_tensors(param, grad, which)
+    check_weight_format(param, option(member.group, "weights"), which)
+
+
+def _choose_backends(
+    request: PlanRequest, views: list[ParamView]
+) -> dict[torch.device, backends.Backend]:
+    extras = request.measured or any(
+        option(group, "ema_decay") is not None for group in request.groups
+    )
+    devices = dict.fromkeys(view.local.device for view in views)
+    return {device: backends.choose(device, request.backend, extras) for device in devices}

@@ -1,0 +1,154 @@
+"""The states of a plan's parameters: those of the optimizer, converted where needed, or new ones.
+
+The optimizer's own entries stay as they are, so that an error leaves the optimizer unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ..formats import STATE_FORMATS, WEIGHT_FORMATS
+from ..rules.group_options import option
+from .hyper_table import History, step_number
+from .plan_request import Member, ParamView, PlanRequest
+from .state_allocator import Arena
+from .state_conversion import fill, fit_companion, fit_ema, fit_states
+from .state_layouts import EMA, Home, state_layouts
+
+
+class Fitted(NamedTuple):
+    """A parameter with the states that its next step reads and writes.
+
+    Attributes:
+        member, view: the parameter.
+        tensors: state key -> plain tensor, of this rank; without counters.
+        history: the steps that it has behind it.
+    """
+
+    member: Member
+    view: ParamView
+    tensors: dict[str, torch.Tensor]
+    history: History
+
+
+def fit_members(request: PlanRequest, views: list[ParamView]) -> list[Fitted]:
+    """The states of all members, in the formats of their groups.
+
+    Raises:
+        ValueError: a state or a counter that does not belong to its parameter; names it.
+        MemoryError: the host lacks the memory for paged states.
+    """
+    request.features.reserve_memory()
+    homes = [request.features.home(member.param) for member in request.members]
+    fitter = _Fitter(request, views, homes)
+    rows = zip(request.members, views, homes, strict=True)
+    return [fitter.fit(member, view, home) for member, view, home in rows]
+
+
+class _Fitter:
+    """Shares memory for new states, and values of counters that were read, between parameters."""
+
+    def __init__(
+        self, request: PlanRequest, views: list[ParamView], homes: list[Home | None]
+    ) -> None:
+        self.rule, self.state = request.rule, request.state
+        self.arena, self.read = Arena(), Reader()
+        for member, view, home in zip(request.members, views, homes, strict=True):
+            if home is None:
+                self._announce(member, view)
+
+    def _announce(self, member: Member, view: ParamView) -> None:
+        """Announces the states to the arena that are still to be made."""
+        group, rule = member.group, self.rule
+        state, form = self.state.get(member.param, {}), STATE_FORMATS[option(group, "states")]
+        for _, name in rule.state_slots(rule.flag_bits(group)):
+            if state.get(name) is None:
+                for layout in state_layouts(view.local, name, form):
+                    self.arena.want(layout, view.local.device)
+
+    def fit(self, member: Member, view: ParamView, home: Home | None) -> Fitted:
+        """A parameter with its states and its history."""
+        rule, which = self.rule, member.name
+        state = self.state.get(member.param, {})
+        tensors, fresh = self._tensors(member, view, home, state)
+        count = self.read(state.get("step"), which)
+        if rule.needs_first and state.get("step") is None:
+            # State dicts may leave the count out: a buffer says that a step was taken.
+            count = float(any(state.get(key) is not None for key in rule.keys))
+        step_number(count, which)  # checks it
+        scalar_states = tuple(
+            self.read(state.get(scalar.key), which, scalar.key, scalar.starts_at)
+            for scalar in rule.scalar_states
+        )
+        return Fitted(member, view, tensors, History(count, fresh, scalar_states))
+
+    def _tensors(
+        self, member: Member, view: ParamView, home: Home | None, state: Mapping[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], bool]:
+        """The tensors by key, and whether no step has been taken with them, for a rule whose first
+        step differs. state: the parameter's entry of ``optimizer.state``."""
+        rule, group, which, param = self.rule, member.group, member.name, view.local
+        form = STATE_FORMATS[option(group, "states")]
+        saved = view.inner(state, rule)
+        held = fit_states(saved, param, rule, form, which, home=home)
+        fresh = rule.needs_first and self._is_fresh(state, which)
+        for _, name in rule.state_slots(rule.flag_bits(group)):
+            if name in held:
+                continue
+            fresh = rule.needs_first
+            for layout in state_layouts(param, name, form):
+                new = self.arena.take(layout, param.device) if home is None else home.empty(layout)
+                held[layout.key] = new
+            start = rule.initial_value(name, group)
+            if start:
+                fill(held, name, form, start)
+        weight = WEIGHT_FORMATS[option(group, "weights")]
+        companion = fit_companion(saved, param, weight, which, home=home)
+        if companion is not None:
+            held[weight.key] = companion
+        if option(group, "ema_decay") is not None:
+            held[EMA] = fit_ema(saved, param, which, home=home)
+        return held, fresh
+
+    def _is_fresh(self, state: Mapping[str, Any], which: str) -> bool:
+        """Whether no step has been taken with the states of an entry. Of an entry that was loaded,
+        copied or replaced, a step counter of 0 says so."""
+        fresh = getattr(state, "fresh", None)
+        if fresh is not None:
+            return self.read(fresh, which) != 0.0
+        return "step" in state and self.read(state["step"], which) == 0.0
+
+
+class Reader:
+    """Reads counters, each tensor once: many parameters share one, and it may be on a GPU."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+
+    def __call__(
+        self, tensor: torch.Tensor | None, which: str, name: str = "step", absent: float = 0.0
+    ) -> float:
+        """The value of a counter; ``absent`` for None.
+
+        Args:
+            tensor: of one number.
+            which, name: parameter and state key, for the message of an error.
+            absent: in place of None.
+
+        Raises:
+            ValueError: it is no number; names the parameter.
+        """
+        if tensor is None:
+            return absent
+        key = id(tensor)
+        if key not in self._known:
+            try:
+                self._known[key] = float(tensor)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"state[{name!r}] of {which} must be a tensor of one number; got {tensor!r}"
+                ) from error
+        return self._known[key]

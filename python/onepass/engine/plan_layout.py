@@ -1,0 +1,134 @@
+"""The arrangement of a plan: rows of hyperparameter tables, entries, and a part for each place."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..formats import STATE_FORMATS, WEIGHT_FORMATS, scale_key
+from ..rules import Rule
+from ..rules.group_options import option
+from . import backends
+from .device_plan import Part
+from .hyper_table import History, Row, RowTable
+from .plan_fit import Fitted
+from .plan_request import PlanRequest, ProcessGroups
+from .state_layouts import EMA
+from .validation import check_distinct
+
+
+class PlanLayout(NamedTuple):
+    """Where the entries of a plan are.
+
+    Attributes:
+        parts: one for each device and process groups.
+        groups: of each part, the process groups over which its parameters are sharded.
+        rows: of each member, the row that has its counters.
+    """
+
+    parts: list[Part]
+    groups: list[ProcessGroups]
+    rows: list[Row]
+
+
+class _Place(NamedTuple):
+    """Entries of one place are stepped together: they are on one device and, if they are shards of
+    DTensors, sharded over the same process groups."""
+
+    device: torch.device
+    groups: ProcessGroups | None
+
+
+class _Listed:
+    """The entries of one place, and the rows of their hyperparameter table."""
+
+    def __init__(self) -> None:
+        self.owners: list[torch.Tensor] = []
+        self.entries: list[backends.Entry] = []
+        # (position of the group, history) -> row
+        self.positions: dict[tuple[int, History], int] = {}
+        # Of each row its group and history, and its first parameter.
+        self.rows: list[tuple[dict[str, Any], History]] = []
+        self.names: list[str] = []
+
+    def add(self, rule: Rule, fitted: Fitted) -> int:
+        """Adds the entry of a parameter; returns its row."""
+        member, history = fitted.member, fitted.history
+        row = self.positions.setdefault((member.at, history), len(self.rows))
+        if row == len(self.rows):
+            self.rows.append((member.group, history))
+            self.names.append(member.name)
+        self.owners.append(member.param)
+        self.entries.append(_make_entry(rule, fitted, row))
+        return row
+
+
+def lay_out(
+    request: PlanRequest,
+    fitted: list[Fitted],
+    chosen: dict[torch.device, backends.Backend],
+) -> PlanLayout:
+    """Arranges parameters by device and process groups.
+
+    Args:
+        request: see :class:`PlanRequest`.
+        fitted: the members with their states.
+        chosen: the backend of each device.
+
+    Raises:
+        ValueError: two tensors that the step writes share memory.
+    """
+    listed: dict[_Place, _Listed] = {}
+    found: list[tuple[_Place, int]] = []
+    for one in fitted:
+        place = _Place(one.view.local.device, one.view.groups)
+        found.append((place, listed.setdefault(place, _Listed()).add(request.rule, one)))
+    for some in listed.values():
+        check_distinct(
+            (tensor, f"parameter {entry.param_id}")
+            for entry in some.entries
+            for tensor in (entry.param, *entry.held())
+        )
+    tables = {
+        place: RowTable(request.rule, some.rows, place.device, request.measured, some.names)
+        for place, some in listed.items()
+    }
+    make_part = request.features.make_part
+    parts = [
+        make_part(
+            chosen[place.device],
+            some.entries,
+            tables[place],
+            some.owners,
+            place.groups is not None,
+        )
+        for place, some in listed.items()
+    ]
+    rows = [tables[place].rows[row] for place, row in found]
+    return PlanLayout(parts, [place.groups or () for place in listed], rows)
+
+
+def _make_entry(rule: Rule, fitted: Fitted, row: int) -> backends.Entry:
+    """What backends step of a parameter. The states of an option that is off are not in it."""
+    group, held, param = fitted.member.group, fitted.tensors, fitted.view.local
+    form = STATE_FORMATS[option(group, "states")]
+    weight = WEIGHT_FORMATS[option(group, "weights")]
+    flags = rule.flag_bits(group)
+    slots = rule.state_slots(flags)
+    scaled = slots if form.scale is not None else []
+    return backends.Entry(
+        param=param,
+        states={slot: held[name] for slot, name in slots},
+        scales={slot: held[scale_key(name)] for slot, name in scaled},
+        format=form,
+        weight=weight.codes[param.dtype],
+        draws=form.stochastic or weight.stochastic,
+        companion=held.get(weight.key),
+        ema=held.get(EMA),
+        rule=rule,
+        flags=flags,
+        row=row,
+        param_id=fitted.member.number,
+        first=fitted.view.start(form),
+    )

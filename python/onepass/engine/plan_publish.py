@@ -1,0 +1,102 @@
+"""The states of a plan become those of the optimizer, after the plan's first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..formats import STATE_FORMATS, scale_key
+from ..rules import Rule
+from ..rules.group_options import option
+from .hyper_table import Row
+from .plan_fit import Fitted
+from .plan_request import PlanRequest
+from .state_conversion import packed_order, stale_keys
+from .state_tracking import OptimizerState, PagedState, ParamState, Watch
+
+
+class NewState(NamedTuple):
+    """What a parameter's entry of ``optimizer.state`` becomes.
+
+    Attributes:
+        param: the parameter.
+        held: state key -> value, without counters.
+        row: the row that has the counters.
+    """
+
+    param: torch.Tensor
+    held: dict[str, Any]
+    row: Row
+
+
+class Publication:
+    """The new states of a plan, until they are the optimizer's.
+
+    Args:
+        rule: of the optimizer.
+        states: of each member.
+        watch: what the dictionaries of the states report to.
+        whole: whether the plan is of the whole optimizer.
+        settle: waits for paged states that are being copied; None where states are not paged.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        states: list[NewState],
+        watch: Watch,
+        whole: bool,
+        settle: Callable[[], None] | None,
+    ) -> None:
+        self._rule, self._states, self._watch = rule, states, watch
+        self._whole, self._settle = whole, settle
+
+    def publish(self, state: Any) -> Any:
+        """Writes the states into ``optimizer.state``; returns what that has to be from now on.
+
+        The watch then reports when an entry is replaced or removed.
+        """
+        for param, held, row in self._states:
+            entry = state[param]
+            if not isinstance(entry, ParamState):
+                entry = state[param] = ParamState(entry)
+            # Scales and companions of a format that the group no longer has.
+            for stale in stale_keys(entry, held, self._rule):
+                del entry[stale]
+            entry.update(held, step=row.step, **row.scalar_states)
+            entry.fresh, entry.watch = row.fresh, self._watch
+            entry.begun = ()
+            if self._rule.needs_first:
+                keys = self._rule.keys
+                entry.begun = (*keys, *map(scale_key, keys))
+        if self._whole:
+            if self._settle is not None and not isinstance(state, PagedState):
+                state = PagedState(self._settle, state)
+            elif not isinstance(state, OptimizerState):
+                state = OptimizerState(state)
+            state.watch = self._watch
+        return state
+
+
+def make_publication(
+    request: PlanRequest, fitted: list[Fitted], rows: list[Row], watch: Watch
+) -> Publication:
+    """What a plan publishes: the fitted states as ``optimizer.state`` holds them."""
+    rule = request.rule
+    states = [
+        NewState(one.member.param, _published(rule, one), row)
+        for one, row in zip(fitted, rows, strict=True)
+    ]
+    return Publication(rule, states, watch, request.whole, request.settle)
+
+
+def _published(rule: Rule, fitted: Fitted) -> dict[str, Any]:
+    """The states of a parameter, those of an option that is off included, and the order in which
+    packed codes are stored."""
+    form = STATE_FORMATS[option(fitted.member.group, "states")]
+    held: dict[str, Any] = dict(fitted.tensors)
+    if any(key in held for key in rule.keys):
+        held |= packed_order(fitted.view.local, form)
+    return fitted.view.wrapped(held, rule, form)
