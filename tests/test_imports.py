@@ -13,27 +13,131 @@ import pytest
 import onepass
 
 PACKAGE = Path(onepass.__file__).parent
+PYTHON = Path(__file__).parents[1] / "python"
+
+# --- which file imports which --------------------------------------------------------------------
+
+ROWS = {
+    "onepass.rules": 1,
+    "onepass.formats": 1,
+    "onepass.numerics": 1,
+    "onepass.engine": 2,
+    "onepass.paging": 3,
+    "onepass.distributed": 3,
+    "onepass.optim": 4,
+    "onepass.checkpoints": 4,
+    "onepass.memory": 5,
+    "onepass.training": 5,
+    "onepass.integrations": 5,
+    "onepass_tools": 6,
+}
+"""A file imports only from its own row and from rows below. Other modules of onepass are row 1."""
+
+APART = ({"onepass.paging", "onepass.distributed"},)
+"""Packages of one row that do not import each other."""
+
+EXEMPT = {"onepass", "onepass.__main__"}
+"""Names that are imported when they are first used, and the entry of the command."""
+
+CIRCLES = {("onepass_tools.benchmark.peers", "onepass_tools.benchmark.providers")}
+"""Files that import each other, and may until they are divided otherwise."""
 
 
-def imported(path):
-    """The modules that a file of onepass imports, those for type checkers too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module)
+def modules():
+    """Module name -> file, of both packages."""
+    found = {}
+    for name in ("onepass", "onepass_tools"):
+        for path in sorted((PYTHON / name).rglob("*.py")):
+            parts = path.relative_to(PYTHON).with_suffix("").parts
+            if "triton_kernels" not in parts:
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
+def targets(node, module, path):
+    """The names of modules, or of names in modules, that an import statement is about."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = []
+    if node.level:
+        package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+        base = package[: len(package) - node.level + 1]
+    base += node.module.split(".") if node.module else []
+    return [".".join((*base, alias.name)) for alias in node.names]
+
+
+def imports(module, path, known):
+    """The files that a file imports: anywhere in it, for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in targets(node, module, path):
+            parent = name.rpartition(".")[0]
+            found |= {name} & known.keys() or {parent} & known.keys()
+    return found - {module}
+
+
+def package_of(module):
+    """The row's name of a module."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "onepass_tools" else ".".join(parts[:2])
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """Module -> the modules that it imports."""
+    known = modules()
+    return {name: imports(name, path, known) for name, path in known.items()}
+
+
+def test_imports_are_read_from_the_files(graph):
+    # Relative, inside a function, for type checkers alone.
+    assert "onepass.engine.hyper_table" in graph["onepass.engine.device_plan"]
+    assert "onepass.memory.drawing" in graph["onepass.memory.tracking"]
+    assert "onepass.optim.grad_scaler" in graph["onepass"]
+    assert "onepass.engine.backends" in graph["onepass.engine.plan"]  # from . import backends
+    assert {name.split(".")[0] for name in graph} == {"onepass", "onepass_tools"}
+
+
+def test_no_file_imports_from_a_row_above(graph):
+    wrong = []
+    for module, found in graph.items():
+        own = package_of(module)
+        for other in (package_of(name) for name in found):
+            if module in EXEMPT or other == own or (own, other) == ("onepass_tools", "onepass"):
+                continue
+            up = ROWS.get(other, 1) > ROWS.get(own, 1) or other in EXEMPT
+            if up or any({own, other} == apart for apart in APART):
+                wrong.append(f"{module} imports {other}")
+    assert wrong == []
+
+
+def test_no_two_files_import_each_other_on_any_way(graph):
+    above = {name: set(found) for name, found in graph.items() if name not in EXEMPT}
+    # Files that import nothing that is left cannot be in a circle.
+    while leaves := [name for name, found in above.items() if not found & above.keys()]:
+        for name in leaves:
+            del above[name]
+    # Likewise files that nothing left imports.
+    while roots := above.keys() - set().union(*above.values()):
+        for name in roots:
+            del above[name]
+    assert above.keys() <= {name for circle in CIRCLES for name in circle}
+
+
 def test_only_the_command_imports_the_tools():
-    files = [p for p in PACKAGE.rglob("*.py") if "triton_kernels" not in p.parts]
-    found = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in files
-        if any(name.split(".")[0] in ("onepass_tools", "bench", "tests") for name in imported(path))
-    }
-    assert found == {"__main__.py"}
+    known = modules()
+    found = set()
+    for module, path in known.items():
+        nodes = ast.walk(ast.parse(path.read_text()))
+        names = {name.split(".")[0] for node in nodes for name in targets(node, module, path)}
+        if names & {"onepass_tools", "bench", "tests"} and module.split(".")[0] == "onepass":
+            found.add(module)
+    assert found == {"onepass.__main__"}
+
+
+# --- what importing loads ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "bench --help", "memory --help"])
