@@ -97,7 +97,7 @@ def test_signature_and_docstring_show_every_keyword(cls):
 # --- groups -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(onepass.optim.options.STEP_WIDE))
+@pytest.mark.parametrize("name", sorted(onepass.optim.keywords.STEP_WIDE))
 def test_options_of_the_whole_step_are_refused_in_a_group(name):
     value = {"max_grad_norm": 1.0, "norm_type": 2.0, "backend": "cpu"}.get(name, True)
     with pytest.raises(ValueError, match=f"{name} is an option of the whole step"):
@@ -109,6 +109,14 @@ def test_options_of_the_whole_step_are_refused_in_a_group(name):
     optimizer.param_groups[0][name] = value
     with pytest.raises(ValueError, match=name):
         optimizer.step()
+
+
+def test_the_table_of_keywords_is_the_documented_list():
+    rows = [keyword.name for keyword in onepass.optim.keywords.KEYWORDS]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == onepass.optim.Options.__annotations__.keys()
+    text = onepass.optim.Options.__doc__
+    assert [name for name in rows if name not in text] == []
 
 
 def test_foreign_keys_stay_and_misspelt_ones_are_refused():

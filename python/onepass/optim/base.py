@@ -15,48 +15,21 @@ from typing_extensions import Unpack
 from ..checkpoints.loading import loaded_groups, loaded_state
 from ..checkpoints.saving import saved_dict
 from ..distributed.fsdp1 import check_reader
-from ..engine import backends
 from ..engine.state_tracking import OptimizerState
 from ..engine.tensor_access import is_dtensor
 from ..engine.validation import check_dense, check_param, check_weight_format
-from ..paging.options import Paging, paging_of
+from ..paging.options import Paging
 from ..paging.pager import Pager
-from ..rules.group_options import DEFAULTS, drop_defaults, option
-from ..rules.option_checks import check_flag
+from ..rules.group_options import DEFAULTS, GROUP_KEYWORDS, drop_defaults, option
 from .compile_op import register
 from .group_checks import check_names, check_torch_keywords, check_values
-from .options import STEP_WIDE, TORCH_KEYWORDS, Options, describe, refuse, torch_keys
+from .keywords import KEYWORDS, STEP_KEYWORDS, STEP_WIDE, TORCH_KEYWORDS, defaults_of
+from .options import Options, describe, refuse, torch_keys
 from .stepping import Stepping
 
-# Attributes that are the optimizer's, not a group's; they may be set between steps.
-_DEFAULTS: dict[str, Any] = {
-    **TORCH_KEYWORDS,
-    "maximize": False,
-    "decoupled_weight_decay": None,
-    "states": None,
-    "weights": "native",
-    "paged": None,
-    "max_grad_norm": None,
-    "norm_type": 2.0,
-    "skip_nonfinite": False,
-    "zero_grads": False,
-    "ema_decay": None,
-    "telemetry": False,
-    "norm_group": None,
-    "backend": None,
-    "seed": 0,
-}
-_GROUP_OPTIONS = ("maximize", "decoupled_weight_decay", "states", "weights", "ema_decay", "seed")
-
+# Attributes that copies and pickles keep.
 _SETTINGS = (
-    "backend",
-    "max_grad_norm",
-    "norm_type",
-    "skip_nonfinite",
-    "zero_grads",
-    "measures",
-    "norm_group",
-    "paging",
+    *(keyword.attribute for keyword in STEP_KEYWORDS),
     "scales_in_step",
     "_given",
     "_failed",
@@ -88,31 +61,22 @@ class Optimizer(Stepping):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        options = {**_DEFAULTS, "decoupled_weight_decay": cls.decoupled}
-        options |= {"states": cls.default_states, "paged": cls.default_paged}
-        describe(cls, options)
+        describe(cls, defaults_of(cls))
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         given: dict[str, Any] = {**options}
-        for name in given.keys() - _DEFAULTS.keys():
+        o = defaults_of(type(self))
+        for name in given.keys() - o.keys():
             refuse(name, type(self).__name__, {*inspect.signature(type(self)).parameters})
-        o: dict[str, Any] = {**_DEFAULTS, **given}
-        if o["decoupled_weight_decay"] is None:
-            o["decoupled_weight_decay"] = self.decoupled
-        if o["states"] is None:
-            o["states"] = self.default_states
+        own = {keyword.name for keyword in KEYWORDS if keyword.class_default}
+        # None asks for the class's own default.
+        o |= {k: value for k, value in given.items() if value is not None or k not in own}
         if o["fused"] and o["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_torch_keywords(o)
-        backends.check_name(o["backend"])
-        self.backend = o["backend"]
-        self.max_grad_norm, self.norm_type = o["max_grad_norm"], o["norm_type"]
-        self.skip_nonfinite, self.zero_grads = o["skip_nonfinite"], o["zero_grads"]
-        check_flag("telemetry", o["telemetry"])
-        self.measures = o["telemetry"]
-        self.norm_group = o["norm_group"] or None
-        self.policy()  # checks them
-        self.paging = paging_of(self.default_paged if o["paged"] is None else o["paged"])
+        for keyword in STEP_KEYWORDS:
+            keyword.check(keyword.name, o[keyword.name])
+            setattr(self, keyword.attribute, keyword.read(o[keyword.name]))
         self.pager = None if self.paging is None else Pager(self.paging, self.rule)
         self.scales_in_step = bool(o["fused"])
         self._given = {name: given[name] for name in STEP_WIDE & given.keys()}
@@ -125,8 +89,8 @@ class Optimizer(Stepping):
         self.released = None
         self._number = register(self)
         named = torch_keys(type(self))
-        kept = {name: o[name] for name in TORCH_KEYWORDS if name in named}
-        kept |= {name: o[name] for name in _GROUP_OPTIONS}
+        kept = {k.name: o[k.name] for k in TORCH_KEYWORDS if k.name in named}
+        kept |= {k.name: o[k.name] for k in GROUP_KEYWORDS}
         shared = {**defaults, **kept}
         self.defaults = shared
         self.check_options(shared)
@@ -141,31 +105,19 @@ class Optimizer(Stepping):
         return self.scales_in_step
 
     def __repr__(self) -> str:
-        usual = {**_DEFAULTS, "paged": False}
-        wide = {k: value for k, value in self._step_wide().items() if value != usual[k]}
+        wide = {k.name: getattr(self, k.attribute) for k in STEP_KEYWORDS}
+        usual = {k.name: k.read(k.default) for k in STEP_KEYWORDS}
+        wide = {name: value for name, value in wide.items() if value != usual[name]}
         shown = "".join(f"    {name}: {value!r}\n" for name, value in sorted(wide.items()))
         text = super().__repr__()
         return f"{text[:-1]}Whole step\n{shown})" if shown else text
-
-    def _step_wide(self) -> dict[str, Any]:
-        """The options of the whole step as they are now."""
-        return {
-            "max_grad_norm": self.max_grad_norm,
-            "norm_type": self.norm_type,
-            "skip_nonfinite": self.skip_nonfinite,
-            "zero_grads": self.zero_grads,
-            "telemetry": self.measures,
-            "norm_group": self.norm_group,
-            "paged": self.paging or False,
-            "backend": self.backend,
-        }
 
     # --- options ---
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option of a group that is out of range, or that a group cannot
         have; names it."""
-        known = frozenset((*self.defaults, *_DEFAULTS, *DEFAULTS, "params"))
+        known = frozenset((*self.defaults, *(k.name for k in KEYWORDS), *DEFAULTS, "params"))
         check_names(group, known, self._given, type(self).__name__)
         check_values(group)
         self.rule.check(group)

@@ -6,17 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..formats import STATE_FORMATS, WEIGHT_FORMATS
-from ..rules.group_options import option
-from ..rules.option_checks import (
-    check_choice,
-    check_flag,
-    check_fraction,
-    check_lr,
-    check_number,
-)
+from ..rules.group_options import GROUP_KEYWORDS, option
+from ..rules.option_checks import check_lr, check_number
 from ..suggestions import nearest
-from .options import STEP_WIDE
+from .keywords import STEP_WIDE, TORCH_KEYWORDS
 
 
 def check_names(
@@ -56,23 +49,11 @@ def check_values(group: Mapping[str, Any]) -> None:
     check_torch_keywords(group)
     check_lr(group["lr"])
     check_number("weight_decay", group["weight_decay"])
-    check_choice("states", option(group, "states"), STATE_FORMATS)
-    check_choice("weights", option(group, "weights"), WEIGHT_FORMATS)
-    if option(group, "ema_decay") is not None:
-        check_fraction("ema_decay", option(group, "ema_decay"))
-    for name in ("maximize", "decoupled_weight_decay"):
-        check_flag(name, option(group, name))
-    seed = option(group, "seed")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
+    for keyword in GROUP_KEYWORDS:
+        keyword.check(keyword.name, option(group, keyword.name))
 
 
 def check_torch_keywords(options: Mapping[str, Any]) -> None:
     """Raises ValueError for values of torch.optim's keywords that a step cannot honour."""
-    if options.get("differentiable"):
-        raise ValueError(
-            "differentiable must be False: autograd does not see the step, which is one kernel"
-        )
-    for name in ("foreach", "fused", "capturable", "differentiable"):
-        if options.get(name) is not None:
-            check_flag(name, options[name])
+    for keyword in TORCH_KEYWORDS:
+        keyword.check(keyword.name, options.get(keyword.name))

@@ -72,28 +72,6 @@ class Options(TypedDict, total=False):
     seed: int
 
 
-TORCH_KEYWORDS: dict[str, Any] = {
-    "foreach": None,
-    "fused": None,
-    "capturable": False,
-    "differentiable": False,
-}
-"""Keywords of torch.optim that change nothing here, with their defaults."""
-
-STEP_WIDE = frozenset(
-    (
-        "max_grad_norm",
-        "norm_type",
-        "skip_nonfinite",
-        "zero_grads",
-        "telemetry",
-        "norm_group",
-        "paged",
-        "backend",
-    )
-)
-"""Options of the whole step, which a single parameter group cannot have."""
-
 ELSEWHERE = {
     "optim_bits": 'states="mx8" stores 8 bits, states="fp32" 32',
     "is_paged": "paged=True",

@@ -20,7 +20,7 @@ from ..engine.plan_request import Member, PlanRequest
 from ..engine.state_tracking import Watch
 from ..paging.pager import Pager
 from ..rules import Rule
-from ..rules.option_checks import check_flag, check_number
+from .keywords import EACH_STEP
 from .plan_features import Features
 from .step_results import Findings
 
@@ -232,12 +232,8 @@ class Stepping(Findings):
         Raises:
             ValueError: an option of the step out of range.
         """
-        if self.max_grad_norm is not None:
-            check_number("max_grad_norm", self.max_grad_norm)
-        check_flag("skip_nonfinite", self.skip_nonfinite)
-        check_flag("zero_grads", self.zero_grads)
-        if self.norm_type not in (2.0, math.inf):
-            raise ValueError(f"norm_type must be 2.0 or math.inf; got {self.norm_type!r}")
+        for keyword in EACH_STEP:
+            keyword.check(keyword.name, getattr(self, keyword.attribute))
         largest = math.isinf(self.norm_type)
         return backends.Policy(self.max_grad_norm, largest, bool(self.skip_nonfinite))
 

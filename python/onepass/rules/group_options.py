@@ -1,20 +1,59 @@
-"""Options that a parameter group need not name, and their defaults."""
+"""Options that a parameter group need not name: their defaults and their checks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ..formats import VERSION
+from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS
+from .option_checks import check_choice, check_flag, check_fraction, check_seed
+
+
+@dataclass(frozen=True)
+class Keyword:
+    """A keyword that every optimizer class takes.
+
+    Attributes:
+        name: the keyword, and the key of a parameter group that has the option.
+        default: the value if the keyword, or the key, is missing.
+        check: called with name and value; raises ValueError, naming the keyword.
+        class_default: name of the class attribute that has the default of the constructor, where
+            classes differ; empty where they do not.
+    """
+
+    name: str
+    default: Any
+    check: Callable[[str, Any], None]
+    class_default: str = ""
+
+
+def _check_states(name: str, value: Any) -> None:
+    check_choice(name, value, STATE_FORMATS)
+
+
+def _check_weights(name: str, value: Any) -> None:
+    check_choice(name, value, WEIGHT_FORMATS)
+
+
+def unless_none(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """The check, of values other than None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+GROUP_KEYWORDS = (
+    Keyword("maximize", False, check_flag),
+    Keyword("decoupled_weight_decay", False, check_flag, "decoupled"),
+    Keyword("states", "fp32", _check_states, "default_states"),
+    Keyword("weights", "native", _check_weights),
+    Keyword("ema_decay", None, unless_none(check_fraction)),
+    Keyword("seed", 0, check_seed),
+)
+"""Options that every class has, also per parameter group."""
 
 DEFAULTS: dict[str, Any] = {
-    "maximize": False,
-    "decoupled_weight_decay": False,
+    **{keyword.name: keyword.default for keyword in GROUP_KEYWORDS},
     "eps_in_sqrt": False,
-    "states": "fp32",
-    "weights": "native",
-    "ema_decay": None,
-    "seed": 0,
     "format_version": VERSION,
 }
 """Options that a group need not name, with what a missing key stands for."""

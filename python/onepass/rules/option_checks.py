@@ -55,6 +55,12 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """Raises ValueError unless value is an integer in [0, 2**63)."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} must be an integer in [0, 2**63); got {value!r}")
+
+
 def check_pair(name: str, value: Any) -> tuple[Any, Any]:
     """The two values of a pair; raises ValueError for anything else."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
