@@ -1,5 +1,6 @@
-"""The package: what the library asks of torch, what the build says, how long the files are."""
+"""The package: the symbols and the build of its libraries, the length of files and functions."""
 
+import ast
 import os
 import re
 import shutil
@@ -17,7 +18,8 @@ PACKAGE = Path(onepass.__file__).parent
 LIBRARY = PACKAGE / "libonepass_cpu.so"
 FOLDERS = ("csrc", "python", "triton_kernels", "tests", "bench", "examples")
 SUFFIXES = {".py", ".h", ".cpp", ".cuh", ".cu", ".sh"}
-MAX_LINES = 400
+MAX_LINES = 400  # of a file
+MAX_FUNCTION_LINES = 60  # of a function of the package, with its docstring
 
 
 # --- the library -----------------------------------------------------------------------------
@@ -121,3 +123,15 @@ def test_no_source_file_is_too_long():
     assert ROOT / "setup.py" in files
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_no_function_is_too_long():
+    files = [path for path in PACKAGE.rglob("*.py") if "triton_kernels" not in path.parts]
+    lengths = {
+        f"{path.relative_to(PACKAGE)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert "engine/plan_builder.py: make_plan" in lengths
+    assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}

@@ -105,6 +105,32 @@ def loaded_state(
         param, saved = shard.local, shard.inner(saved, rule)
     if saved_group.get("format_version", VERSION) < 3:
         saved = _signed_mx4(saved, param, rule, option(saved_group, "states"))
+    _check_complete(saved, rule, which, kind)
+    _check_codes(saved, which)
+    form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
+    states = fit_states(saved, param, rule, form, which, copy=True, home=home)
+    state = _kept(saved, rule)
+    if states:
+        state.update(states, **packed_order(param, form))
+    if any(key in saved for key in COMPANIONS):
+        companion = fit_companion(saved, param, weight, which, copy=True, home=home)
+        if companion is not None:
+            state[weight.key] = companion
+    if EMA in saved and option(group, "ema_decay") is not None:
+        state[EMA] = fit_ema(saved, param, which, copy=True, home=home)
+    if shard is not None:
+        own = {key: state[key] for key in state if key in _tensor_keys(rule)}
+        state.update(shard.wrapped(own, rule, form))
+    # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
+    # it then starts here. With 0 SGD would ignore the buffer that was loaded.
+    if state:
+        taken = 1.0 if rule.needs_first and states else 0.0
+        state.setdefault("step", torch.tensor(taken, dtype=torch.float32, device="cpu"))
+    return state
+
+
+def _check_complete(saved: Mapping[str, Any], rule: Rule, which: str, kind: str) -> None:
+    """Raises ValueError where a saved state lacks what every state of the rule has."""
     # A state that an option adds (amsgrad, momentum) is made when the option is first used.
     missing = [slot.key for slot in rule.slots if slot.flag is None and slot.key not in saved]
     if rule.needs_step and "step" not in saved:
@@ -116,7 +142,11 @@ def loaded_state(
             f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "
             f"than {kind}"
         )
-    beside = saved.pop(CODES_STEP, None)
+
+
+def _check_codes(saved: Mapping[str, Any], which: str) -> None:
+    """Raises ValueError where codes are of another step than the rest of the state."""
+    beside = saved.get(CODES_STEP)
     if beside is not None and "step" in saved and float(beside) != float(saved["step"]):
         raise ValueError(
             f"the codes of {which} are of step {float(beside):g}, its counter of step "
@@ -124,33 +154,24 @@ def loaded_state(
             "Load it into an optimizer of its own format, or convert it by "
             "onepass.convert_state_dict"
         )
-    form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
-    states = fit_states(saved, param, rule, form, which, copy=True, home=home)
+
+
+def _tensor_keys(rule: Rule) -> set[str]:
+    """The keys of a state that are not counters."""
     moments = set(rule.keys)
+    return moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE, EMA}
+
+
+def _kept(saved: Mapping[str, Any], rule: Rule) -> ParamState:
+    """What is loaded of a state besides its tensors: counters, and keys of others."""
+    known = _tensor_keys(rule) | {CODES_STEP}
     counters = {"step", *(scalar.key for scalar in rule.scalar_states)}
-    known = moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE, EMA}
     state = ParamState()
     for key, value in saved.items():
         if key in counters:
             state[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif key not in known:
             state[key] = deepcopy(value)
-    if states:
-        state.update(states, **packed_order(param, form))
-    if any(key in saved for key in COMPANIONS):
-        companion = fit_companion(saved, param, weight, which, copy=True, home=home)
-        if companion is not None:
-            state[weight.key] = companion
-    if EMA in saved and option(group, "ema_decay") is not None:
-        state[EMA] = fit_ema(saved, param, which, copy=True, home=home)
-    if shard is not None:
-        own = {key: state[key] for key in state if key in known}
-        state.update(shard.wrapped(own, rule, form))
-    # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
-    # it then starts here. With 0 SGD would ignore the buffer that was loaded.
-    if state:
-        taken = 1.0 if rule.needs_first and states else 0.0
-        state.setdefault("step", torch.tensor(taken, dtype=torch.float32, device="cpu"))
     return state
 
 

@@ -110,6 +110,35 @@ def fit_states(
     if not slots:
         return {}
     home = home or OnDevice(param.device)
+    found, source = _checked_states(saved, param, slots, which)
+    strides = {key: found[key].stride() for _, key in slots}
+    if source.packed > 1:
+        strides = dict.fromkeys(strides, _saved_stride(saved, param, which))
+
+    layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
+    new = {layout.key: layout for layout in layouts}
+    in_order = all(same_order(strides[key], param.stride(), param.shape) for key in strides)
+    fits = source is form and in_order and not copy
+    if fits and all(home.fits(layout, found[layout.key]) for layout in layouts):
+        return found
+    held = {layout.key: home.empty(layout) for layout in layouts}
+    plain = source.scale is None and form.scale is None
+    if plain or (source is form and (source.block == 1 or in_order)):
+        for key in new:
+            held[key].copy_(found[key])
+        return held
+    _convert(found, source, strides, held, form, param, rule, slots)
+    return held
+
+
+def _checked_states(
+    saved: Mapping[str, Any], param: torch.Tensor, slots: list[tuple[int, str]], which: str
+) -> tuple[dict[str, torch.Tensor], StateFormat]:
+    """The dense states and scales that ``saved`` has in these slots, and their format.
+
+    Raises:
+        ValueError: one is no tensor of the parameter's size, or their formats differ.
+    """
     found: dict[str, torch.Tensor] = {}
     forms = set()
     for _, key in slots:
@@ -137,25 +166,7 @@ def fit_states(
         raise ValueError(f"the states of {which} are in different formats: {sorted(forms)}")
     if len(forms) > 1:
         found, forms = {key: value.float() for key, value in found.items()}, {"fp32"}
-    source = STATE_FORMATS[forms.pop()]
-    strides = {key: found[key].stride() for _, key in slots}
-    if source.packed > 1:
-        strides = dict.fromkeys(strides, _saved_stride(saved, param, which))
-
-    layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
-    new = {layout.key: layout for layout in layouts}
-    in_order = all(same_order(strides[key], param.stride(), param.shape) for key in strides)
-    fits = source is form and in_order and not copy
-    if fits and all(home.fits(layout, found[layout.key]) for layout in layouts):
-        return found
-    held = {layout.key: home.empty(layout) for layout in layouts}
-    plain = source.scale is None and form.scale is None
-    if plain or (source is form and (source.block == 1 or in_order)):
-        for key in new:
-            held[key].copy_(found[key])
-        return held
-    _convert(found, source, strides, held, form, param, rule, slots)
-    return held
+    return found, STATE_FORMATS[forms.pop()]
 
 
 def _saved_stride(saved: Mapping[str, Any], param: torch.Tensor, which: str) -> tuple[int, ...]:

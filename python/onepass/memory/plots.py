@@ -86,27 +86,7 @@ def draw_bars(
                 label=TITLES[category] if seen else None,
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        for row, (_, found), end in zip(rows, shown, left, strict=True):
-            away = f"  + {show(found.host)} on the host" if found.host else ""
-            over = "  does not fit" if limit is not None and found.peak > limit else ""
-            axes.text(
-                end + largest / unit * 0.006,
-                row,
-                f"{show(found.peak)}{away}{over}",
-                va="center",
-                fontsize=8.5,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-            )
-        if limit is not None:
-            axes.axvline(limit / unit, color="black", linestyle="--", linewidth=1, zorder=1.5)
-            axes.annotate(
-                f"{show(limit)} ",
-                (limit / unit, -0.62),
-                ha="right",
-                va="center",
-                fontsize=8.5,
-                annotation_clip=False,
-            )
+        _label_bars(axes, [found for _, found in shown], left, limit, largest / unit, unit)
         axes.set_yticks(list(rows), [report.name for report, _ in shown])
         axes.set_ylim(len(shown) - 0.4, -0.85)
         # Room for what is written behind the longest bar.
@@ -117,6 +97,47 @@ def draw_bars(
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         figure.savefig(path)
+
+
+def _label_bars(
+    axes: Any,
+    shown: Sequence[Any],
+    ends: Sequence[float],
+    limit: int | None,
+    width: float,
+    unit: int,
+) -> None:
+    """Writes the bytes behind each bar, and draws the limit.
+
+    Args:
+        axes: of matplotlib.
+        shown: the bytes of each bar.
+        ends: of the bars, in units.
+        limit: bytes, or None.
+        width: of the longest bar or the limit, in units.
+        unit: bytes of a unit.
+    """
+    for row, (found, end) in enumerate(zip(shown, ends, strict=True)):
+        away = f"  + {show(found.host)} on the host" if found.host else ""
+        over = "  does not fit" if limit is not None and found.peak > limit else ""
+        axes.text(
+            end + width * 0.006,
+            row,
+            f"{show(found.peak)}{away}{over}",
+            va="center",
+            fontsize=8.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
+    if limit is not None:
+        axes.axvline(limit / unit, color="black", linestyle="--", linewidth=1, zorder=1.5)
+        axes.annotate(
+            f"{show(limit)} ",
+            (limit / unit, -0.62),
+            ha="right",
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+        )
 
 
 def draw_timeline(

@@ -51,28 +51,14 @@ def profile(
         ValueError: no parameters, or parameters that the optimizer does not have.
     """
     instance = isinstance(optimizer_or_factory, torch.optim.Optimizer)
-    if params is None:
-        if not instance:
-            raise ValueError("params must be given with a factory: a module, or tensors")
-        groups = optimizer_or_factory.param_groups  # type: ignore[union-attr]
-        params = [p for group in groups for p in group["params"]]
-    elif isinstance(params, torch.nn.Module):
-        params = params.parameters()
-    like = list(params)
-    if not like or not all(isinstance(p, torch.Tensor) for p in like):
-        raise ValueError("params must be a module or tensors, at least one")
+    like = _listed(optimizer_or_factory if instance else None, params)
     device = device or ("cpu" if like[0].is_meta else like[0].device.type)
     make: Any = _copies(optimizer_or_factory, like) if instance else optimizer_or_factory
 
     def trained(made: list[torch.nn.Parameter]) -> Any:
         return make(made if instance else [p for p in made if p.requires_grad])
 
-    meta = [
-        torch.nn.Parameter(
-            torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), p.requires_grad
-        )
-        for p in like
-    ]
+    meta = _on_meta(like)
     probe = trained(meta)
     found = MemoryReport(
         name or type(probe).__name__,
@@ -89,6 +75,32 @@ def profile(
             trained, meta, grad_dtype, device, categorise
         )
     return found
+
+
+def _listed(
+    optimizer: Any, params: Iterable[torch.Tensor] | torch.nn.Module | None
+) -> list[torch.Tensor]:
+    """The parameters that are asked about; those of the optimizer for None."""
+    if params is None:
+        if optimizer is None:
+            raise ValueError("params must be given with a factory: a module, or tensors")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+    elif isinstance(params, torch.nn.Module):
+        params = params.parameters()
+    like = list(params)
+    if not like or not all(isinstance(p, torch.Tensor) for p in like):
+        raise ValueError("params must be a module or tensors, at least one")
+    return like
+
+
+def _on_meta(like: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    """Parameters of the same shapes and strides without memory."""
+    return [
+        torch.nn.Parameter(
+            torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), p.requires_grad
+        )
+        for p in like
+    ]
 
 
 def _copies(optimizer: Any, known: list[Any]) -> Callable[[list[Any]], Any]:

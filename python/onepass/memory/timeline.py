@@ -136,6 +136,33 @@ def track(
         weights = [*model.parameters(), *model.buffers()]
     else:
         weights = list(model)
+    handles = _follow(timeline, ledger, weights, optimizers)
+
+    def saved(tensor: torch.Tensor) -> torch.Tensor:
+        ledger.enter(tensor, "activations")
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor), ledger:
+            yield timeline
+    finally:
+        for handle in handles:
+            handle.remove()
+        timeline._ledger = None
+        timeline._fill(ledger.entries)
+
+
+def _follow(
+    timeline: Timeline,
+    ledger: Ledger,
+    weights: Iterable[torch.Tensor],
+    optimizers: Iterable[torch.optim.Optimizer],
+) -> list[Any]:
+    """Enters weights, gradients and states into the ledger, now and when they are made later.
+
+    Returns:
+        The handles of the hooks, to be removed.
+    """
     handles: list[Any] = []
 
     def states(optimizer: Any, *_: Any) -> None:
@@ -146,10 +173,6 @@ def track(
     def gradient(param: torch.Tensor) -> None:
         if param.grad is not None:
             ledger.enter(param.grad, "gradients")
-
-    def saved(tensor: torch.Tensor) -> torch.Tensor:
-        ledger.enter(tensor, "activations")
-        return tensor
 
     for tensor in weights:
         ledger.enter(tensor, "weights")
@@ -162,11 +185,4 @@ def track(
         for tensor in plain_tensors([dict(s) for s in optimizer.state.values()]):
             ledger.enter(tensor, "states")
         handles.append(optimizer.register_step_post_hook(states))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor), ledger:
-            yield timeline
-    finally:
-        for handle in handles:
-            handle.remove()
-        timeline._ledger = None
-        timeline._fill(ledger.entries)
+    return handles

@@ -61,19 +61,8 @@ def schedule(
         TypeError: a value that is not a number, or not an integer where steps are counted.
     """
     check_name("schedule", name, SCHEDULES)
-    check_count("warmup_steps", warmup_steps, 0)
-    if total_steps is not None:
-        check_count("total_steps", total_steps, 1)
+    _check_steps(name, warmup_steps, total_steps, restart_steps, restart_factor, decay_steps)
     check_share("final", final)
-    check_count("restart_steps", restart_steps, 1)
-    check_count("restart_factor", restart_factor, 1)
-    if decay_steps is not None:
-        check_count("decay_steps", decay_steps, 1)
-    if name in ("cosine", "wsd") and (total_steps is None or total_steps <= warmup_steps):
-        raise ValueError(
-            f"schedule {name!r} needs total_steps above warmup_steps ({warmup_steps}); "
-            f"got {total_steps}"
-        )
     rest = (total_steps or 0) - warmup_steps
     if decay_steps is None:
         decay_steps = max(1, (total_steps or 0) // 5)
@@ -91,6 +80,29 @@ def schedule(
         return body
     warmup = LinearLR(optimizer, 1 / (warmup_steps + 1), 1.0, warmup_steps)
     return SequentialLR(optimizer, [warmup, body], [warmup_steps])
+
+
+def _check_steps(
+    name: str,
+    warmup_steps: int,
+    total_steps: int | None,
+    restart_steps: int,
+    restart_factor: int,
+    decay_steps: int | None,
+) -> None:
+    """The checks of :func:`schedule` that concern counts of steps."""
+    check_count("warmup_steps", warmup_steps, 0)
+    if total_steps is not None:
+        check_count("total_steps", total_steps, 1)
+    check_count("restart_steps", restart_steps, 1)
+    check_count("restart_factor", restart_factor, 1)
+    if decay_steps is not None:
+        check_count("decay_steps", decay_steps, 1)
+    if name in ("cosine", "wsd") and (total_steps is None or total_steps <= warmup_steps):
+        raise ValueError(
+            f"schedule {name!r} needs total_steps above warmup_steps ({warmup_steps}); "
+            f"got {total_steps}"
+        )
 
 
 def _factor(name: str, steps: int, final: float, decay_steps: int) -> Callable[[int], float]:

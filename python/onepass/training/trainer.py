@@ -206,14 +206,7 @@ class Trainer:
         """
         check_loader(loader)
         check_count("epochs", epochs, 0)
-        if checkpoint is not None:
-            check_file("checkpoint", checkpoint)
-        if save_every is not None:
-            check_count("save_every", save_every, 1)
-            if checkpoint is None:
-                raise ValueError(
-                    f"save_every={save_every} needs checkpoint, the file to save to; got None"
-                )
+        _check_saving(checkpoint, save_every)
         check_flag("progress", progress)
         place = self._loaded or {"first": self.epoch, "batch": 0, "random": _random(loader)}
         self._loaded, self._position = None, place
@@ -371,3 +364,15 @@ def _random(loader: Any) -> dict[str, Any]:
 
 def _on_host(state: Any) -> Any:
     return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, state)
+
+
+def _check_saving(checkpoint: str | os.PathLike[str] | None, save_every: int | None) -> None:
+    """The checks of :meth:`Trainer.fit` that concern the file it saves to."""
+    if checkpoint is not None:
+        check_file("checkpoint", checkpoint)
+    if save_every is not None:
+        check_count("save_every", save_every, 1)
+        if checkpoint is None:
+            raise ValueError(
+                f"save_every={save_every} needs checkpoint, the file to save to; got None"
+            )
