@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, Policy, StepArgs
+from onepass.engine.backends import BACKENDS, Policy, StepArgs, StepSwitches
 from onepass.engine.hyper_table import History, RowTable
 from onepass.formats import STATE_FORMATS
 from onepass.numerics.verdict import SKIPPED, VERDICT_WIDTH
@@ -288,7 +288,9 @@ def test_rows_of_step_0_are_left_alone_beside_others_that_are_not():
             advance(part.backend, part.table, None)
             part.table.counters[::2, 1] = 0
             table = part.table
-            part.backend.run(part.prepared, StepArgs(table.hyper, table.counters, None, zero))
+            part.backend.run(
+                part.prepared, StepArgs(table.hyper, table.counters, None, StepSwitches(zero))
+            )
             made.append((params, storages, optimizer))
         assert_same(made[0][2], made[1][2])
         for a, b in zip(made[0][1], made[1][1], strict=True):

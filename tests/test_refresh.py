@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import StepArgs
+from onepass.engine.backends import NO_SWITCHES, StepArgs
 
 from .cases import same_bits
 from .test_gradients import needs_library, randn
@@ -50,7 +50,7 @@ def test_what_has_changed_is_noticed(change):
     assert not part.refresh()
     part.stage(None)
     with pytest.raises(RuntimeError, match="run without refresh"):
-        part.run(None, False)
+        part.run(None, NO_SWITCHES)
 
 
 @needs_library

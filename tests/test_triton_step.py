@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, Policy, StepArgs
+from onepass.engine.backends import BACKENDS, Policy, StepArgs, StepSwitches
 from onepass.engine.hyper_table import NONFINITE, RowTable
 from onepass.numerics.verdict import FACTOR, SKIP, SKIPPED, VERDICT_WIDTH
 from tests.cases import history
@@ -166,7 +166,7 @@ def swept(backend, numbers, first, alone, zero_grads, measured):
         advance(part.backend, table, None)
         if step:
             table.counters[alone, 1] = 0
-        step = StepArgs(table.hyper, table.counters, table.telemetry, zero_grads)
+        step = StepArgs(table.hyper, table.counters, table.telemetry, StepSwitches(zero_grads))
         part.backend.run(part.prepared, step)
     return optimizer, table.telemetry
 

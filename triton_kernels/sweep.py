@@ -307,7 +307,7 @@ def launch(
             partials,
             VARIANTS=variants,
             BLOCK=tuned.block,
-            ZERO=step.zero_grads,
+            ZERO=step.switches.zero_grads,
             MEASURED=telemetry is not None,
             **tuned.options(variants.narrow),
         )

@@ -76,6 +76,6 @@ class ShardedPart(Part):
             known = self._moved[whole] = grad, local_of(placed)
         return known[1]
 
-    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
-        super().run(verdict, zero_grads)
+    def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
+        super().run(verdict, switches)
         self._moved.clear()

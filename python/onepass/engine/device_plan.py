@@ -112,12 +112,12 @@ class Part:
 
     # --- the step ---
 
-    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+    def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
         """The step over this device's entries.
 
         Args:
             verdict: on the device; None where nothing was asked.
-            zero_grads: set the gradients to zero in the sweep.
+            switches: the booleans of the step.
         """
         backend, table = self.backend, self.table
         if len(self.grads) != len(self.owners):
@@ -128,7 +128,7 @@ class Part:
         self.changed = not backend.launches
         backend.advance(table, verdict, self._staged)
         try:
-            self._sweep(zero_grads)
+            self._sweep(switches)
         except BaseException:
             if backend.launches and not self.changed:
                 backend.retreat(table, before)
@@ -141,9 +141,9 @@ class Part:
         for grad in self._copied if swept else (*self.grads, *self._copied):
             zero(grad)
 
-    def _sweep(self, zero_grads: bool) -> None:
+    def _sweep(self, switches: backends.StepSwitches) -> None:
         table = self.table
-        step = backends.StepArgs(table.hyper, table.counters, table.telemetry, zero_grads)
+        step = backends.StepArgs(table.hyper, table.counters, table.telemetry, switches)
         self.backend.run(self.prepared, step)
 
 

@@ -13,6 +13,7 @@ parameter, so that torch can swap parameters and free what is replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,15 +184,22 @@ class Plan:
         there are of them."""
         return sum(part.start() for part in self._parts)
 
-    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
-        """The step, with the gradients that refresh has taken and the numbers that were staged."""
-        self.changed = False
+    def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
+        """The step, with the gradients that refresh has taken and the numbers that were staged.
+
+        Args:
+            verdict: of :meth:`judge`; None where nothing was asked.
+            switches: the booleans of the step.
+        """
+        self.changed, zero_grads = False, switches.zero_grads
         grads = [grad for part in self._parts for grad in part.grads] if zero_grads else []
         # The sweep of one parameter would zero what that of another still has to read.
         together = zero_grads and share_memory(grads)
+        if together:
+            switches = replace(switches, zero_grads=False)
         for part in self._parts:
             try:
-                part.run(self._here(verdict, part), zero_grads and not together)
+                part.run(self._here(verdict, part), switches)
             finally:
                 self.changed = self.changed or part.changed
         if zero_grads:

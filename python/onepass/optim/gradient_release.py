@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..distributed.shards import shards_of
+from ..engine.backends import NO_SWITCHES
 from ..engine.interrupts import Uninterrupted
 from ..engine.plan import Plan, add_norms
 from ..engine.state_tracking import Watch
@@ -141,7 +142,7 @@ class ReleasedGradients:
             if optimizer.max_grad_norm is not None:
                 found = plan.norm(optimizer.policy().largest)
             with Uninterrupted():
-                optimizer.take(plan, optimizer.verdict, False)
+                optimizer.take(plan, optimizer.verdict, NO_SWITCHES)
                 self._plans[param] = plan
                 plan.forget_gradients()
                 if found is not None:

@@ -81,7 +81,7 @@ class Stepping(Findings):
                 # What is left: parameters of other models.
                 found = plan.norm(policy.largest) if self.max_grad_norm is not None else None
                 with Uninterrupted():
-                    self.take(plan, self.verdict, False)
+                    self.take(plan, self.verdict, backends.NO_SWITCHES)
                     self._plan = plan
                     self.released.end_step(found)
                 return
@@ -92,12 +92,18 @@ class Stepping(Findings):
                 verdict = None
                 if policy.measures or scaled:
                     verdict = self._judged(plan, found, scale, inf, policy)
-                self.take(plan, verdict, self.zero_grads)
+                self.take(plan, verdict, self._switches())
                 self._plan = plan
         finally:
             plan.forget_gradients()
 
-    def take(self, plan: Plan, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+    def _switches(self) -> backends.StepSwitches:
+        """The booleans of the step, as the options are now."""
+        return backends.StepSwitches(zero_grads=bool(self.zero_grads))
+
+    def take(
+        self, plan: Plan, verdict: torch.Tensor | None, switches: backends.StepSwitches
+    ) -> None:
         """Takes a planned step, as a whole.
 
         Call it where SIGINT is held. What fails before anything has been changed leaves the
@@ -106,7 +112,7 @@ class Stepping(Findings):
         plan.stage(verdict)
         self._failed = "it was interrupted"
         try:
-            plan.run(verdict, zero_grads)
+            plan.run(verdict, switches)
             self._adopt(plan)
             if verdict is not None:
                 self.verdict = verdict

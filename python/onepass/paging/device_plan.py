@@ -105,18 +105,18 @@ class PagedPart(Part):
         self._ring.start(self._pages)
         return len(self._pages)
 
-    def run(self, verdict: torch.Tensor | None, zero_grads: bool) -> None:
+    def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
         with self._pager.going():
-            super().run(verdict, zero_grads)
+            super().run(verdict, switches)
 
-    def _sweep(self, zero_grads: bool) -> None:
+    def _sweep(self, switches: backends.StepSwitches) -> None:
         table, sums = self.table, self._sums
         self.changed = True
 
         def sweep(i: int) -> None:
             made = self._made[i] if i < len(self._made) else self._rest
             measured = None if sums is None else sums[i]
-            step = backends.StepArgs(table.hyper, table.counters, measured, zero_grads)
+            step = backends.StepArgs(table.hyper, table.counters, measured, switches)
             self.backend.run(made, step)
 
         if self._rest is not None:

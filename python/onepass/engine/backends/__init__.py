@@ -8,7 +8,7 @@ import torch
 
 from ...formats import NATIVE, STATE_FORMATS
 from ...rules import RULES
-from .base import Backend, Entry, Policy, StepArgs
+from .base import NO_SWITCHES, Backend, Entry, Policy, StepArgs, StepSwitches
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
@@ -16,10 +16,12 @@ from .triton import TritonBackend
 
 __all__ = [
     "BACKENDS",
+    "NO_SWITCHES",
     "Backend",
     "Entry",
     "Policy",
     "StepArgs",
+    "StepSwitches",
     "choose",
     "status",
     "support_matrix",

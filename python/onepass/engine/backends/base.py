@@ -78,6 +78,25 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class StepSwitches:
+    """The booleans of a step: a bit each in StepSwitch of csrc/entry.h, a constexpr in Triton.
+
+    Attributes:
+        zero_grads: set the gradients to zero, those of rows left alone as well.
+    """
+
+    zero_grads: bool = False
+
+    @property
+    def bits(self) -> int:
+        """All of them, the first in bit 0."""
+        return int(self.zero_grads)
+
+
+NO_SWITCHES = StepSwitches()
+
+
+@dataclass(frozen=True)
 class StepArgs:
     """What a step is run with, beside the plan: the same struct in csrc/entry.h.
 
@@ -87,18 +106,13 @@ class StepArgs:
             0 is left alone, bit for bit.
         telemetry: float64 [rows, TELEMETRY_WIDTH] to fill, of rows left alone too, with no update;
             None for none.
-        zero_grads: set the gradients to zero, those of rows left alone as well.
+        switches: see :class:`StepSwitches`.
     """
 
     hyper: torch.Tensor
     counters: torch.Tensor
     telemetry: torch.Tensor | None = None
-    zero_grads: bool = False
-
-    @property
-    def switches(self) -> int:
-        """Its booleans as bits: StepSwitch of csrc/entry.h."""
-        return int(self.zero_grads)
+    switches: StepSwitches = NO_SWITCHES
 
 
 @dataclass(frozen=True)

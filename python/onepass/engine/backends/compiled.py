@@ -47,7 +47,7 @@ class CompiledBackend(Backend):
 
     def run(self, prepared: _Prepared, step: StepArgs) -> None:
         s = step
-        self.calls.run(prepared.plan, s.hyper, s.counters, s.telemetry, s.switches)
+        self.calls.run(prepared.plan, s.hyper, s.counters, s.telemetry, s.switches.bits)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
         found: torch.Tensor = self.calls.norm(prepared.plan)

@@ -76,7 +76,7 @@ class ReferenceBackend(Backend):
             with np.errstate(all="ignore"):
                 row, keys = hyper[entry.row].cpu().numpy(), counters[entry.row].tolist()
                 sums[entry.row] += self._run_entry(entry, grad, row, keys)
-            if step.zero_grads:
+            if step.switches.zero_grads:
                 grad.zero_()
         if step.telemetry is not None:
             step.telemetry.copy_(torch.from_numpy(sums))
