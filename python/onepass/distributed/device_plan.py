@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..engine import backends
-from ..engine.device_plan import Part, Tensors
+from ..engine.device_plan import DevicePlan, Tensors
 from ..engine.hyper_table import RowTable
 from ..engine.tensor_access import (
     are_plain,
@@ -27,8 +27,8 @@ made of it. All parts of an optimizer share it until the step is done, so that e
 gradient once in a step, however often it plans."""
 
 
-class ShardedPart(Part):
-    """A :class:`Part` whose entries are the local tensors of DTensors.
+class ShardedDevicePlan(DevicePlan):
+    """A :class:`DevicePlan` whose entries are the local tensors of DTensors.
 
     Args:
         owners: the DTensors, in the order of entries.

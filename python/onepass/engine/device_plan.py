@@ -19,7 +19,7 @@ _grad = attrgetter("grad")
 Tensors = list[torch.Tensor]
 
 
-class Part:
+class DevicePlan:
     """The entries of one device, and the rows that they read.
 
     Args:

@@ -20,7 +20,7 @@ import torch
 
 from ..numerics.verdict import VERDICT_WIDTH
 from . import backends
-from .device_plan import Part
+from .device_plan import DevicePlan
 from .hyper_table import TELEMETRY_WIDTH
 from .plan_layout import PlanLayout
 from .plan_publish import Publication
@@ -209,7 +209,7 @@ class Plan:
         torch.autograd.graph.increment_version(self._versioned)
 
     @staticmethod
-    def _here(verdict: torch.Tensor | None, part: Part) -> torch.Tensor | None:
+    def _here(verdict: torch.Tensor | None, part: DevicePlan) -> torch.Tensor | None:
         device = part.table.steps.device
         return None if verdict is None else verdict.to(device, non_blocking=True)
 

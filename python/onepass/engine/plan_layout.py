@@ -10,7 +10,7 @@ from ..formats import STATE_FORMATS, WEIGHT_FORMATS, scale_key
 from ..rules import Rule
 from ..rules.group_options import option
 from . import backends
-from .device_plan import Part
+from .device_plan import DevicePlan
 from .hyper_table import History, Row, RowTable
 from .plan_fit import Fitted
 from .plan_request import PlanRequest, ProcessGroups
@@ -27,7 +27,7 @@ class PlanLayout(NamedTuple):
         rows: of each member, the row that has its counters.
     """
 
-    parts: list[Part]
+    parts: list[DevicePlan]
     groups: list[ProcessGroups]
     rows: list[Row]
 

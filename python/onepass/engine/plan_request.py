@@ -11,7 +11,7 @@ import torch
 from ..formats import StateFormat
 from ..rules import Rule
 from . import backends
-from .device_plan import Part
+from .device_plan import DevicePlan
 from .hyper_table import RowTable
 from .state_layouts import Home
 from .state_tracking import Watch
@@ -142,8 +142,8 @@ class PlanFeatures(Protocol):
         table: RowTable,
         owners: list[torch.Tensor],
         sharded: bool,
-    ) -> Part:
-        """The part of a plan with these entries; see :class:`Part`. sharded: the owners are
+    ) -> DevicePlan:
+        """The part of a plan with these entries; see :class:`DevicePlan`. sharded: the owners are
         DTensors."""
 
 

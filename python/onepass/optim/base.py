@@ -200,8 +200,8 @@ class Optimizer(Stepping):
             return loss
         # torch.no_grad() would take as long as all groups.
         enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
         try:
+            torch.set_grad_enabled(False)
             self.whole_step()
         finally:
             torch.set_grad_enabled(enabled)

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from ..distributed.device_plan import Moved, ShardedPart
+from ..distributed.device_plan import Moved, ShardedDevicePlan
 from ..distributed.rank_sums import Ranks
 from ..distributed.shards import shards_of
 from ..engine import backends
-from ..engine.device_plan import Part
+from ..engine.device_plan import DevicePlan
 from ..engine.hyper_table import RowTable
 from ..engine.plan_request import Member, ParamView, PlainParam, RankSums
 from ..engine.state_layouts import Home
-from ..paging.device_plan import PagedPart
+from ..paging.device_plan import PagedDevicePlan
 from ..paging.pager import Pager
 
 
-class PagedShards(ShardedPart, PagedPart):
+class PagedShardedDevicePlan(ShardedDevicePlan, PagedDevicePlan):
     """Local tensors of DTensors, with states that are paged."""
 
 
@@ -95,17 +95,19 @@ class Features:
         table: RowTable,
         owners: list[torch.Tensor],
         sharded: bool,
-    ) -> Part:
+    ) -> DevicePlan:
         """The part of a plan with these entries; sharded: the owners are DTensors."""
         pager, moved = self._pager, self._moved
         away = [i for i, owner in enumerate(owners) if owner in self._paged]
         if pager is None or not away:
             if not sharded:
-                return Part(backend, entries, table, owners)
-            return ShardedPart(backend, entries, table, owners, moved=moved)
+                return DevicePlan(backend, entries, table, owners)
+            return ShardedDevicePlan(backend, entries, table, owners, moved=moved)
         if not sharded:
-            return PagedPart(backend, entries, table, owners, pager=pager, paged=away)
-        return PagedShards(backend, entries, table, owners, moved=moved, pager=pager, paged=away)
+            return PagedDevicePlan(backend, entries, table, owners, pager=pager, paged=away)
+        return PagedShardedDevicePlan(
+            backend, entries, table, owners, moved=moved, pager=pager, paged=away
+        )
 
 
 def _owned(members: list[Member]) -> list[tuple[torch.Tensor, dict[str, Any]]]:

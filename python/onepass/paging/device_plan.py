@@ -9,7 +9,7 @@ import torch
 
 from ..engine import backends
 from ..engine.backends.base import same_layout
-from ..engine.device_plan import Part, Tensors
+from ..engine.device_plan import DevicePlan, Tensors
 from ..engine.hyper_table import RowTable, capturing
 from ..engine.tensor_access import has_memory
 from ..formats import NATIVE
@@ -17,7 +17,7 @@ from .pager import Pager
 from .pages import make_pages
 
 
-class PagedPart(Part):
+class PagedDevicePlan(DevicePlan):
     """First the entries whose states stay, then one page after another, each a plan of its own.
 
     Args:
