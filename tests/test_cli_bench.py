@@ -42,7 +42,7 @@ def test_sizes(text, number):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rule", "adamv"], "did you mean 'adamw"),
+        (["--rule", "addamw"], "did you mean 'adamw"),
         (["--states", "mx16"], "did you mean 'mx"),
         (["--weights", "split"], "did you mean 'split"),
         (["--dtype", "fp64"], "fp32, bf16, fp16"),

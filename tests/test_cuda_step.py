@@ -14,10 +14,10 @@ from onepass.engine.hyper_table import History, RowTable
 from onepass.formats import STATE_FORMATS
 from onepass.numerics.verdict import SKIPPED, VERDICT_WIDTH
 from onepass.rules import RULES
-from tests.cases import history
 
 from . import cuda_shim
-from .cases import CASES, DTYPES, SIZES, advance, assert_same, make_params, same_bits
+from .cases import CASES, DTYPES, SIZES, advance, assert_same, history, make_params
+from .cases import same_bits as same_bits
 from .test_cuda_shim import SHIM, STORED, WHY_NOT
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
@@ -48,14 +48,18 @@ OWN = {
     ],
     "lion": [{"betas": betas} for betas in ((0.9, 0.99), (0.0, 1 / 3))],
 }
+"""Values of the rules' own options; a rule that is not here takes those of adam that it has."""
+DEFAULTS = {case.ours.rule.name: case.ours([torch.nn.Parameter(torch.ones(1))]) for case in CASES}
 
 
 def groups_of(rule):
+    defaults = DEFAULTS[rule].defaults
     for own, decoupled, maximize, decay, ema in itertools.product(
-        OWN[rule], (False, True), (False, True), (0.0, 0.1), (None, 0.999)
+        OWN.get(rule, OWN["adam"]), (False, True), (False, True), (0.0, 0.1), (None, 0.999)
     ):
         yield {
-            **own,
+            **defaults,
+            **{name: value for name, value in own.items() if name in defaults},
             "lr": 0.3 if maximize else 1e-3,
             "weight_decay": decay,
             "decoupled_weight_decay": decoupled,

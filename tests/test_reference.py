@@ -18,6 +18,8 @@ from onepass.formats.floats import (
 from onepass.numerics.random_bits import random_bits, splitmix64
 from onepass.rules import HYPER_WIDTH, OPTIONS_WIDTH, RULES, StepOf, power
 
+from .cases import CASES
+
 ALL_CODES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 # Every value with 19 significant leading bits: all rounding decisions of both 16-bit formats.
 MANY = (np.arange(1 << 19, dtype=np.uint32) << np.uint32(13)).view(np.float32)
@@ -159,26 +161,14 @@ def test_power_is_pow_to_a_few_ulp():
             assert power(base, exponent) == pytest.approx(base**exponent, rel=1e-9, abs=1e-300)
 
 
-def test_derive_returns_what_the_table_says():
-    group = {
-        "lr": 0.1,
-        "weight_decay": 0.1,
-        "decoupled_weight_decay": True,
-        "eps": 1e-8,
-        "betas": (0.9, 0.99),
-        "momentum": 0.9,
-        "dampening": 0.0,
-        "alpha": 0.9,
-        "lr_decay": 0.1,
-        "maximize": False,
-        "ema_decay": None,
-    }
-    for rule in RULES.values():
-        options = rule.options(group)
-        assert len(options) == OPTIONS_WIDTH
-        advanced = rule.advance(options, 3, tuple(s.starts_at for s in rule.scalar_states))
-        assert len(rule.derive(options, StepOf(3, False, advanced))) == rule.scalars
-        assert len(rule.hyper(options, StepOf(3, False, advanced), 1.0)) == HYPER_WIDTH
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_derive_returns_what_the_table_says(case):
+    rule, group = case.ours.rule, case.ours([torch.nn.Parameter(torch.ones(1))]).defaults
+    options = rule.options(group)
+    assert len(options) == OPTIONS_WIDTH
+    advanced = rule.advance(options, 3, tuple(s.starts_at for s in rule.scalar_states))
+    assert len(rule.derive(options, StepOf(3, False, advanced))) == rule.scalars
+    assert len(rule.hyper(options, StepOf(3, False, advanced), 1.0)) == HYPER_WIDTH
 
 
 def test_adam_hyperparameters_fold_the_bias_corrections():

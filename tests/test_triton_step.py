@@ -12,10 +12,10 @@ import torch
 import onepass
 from onepass.engine.backends import BACKENDS, Policy, StepArgs, StepSwitches
 from onepass.engine.hyper_table import NONFINITE, RowTable
+from onepass.numerics.gradient_norm import norm
 from onepass.numerics.verdict import FACTOR, SKIP, SKIPPED, VERDICT_WIDTH
-from tests.cases import history
 
-from .cases import CASES, advance, assert_same, make_params, same_bits, set_grads
+from .cases import CASES, advance, assert_same, history, make_params, same_bits, set_grads
 
 pytest.importorskip("triton")
 
@@ -280,7 +280,7 @@ def test_clipping_with_one_value_of_the_norm():
 
     def change(optimizer, step):
         grads = [p.grad.numpy().ravel() for p in params_of(optimizer)]
-        optimizer._found = torch.from_numpy(onepass.numerics.gradient_norm(grads))
+        optimizer._found = torch.from_numpy(norm(grads))
 
     both(change, max_grad_norm=0.5, cls=onepass.SGD, momentum=0.9)
 

@@ -218,7 +218,7 @@ def test_variants_compile_and_differ(tmp_path):
         cubin = str(tmp_path / f"{variant.name}.cubin")
         command = [nvcc, "-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr"]
         command += ["-arch=sm_90", *(f"-D{name}" for name in variant.defines.split())]
-        source = str(ROOT / "csrc" / "cuda" / "sweep_adam.cu")
+        source = str(ROOT / "csrc" / "generated" / "cuda" / "sweep_adam.cu")
         subprocess.run([*command, "-cubin", source, "-o", cubin], check=True)
 
         def dumped(option):

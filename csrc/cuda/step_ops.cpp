@@ -56,7 +56,7 @@ void advance(
     int64_t rule, Tensor options, Tensor kept, Tensor hyper, Tensor counters,
     std::optional<Tensor> verdict) {
   STD_TORCH_CHECK(rule >= 0 && rule < kRules, "onepass: no rule ", rule);
-  const int64_t rows = counters.numel() / 2, columns = 2 + kRuleInfo[rule].scalar_states;
+  const int64_t rows = options.numel() / kOptionsWidth, columns = 2 + kRuleInfo[rule].scalar_states;
   check_table(options, kept, ScalarType::Double, rows * kOptionsWidth, "options", "float64");
   check_table(kept, kept, ScalarType::Float, rows * columns, "kept", "float32");
   check_table(hyper, kept, ScalarType::Float, rows * kHyperWidth, "hyper", "float32");

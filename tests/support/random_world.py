@@ -325,6 +325,10 @@ class World:
             if rule == "sgd" and not begun:
                 state.pop("momentum_buffer", None)
             step, ema = int(state.pop("step", 0)), state.pop("ema", p.detach())
+            numbers = {
+                scalar.key: state.pop(scalar.key, torch.tensor(scalar.starts_at)).double()
+                for scalar in self.case.ours.rule.scalar_states
+            }
             floats = all(s.dtype.is_floating_point and s.shape == p.shape for s in state.values())
             if option(group, "states") != "fp32" or p.dtype != torch.float32 or not floats:
                 continue
@@ -337,12 +341,13 @@ class World:
             rows = [
                 s[:, None] * v.double().reshape(1, -1) for s, v in zip(scales, given, strict=True)
             ]
-            oracle = Oracle(rule, rows[0], options)
+            oracle = Oracle(rule, rows[0], options, self.case.direction)
             oracle.t, oracle.s = (
                 step,
-                dict(zip(names[1:], (r.clone() for r in rows[1:-1]), strict=True)),
+                dict(zip(names[1:], (r.clone() for r in rows[1:-1]), strict=True)) | numbers,
             )
             oracle.step(rows[-1])
+            oracle.s = {name: value for name, value in oracle.s.items() if name not in numbers}
             for name, value in {"parameter": oracle.p, **oracle.s}.items():
                 old = rows[names.index(name)][0] if name in names else torch.zeros_like(value[0])
                 limit = 2 * EPS * torch.maximum(old.abs(), value[0].abs())
