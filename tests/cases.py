@@ -55,6 +55,20 @@ def _product(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
+def nadam(oracle: Any, g: torch.Tensor) -> torch.Tensor:
+    """As torch.optim.NAdam writes it."""
+    o, t = oracle.o, oracle.t
+    (beta1, beta2), decay = o.get("betas", (0.9, 0.999)), o.get("momentum_decay", 4e-3)
+    mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (k * decay)) for k in (t, t + 1))
+    oracle.s["mu_product"] = oracle.s.get("mu_product", torch.ones(())) * mu  # torch's is fp32
+    product = oracle.s["mu_product"].double()
+    m, v = oracle.state("exp_avg"), oracle.state("exp_avg_sq")
+    m.mul_(beta1).add_((1 - beta1) * g)
+    v.mul_(beta2).add_((1 - beta2) * g * g)
+    nesterov = g * (1 - mu) / (1 - product) + m * mu_next / (1 - product * mu_next)
+    return nesterov / ((v / (1 - beta2**t)).sqrt() + o.get("eps", 1e-8))
+
+
 BOTH = (False, True)
 CASES = [
     Case(
@@ -84,6 +98,7 @@ CASES = [
     Case("adam", onepass.Adam, torch.optim.Adam, 0.01, {}, _product(amsgrad=BOTH)),
     Case("adamw", onepass.AdamW, torch.optim.AdamW, 0.01, {}, _product(amsgrad=BOTH)),
     Case("lion", onepass.Lion, None, 0.01, {}),
+    Case("nadam", onepass.NAdam, torch.optim.NAdam, 0.01, {}, direction=nadam),
 ]
 
 VARIANTS = [

@@ -175,6 +175,45 @@ def derive_lion(o, step, first, scalar_states):
 
 
 @triton.jit
+def nadam(param, grad, states, h, FLAGS: tl.constexpr):
+    DECOUPLED: tl.constexpr = FLAGS & 1
+    grad_size, avg_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
+    exp_avg, exp_avg_sq = states
+    if not DECOUPLED:
+        grad = grad + weight_decay * param
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+    denom = tl.sqrt_rn(exp_avg_sq) + eps
+    delta = tl.div_rn(grad_size * grad + avg_size * exp_avg, denom)
+    if DECOUPLED:
+        delta = delta + weight_decay * param
+    return param - delta, (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def momentum_of_nadam(o, step):
+    return o[OWN] * (1.0 - 0.5 * power(o[OWN + 3], step))
+
+
+@triton.jit
+def advance_nadam(o, step, scalar_states):
+    return (scalar_states[0] * momentum_of_nadam(o, step),)
+
+
+@triton.jit
+def derive_nadam(o, step, first, scalar_states):
+    beta1, beta2, eps = o[OWN], o[OWN + 1], o[OWN + 2]
+    mu, mu_next = momentum_of_nadam(o, step), momentum_of_nadam(o, step + 1)
+    mu_product = scalar_states[0]
+    root = tl.sqrt(1.0 - power(beta2, step))
+    scale = o[LR] * root
+    grad_size = scale * (1.0 - mu) / (1.0 - mu_product)
+    avg_size = scale * mu_next / (1.0 - mu_product * mu_next)
+    weight_decay = decay(o, o[LR])
+    return grad_size, avg_size, weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root
+
+
+@triton.jit
 def keep(o, step, scalar_states):
     return scalar_states
 

@@ -19,6 +19,7 @@ from .bitsandbytes_names import (
     SGD8bit,
 )
 from .lion import Lion
+from .nadam import NAdam
 from .options import Options as Options
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -34,6 +35,7 @@ __all__ = [
     "AdamW8bit",
     "Lion",
     "Lion8bit",
+    "NAdam",
     "Optimizer",
     "PagedAdam",
     "PagedAdam8bit",
