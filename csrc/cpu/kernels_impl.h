@@ -178,11 +178,13 @@ template <Kind>
 using Fp32State = Fp32;
 using Bf16 = Half<ToBf16>;
 
-// What a rule has with some flags: nothing where they do not go together. These loops hold three
-// states; the tiles of sweep.cpp serve a rule with more.
+// The loop of a rule with some flags; null where the flags do not go together or the tiles of
+// sweep.cpp serve. A loop that converts on the way takes two seconds to compile, so only what
+// kReducedPrecision names has these. They hold three states.
 enum Loop { kInFp32, kInBf16, kBf16Fp32, kFp32Mx8, kSplit8Mx8, kStochasticMx8, kStochasticMx4 };
-template <class Rule, Loop L>
+template <template <unsigned> class Rules, unsigned Flags, Loop L>
 constexpr RuleFn loop_of() {
+  using Rule = Rules<Flags>;
   if constexpr (!Rule::kValid)
     return nullptr;
   else if constexpr (L == kInFp32)
@@ -191,6 +193,8 @@ constexpr RuleFn loop_of() {
     return nullptr;
   else if constexpr (L == kInBf16)
     return apply_bf16<Rule>;
+  else if constexpr (!(Rule::kReducedPrecision >> Flags & 1))
+    return nullptr;
   else if constexpr (L == kBf16Fp32)
     return apply_tiles<Rule, Bf16, Bf16, Fp32State>;
   else if constexpr (L == kFp32Mx8)
@@ -207,7 +211,7 @@ constexpr RuleFn loop_of() {
 template <template <unsigned> class Rule, Loop L, unsigned Flags = 0>
 constexpr void fill(RuleFn* of_flags) {
   if constexpr (Flags < kFlagSets) {
-    of_flags[Flags] = loop_of<Rule<Flags>, L>();
+    of_flags[Flags] = loop_of<Rule, Flags, L>();
     fill<Rule, L, Flags + 1>(of_flags);
   }
 }

@@ -33,7 +33,9 @@ struct RuleDefaults {
   // Numbers that a parameter keeps beside its step counter. A rule that has any also has
   // advance(options, number, scalar_states), which brings them to this step.
   static constexpr int kScalarStates = 0;
-  // Bit f: the CUDA library has kernels for the formats of cuda/combinations.h with flags f.
+  // Bit f: flags f have kernels of their own for formats of reduced precision, the fused tiles of
+  // cpu/kernels_impl.h and the combinations of cuda/combinations.h. Other flags run the kernels
+  // that serve every format.
   static constexpr uint32_t kReducedPrecision = 0;
 };
 
