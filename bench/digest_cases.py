@@ -87,6 +87,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "Adam": [{"amsgrad": amsgrad} for amsgrad in (False, True)],
     "AdamW": [{"amsgrad": amsgrad} for amsgrad in (False, True)],
     "Lion": [{}],
+    "NAdam": [{"momentum_decay": 0.1}],
 }
 """Every combination of the options that choose what a kernel computes."""
 
@@ -99,7 +100,7 @@ STORED = [
 """(dtype and format of the weights, format of the states), all there are."""
 
 _BASE = {"lr": 0.01, "weight_decay": 0.1}
-_MOST = {"SGD": 1, "Adagrad": 1, "RMSprop": 4, "Adam": 1, "AdamW": 0, "Lion": 0}
+_MOST = {"SGD": 1, "Adagrad": 1, "RMSprop": 4, "Adam": 1, "AdamW": 0, "Lion": 0, "NAdam": 0}
 """Which of RULES a format is tried with: one that every format serves."""
 
 
@@ -123,7 +124,7 @@ def _options(optimizer: str) -> dict[str, Any]:
 def _formats() -> Iterator[DigestCase]:
     for dtype, weights, states in STORED:
         yield DigestCase("AdamW", _BASE, states, weights, dtype, dtype, "chunks")
-    for optimizer in ("SGD", "Adagrad", "RMSprop", "Adam", "Lion"):
+    for optimizer in ("SGD", "Adagrad", "RMSprop", "Adam", "Lion", "NAdam"):
         for weights, states in (
             ("stochastic", "bf16"),
             ("split8", "mx8"),
@@ -181,7 +182,7 @@ def _steps() -> Iterator[DigestCase]:
             yield DigestCase("AdamW", _BASE, **stored, seed=(1 << 40) + 3)
         yield DigestCase("AdamW", _BASE, **stored, steps=5, graph=True)
         yield DigestCase("AdamW", _BASE, **stored, infinite=(1,))  # not skipped
-    for optimizer in ("SGD", "Lion"):
+    for optimizer in ("SGD", "Lion", "NAdam"):
         options = {**_options(optimizer), "skip_nonfinite": True}
         yield DigestCase(optimizer, options, infinite=(0,))
         yield DigestCase(optimizer, options, "mx8", infinite=(1,), steps=5, graph=True)
