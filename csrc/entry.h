@@ -1,4 +1,4 @@
-// What a plan says of one parameter, for the sweeps of every device.
+// One parameter of a plan, as the sweeps of every device read it.
 #pragma once
 
 #include "formats/table.h"
@@ -6,43 +6,45 @@
 
 namespace onepass {
 
-// A tensor at rest: its codes, and the scales of their blocks or the companion of a weight.
+// A stored tensor. data holds its codes (encoded elements); extra holds the scales of its blocks,
+// or the companion of a weight: a second tensor with the bits that the 16-bit weight lacks.
 struct Stored {
   void* data;
   void* extra;
 };
 
-// What a step may measure of a row, float64, in the order of a row of the telemetry table: sums of
-// squares of gradients, of weights after the step and of updates; non-finite gradients.
+// The telemetry of one row of the hyperparameter table, in float64, in the column order of the
+// telemetry table: the sums of squares of the gradients, of the weights after the step and of the
+// updates, and the number of non-finite gradients.
 struct Telemetry {
   double grads, weights, updates, nonfinite;
 };
 constexpr int kTelemetryWidth = 4;
 
-// What a step is run with, beside the plan (StepArgs of onepass/engine/backends/base.py).
+// The arguments of one step besides the plan (StepArgs of onepass/engine/backends/base.py).
 struct StepArgs {
-  const float* hyper;       // kHyperWidth floats a row
-  const int64_t* counters;  // seed and step of each row; a row whose step is 0 is left alone
-  Telemetry* telemetry;     // a row each, to be filled; or null
-  bool zero_grads;          // gradients become zero, those of rows that are left alone too
+  const float* hyper;       // the hyperparameter table, kHyperWidth floats per row
+  const int64_t* counters;  // seed and step number of each row; step number 0 skips the row
+  Telemetry* telemetry;     // one element per row, written by the step; null measures nothing
+  bool zero_grads;          // sets every gradient to zero, also those of skipped rows
 };
-// The bits of the op's argument switches.
+// Bits of the argument `switches` of the op `run`.
 enum StepSwitch : int64_t { kZeroGrads = 1, kAllSwitches = 2 };
 
-// One parameter with what belongs to it, in memory order.
+// One parameter with its gradient, states and average. Elements are counted in memory order.
 struct Entry {
   Stored param;
   void* grad;
   Stored states[kMaxStates];
-  float* ema;  // the average of the weight, or null
+  float* ema;  // the exponential moving average of the weight, or null
   int64_t numel;
-  int64_t first;  // index of the first element in the whole tensor, for the random bits
+  int64_t first;  // index of the first element in the unsharded tensor; selects the random bits
   int64_t param_id;
-  int32_t row;  // of the hyperparameter table
+  int32_t row;  // row of the hyperparameter table
   uint16_t rule, flags;
   Format param_format, grad_format, state_formats[kMaxStates];
   Kind kinds[kMaxStates];
-  uint8_t order[kMaxStates];  // of the states in a tile: the first second moment comes first
+  uint8_t order[kMaxStates];  // in which states are decoded and encoded; see front_state
   uint8_t slots;              // bit k: the rule has state k
 
   bool has(int k) const { return slots >> k & 1; }

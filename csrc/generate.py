@@ -1,12 +1,12 @@
-"""Writes csrc/generated: what C++ takes from the folder listing and from Python's limits.
+"""Writes csrc/generated from the files of csrc/rules and from the limits in Python.
 
 - ``limits.h``: the limits of onepass/rules/limits.py;
 - ``rules.h``: the list of rules, one for each header of csrc/rules that defines a struct template
-  of the file's own name (``nadam.h``: ``Nadam``), in alphabetical order, and the layout that Python
-  compares before it uses a library;
+  of the file's own name (``nadam.h``: ``Nadam``), in alphabetical order, and the layout string that
+  Python compares before it uses a library;
 - ``cuda/sweep_<rule>.cu``: the file that compiles the CUDA kernels of one rule.
 
-setup.py calls it before it compiles. Files that are as they should be are left alone.
+setup.py calls it before it compiles. It does not rewrite files that are up to date.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOTE = "// Written by csrc/generate.py.\n"
 
 
 def rules() -> list[str]:
-    """The names of the rules."""
+    """The names of the rules, sorted."""
     found = []
     for path in sorted((CSRC / "rules").glob("*.h")):
         if re.search(rf"^struct {path.stem.capitalize()}\b", path.read_text(), re.MULTILINE):
@@ -37,12 +37,12 @@ def limits() -> dict[str, int]:
 
 
 def layout() -> str:
-    """What the numbers in a plan mean: the rules in order, and the limits."""
+    """A string that identifies the numbers in a plan: the rules in order, and the limits."""
     return " ".join([*rules(), *(f"{name}={value}" for name, value in limits().items())])
 
 
 def files() -> dict[str, str]:
-    """Path below csrc/generated -> text."""
+    """Path below csrc/generated -> text of the file."""
     names = rules()
     constants = "".join(
         f"constexpr int k{name.title().replace('_', '')} = {value};\n"

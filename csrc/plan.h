@@ -1,8 +1,9 @@
-// The host side of a plan, for every device: the parameter list flattened once into entries. Each
-// step passes the parameters and gradients again; the plan takes their addresses and compares
-// everything else with what it was built from. It owns the states but neither parameters nor
-// gradients, so that torch can swap or free those between steps. Included, through plan_ops.h, by
-// one file of each library, which adds the tables of its device and the sweep.
+// The host side of a plan, for every device. A plan is the parameter list flattened once into
+// entries. Each step passes the parameters and gradients again; the plan takes their addresses and
+// compares their devices, dtypes and layouts with those that it was built from. The plan owns the
+// states. It owns neither parameters nor gradients, so torch can swap or free them between steps.
+// One file of each library includes this header through plan_ops.h, and adds the tables of its
+// device and the sweep.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -21,7 +22,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Columns of spec, a row per parameter; Entry.spec of onepass/engine/backends/base.py writes it.
+// Columns of the tensor spec, which has one row per parameter. Entry.spec of
+// onepass/engine/backends/base.py writes it.
 enum Column {
   kRule,
   kFlags,
@@ -30,38 +32,41 @@ enum Column {
   kFirstElement,
   kWeight,
   kEma,       // whether the weight has an average
-  kFormats0,  // of each state
+  kFormats0,  // the format of state 0; those of the other states follow
   kColumns = kFormats0 + kMaxStates
 };
-constexpr int64_t kAbsent = -1;  // a format column of a state that the rule does not have
+constexpr int64_t kAbsent = -1;  // the format of a state that the rule does not have
 
-// A parameter's sizes and strides, at an offset of Plan::dims.
+// Where Plan::dims holds the sizes and strides of a parameter.
 struct Layout {
   size_t offset;
   int64_t dim;
 };
 
-// A state, companion or average: a tensor that the plan owns, and the address that it had.
+// A state, companion or average: a tensor that the plan owns, and its address when the plan was
+// built.
 struct Held {
   Tensor tensor;
   void* address;
-  int64_t end;  // bytes that its storage must have
+  int64_t end;  // the least size of its storage, in bytes
 };
 
+// The type (as aoti_torch_device_type_...() numbers it) and the index of a device.
 struct Device {
   int32_t type, index;
 };
 
+// What the plans of all devices have in common.
 struct Plan {
-  // Of all entries, in order: of each state its codes and scales, then the weight's companion and
-  // average.
+  // The owned tensors of every entry, entry by entry: the codes and scales of each state, then the
+  // companion and the average of the weight.
   std::vector<Held> held;
-  std::vector<Layout> layouts;  // of each parameter
-  std::vector<int64_t> dims;    // what they point into: sizes, then strides
+  std::vector<Layout> layouts;  // one per parameter
+  std::vector<int64_t> dims;    // the sizes and then the strides of each parameter
   std::vector<Entry> entries;
-  Device device{};  // of all of these
-  int64_t rows = 0;
-  bool taken = false;  // whether the gradients are those of the step that is about to run
+  Device device{};     // the device of every tensor of the plan
+  int64_t rows = 0;    // rows that the hyperparameter table must have
+  bool taken = false;  // whether the entries hold the gradients of the step that runs next
 };
 
 std::string at(size_t index) { return " (parameter " + std::to_string(index) + ")"; }
@@ -77,8 +82,8 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// The C functions themselves where a step calls them for every tensor: their C++ wrappers translate
-// every dtype through a chain of comparisons.
+// Calls a getter of the stable C ABI. Each step calls such getters for every tensor, and their C++
+// wrappers are slower: they translate every dtype through a chain of comparisons.
 template <class Value>
 Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle tensor) {
   Value value;
@@ -88,6 +93,7 @@ Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle
 
 void* address(AtenTensorHandle tensor) { return ask(aoti_torch_get_data_ptr, tensor); }
 
+// Appends the sizes and strides of a tensor to dims.
 Layout remember(std::vector<int64_t>& dims, const Tensor& tensor) {
   const Layout layout{dims.size(), tensor.dim()};
   for (const int64_t size : tensor.sizes()) dims.push_back(size);
@@ -95,7 +101,7 @@ Layout remember(std::vector<int64_t>& dims, const Tensor& tensor) {
   return layout;
 }
 
-// What a plan asks of a tensor; sizes and strides are the tensor's own.
+// The properties of a tensor that a plan checks. sizes and strides point into the tensor.
 struct View {
   void* data;
   Device device;
@@ -131,18 +137,18 @@ bool has_layout(const View& tensor, const std::vector<int64_t>& dims, Layout lay
   return true;
 }
 
-// The bytes that the storage of a dense tensor must have for so many elements of it.
+// The least size in bytes of the storage of a dense tensor with numel elements.
 int64_t storage_end(AtenTensorHandle tensor, int64_t numel, int64_t element_bytes) {
   return numel ? (ask(aoti_torch_get_storage_offset, tensor) + numel) * element_bytes : 0;
 }
 
-// Whether a tensor at this address has memory up to that end of its storage. A storage can be freed
-// or shrunk (resize_), and a tensor without memory of its own has a null pointer.
+// Whether the storage of a tensor at address data still has end bytes. A storage can be freed or
+// shrunk (resize_), and a tensor without memory of its own has a null pointer.
 bool has_memory(AtenTensorHandle tensor, const void* data, int64_t end) {
   return end == 0 || (data && ask(aoti_torch_get_storage_size, tensor) >= end);
 }
 
-// The same of a tensor that a plan is built from.
+// storage_end of a tensor that a plan is built from; raises if its memory was freed.
 int64_t checked_end(const Tensor& tensor, const char* which, int64_t i) {
   const auto element_bytes = static_cast<int64_t>(tensor.element_size());
   const int64_t end = storage_end(tensor.get(), tensor.numel(), element_bytes);
@@ -152,7 +158,7 @@ int64_t checked_end(const Tensor& tensor, const char* which, int64_t i) {
   return end;
 }
 
-// The format of a weight or gradient; false for a dtype that has none.
+// Sets *format to the format of a weight or gradient of this dtype. Returns false if there is none.
 bool native_format(int32_t dtype, Format* format) {
   static const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
                        fp16 = aoti_torch_dtype_float16();
@@ -177,7 +183,7 @@ ScalarType scalar_type(Dtype type) {
   }
 }
 
-// The states of an entry in the order in which they are decoded and encoded.
+// Sets the order in which the states of an entry are decoded and encoded.
 void put_in_order(Entry& entry) {
   const int front = front_state(kRuleInfo[entry.rule].second);
   int next = 0;
@@ -188,7 +194,7 @@ void put_in_order(Entry& entry) {
 
 Kind kind_of(const Entry& entry, int k) {
   const RuleInfo& kinds = kRuleInfo[entry.rule];
-  // As in bitsandbytes' checkpoints: the unsigned map is only for a second state.
+  // As in checkpoints of bitsandbytes, state 0 always uses the signed map.
   if (entry.state_formats[k] == Format::kDynamic8 && k == 0) return kFirst;
   if (kinds.second >> k & 1) return kSecond;
   return kinds.relative >> k & 1 ? kRelative : kFirst;
@@ -201,6 +207,7 @@ bool on_device(const Plan& plan, const Tensor& tensor) {
   return on_device(plan, device_of(tensor.get()));
 }
 
+// Builds a plan from the arguments of make_plan, all of which it checks.
 void build(
     Plan& plan, const std::vector<Tensor>& params, const std::vector<Tensor>& held,
     const Tensor& spec) {
@@ -213,7 +220,8 @@ void build(
   plan.device = device_of(count ? params[0].get() : spec.get());
   for (const Tensor& tensor : held) plan.held.push_back({tensor, tensor.mutable_data_ptr(), 0});
   size_t next = 0;
-  // The next of the held tensors, which must have this type and, unless it is flat, this layout.
+  // Takes the next held tensor and checks its dtype. If flat is negative, the tensor must have the
+  // layout of like; otherwise it must be contiguous with flat elements.
   const auto take = [&](ScalarType type, const Tensor& like, int64_t flat, int64_t i) {
     STD_TORCH_CHECK(next < held.size(), "onepass: too few states", at(i));
     const Tensor& tensor = held[next];
@@ -281,8 +289,9 @@ void build(
   STD_TORCH_CHECK(next == held.size(), "onepass: more states than the spec names");
 }
 
-// Whether the states are where they were. In a loop as short as it can be: the tensors lie anywhere
-// in memory, and the processor fetches as many at a time as it sees ahead.
+// Whether the held tensors still have their addresses and memory. The loop body is as short as
+// possible: the tensor objects are scattered in memory, and a short body lets the processor overlap
+// the cache misses of more of them.
 bool holds(const Plan& plan) {
   for (const Held& held : plan.held) {
     const AtenTensorHandle tensor = held.tensor.get();
@@ -292,8 +301,9 @@ bool holds(const Plan& plan) {
   return true;
 }
 
-// Takes the gradients of a step; tensors(i) has the handles of parameter and gradient of entry i.
-// False, and no tensor changed, when one of them or a state is not what the plan was built for.
+// Takes the gradients of a step; tensors(i) returns the handles of the parameter and gradient of
+// entry i. Returns false if the plan is stale: a parameter, gradient or state differs from what the
+// plan was built for. It changes no tensor.
 template <class Tensors>
 bool take_gradients(Plan& plan, size_t params, size_t grads, const Tensors& tensors) {
   plan.taken = false;
@@ -318,8 +328,8 @@ bool take_gradients(Plan& plan, size_t params, size_t grads, const Tensors& tens
   return plan.taken = true;
 }
 
-// What a step is run with, checked; after it, gradients have to be taken anew: a pointer is
-// good for one step, since the gradient may be freed after it.
+// Checks the arguments of a step and returns them. The next step must take gradients again, because
+// a gradient may be freed after its step.
 StepArgs check_step(
     Plan& plan, const Tensor& hyper, const Tensor& counters, const std::optional<Tensor>& telemetry,
     int64_t switches) {

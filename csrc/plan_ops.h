@@ -1,5 +1,5 @@
-// The ops on a plan, for a device whose plan derives from Plan: it is made from the arguments of
-// make_plan, and has run(StepArgs).
+// The ops on a plan. DevicePlan is the plan of one device: it derives from Plan, its constructor
+// takes the arguments of make_plan, and it has a method run(StepArgs).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,9 +15,10 @@
 namespace onepass {
 namespace {
 
-// Plans by the address of their handle: the stable ABI has no way to hand an object to Python. The
-// handle is a tensor of one element on the plan's device, so that every op on a plan is dispatched
-// to the library that made it; the plan holds it, so that no other tensor gets its address.
+// Maps the address of a handle to its plan, because the stable ABI cannot hand an object to Python.
+// A handle is a tensor of one element on the plan's device, so every op on a plan is dispatched to
+// the library that made the plan. The registry keeps the handle alive, so no other tensor can get
+// its address.
 template <class DevicePlan>
 struct Registry {
   std::mutex mutex;
@@ -51,11 +52,12 @@ struct Registry {
     std::lock_guard<std::mutex> lock(registry.mutex);
     const auto found = registry.plans.find(handle.data_ptr());
     if (found == registry.plans.end()) return;
-    std::swap(last, found->second);  // destroyed without the lock
+    std::swap(last, found->second);  // destroyed after the lock is released
     registry.plans.erase(found);
   }
 };
 
+// The op make_plan.
 template <class DevicePlan>
 Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor spec) {
   const Tensor on_device = params.empty() ? spec : params[0];
@@ -63,7 +65,7 @@ Tensor make_plan(std::vector<Tensor> params, std::vector<Tensor> states, Tensor 
   return Registry<DevicePlan>::add(on_device, std::move(plan));
 }
 
-// refresh, boxed by hand: TORCH_BOX would make a Tensor of each handle.
+// The op refresh, boxed by hand: TORCH_BOX would create a Tensor for each handle.
 template <class DevicePlan>
 void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor handle = torch::stable::detail::to<Tensor>(stack[0]);
@@ -75,6 +77,7 @@ void refresh_plan(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(int64_t{same ? 0 : 1});
 }
 
+// The op run.
 template <class DevicePlan>
 void run_plan(
     Tensor handle, Tensor hyper, Tensor counters, std::optional<Tensor> telemetry,
@@ -83,11 +86,13 @@ void run_plan(
   plan->run(check_step(*plan, hyper, counters, telemetry, switches));
 }
 
+// The op free_plan.
 template <class DevicePlan>
 void free_plan(Tensor handle) {
   Registry<DevicePlan>::remove(handle);
 }
 
+// The op sweep_: builds a plan, takes the gradients and runs one step.
 template <class DevicePlan>
 void sweep_(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor spec,

@@ -1,5 +1,5 @@
-// What the rules and formats need from the compiler, so that the same header serves the CPU
-// sweeps (one per instruction set) and the CUDA sweep.
+// Compiler-dependent helpers of the rules and formats, which let one header serve the CPU sweeps
+// (one per instruction set) and the CUDA sweep.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,14 @@
 #if defined(__CUDACC__)
 #define ONEPASS_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: every translation unit is built for another instruction set, and a shared
-// out-of-line copy could be the one that this machine cannot run.
+// Always inlined: each translation unit is built for a different instruction set, and the linker
+// could keep an out-of-line copy that this machine cannot run.
 #define ONEPASS_HD inline __attribute__((always_inline))
 #endif
 
 namespace onepass {
 
+// The bits of a float.
 ONEPASS_HD uint32_t to_bits(float value) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(value);
@@ -24,6 +25,7 @@ ONEPASS_HD uint32_t to_bits(float value) {
 #endif
 }
 
+// The float with these bits.
 ONEPASS_HD float from_bits(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
@@ -34,8 +36,8 @@ ONEPASS_HD float from_bits(uint32_t bits) {
 #endif
 }
 
-// Correctly rounded on every target; a plain '/' and sqrtf are as well under the flags that
-// setup.py passes, but nvcc would let --use_fast_math change them.
+// The correctly rounded square root on every target. Plain sqrtf and '/' are correctly rounded too
+// under the flags of setup.py, but --use_fast_math of nvcc would change them.
 ONEPASS_HD float sqrt_rn(float x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);
@@ -44,6 +46,7 @@ ONEPASS_HD float sqrt_rn(float x) {
 #endif
 }
 
+// The correctly rounded quotient on every target.
 ONEPASS_HD float div_rn(float x, float y) {
 #if defined(__CUDA_ARCH__)
   return __fdiv_rn(x, y);
@@ -52,9 +55,10 @@ ONEPASS_HD float div_rn(float x, float y) {
 #endif
 }
 
-// The roots and quotients of a rule, unless a sweep brings others of the same bits.
+// The square roots and quotients of a rule. A sweep may pass another struct whose results have the
+// same bits (Quick in cuda/fast_path.cuh).
 struct Exact {
-  static constexpr bool kQuick = false;  // whether it is only asked of what is finite
+  static constexpr bool kQuick = false;  // whether all operands must be finite
 
   ONEPASS_HD static float sqrt(float x) { return sqrt_rn(x); }
   ONEPASS_HD static float div(float x, float y) { return div_rn(x, y); }

@@ -1,12 +1,12 @@
-// Asking for memory before it is used.
+// Software prefetching on the CPU.
 #pragma once
 
 #include "portability.h"
 
 namespace onepass {
 
-// The cache lines of so many bytes. To GCC (12.2) a function that only calls __builtin_prefetch
-// has no effect, and calls of it go; a volatile statement stays.
+// Prefetches the cache lines of a range of bytes. GCC 12.2 removes calls of a function whose body
+// is only __builtin_prefetch, because it has no side effect; it keeps a volatile asm statement.
 ONEPASS_HD void prefetch_lines(const void* from, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) {
     const char* at = static_cast<const char*>(from) + line;

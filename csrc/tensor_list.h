@@ -1,4 +1,4 @@
-// A list of tensors among the arguments of an op that is boxed by hand.
+// A tensor-list argument of an op that is boxed by hand.
 #pragma once
 
 #include <torch/csrc/stable/stableivalue_conversions.h>
@@ -9,8 +9,8 @@
 namespace onepass {
 namespace {
 
-// Takes over the list and the handles in it, which deleting the list alone would leak. A handle
-// costs less than a Tensor.
+// Owns the list and its handles; deleting only the list would leak the handles. It stores handles
+// rather than Tensors because a handle costs less.
 class TensorList {
   struct Delete {
     void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
