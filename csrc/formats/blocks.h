@@ -1,6 +1,8 @@
-// mx8 and mx4: a block of 32 elements in memory order shares a power of two. A code is the upper
-// part of an fp32 whose exponent counts from the scale byte, so that all of it is integer
-// arithmetic on the bits; onepass/formats/mx8.py and mx4.py specify it.
+// The block formats mx8 and mx4 of states, with 8 and 4 bits per element. A block of 32 elements in
+// memory order shares a scale byte, which is the biased exponent of a power of two (Root and Ratio
+// below give it another meaning). A code is the upper bits of an fp32 whose exponent is relative to
+// that scale, so encoding and decoding are integer arithmetic on the bits. onepass/formats/mx8.py
+// and mx4.py specify the formats.
 #pragma once
 
 #include "../portability.h"
@@ -11,47 +13,51 @@ constexpr int kMxBlock = 32;
 constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
 constexpr uint32_t kInfinity = 0x7F800000u;
 constexpr uint32_t kNotFinite = 255;  // the scale of a block that holds a NaN or an infinity
-constexpr uint32_t kLowestRoot = 54;  // the squares of 2^-73 and above are exact, and not zero
-constexpr uint32_t kRatioLimit = 0x40E00000u;  // 7: bounds what mx4 can make of Adam's step
+constexpr uint32_t kLowestRoot = 54;  // exponent of 2^-73: from there codes have exact squares > 0
+constexpr uint32_t kRatioLimit = 0x40E00000u;  // 7.0f: bounds the Adam step that mx4 can produce
 constexpr uint32_t kNan32 = 0x7FC00000u;
 
-// What a state is: a mean with a sign; a mean of squares; a first moment whose size goes with the
-// root of the rule's first second moment.
+// The kinds of states. kFirst: a signed mean (first moment). kSecond: a mean of squares (second
+// moment). kRelative: a first moment that is coded as a multiple of the square root of the first
+// second moment of its rule.
 enum Kind : uint8_t { kFirst, kSecond, kRelative, kKinds };
 
+// The larger of two unsigned integers.
 ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// 16 random bits in the upper half of a word whose lower half is zero; elsewhere they are its
-// value.
+// 16 random bits in the upper half of a word whose lower half is zero. Functions that take a
+// uint32_t random16 instead expect them in the lower half.
 struct Upper16 {
   uint32_t word;
 };
+// The 16 random bits as a number below 2^16.
 ONEPASS_HD uint32_t value16(uint32_t random16) { return random16; }
 ONEPASS_HD uint32_t value16(Upper16 random) { return random.word >> 16; }
 
+// The common part of codes with Exponent bits of exponent and Mantissa bits of mantissa.
 template <int Exponent, int Mantissa>
 struct Minifloat {
   static constexpr int kMantissa = Mantissa;
-  static constexpr int kDropped = 23 - Mantissa;      // bits of an fp32 below the code's last
-  static constexpr int kRandomShift = kDropped - 16;  // the upper 16 of them are random
-  static constexpr uint32_t kSpan = (1u << Exponent) - 1;
-  static constexpr uint32_t kSign = 0;        // of a code that has a sign, its bit
-  static constexpr bool kHasZero = false;     // a code of its own for zero
-  static constexpr bool kTakesLeast = false;  // for the scale, beside the largest of a block
+  static constexpr int kDropped = 23 - Mantissa;      // mantissa bits of an fp32 that are dropped
+  static constexpr int kRandomShift = kDropped - 16;  // aligns 16 random bits with the upper ones
+  static constexpr uint32_t kSpan = (1u << Exponent) - 1;  // the largest relative exponent
+  static constexpr uint32_t kSign = 0;        // the sign bit of a code; 0 if it has none
+  static constexpr bool kHasZero = false;     // whether code 0 is reserved for zero
+  static constexpr bool kTakesLeast = false;  // whether scale() also takes the block minimum
   static constexpr uint32_t kNan = 1u
                                    << (Mantissa - 1);  // every code of a block that is not finite
 
-  // The lowest exponent of a block, at least least, so that its largest value, lifted and rounded
-  // up, still has a code.
+  // The scale of a block: the smallest exponent, at least `least`, at which the largest value,
+  // plus lift and rounded up, still has a code.
   ONEPASS_HD static uint32_t lowest(uint32_t largest, uint32_t least, uint32_t lift = 0) {
     const uint32_t top = (largest + ((1u << kDropped) - 1 + lift)) >> 23;
     const uint32_t e = max_u32(top, kSpan + least) - kSpan;
     return largest >= kInfinity ? kNotFinite : e;
   }
-  // The 16 random bits become the upper of the bits that are dropped.
+  // Shifts the 16 random bits to the upper 16 of the dropped bits.
   ONEPASS_HD static uint32_t spread(uint32_t random16) { return random16 << kRandomShift; }
   ONEPASS_HD static uint32_t spread(Upper16 random) { return random.word >> (32 - kDropped); }
-  // The code of bits that are at least those of the lowest exponent.
+  // The code of an fp32 whose bits are at least those of the scale's power of two.
   template <class Random>
   ONEPASS_HD static uint32_t round(uint32_t bits, Random random, uint32_t scale) {
     return ((bits + spread(random)) >> kDropped) - (scale << Mantissa);
@@ -66,11 +72,12 @@ struct Minifloat {
   }
 };
 
-// encode is for a finite block; every code of others is kNan. measure is what the scale is made of
-// the largest of, and of a Root of the least as well. encoder and decoder are what encode and
-// decode take of a scale.
+// The interface of every code below. measure(value) returns bits whose block maximum is passed to
+// scale(); if kTakesLeast, scale() takes the block minimum too. encoder(scale) and decoder(scale)
+// return the scale in the form that encode() and decode() take. encode() is for a finite block;
+// every code of another block is kNan.
 
-// Values of at least zero; code 0 is zero and nothing else.
+// Codes of values >= 0. Only zero has code 0.
 template <int Exponent, int Mantissa>
 struct Unsigned : Minifloat<Exponent, Mantissa> {
   using Base = Minifloat<Exponent, Mantissa>;
@@ -87,7 +94,7 @@ struct Unsigned : Minifloat<Exponent, Mantissa> {
     const uint32_t code = encode_normal(value, random, scale);
     return code < bits ? code : bits;
   }
-  // Of a value whose bits are more than any code.
+  // encode() for a value whose bits, as an integer, exceed every code.
   template <class Random>
   ONEPASS_HD static uint32_t encode_normal(float value, Random random, uint32_t scale) {
     const int32_t steps = static_cast<int32_t>(Base::round(to_bits(value), random, scale));
@@ -96,18 +103,19 @@ struct Unsigned : Minifloat<Exponent, Mantissa> {
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
     return code == 0 ? 0.0f : Base::value(code, scale);
   }
-  // Of a code in the upper bits of a word whose other bits are zero.
+  // decode() of a code in the upper bits of a word whose other bits are zero.
   ONEPASS_HD static float decode_upper(uint32_t word, uint32_t scale) {
     return word == 0 ? 0.0f : decode_upper_normal(word, scale);
   }
-  // Likewise; the code is not 0, unless the scale is 0 as well.
+  // decode_upper() for a code other than 0; code 0 is allowed if the scale is 0.
   ONEPASS_HD static float decode_upper_normal(uint32_t word, uint32_t scale) {
     return from_bits((word >> (32 - Exponent - Mantissa - Base::kDropped)) + (scale << 23));
   }
 };
 
-// The root of a second moment, without a code for zero: only a block of zeros, of scale 0, holds
-// any. E2M2 where all 32 of a block lie within its range, else E3M1; the scale says which.
+// Codes of the square root of a second moment, in E2M2 if all 32 roots of a block are within its
+// range, else in E3M1; the scale selects the layout. There is no code for zero: only a block of
+// zeros, which has scale 0, decodes to zeros.
 struct Root {
   using Coarse = Minifloat<3, 1>;
   using Fine = Minifloat<2, 2>;
@@ -115,11 +123,11 @@ struct Root {
   static constexpr bool kHasZero = false;
   static constexpr bool kTakesLeast = true;
   static constexpr uint32_t kNan = Coarse::kNan;
-  static constexpr uint32_t kFine = 132;                    // the first scale of E2M2
-  static constexpr uint32_t kCoarseBias = kLowestRoot - 1;  // from a scale to the lowest exponent
-  static constexpr uint32_t kFineBias = 66;                 // and from the lowest exponent to one
+  static constexpr uint32_t kFine = 132;                    // scales from here on select E2M2
+  static constexpr uint32_t kCoarseBias = kLowestRoot - 1;  // E3M1: lowest exponent - scale
+  static constexpr uint32_t kFineBias = 66;                 // E2M2: scale - lowest exponent
 
-  // What a scale says: bits of the mantissa, and the bits of the lowest power of two.
+  // A decoded scale: the number of mantissa bits, and the bits of the lowest power of two as fp32.
   struct Unit {
     uint32_t mantissa, lowest;
   };
@@ -135,7 +143,7 @@ struct Root {
   }
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value); }
-  // least: of a block of 32; 0 in a shorter one.
+  // least is the block minimum; pass 0 for a block of fewer than 32 elements.
   ONEPASS_HD static uint32_t scale(uint32_t largest, uint32_t least) {
     const uint32_t fine = Fine::lowest(largest, kLowestRoot);
     const uint32_t coarse = Coarse::lowest(largest, kLowestRoot) - kCoarseBias;
@@ -147,31 +155,31 @@ struct Root {
   ONEPASS_HD static uint32_t encode(float value, Random random, Unit unit) {
     const uint32_t bits = max_u32(to_bits(value), unit.lowest);
     const uint32_t dithered = bits - unit.lowest + (value16(random) << (7 - unit.mantissa));
-    return dithered >> (23 - unit.mantissa);  // of a zero, 0
+    return dithered >> (23 - unit.mantissa);  // 0 for a zero
   }
   ONEPASS_HD static float decode(uint32_t code, Unit unit) {
     return from_bits((code << (23 - unit.mantissa)) + unit.lowest);
   }
 };
 
-// A ratio of at most kRatioLimit: the sign above the number of steps, at most 7. The step is the
-// least float of three bits of mantissa, and of at least that of scale 0, of which 7 reach the
-// largest of a block.
+// Codes of a ratio of magnitude at most kRatioLimit (or not finite): a sign bit above a number of
+// even steps from 0 to 7. The step of a block is the smallest float with three mantissa bits, no
+// smaller than the step of scale 0, such that 7 steps reach the block maximum.
 struct Ratio {
   static constexpr int kWidth = 3;
   static constexpr uint32_t kSign = 1u << kWidth;
   static constexpr bool kHasZero = false;
   static constexpr bool kTakesLeast = false;
   static constexpr uint32_t kNan = 1;
-  static constexpr int kRandomShift = 6;          // by which signs come to lie above codes
-  static constexpr uint32_t kLeastStep = 762;     // the upper 12 bits of 1.25 * 2^-32
-  static constexpr uint32_t kLeast = 0x310C0000;  // seven of that
+  static constexpr int kRandomShift = 6;          // shifts the sign of an fp32 above the code
+  static constexpr uint32_t kLeastStep = 762;     // the upper 12 bits of the step 1.25 * 2^-32
+  static constexpr uint32_t kLeast = 0x310C0000;  // the bits of 7 times that step
 
-  // The step.
+  // The step of a block.
   ONEPASS_HD static float decoder(uint32_t scale) {
     return from_bits(scale == kNotFinite ? kNan32 : (scale + kLeastStep) << 20);
   }
-  // What makes steps of values, with 16 bits below the point.
+  // The factor from values to steps in fixed point with 16 fraction bits.
   template <class Math = Exact>
   ONEPASS_HD static float encoder(uint32_t scale, Math&& math = Math()) {
     return math.div(65536.0f, decoder(scale));
@@ -189,7 +197,7 @@ struct Ratio {
     const uint32_t sign = to_bits(value) >> (31 - kWidth) & kSign;
     return dithered(value, value16(random), per_step) >> 16 | sign;
   }
-  // The number of steps in the upper half.
+  // The number of steps, stochastically rounded, in the upper half of the word.
   ONEPASS_HD static uint32_t dithered(float value, uint32_t random16, float per_step) {
     const float steps = from_bits(to_bits(value) & kMagnitude) * per_step;
     return static_cast<uint32_t>(static_cast<int32_t>(steps)) + random16;
@@ -200,14 +208,15 @@ struct Ratio {
   }
 };
 
-// Values of any sign, the sign above the magnitude. A magnitude is lifted by T, the lowest power of
-// two: its codes lie evenly below T, down to zero, and come to lie as a float's do far above.
+// Codes of values of any sign: a sign bit above the code of the magnitude. The magnitude is encoded
+// as magnitude + T, where T is the power of two of the scale. Below T the codes are thus evenly
+// spaced down to zero; far above T they are spaced like a float's.
 template <int Exponent, int Mantissa>
 struct Signed : Minifloat<Exponent, Mantissa> {
   using Base = Minifloat<Exponent, Mantissa>;
   static constexpr int kWidth = Exponent + Mantissa;
   static constexpr uint32_t kSign = 1u << kWidth;
-  static constexpr uint32_t kLift = 1u << (23 - Base::kSpan);  // T beside the top binade
+  static constexpr uint32_t kLift = 1u << (23 - Base::kSpan);  // T as a mantissa of the top binade
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value) & kMagnitude; }
   template <class Math = Exact>
@@ -229,7 +238,7 @@ struct Signed : Minifloat<Exponent, Mantissa> {
     const float value = Base::value(code, scale) - from_bits(scale << 23);
     return from_bits(to_bits(value) | (stored << (31 - kWidth) & 1u << 31));
   }
-  // Of a code in the upper bits of a word whose other bits are zero.
+  // decode() of a code in the upper bits of a word whose other bits are zero.
   ONEPASS_HD static float decode_upper(uint32_t word, uint32_t scale) {
     const uint32_t magnitude = (word & kMagnitude) >> (31 - kWidth - Base::kDropped);
     const float value = from_bits(magnitude + (scale << 23)) - from_bits(scale << 23);
@@ -237,7 +246,8 @@ struct Signed : Minifloat<Exponent, Mantissa> {
   }
 };
 
-// value / root as mx4 codes it, held to the limit where it is finite.
+// value / root, the number that mx4 codes. A finite ratio is clamped to +-kRatioLimit, and a root
+// of zero counts as 1.
 template <class Math = Exact>
 ONEPASS_HD float ratio(float value, float root, Math&& math = Math()) {
   const uint32_t bits = to_bits(math.div(value, root == 0.0f ? 1.0f : root));
@@ -246,7 +256,7 @@ ONEPASS_HD float ratio(float value, float root, Math&& math = Math()) {
   return from_bits((over ? kRatioLimit : magnitude) | (bits & ~kMagnitude));
 }
 
-// The codes of each kind of moment.
+// The code of each kind of state in mx8 and mx4.
 template <Kind Of>
 struct Mx8 : Signed<4, 3> {};
 template <>

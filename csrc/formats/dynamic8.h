@@ -1,5 +1,6 @@
-// The dynamic map of bitsandbytes (Dettmers et al., "8-bit optimizers via block-wise quantization",
-// 2022) over blocks of 256 with an fp32 scale; onepass/formats/dynamic8.py specifies it.
+// dynamic8: 8-bit codes of the dynamic map of bitsandbytes (Dettmers et al., "8-bit optimizers via
+// block-wise quantization", 2022), in blocks of 256 elements with an fp32 scale.
+// onepass/formats/dynamic8.py specifies it.
 #pragma once
 
 #include "../portability.h"
@@ -8,23 +9,25 @@ namespace onepass {
 
 constexpr int kDynamicBlock = 256;
 
-// Cells of the magnitudes from 2^-24 to 2: 128 in each binade.
+// The encoder looks up a magnitude by its cell: each binade from 2^-24 to 2 has 128 cells.
 constexpr int kDynamicCells = 25 * 128;
-constexpr int32_t kFirstCell = 103 << 7;  // the upper half of 2^-24
+constexpr int32_t kFirstCell = 103 << 7;  // the upper 16 bits of the fp32 2^-24
 
+// The values of the codes, and the tables that encode_dynamic searches.
 struct DynamicMap {
   bool is_signed;
-  float values[256];  // ascending
-  // Above zero, the midpoint between each value and the next, then infinity. What lies above k of
-  // them has the code of zero + k; below zero it is the same mirrored.
+  float values[256];  // in ascending order
+  // The midpoints between neighbouring values >= 0, padded with infinity. A value above k of them
+  // has the code zero() + k; a negative value has zero() - k by its magnitude.
   float edges[256];
-  // How many edges lie below the lowest magnitude of a cell. A cell holds two at most. Words, which
-  // vectors can gather.
+  // For each cell, the number of edges below its lowest magnitude; a cell contains at most two
+  // edges. The element type is 32 bits wide so that vector code can gather.
   int32_t starts[kDynamicCells];
 
-  constexpr int zero() const { return is_signed ? 127 : 0; }
+  constexpr int zero() const { return is_signed ? 127 : 0; }  // the code of zero
 };
 
+// Builds the signed or the unsigned map.
 constexpr DynamicMap dynamic_map(bool is_signed) {
   DynamicMap map{};
   map.is_signed = is_signed;
@@ -54,14 +57,14 @@ constexpr DynamicMap dynamic_map(bool is_signed) {
   return map;
 }
 
-// The code of a value in [-1, 1]. Without branches, so that a loop of it is a vector's.
+// The code of a value in [-1, 1]. It has no branches, so that loops over it vectorise.
 ONEPASS_HD int32_t encode_dynamic(float value, const DynamicMap& map) {
   const uint32_t bits = to_bits(value);
   const int32_t cell = static_cast<int32_t>((bits & 0x7FFFFFFFu) >> 16) - kFirstCell;
   const float magnitude = from_bits(bits & 0x7FFFFFFFu);
   const bool negative = static_cast<int32_t>(bits) < 0;
   int32_t above = map.starts[cell < 0 ? 0 : cell];
-  // An edge itself belongs to the lower of two codes, which below zero is the larger magnitude.
+  // A value equal to an edge gets the lower code: for a negative value, the larger magnitude.
   for (int k = 0; k < 2; ++k) {
     const float edge = map.edges[above];
     above += negative ? magnitude >= edge : magnitude > edge;

@@ -1,10 +1,11 @@
-// IEEE binary16 by integer arithmetic, so that every instruction set vectorises the same source.
+// IEEE binary16 in integer arithmetic, which compilers vectorise for every instruction set.
 #pragma once
 
 #include "../portability.h"
 
 namespace onepass {
 
+// The value of a code; exact.
 ONEPASS_HD float decode_fp16(uint16_t code) {
   const uint32_t sign = (code & 0x8000u) << 16;
   const uint32_t magnitude = code & 0x7FFFu;
@@ -14,13 +15,13 @@ ONEPASS_HD float decode_fp16(uint16_t code) {
   return from_bits(sign | (magnitude < 0x400u ? denormal : rebased + special));
 }
 
-// To nearest, ties to even; from 65520 on, infinity.
+// Rounds to nearest, ties to even; magnitudes from 65520 on become infinity.
 ONEPASS_HD uint16_t encode_fp16(float value) {
   const uint32_t bits = to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Beside 0.5 the spacing of fp32 is fp16's smallest denormal, so the addition rounds for us.
+  // The spacing of fp32 just above 0.5 is the smallest fp16 denormal, so this addition rounds.
   const uint32_t denormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
   uint32_t code = magnitude < 0x38800000u ? denormal : normal;
   code = magnitude >= 0x477FF000u ? 0x7C00u : code;
@@ -28,9 +29,10 @@ ONEPASS_HD uint16_t encode_fp16(float value) {
   return static_cast<uint16_t>(sign | code);
 }
 
-// Up with the probability of the 13 bits that are dropped; below 2^-14 those of the sum with 2^-14,
-// which has the spacing of fp16's denormals. random is below 2^13; what rounds beyond 65504 is
-// infinity.
+// Stochastic rounding: the magnitude rounds up with probability d / 2^13, where d is the value of
+// the 13 dropped bits. Below 2^-14 they are the dropped bits of the magnitude plus 2^-14, because
+// the sum has the spacing of fp16 denormals. random is below 2^13. Magnitudes that round above
+// 65504 become infinity.
 ONEPASS_HD uint16_t encode_fp16_stochastic(float value, uint32_t random) {
   const uint32_t bits = to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;

@@ -1,11 +1,12 @@
-// The counter-based generator of the random bits: onepass/numerics/random_bits.py specifies it,
-// with known answers in tests/test_reference.py.
+// The counter-based random number generator. onepass/numerics/random_bits.py specifies it, and
+// tests/test_reference.py has its known answers.
 #pragma once
 
 #include "../portability.h"
 
 namespace onepass {
 
+// The two 32-bit keys that select a sequence of random words.
 struct RandomKey {
   uint32_t k0, k1;
 };
@@ -19,26 +20,29 @@ ONEPASS_HD uint64_t splitmix64(uint64_t z) {
   return z ^ (z >> 31);
 }
 
+// The stream of one parameter at one step; param_id identifies the parameter.
 ONEPASS_HD uint64_t random_stream(uint64_t seed, uint64_t step, uint64_t param_id) {
   return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ param_id);
 }
 
-// The key of 2^32 elements of one stream: high is the index's upper half, word counts the 32-bit
-// words drawn for one element.
+// The key of 2^32 elements of one stream. high is the upper half of their element index; word
+// numbers the 32-bit words of one element.
 ONEPASS_HD RandomKey random_key(uint64_t stream, uint32_t high, uint32_t word) {
   const uint64_t key = splitmix64(stream ^ (static_cast<uint64_t>(word) << 32 | high));
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-// 32 bits for the element whose index has the lower half low: a Weyl sequence, then the shape and
-// constants of Wellons' 32-bit hash "lowbias32", with a second key between its multiplications, so
-// that two streams are never shifted copies of one sequence. (Without the Weyl step elements 16 or
-// 256 apart were measurably dependent.)
+// The 32 random bits of an element are random_mix(key, random_start(key, low)), where low is the
+// lower half of its index: a Weyl sequence, then the structure and constants of Wellons' 32-bit
+// hash "lowbias32". A second key between the multiplications of the hash keeps two streams from
+// being shifted copies of one sequence. (Without the Weyl step, elements 16 or 256 apart were
+// measurably dependent.)
 constexpr uint32_t kWeyl = 0x9E3779B9u;
 
-// The Weyl sequence: the next element's value is this one's plus kWeyl, which is what loops do.
+// The Weyl sequence at index low. Loops add kWeyl to get the value of the next element.
 ONEPASS_HD uint32_t random_start(RandomKey key, uint32_t low) { return low * kWeyl + key.k0; }
 
+// The hash of a value of the Weyl sequence.
 ONEPASS_HD uint32_t random_mix(RandomKey key, uint32_t x) {
   x ^= x >> 16;
   x *= 0x7FEB352Du;

@@ -1,5 +1,4 @@
-// The list of formats, with a row for each. Python names a format by this number
-// (onepass/formats/<name>.py).
+// The table of formats. Python identifies a format by the same number (onepass/formats/<name>.py).
 #pragma once
 
 #include "bf16.h"
@@ -11,16 +10,17 @@
 
 namespace onepass {
 
+// How a tensor stores its elements.
 enum class Format : uint8_t {
   kFp32 = 0,
-  kBf16 = 1,            // nearest: weights, gradients
-  kFp16 = 2,            // nearest: weights, gradients
-  kBf16Stochastic = 3,  // states, weights
-  kFp16Stochastic = 4,  // weights
-  kMx8 = 5,             // states, with a scale for each block
+  kBf16 = 1,            // weights and gradients, rounded to nearest
+  kFp16 = 2,            // weights and gradients, rounded to nearest
+  kBf16Stochastic = 3,  // states and weights, rounded stochastically
+  kFp16Stochastic = 4,  // weights, rounded stochastically
+  kMx8 = 5,             // from here: states with one scale per block
   kMx4 = 6,
   kDynamic8 = 7,
-  kKahanBf16 = 8,  // weights, with a companion
+  kKahanBf16 = 8,  // from here: weights with a companion
   kKahanFp16 = 9,
   kMasterBf16 = 10,
   kMasterFp16 = 11,
@@ -30,9 +30,10 @@ enum class Format : uint8_t {
 
 constexpr int kFormats = 14;
 
-// Element types of torch, as far as formats have them.
+// The torch dtypes that formats use.
 enum class Dtype : uint8_t { kNone, kFloat, kBFloat16, kHalf, kShort, kChar, kByte };
 
+// The size of an element in bytes; 0 for kNone.
 constexpr int bytes_of(Dtype type) {
   switch (type) {
     case Dtype::kNone:
@@ -47,18 +48,19 @@ constexpr int bytes_of(Dtype type) {
   }
 }
 
-// What the sweeps and the plan need to know of a format.
+// The properties of a format.
 struct FormatInfo {
-  Dtype codes;      // of the tensor itself
-  Dtype extra;      // of what lies beside it: scales, or the companion of a weight
-  int block;        // elements that share a scale; 1 where there is none
-  int packed;       // codes in an element of the tensor
-  bool stochastic;  // whether it draws random bits
+  Dtype codes;      // dtype of the tensor of codes
+  Dtype extra;      // dtype of the second tensor (scales, or the companion of a weight)
+  int block;        // elements that share a scale; 1 if there are no scales
+  int packed;       // codes per element of the tensor
+  bool stochastic;  // whether encoding draws random bits
   bool state;       // whether it stores states
   bool weight;      // whether it stores weights
 };
 
-// A switch and no array: kernels call it with constants, and an array would be the host's.
+// The properties of each format. A switch rather than an array, because a constexpr array would be
+// host memory, which kernels cannot read.
 constexpr FormatInfo info_of(Format format) {
   using D = Dtype;
   switch (format) {  //              codes         extra        block packed stochastic state weight
@@ -97,27 +99,28 @@ constexpr FormatInfo info_of(Format format) {
 constexpr int block_of(Format format) { return info_of(format).block; }
 constexpr bool is_stochastic(Format format) { return info_of(format).stochastic; }
 
-// The format of a weight's own dtype.
+// The format of the dtype that a weight in this format has in torch.
 constexpr Format native_of(Format format) {
   const Dtype codes = info_of(format).codes;
   if (codes == Dtype::kFloat) return Format::kFp32;
   return codes == Dtype::kHalf ? Format::kFp16 : Format::kBf16;
 }
 
-// Bytes of n elements of the tensor itself.
+// Bytes of the codes of n elements.
 constexpr int64_t bytes_of(Format format, int64_t n) {
   const FormatInfo info = info_of(format);
   return (n + info.packed - 1) / info.packed * bytes_of(info.codes);
 }
 
-// Bytes of what lies beside n elements.
+// Bytes of the scales or companions of n elements.
 constexpr int64_t extra_bytes_of(Format format, int64_t n) {
   const FormatInfo info = info_of(format);
   return (n + info.block - 1) / info.block * bytes_of(info.extra);
 }
 
-// Which 16 random bits of an element are used for what: use u is half u % 2 of word u / 2. split8
-// needs 8 bits: the lowest of state 0's, which hardly decide how that state is rounded.
+// Each element has kRandomWords random words, divided into uses of 16 bits: use u is half u % 2 of
+// word u / 2. split8 needs 8 bits and shares the lowest bits of state 0, because they hardly affect
+// the rounding of that state.
 constexpr int kRandomWords = 3;
 constexpr int weight_use(Format format) { return format == Format::kSplit8 ? 0 : 3; }
 constexpr int state_use(int k) { return k < 3 ? k : k + 1; }
