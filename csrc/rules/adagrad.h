@@ -5,6 +5,7 @@
 
 namespace onepass {
 
+// Flag 0: decoupled weight decay; flag 1: eps inside the square root.
 template <unsigned Flags>
 struct Adagrad : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
@@ -18,6 +19,7 @@ struct Adagrad : RuleDefaults {
     float lr, weight_decay, eps;
   };
 
+  // lr_t = lr / (1 + (t - 1) lr_decay)
   ONEPASS_HD static Hyper derive(const Options& o, const StepOf& step) {
     const double eps = o.own[0], lr_decay = o.own[1];
     const double lr = div_rn(o.lr, 1.0 + static_cast<double>(step.number - 1) * lr_decay);

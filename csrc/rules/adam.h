@@ -6,6 +6,7 @@
 
 namespace onepass {
 
+// Flag 0: decoupled weight decay (AdamW); flag 1: amsgrad, with state 2 as max_exp_avg_sq.
 template <unsigned Flags>
 struct Adam : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
@@ -16,7 +17,8 @@ struct Adam : RuleDefaults {
   static constexpr unsigned kSecond = 0b110, kRelative = 0b001;     // kinds of its states
   static constexpr uint32_t kReducedPrecision = 1u << 0 | 1u << 1;  // Adam, AdamW
 
-  // derive folds the bias corrections in, which leaves one division and one root:
+  // derive folds the bias corrections into two scalars, so that an update has one division and one
+  // square root:
   // step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t), eps = eps * sqrt(1 - beta2^t).
   struct Hyper {
     float step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;

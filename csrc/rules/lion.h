@@ -5,6 +5,7 @@
 
 namespace onepass {
 
+// Flag 0: decoupled weight decay.
 template <unsigned Flags>
 struct Lion : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
@@ -29,7 +30,7 @@ struct Lion : RuleDefaults {
       const Hyper& h, float& param, float grad, float& exp_avg, Math&& = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     const float blend = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
-    // sign(0) is 0, and sign(NaN) is NaN: a broken gradient shows in the weights at once.
+    // sign(0) is 0. sign(NaN) is NaN, so that a NaN gradient is visible in the weights at once.
     const float sign = blend > 0.0f ? 1.0f : (blend < 0.0f ? -1.0f : blend);
     exp_avg = h.beta2 * exp_avg + h.one_minus_beta2 * grad;
     float delta = h.lr * sign;

@@ -1,11 +1,12 @@
-// NAdam. Dozat, "Incorporating Nesterov momentum into Adam" (2016), with the schedule of the
-// momentum as torch.optim.NAdam has it.
+// NAdam. Dozat, "Incorporating Nesterov momentum into Adam" (2016), with the momentum schedule of
+// torch.optim.NAdam.
 #pragma once
 
 #include "rule.h"
 
 namespace onepass {
 
+// Flag 0: decoupled weight decay.
 template <unsigned Flags>
 struct Nadam : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
@@ -15,7 +16,8 @@ struct Nadam : RuleDefaults {
   static constexpr unsigned kSecond = 0b10, kRelative = 0b01;  // kinds of its states
   static constexpr int kScalarStates = 1;                      // mu_product
 
-  // derive folds the bias corrections in, which leaves one division and one root.
+  // derive folds the bias corrections into three scalars, so that an update has one division and
+  // one square root.
   struct Hyper {
     float grad_size, avg_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
   };
@@ -26,6 +28,7 @@ struct Nadam : RuleDefaults {
     return beta1 * (1.0 - 0.5 * power(warm_up, number));
   }
 
+  // mu_product is the product of mu_1 to mu_t.
   ONEPASS_HD static void advance(const Options& o, int64_t number, double* scalar_states) {
     scalar_states[0] = scalar_states[0] * momentum(o, number);
   }

@@ -6,6 +6,8 @@
 
 namespace onepass {
 
+// Flag 0: decoupled weight decay; flag 1: momentum; flag 2: centered; flag 3: eps inside the square
+// root.
 template <unsigned Flags>
 struct Rmsprop : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
@@ -37,7 +39,7 @@ struct Rmsprop : RuleDefaults {
     if (kCentered) {
       grad_avg = h.alpha * grad_avg + h.one_minus_alpha * grad;
       variance = square_avg - grad_avg * grad_avg;
-      // Rounding can leave it below zero, where torch.optim's root is NaN. NaN itself passes.
+      // Rounding can make the variance negative, where torch.optim computes NaN. A NaN is kept.
       variance = variance < 0.0f ? 0.0f : variance;
     }
     const float denom = kEpsInSqrt ? math.sqrt(variance + h.eps) : math.sqrt(variance) + h.eps;

@@ -1,4 +1,4 @@
-// SGD, momentum and Nesterov, as torch.optim.SGD writes them.
+// SGD with momentum and Nesterov momentum, with the formulas of torch.optim.SGD.
 // Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013).
 #pragma once
 
@@ -6,6 +6,7 @@
 
 namespace onepass {
 
+// Flag 0: decoupled weight decay; flag 1: momentum; flag 2: Nesterov momentum.
 template <unsigned Flags>
 struct Sgd : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
@@ -27,7 +28,8 @@ struct Sgd : RuleDefaults {
     return {rounded(o.lr), rounded(decay_of(o, o.lr)), rounded(momentum), rounded(kept)};
   }
 
-  // one_minus_dampening is 1 on the step that creates the buffer: torch starts it at the gradient.
+  // one_minus_dampening is 1 on the first step, because torch initializes the momentum buffer with
+  // the gradient.
   template <class Math = Exact>
   ONEPASS_HD static void update(
       const Hyper& h, float& param, float grad, float& momentum_buffer, Math&& = Math()) {

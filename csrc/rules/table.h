@@ -1,21 +1,22 @@
-// The list of rules, and what the host asks of one by its code: its position in the list.
+// The table of rules. The code of a rule is its position in the list of csrc/generated/rules.h.
 #pragma once
 
 #include "../generated/rules.h"
 
 namespace onepass {
 
-constexpr int kFlagSets = 1 << kMaxFlags;
+constexpr int kFlagSets = 1 << kMaxFlags;  // combinations of flags, valid or not
 
-// Floats in a row of the hyperparameter table: grad_scale, Hyper, and from kEmaDecay on the decay
-// of the average of the weights and one minus it.
+// The columns of a row of the hyperparameter table: grad_scale, the scalars of Rule::Hyper, and
+// from column kEmaDecay on the decay d of the average of the weights and 1 - d.
 constexpr int kEmaDecay = 1 + kMaxScalars;
 constexpr int kHyperWidth = kEmaDecay + 2;
 
+// The properties of a rule that the host looks up by its code.
 struct RuleInfo {
-  uint8_t second, relative;  // bit k: what state k is (Kind in formats/table.h)
-  uint8_t scalar_states;
-  uint32_t valid;  // bit f: flags f go together
+  uint8_t second, relative;  // bit k: state k is of that kind (Kind in formats/blocks.h)
+  uint8_t scalar_states;     // number of scalar states
+  uint32_t valid;            // bit f: the combination of flags f is valid
 };
 
 namespace detail {
@@ -37,8 +38,8 @@ static_assert(kFlagSets <= 32, "a bit for each set of flags");
 constexpr RuleInfo kRuleInfo[kRules] = {ONEPASS_FOR_EACH_RULE(ONEPASS_RULE_INFO, )};
 #undef ONEPASS_RULE_INFO
 
-// The state that comes first where states are decoded and encoded: the first second moment, whose
-// root mx4 measures the others in.
+// The state that is decoded and encoded before the others: the first second moment, because mx4
+// codes relative states as multiples of its square root; state 0 if the rule has none.
 constexpr int front_state(unsigned second) {
   for (int k = 0; k < kMaxStates; ++k)
     if (second >> k & 1) return k;
