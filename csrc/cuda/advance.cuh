@@ -1,5 +1,6 @@
-// What comes before a sweep, on the device: the verdict on a step, and the scalars of its rows. A
-// block each; there are few rows, and nothing waits for the host.
+// The kernels that run before a sweep: judge_step decides on the step, and advance_rows derives the
+// scalars of its rows. Each runs as a single block, because there are few rows. They keep these
+// numbers on the device, so nothing waits for the host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +13,7 @@
 
 namespace onepass::cuda {
 
+// Writes the verdict on a step (csrc/verdict.h).
 __global__ void __launch_bounds__(kTuning.threads) judge_step(Judged of, Verdict* verdict) {
   if (threadIdx.x == 0)
     *verdict = judge(
@@ -19,6 +21,7 @@ __global__ void __launch_bounds__(kTuning.threads) judge_step(Judged of, Verdict
         verdict->skipped);
 }
 
+// Writes one row of the hyperparameter table; factor is that of the verdict.
 template <class Hyper>
 __device__ __forceinline__ void write_row(const Options& o, double factor, Hyper made, float* row) {
   constexpr int kScalars = sizeof(Hyper) / sizeof(float);
@@ -49,6 +52,7 @@ __device__ __forceinline__ void advance_row(const Rows& rows, int64_t r, double 
   rows.fresh[r] = 0.0f;
 }
 
+// Advances every row, or sets its step number to 0 if the verdict skips the step.
 __global__ void __launch_bounds__(kTuning.threads) advance_rows(int rule, Rows rows) {
   const bool skip = rows.verdict && rows.verdict->skip != 0.0;
   const double factor = rows.verdict ? rows.verdict->factor : 1.0;

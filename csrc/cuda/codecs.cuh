@@ -1,4 +1,5 @@
-// The formats over the eight elements of a thread: the arithmetic is that of csrc/formats.
+// Decoding and encoding of the eight elements that a thread holds, with the arithmetic of
+// csrc/formats.
 #pragma once
 
 #include "../formats/table.h"
@@ -7,16 +8,20 @@
 
 namespace onepass::cuda {
 
+// A format as a type.
 template <Format F>
 struct Tag {
   static constexpr Format value = F;
 };
 
+// Bits of a code.
 constexpr int bits_of(Format format) { return static_cast<int>(bytes_of(format, 2) * 4); }
+// Bits of the companion of a weight; 0 if the format has none.
 constexpr int companion_bits_of(Format format) {
   return block_of(format) > 1 ? 0 : static_cast<int>(extra_bytes_of(format, 1) * 8);
 }
-// What a rule's state is to a format; dynamic8's unsigned map is only for a second state.
+// The kind under which a format codes a state of a rule. dynamic8 codes state 0 with its signed map
+// even if the state is a second moment.
 template <class Rule, int Slot>
 constexpr Kind kind_in(Format format) {
   if (format == Format::kDynamic8 && Slot == 0) return kFirst;
@@ -24,11 +29,12 @@ constexpr Kind kind_in(Format format) {
   return Rule::kRelative >> Slot & 1 ? kRelative : kFirst;
 }
 
-// The 16 random bits of each element for one use: the slot of a state, or weight_use.
+// Draws the 16 random bits of an element for one use: state_use of a slot, or weight_use.
 struct Random {
   RandomKey keys[kRandomWords];
   uint32_t low;  // lower half of the index of the warp's first element
 
+  // at: position of the element, counted from the warp's first.
   ONEPASS_HD uint32_t draw(int use, int at) const {
     return word(use, at) >> (use % 2 * 16) & 0xFFFFu;
   }
@@ -52,7 +58,8 @@ ONEPASS_HD uint32_t code_fp16(float value) { return encode_fp16(value); }
 ONEPASS_HD float from_bf16(uint32_t code) { return decode_bf16(static_cast<uint16_t>(code)); }
 ONEPASS_HD float from_fp16(uint32_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
 
-// Quick: see fast_path.cuh, which asks about the value afterwards.
+// Decodes a weight or gradient. Quick omits special cases; Quick::note_weight of fast_path.cuh
+// detects them afterwards.
 template <Format F, bool Quick>
 ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
   switch (F) {
@@ -65,7 +72,8 @@ ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
       return from_bf16(code) + from_bf16(companion);
     case Format::kKahanFp16:
       return from_fp16(code) + from_fp16(companion);
-    // A weight that is no longer its rounded master was changed from outside, and counts.
+    // A weight that differs from its rounded master was changed outside onepass and takes
+    // precedence.
     case Format::kMasterBf16:
       return code_half_away(from_bits(companion)) == code ? from_bits(companion) : from_bf16(code);
     case Format::kMasterFp16:
@@ -83,18 +91,19 @@ ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
   }
 }
 
-// Where in the words that encode_one gives the codes are.
+// The position of the lowest bit of the code and of the companion in the words of encode_one.
 constexpr int code_at(Format format) { return bits_of(format) == 16 ? 16 : 0; }
 constexpr int companion_at(Format format) {
   const bool kahan = format == Format::kKahanBf16 || format == Format::kKahanFp16;
   return kahan ? 16 : format == Format::kSplit8 ? 8 : 0;
 }
 
+// Words that hold the code and the companion of one weight.
 struct Pair {
   uint32_t code, companion;
 };
 
-// Quick: the value is finite.
+// Encodes a weight. random16 is called if the format draws. Quick requires a finite value.
 template <Format F, bool Quick, class Draw>
 ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
   const uint32_t bits = to_bits(value);
@@ -137,9 +146,9 @@ ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
   }
 }
 
-// --- states with a scale for a block of elements ---
+// --- states with one scale per block of elements ---
 
-// The arithmetic of one code.
+// The arithmetic of the codes of a block format.
 template <Format F, Kind K>
 struct Block;
 template <Kind K>
@@ -151,12 +160,14 @@ struct Block<Format::kMx4, K> {
   using Code = Mx4<K>;
 };
 
-// mx4 codes the root of a second moment, and a relative one in units of that root.
+// The number that the format codes for a value. mx4 codes the square root of a second moment, and a
+// relative moment divided by that root.
 template <Format F, Kind K, class Math>
 ONEPASS_HD float to_units(float value, float root, Math& math) {
   if (F != Format::kMx4 || K == kFirst) return value;
   return K == kSecond ? math.sqrt(value) : ratio(value, root, math);
 }
+// The inverse of to_units; a second moment in mx4 also writes *root.
 template <Format F, Kind K>
 ONEPASS_HD float from_units(float units, float* root) {
   if (F != Format::kMx4 || K == kFirst) return units;
@@ -165,16 +176,18 @@ ONEPASS_HD float from_units(float units, float* root) {
   return units * units;
 }
 
-// In global memory: lanes read different entries, which constant memory would serve in turn.
+// In global memory, because lanes read different entries: constant memory would serialize the
+// reads.
 __device__ const DynamicMap kDynamicMaps[2] = {dynamic_map(false), dynamic_map(true)};
 
-// A state of a thread: its codes and scales between two accesses of memory.
+// The codes and scales of the elements of one state that a thread holds in registers.
 template <int Vector>
 struct State {
   Raw raw;
   uint32_t scales[Lanes<Vector>::kVectors];
 };
 
+// Loads, decodes, encodes and stores a state.
 template <Format F, Kind K, int Vector>
 struct StateCodec {
   using L = Lanes<Vector>;
@@ -182,10 +195,10 @@ struct StateCodec {
   static constexpr int kBlock = block_of(F);
   static constexpr bool kScaled = kBlock > 1;
   static constexpr bool kDynamic = F == Format::kDynamic8;
-  static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;         // that share a scale
-  static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // of a thread
+  static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;         // lanes per scale
+  static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // scales per thread
 
-  // offset: of the warp's first element in the chunk.
+  // offset: position of the warp's first element in the chunk.
   template <bool Full>
   __device__ __forceinline__ static void load(
       const Stored& from, int offset, const L& lanes, State<Vector>& state) {
@@ -202,6 +215,7 @@ struct StateCodec {
     }
   }
 
+  // Prefetches what load reads.
   __device__ __forceinline__ static void fetch(const Stored& from, int offset, const L& lanes) {
     C::fetch(static_cast<const char*>(from.data) + int64_t{offset} * bits_of(F) / 8, lanes);
     if (kScaled && lanes.has(0))
@@ -269,7 +283,7 @@ struct StateCodec {
         const int v = kDynamic ? 0 : j / Vector;
         const uint32_t bits = to_bits(units[j]);
         largest[v] = max_u32(largest[v], measure(units[j]));
-        least[v] = bits < least[v] ? bits : least[v];  // dropped where nothing takes it
+        least[v] = bits < least[v] ? bits : least[v];  // removed by the compiler if unused
       }
 #pragma unroll
       for (int v = 0; v < kScales; ++v) largest[v] = largest_in<kLanes>(largest[v]);
@@ -303,7 +317,7 @@ struct StateCodec {
           } else {
             const uint32_t finite = Code::encode(units[j], bits, Code::encoder(scale, math));
             const uint32_t code = !Math::kQuick && scale == kNotFinite ? Code::kNan : finite;
-            // mx4 shares a byte between two elements, of which the second may not be there.
+            // mx4 packs two elements into a byte; the second may be past the end of the chunk.
             words[j] = Full || lanes.has(j) ? code : 0u;
             if (K == kSecond && F == Format::kMx4)
               roots[j] = Code::decode(code, Code::decoder(scale));
@@ -322,7 +336,7 @@ struct StateCodec {
     }
   }
 
-  // What a scale is made of the largest of.
+  // The bits whose block maximum determines the scale.
   ONEPASS_HD static uint32_t measure(float units) {
     if constexpr (kDynamic)
       return to_bits(units) & kMagnitude;

@@ -1,7 +1,8 @@
-// The table of combinations that have a kernel of their own. A list that is all of one combination
-// runs it; every other list runs a kernel of its rule that reads the formats, or flags and formats,
-// from each chunk. Every flag of every rule has fp32 everything; those that a rule names in
-// kReducedPrecision have these, and a kernel for lists that mix formats.
+// The combinations of formats that have a specialized kernel. A parameter list whose chunks all
+// have one such combination runs that kernel. Every other list runs a kernel of its rule that reads
+// the formats, or the flags and formats, from each chunk. Every combination of flags of every rule
+// has a kernel for fp32 tensors. The flags that a rule lists in kReducedPrecision also have the
+// combinations below, and a kernel for lists that mix formats.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +13,7 @@
 
 namespace onepass::cuda {
 
-// What a variant is measured with (kVariant): AdamW in these formats.
+// The kernels of a tuning variant (kVariant in tuning.h): AdamW in the formats below.
 template <class Rule>
 constexpr bool is_tuned() {
   return std::is_same_v<Rule, Adam<1>>;

@@ -1,4 +1,4 @@
-// The op that says whether this library has code for a GPU.
+// The ops that Python calls before it uses this library: cuda_support and cuda_layout.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -10,15 +10,16 @@
 namespace onepass::cuda {
 namespace {
 
-// Loads a small kernel on a device, as its launch would. Every file of kernels is compiled for the
-// same architectures, so one kernel answers for all of them.
+// Loads a small kernel on a device, as a launch would. All kernels are compiled for the same
+// architectures, so the result holds for every kernel.
 cudaError_t load_kernel(int device) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error != cudaSuccess) return error;
   error = cudaSetDevice(device);
   if (error == cudaSuccess) {
-    // Loading a kernel may allocate memory, which would invalidate a capture that is under way.
+    // Loading a kernel may allocate memory, which would invalidate a CUDA graph capture in
+    // progress.
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     error = cudaThreadExchangeStreamCaptureMode(&mode);
     if (error == cudaSuccess) {
@@ -35,7 +36,7 @@ bool is_missing_code(cudaError_t error) {
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorInvalidKernelImage:
     case cudaErrorNoKernelImageForDevice:
-    // The library has PTX, which this driver cannot compile.
+    // The library contains PTX that this driver cannot compile.
     case cudaErrorInvalidPtx:
     case cudaErrorJitCompilerNotFound:
     case cudaErrorUnsupportedPtxVersion:
@@ -50,8 +51,8 @@ std::string with_dot(int first, int second) {
   return std::to_string(first) + "." + std::to_string(second);
 }
 
-// (why no kernel of this library can run on a device, or an empty string; whether that stays so as
-// long as the process runs). No error of CUDA is raised.
+// Returns (the reason why this library cannot run on a device, or an empty string; whether that
+// result is valid for the lifetime of the process). It raises no CUDA error.
 std::tuple<std::string, bool> cuda_support(int64_t device) {
   const int index = static_cast<int>(device);
   const cudaError_t error = load_kernel(index);
@@ -81,12 +82,13 @@ std::tuple<std::string, bool> cuda_support(int64_t device) {
       false};
 }
 
-// As layout of csrc/ops.cpp, of this library.
+// The op layout of csrc/ops.cpp for this library.
 std::string cuda_layout() { return kLayout; }
 
 }  // namespace
 
-// Their schemas are here, not in csrc/ops.cpp: they have no tensor to be dispatched by.
+// The schemas are here, not in csrc/ops.cpp, because these ops take no tensor and therefore cannot
+// be dispatched by device.
 STABLE_TORCH_LIBRARY_FRAGMENT(onepass, m) {
   m.def("cuda_support(int device) -> (str reason, bool lasting)");
   m.def("cuda_layout() -> str");

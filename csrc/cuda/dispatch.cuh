@@ -1,4 +1,4 @@
-// What a kernel knows of its chunks when it is compiled, and what each chunk says for itself.
+// Compile-time and run-time dispatch over the formats and flags of a chunk.
 #pragma once
 
 #include <type_traits>
@@ -8,19 +8,21 @@
 
 namespace onepass::cuda {
 
-// The formats of a chunk, known when the kernel is compiled. Any is what every chunk of a mixed
-// list says for itself; the code below is the same, with a branch that a whole block takes.
+// Formats that are known at compile time. Its methods call work with the format of the parameter,
+// the gradient or the states as a Tag. Any has the same methods for formats that each chunk stores;
+// they branch uniformly over a block.
 template <Format Param, Format Grad, Format Held>
 struct Fixed {
-  // 16 bytes of the widest tensor at once, and of a list of fp32 two such vectors.
+  // Elements of a vector access. It is at most 16 bytes of the widest tensor; with 4-byte elements
+  // a thread takes two vectors.
   static constexpr bool kWide = bits_of(Param) == 32 || bits_of(Grad) == 32 ||
                                 bits_of(Held) == 32 || companion_bits_of(Param) == 32;
   static constexpr int kVector = kWide ? 4 : 8;
   static constexpr bool kDraws = is_stochastic(Param) || is_stochastic(Held);
   static constexpr bool kQuick = true;
   static constexpr bool kFetch = kTuning.prefetch;
-  // Blocks that leave each other the registers in which nothing spills: 80 for each of 768
-  // threads of a multiprocessor, 96 of 640, 128 of 512.
+  // Resident blocks per multiprocessor, few enough that no register spills: a thread has 80
+  // registers with 768 resident threads, 96 with 640 and 128 with 512.
   static constexpr bool kMx8 = Held == Format::kMx8;
   static constexpr int kBits = companion_bits_of(Param);
   static constexpr bool kFp16 = Param == Format::kFp16Stochastic || Param == Format::kMasterFp16;
@@ -44,10 +46,11 @@ struct Fixed {
   }
 };
 
+// Formats that each chunk stores.
 struct Any {
   static constexpr int kVector = 4;
   static constexpr bool kDraws = true;
-  static constexpr bool kQuick = false;  // its registers do not hold eight elements of everything
+  static constexpr bool kQuick = false;  // too few registers for eight elements in every format
   static constexpr bool kFetch = false;
   Format param_, grad_, held_;
 
@@ -100,10 +103,10 @@ struct Any {
 #undef ONEPASS_CASE
 };
 
-// The flags of a rule, likewise.
+// A rule with flags that are known at compile time. with calls work with the rule.
 template <template <unsigned> class Rule, unsigned Flags>
 struct FixedRule {
-  using Sample = Rule<Flags>;  // whose kinds of states are those of every flag
+  using Sample = Rule<Flags>;  // for kStates and the kinds of states, which do not depend on flags
   ONEPASS_HD explicit FixedRule(const Chunk&) {}
   ONEPASS_HD static constexpr bool has(int slot) { return Rule<Flags>::kSlots >> slot & 1; }
   template <class Work>
@@ -112,6 +115,7 @@ struct FixedRule {
   }
 };
 
+// A rule with the flags that each chunk stores.
 template <template <unsigned> class Rule>
 struct AnyRule {
   using Sample = Rule<0>;
@@ -139,6 +143,7 @@ struct AnyRule {
   }
 };
 
+// Calls work with each slot below Count except Skip, as an integral_constant.
 template <int Count, int Slot = 0, int Skip = -1, class Work>
 __device__ __forceinline__ void for_each_slot(const Work& work) {
   if constexpr (Slot < Count) {
@@ -147,7 +152,7 @@ __device__ __forceinline__ void for_each_slot(const Work& work) {
   }
 }
 
-// The slots with front_state in front.
+// for_each_slot over the states of a rule, with front_state first.
 template <class Rule, class Work>
 __device__ __forceinline__ void for_each_slot_in_order(const Work& work) {
   constexpr int kFront = front_state(Rule::kSecond);

@@ -1,11 +1,12 @@
-// The arithmetic of a sweep without its special cases, and how to know that there was none.
+// The arithmetic of a sweep: Quick omits the special cases and detects when one occurred; Careful
+// handles all of them.
 #pragma once
 
 #include "../formats/table.h"
 
 namespace onepass::cuda {
 
-// Everything as it is defined, special cases included.
+// The arithmetic as the formats and rules define it, with all special cases.
 struct Careful : Exact {
   ONEPASS_HD static void note_codes(uint32_t, uint32_t) {}
   template <Kind K>
@@ -14,23 +15,24 @@ struct Careful : Exact {
   ONEPASS_HD static bool right() { return true; }
 };
 
-// Without branches and selections: eight elements side by side. It notes all operands, and one
-// question at the end answers for all of them. Where the answer is no the step is taken again, with
-// Careful.
+// Arithmetic without branches, so that the eight elements of a thread are computed in parallel. It
+// records the range of all operands; right() checks that range once, at the end. If right() returns
+// false, the elements are computed again with Careful.
 //
-// A root and a quotient are the hardware's approximation and the Newton steps that the compiler
-// takes too. Their results are correctly rounded where nothing overflows or falls below the normal
-// numbers. The compiler asks at every one of them, and a branch in the midst of each lets no two
-// elements run side by side.
+// Square roots and quotients use the approximation instructions and Newton steps, as compiled code
+// does. The results are correctly rounded if no intermediate overflows or is below the normal
+// numbers. The compiler tests this for each operation, and a branch per operation prevents
+// overlapping the elements.
 struct Quick {
   static constexpr bool kQuick = true;
-  // 2^-101 and 2^20. The lower bound makes every remainder x - y * q exact, since its last bit is
-  // at least 2^-148, and leaves a root as the compiler does; both keep quotients normal.
+  // The bits of 2^-101 and 2^20, the range of operands. The lower bound makes every remainder
+  // x - y * q exact, because its last bit is at least 2^-148, and makes roots equal those of
+  // compiled code. Both bounds keep quotients normal.
   static constexpr uint32_t kLeast = 0x0D000000u, kMost = 0x49800000u;
 
   uint32_t least = ~0u, most = 0, zeros = 0;
 
-  // A NaN, as of a negative number, becomes a divisor, which is too large.
+  // A NaN result, for example of a negative x, is detected when div gets it as a divisor.
   ONEPASS_HD float sqrt(float x) {
     note_least(to_bits(x));
 #if defined(__CUDA_ARCH__)
@@ -58,11 +60,12 @@ struct Quick {
 #endif
   }
 
-  // Four codes of a second moment: of a zero, which is only right where the scale is zero too.
+  // Records whether one of four codes of a second moment is 0. decode_upper_normal is wrong for
+  // code 0 unless the scale is 0 too.
   ONEPASS_HD void note_codes(uint32_t four, uint32_t scale) {
     zeros |= scale == 0 ? 0u : (four - 0x01010101u) & ~four & 0x80808080u;
   }
-  // Finite; and a second moment above every code of it.
+  // Records a state, which must be finite. A second moment must also exceed every one of its codes.
   template <Kind K>
   ONEPASS_HD void note_state(float value) {
     if (K == kSecond) {
@@ -71,10 +74,10 @@ struct Quick {
       note_most(to_bits(value) & kMagnitude);
     }
   }
-  // Finite, which it is not if a split weight was zero (joined_plain).
+  // Records a weight, which must be finite. joined_plain returns a NaN for a stale split companion.
   ONEPASS_HD void note_weight(float value) { note_most(to_bits(value) & kMagnitude); }
 
-  // Whether all that was done has the bits of Careful.
+  // Whether all results have the same bits as those of Careful.
   ONEPASS_HD bool right() const { return least >= kLeast && most <= kMost && zeros == 0; }
 
  private:

@@ -1,4 +1,5 @@
-// Where the kernels meet the host: each file of kernels is compiled apart.
+// The kernels that the host launches. Each .cu file is compiled separately and defines one constant
+// that is declared here.
 #pragma once
 
 #include "chunk.h"
@@ -8,19 +9,23 @@ namespace onepass::cuda {
 
 using SweepKernel = void (*)(Tables);
 
-// fixed: that of a list of one combination. formats: that of a list whose flags are all one. Both
-// are null where combinations.h has none. any: that of every list; null in a variant (tuning.h).
+// The sweep kernels of one rule. fixed() returns the kernel for a list with one combination of
+// flags and formats, and formats() the kernel for a list with one combination of flags; both return
+// null if combinations.h has none. any is the kernel for every list; it is null in a tuning variant
+// (tuning.h).
 struct RuleKernels {
   SweepKernel (*fixed)(unsigned flags, Format weight, Format grad, Format states);
   SweepKernel (*formats)(unsigned flags);
   SweepKernel any;
 };
 
+// The kernels of norm.cuh.
 struct NormKernels {
   void (*chunks)(Tables, int64_t chunks, Norm* partials);
   void (*total)(const Norm* partials, int64_t count, Norm* total);
 };
 
+// The kernels of advance.cuh.
 struct StepKernels {
   void (*judge)(Judged, Verdict* verdict);
   void (*advance)(int rule, Rows);

@@ -1,4 +1,5 @@
-// How the elements of a chunk are dealt to threads, and their codes in registers.
+// The assignment of the elements of a chunk to threads, and access to their codes in memory and
+// registers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +9,12 @@
 
 namespace onepass::cuda {
 
-// Codes as they lie in memory, of the eight elements of a thread.
+// The codes of the eight elements of a thread, packed as in memory.
 using Raw = uint32_t[kElements];
 
-// A warp takes 256 neighbours at a time: lane l has the Vector elements from l * Vector on and,
-// where a vector is fewer than eight, as many from each of the following stretches of 32 vectors.
-// So each access of a warp is one stretch of memory, and each block of a format lies in one warp.
+// A warp takes 256 consecutive elements at a time, as kVectors groups of kStretch = 32 * Vector
+// elements. Lane l has the Vector elements from l * Vector on in each group. Each access of a warp
+// thus covers contiguous memory, and each block of a format is in one warp.
 template <int Vector>
 struct Lanes {
   static constexpr int kVector = Vector;
@@ -21,16 +22,19 @@ struct Lanes {
   static constexpr int kStretch = kWarp * Vector;
 
   int lane;  // of the thread
-  int left;  // elements from the warp's first to the end of the chunk
+  int left;  // number of elements from the warp's first to the end of the chunk
 
-  // Where element j of this thread is, counted from the thread's first. A constant, so that it
-  // goes into the instruction: an address for each element takes most registers that there are.
+  // The position of element j of the thread, relative to the thread's first. It is a constant so
+  // that it becomes an immediate offset of the instruction: an address per element would take most
+  // registers.
   ONEPASS_HD static constexpr int step(int j) { return j / Vector * kStretch + j % Vector; }
-  // Likewise, counted from the warp's first.
+  // The position of element j, relative to the warp's first.
   ONEPASS_HD int at(int j) const { return lane * Vector + step(j); }
+  // Whether element j is inside the chunk.
   ONEPASS_HD bool has(int j) const { return step(j) < left - lane * Vector; }
 };
 
+// A load or store of Bytes bytes in one instruction.
 template <int Bytes>
 struct Access;
 template <>
@@ -81,23 +85,24 @@ struct Access<1> {
   }
 };
 
-// Addresses come from a table, so the compiler cannot know by itself that they are of global
-// memory, and would have every access find out.
+// Tells the compiler that an address is in global memory. Addresses come from a table, so without
+// this hint it would emit generic loads and stores, which resolve the address space at run time.
 template <class T>
 __device__ __forceinline__ T* global(T* address) {
   __builtin_assume(__isGlobal(address));
   return address;
 }
 
-// Has the cache of the whole device fetch what a later read asks for.
+// Prefetches an address into L2.
 __device__ __forceinline__ void fetch_ahead(const void* address) {
 #if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
-// Four of the eight bytes of two words, the second above the first; each hexadecimal digit of which
-// says where a byte comes from, the sign of it repeated where 8 is added.
+// Selects four of the eight bytes of two words; bytes 4 to 7 are those of the second word. Each
+// hexadecimal digit of which, lowest first, is the index of a byte, plus 8 to replicate its sign
+// bit instead. This is the PTX instruction prmt.
 ONEPASS_HD uint32_t select_bytes(uint32_t first, uint32_t second, unsigned which) {
 #if defined(__CUDA_ARCH__)
   uint32_t found;
@@ -114,11 +119,11 @@ ONEPASS_HD uint32_t select_bytes(uint32_t first, uint32_t second, unsigned which
 #endif
 }
 
-// Codes of Bits bits, of eight elements.
+// Access to the codes, of Bits bits each, of eight elements.
 template <int Bits, int Vector>
 struct Codes {
-  static constexpr int kBytes = Vector * Bits / 8;            // of a vector
-  static constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;  // that hold it
+  static constexpr int kBytes = Vector * Bits / 8;            // bytes of a vector
+  static constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;  // words that hold a vector
   static constexpr uint32_t kMask = Bits == 32 ? ~0u : (1u << (Bits % 32)) - 1;
   using L = Lanes<Vector>;
 
@@ -130,12 +135,13 @@ struct Codes {
 #pragma unroll
     for (int w = 0; w < L::kVectors * kWords; ++w) raw[w] = 0;
   }
-  // Into words that were cleared.
+  // Writes one code into words that were cleared.
   ONEPASS_HD static void put(Raw& raw, int j, uint32_t code) {
     const int bit = j % Vector * Bits;
     raw[j / Vector * kWords + bit / 32] |= code << (bit % 32);
   }
-  // All eight. The code of each is in bits From and up of its word; the others do not matter.
+  // Packs eight codes. words[j] has code j in the bits from bit From up; its other bits are
+  // ignored.
   template <int From = 0>
   ONEPASS_HD static void pack(const uint32_t (&words)[kElements], Raw& raw) {
     if constexpr (Bits == 16 && From % 16 == 0) {
@@ -157,7 +163,8 @@ struct Codes {
     }
   }
 
-  // Full: every element of the warp is there, and the address is a multiple of 16.
+  // Loads the codes of the thread. Full: every element of the warp is inside the chunk, and the
+  // address is a multiple of 16.
   template <bool Full>
   __device__ __forceinline__ static void load(const void* warp, const L& lanes, Raw& raw) {
     const char* from = global(static_cast<const char*>(warp) + lanes.lane * (Vector * Bits / 8));
@@ -173,7 +180,7 @@ struct Codes {
       return;
     }
     clear(raw);
-    constexpr int kStep = Bits < 8 ? 8 / Bits : 1;  // elements that one byte holds
+    constexpr int kStep = Bits < 8 ? 8 / Bits : 1;  // elements per byte
     constexpr int kOne = Bits < 8 ? 1 : Bits / 8;
 #pragma unroll
     for (int j = 0; j < kElements; j += kStep) {
@@ -182,6 +189,7 @@ struct Codes {
       put(raw, j, code);
     }
   }
+  // Prefetches what load reads.
   __device__ __forceinline__ static void fetch(const void* warp, const L& lanes) {
     const char* from = global(static_cast<const char*>(warp) + lanes.lane * (Vector * Bits / 8));
 #pragma unroll
@@ -213,7 +221,7 @@ struct Codes {
   }
 };
 
-// The largest of a value over groups of neighbouring lanes; all lanes of a warp take part.
+// The maximum over each group of Group neighbouring lanes; every lane of the warp must call it.
 template <int Group>
 __device__ __forceinline__ uint32_t largest_in(uint32_t value) {
 #pragma unroll

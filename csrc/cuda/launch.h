@@ -1,5 +1,4 @@
-// Launches on the current stream of a device, and what a CUDA graph that is being captured asks
-// for.
+// Kernel launches on the current stream of a device, and helpers for CUDA graph capture.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,6 +17,7 @@ namespace {
         cudaGetErrorString(error));                                                  \
   } while (0)
 
+// Makes a device the current one for the lifetime of the object.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -32,7 +32,8 @@ class OnDevice {
   int before_ = 0;
 };
 
-// Within it the thread may allocate while it captures: a graph has no part in that.
+// Sets the relaxed capture mode for the lifetime of the object, so that allocations of this thread
+// do not invalidate a graph capture.
 class Relaxed {
  public:
   Relaxed() { ONEPASS_CUDA(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -44,13 +45,14 @@ class Relaxed {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// The current stream of a device.
 inline cudaStream_t stream_of(int device) {
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   return static_cast<cudaStream_t>(current);
 }
 
-// The number of the capture that a stream is in; 0 outside of one.
+// The ID of the graph capture of a stream; 0 if the stream is not being captured.
 inline unsigned long long capture_of(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
@@ -58,13 +60,14 @@ inline unsigned long long capture_of(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-// Whether a kernel has code for the current device; loads it there if it has.
+// Loads a kernel on the current device; returns an error if it has no code for that device.
 template <class... Params>
 cudaError_t verify(void (*kernel)(Params...)) {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }
 
+// Launches a kernel with kTuning.threads threads per block.
 template <class... Params, class... Args>
 void launch(cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {
   cudaLaunchConfig_t config{};

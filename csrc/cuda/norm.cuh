@@ -1,14 +1,16 @@
-// The norm of the gradients in a chunk table: sum of squares, largest magnitude, and how many are
-// not finite. Blocks take the chunks in turn, a number of them that only the device decides, and
-// everything is added in one order: the same bits at every run on one device.
+// The norm of the gradients in a chunk table: the sum of squares, the largest magnitude and the
+// number of non-finite elements. Blocks take the chunks in a grid-stride loop, and the number of
+// blocks depends only on the table and the device. All additions have a fixed order, so every run
+// on one device gives the same bits.
 #pragma once
 
 #include "codecs.cuh"
 
 namespace onepass::cuda {
 
-// What one thread has found. largest is the bits of a magnitude, and passes over a NaN, which shows
-// in the other two. Two sums, that no addition waits for the one before it.
+// The partial result of one thread. largest holds the bits of a magnitude and ignores NaN; squares
+// and nonfinite do not. There are two sums of squares so that consecutive additions are
+// independent.
 struct Found {
   double squares[2] = {};
   uint32_t largest = 0, nonfinite = 0;
@@ -17,7 +19,7 @@ struct Found {
     uint32_t most = 0;
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      // The product of two fp32 is exact, so that this rounds once, as the sum alone would.
+      // The square of an fp32 is exact in float64, so the fma has only the rounding of the sum.
       const double wide = values[j];
       squares[j % 2] = __fma_rn(wide, wide, squares[j % 2]);
       most = max_u32(most, to_bits(values[j]) & kMagnitude);
@@ -40,13 +42,14 @@ struct Found {
   }
 };
 
+// Adds other to norm.
 __device__ __forceinline__ void add_to(Norm& norm, const Norm& other) {
   norm.squares = norm.squares + other.squares;
   norm.largest = other.largest > norm.largest ? other.largest : norm.largest;
   norm.nonfinite = norm.nonfinite + other.nonfinite;
 }
 
-// The sum of what all threads of a block have, in thread 0.
+// Adds the norms of all threads of a block; thread 0 gets the result.
 __device__ __forceinline__ void add_block(Norm& norm) {
   __shared__ Norm warps[kTuning.threads / kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -64,8 +67,9 @@ __device__ __forceinline__ void add_block(Norm& norm) {
     for (int w = 1; w < kTuning.threads / kWarp; ++w) add_to(norm, warps[w]);
 }
 
-constexpr int kBatch = 4;  // rounds of a block whose reads are asked for before the first is used
+constexpr int kBatch = 4;  // loads that each thread issues before it uses the first
 
+// Adds the gradient elements of one chunk.
 template <Format F>
 __device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads, Found& found) {
   constexpr int kBits = bits_of(F), kVector = 128 / kBits;
@@ -129,7 +133,7 @@ __global__ void __launch_bounds__(kTuning.threads)
   if (threadIdx.x == 0) partials[blockIdx.x] = norm;
 }
 
-// One block adds the partials.
+// Adds the partials; launched with one block.
 __global__ void __launch_bounds__(kTuning.threads)
     norm_total(const Norm* partials, int64_t count, Norm* total) {
   Norm norm{0, 0, 0};

@@ -1,5 +1,5 @@
-// The ops of the CUDA library: the plan of csrc/plan.h with its tables on the device, and the
-// launches, on the current stream of the plan's device.
+// The ops of the CUDA library. CudaPlan adds tables in device memory to the plan of csrc/plan.h,
+// and launches its kernels on the current stream of the plan's device.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -16,6 +16,7 @@ constexpr int64_t kWord = sizeof(int64_t);
 static_assert(sizeof(Chunk) % kWord == 0 && sizeof(Norm) == 3 * kWord, "tables are of int64");
 constexpr int64_t kChunkWords = sizeof(Chunk) / kWord;
 
+// The kernels of a rule by its code.
 const RuleKernels& kernels_of(int rule) {
 #define ONEPASS_KERNELS_OF(CODE, RULE, ARG) &k##RULE##Kernels,
   static const RuleKernels* const all[kRules] = {ONEPASS_FOR_EACH_RULE(ONEPASS_KERNELS_OF, )};
@@ -23,18 +24,20 @@ const RuleKernels& kernels_of(int rule) {
   return *all[rule];
 }
 
+// The format of the first state; fp32 if the rule has no state.
 Format state_format(const Entry& entry) {
   for (int k = 0; k < kMaxStates; ++k)
     if (entry.has(k)) return entry.state_formats[k];
   return Format::kFp32;
 }
 
+// base + bytes; null stays null.
 void* offset(void* base, int64_t bytes) {
   return base ? static_cast<char*>(base) + bytes : nullptr;
 }
 
-// Where the chunks of an entry start, and its end: every so many elements, and at multiples of 2^32
-// of the index, where the keys of the random bits change.
+// The starts of the chunks of an entry, followed by its end. A chunk has at most `most` elements
+// and ends where the element index is a multiple of 2^32, because the random keys change there.
 std::vector<int64_t> cut_chunks(int64_t numel, int64_t first, int64_t most) {
   constexpr int64_t kHalf = int64_t{1} << 32;
   std::vector<int64_t> cuts;
@@ -48,31 +51,33 @@ std::vector<int64_t> cut_chunks(int64_t numel, int64_t first, int64_t most) {
   return cuts;
 }
 
-// Addresses of gradients, and the table on the device that has them.
+// The addresses of the gradients, on the host and in a table on the device.
 struct Grads {
   std::vector<int64_t> addresses;
   Tensor table;
 };
 
+// The plan of one CUDA device.
 struct CudaPlan : Plan {
   std::vector<Chunk> chunks;
-  std::vector<Format> grad_formats;  // that the chunks have now
+  std::vector<Format> grad_formats;  // the formats of gradients that the chunks were written with
   Tensor chunk_table;
   Grads grads;
-  // A graph that is being captured has a table of its own, which each replay fills again: eager
-  // steps and other graphs have other gradients. What its copies read and write stays, for the plan
-  // does not know how long the graph is replayed.
+  // A graph has its own gradient table, because eager steps and other graphs have other gradients.
+  // Each replay copies the addresses again. The memory that these copies use is never freed before
+  // the plan (kept), because the plan does not know when the graph is last replayed.
   Grads captured;
-  unsigned long long capture = 0;  // that it is of
+  unsigned long long capture = 0;  // the ID of the capture of `captured`
   std::vector<Tensor> kept;
-  bool chunks_captured = false;  // a graph reads the chunk table
-  // The capture, 0 for none, for which the tables have the gradients that were taken.
+  bool chunks_captured = false;  // whether a graph reads the chunk table
+  // The ID of the capture (0 for eager) whose tables hold the gradients that were taken.
   std::optional<unsigned long long> ready_in;
   SweepKernel kernel = nullptr;
   void* made_on = nullptr;  // the stream that the tables were allocated on
-  bool mixed = false;       // some of them were allocated on another
+  bool mixed = false;       // whether some tables were allocated on another stream
   int multiprocessors = 0;
-  // After the tables: waits for launches that read them before they are freed.
+  // Declared after the tables so that it is destroyed first: its destructor waits for the launches
+  // that read the tables.
   std::optional<SideStreams> side_streams;
 
   CudaPlan(
@@ -89,7 +94,7 @@ struct CudaPlan : Plan {
     grads.table = table(like, static_cast<int64_t>(entries.size()));
   }
 
-  // Chooses and loads the kernel for the gradients that were taken, and brings the tables to the
+  // Chooses and loads the kernel for the gradients that were taken, and copies the tables to the
   // device.
   void ready() {
     taken = false;
@@ -102,6 +107,7 @@ struct CudaPlan : Plan {
     taken = true;
   }
 
+  // Launches the sweep.
   void run(const StepArgs& step) {
     STD_TORCH_CHECK(
         !step.telemetry, "onepass: the cuda backend measures no telemetry, triton does");
@@ -115,6 +121,7 @@ struct CudaPlan : Plan {
     launch(stream, kernel, static_cast<unsigned>(chunks.size()), tables);
   }
 
+  // Launches the norm kernels; see the op norm in csrc/ops.cpp.
   Tensor norm() {
     STD_TORCH_CHECK(taken, "onepass: norm without refresh");
     const OnDevice guard(device.index);
@@ -125,7 +132,7 @@ struct CudaPlan : Plan {
     const int64_t count = static_cast<int64_t>(chunks.size());
     const int64_t most = int64_t{multiprocessors} * kTuning.norm_blocks_per_sm;
     const int64_t blocks = std::max<int64_t>(1, std::min(count, most));
-    // Of the current stream's memory, as the launches are.
+    // Allocated on the current stream, as the launches are on that stream.
     Tensor partials = torch::stable::new_empty(chunk_table, {blocks * 3}, ScalarType::Double);
     Tensor total = torch::stable::new_empty(chunk_table, {3}, ScalarType::Double);
     auto* partial = static_cast<Norm*>(partials.mutable_data_ptr());
@@ -141,6 +148,7 @@ struct CudaPlan : Plan {
     return torch::stable::new_empty(like, {std::max<int64_t>(words, 1)}, ScalarType::Long);
   }
 
+  // Divides the entries into chunks.
   void cut() {
     for (size_t e = 0; e < entries.size(); ++e) {
       const Entry& entry = entries[e];
@@ -182,15 +190,16 @@ struct CudaPlan : Plan {
     STD_TORCH_CHECK(chunks.size() < 1u << 31, "onepass: more chunks than a launch has blocks");
   }
 
-  // Null where freeing the plan need not wait for launches on the stream: memory is handed to the
-  // stream that it was allocated on. Events recorded in a capture would belong to the graph, whose
-  // owner keeps the plan.
+  // Returns null if freeing the plan need not wait for launches on the stream. That is the case on
+  // the stream of the allocations, because torch reuses the memory in the order of that stream. It
+  // is also the case during a capture, where a recorded event would belong to the graph: the owner
+  // of the graph keeps the plan alive.
   SideStreams* side_streams_of(cudaStream_t stream, unsigned long long capture_now) {
     return capture_now || (stream == made_on && !mixed) ? nullptr : &*side_streams;
   }
 
-  // The device's tables as they have to be for the gradients that were taken. now: the number of
-  // the capture that the stream is in.
+  // Updates the tables on the device for the gradients that were taken, and returns them. now is
+  // the ID of the capture of the stream, or 0.
   Tables prepare(cudaStream_t stream, unsigned long long now) {
     if (ready_in == now) return tables_in(now);
     if (now) {
@@ -228,9 +237,10 @@ struct CudaPlan : Plan {
     return true;
   }
 
-  // The formats of gradients are known from the first step on, and with them the kernel.
+  // Chooses the kernel and uploads the chunks. It runs in the first step, and when a gradient
+  // changes its dtype.
   void bind_grad_formats(cudaStream_t stream) {
-    grad_formats.clear();  // until the table is there: an error leaves it to the next step
+    grad_formats.clear();  // so that the next step tries again after an error
     if (!chunks.empty()) {
       kernel = choose_kernel();
       upload_chunks(stream);
@@ -258,7 +268,7 @@ struct CudaPlan : Plan {
         found,
         "onepass: this CUDA library is a variant built for bench.tuning, which has AdamW in five "
         "combinations of formats alone and no kernel for this list");
-    const Relaxed mode;  // loading may allocate while another thread captures
+    const Relaxed mode;  // loading may allocate while another thread captures a graph
     ONEPASS_CUDA(verify(found));
     return found;
   }
@@ -276,7 +286,7 @@ struct CudaPlan : Plan {
     });
   }
 
-  // Whether a table has the addresses of the gradients that were taken.
+  // Whether a table holds the addresses of the gradients that were taken.
   bool same_grads(const Grads& known) const {
     if (known.addresses.size() != entries.size()) return false;
     for (size_t e = 0; e < entries.size(); ++e)
@@ -286,7 +296,7 @@ struct CudaPlan : Plan {
 
   void upload_grads(Grads& to, bool capturing) {
     std::vector<int64_t> addresses;
-    addresses.swap(to.addresses);  // unknown after an error
+    addresses.swap(to.addresses);  // to.addresses stays empty after an error
     addresses.clear();
     for (const Entry& entry : entries) addresses.push_back(reinterpret_cast<int64_t>(entry.grad));
     upload(to.table, static_cast<int64_t>(entries.size()), capturing, [&](int64_t* words) {
@@ -295,8 +305,9 @@ struct CudaPlan : Plan {
     to.addresses.swap(addresses);
   }
 
-  // Copies host numbers into a table without waiting: pinned memory of its own for each copy, which
-  // torch takes back when the copy is done. Every replay of a captured copy reads it again.
+  // Copies host data into a table asynchronously. Each copy has its own pinned buffer, which torch
+  // reuses when the copy is done. The buffer of a captured copy is kept, because every replay reads
+  // it.
   template <class Fill>
   void upload(Tensor& table, int64_t words, bool capturing, const Fill& fill) {
     const bool pinned = table.is_cuda();
@@ -316,8 +327,8 @@ struct CudaPlan : Plan {
   }
 };
 
-// Overloads that of csrc/plan.h for everything that takes the gradients of a step: what can fail
-// before the launches fails here, before the step is counted.
+// Overloads take_gradients of csrc/plan.h. It also prepares the launch, so that errors are raised
+// here, before the step is counted.
 template <class Tensors>
 bool take_gradients(CudaPlan& plan, size_t params, size_t grads, const Tensors& tensors) {
   if (!onepass::take_gradients(static_cast<Plan&>(plan), params, grads, tensors)) return false;

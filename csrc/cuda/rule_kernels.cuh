@@ -1,5 +1,5 @@
-// The kernels of one rule: included once by each of csrc/generated/cuda/sweep_<rule>.cu, which are
-// compiled side by side.
+// The kernels of one rule. Each csrc/generated/cuda/sweep_<rule>.cu includes this header once, so
+// that the rules compile in parallel.
 #pragma once
 
 #include "combinations.h"
@@ -8,6 +8,7 @@
 
 namespace onepass::cuda {
 
+// The kernel for one combination of formats, or null if the table does not have it.
 template <template <unsigned> class Rule, unsigned Flags, bool Reduced>
 SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
 #define ONEPASS_FIND(WEIGHT, GRAD, STATES)                                            \
@@ -22,12 +23,13 @@ SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
   return nullptr;
 }
 
+// Whether a rule lists these flags in kReducedPrecision.
 template <class Rule, unsigned Flags>
 constexpr bool has_reduced() {
   return (Rule::kReducedPrecision >> Flags & 1) != 0;
 }
 
-// The kernel for a list of one combination, or null if the table does not have it.
+// The kernel for a list with one combination of flags and formats, or null if there is none.
 template <template <unsigned> class Rule, unsigned Flags = 0>
 SweepKernel find_fixed(unsigned flags, Format weight, Format grad, Format states) {
   if constexpr (Flags < kFlagSets) {
@@ -40,7 +42,7 @@ SweepKernel find_fixed(unsigned flags, Format weight, Format grad, Format states
   return nullptr;
 }
 
-// The kernel for a list of one set of flags, or null if the table does not have it.
+// The kernel for a list with one combination of flags, or null if there is none.
 template <template <unsigned> class Rule, unsigned Flags = 0>
 SweepKernel find_formats(unsigned flags) {
   if constexpr (Flags < kFlagSets) {
@@ -52,7 +54,7 @@ SweepKernel find_formats(unsigned flags) {
   return nullptr;
 }
 
-// All of a rule. A variant has no kernel for every list.
+// All kernels of a rule. A tuning variant omits the kernel for every list.
 template <template <unsigned> class Rule>
 constexpr RuleKernels kernels_of() {
   if constexpr (kVariant)

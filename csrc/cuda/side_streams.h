@@ -1,4 +1,5 @@
-// What a plan launches on other streams than the one that its tables were allocated on.
+// Synchronization for launches on streams other than the one that a plan's tables were allocated
+// on.
 #pragma once
 
 #include "launch.h"
@@ -6,19 +7,20 @@
 namespace onepass::cuda {
 namespace {
 
-// torch hands freed memory to the stream that it was allocated on, which does not wait for other
-// streams. The destructor waits for the launches on those. One event stands for all of them: each
-// use waits for it, on the device, before its launches, and records it anew after them. So neither
-// the number of streams matters nor whether one of them has been destroyed.
+// Keeps a plan's tables alive until launches on side streams have finished. torch reuses freed
+// memory on the stream that it was allocated on, which does not wait for other streams; the
+// destructor of this class does. One event covers all side streams: each use makes its stream wait
+// for the event before its launches, and records the event again after them. The number of streams
+// therefore does not matter, and a stream may be destroyed at any time.
 class SideStreams {
  public:
   explicit SideStreams(int device) : device_(device) {}
   SideStreams(const SideStreams&) = delete;
   SideStreams& operator=(const SideStreams&) = delete;
 
-  // It may run when the interpreter collects garbage, also while another thread captures a graph,
-  // and when the process ends: then the driver may be shutting down, and calls return
-  // cudaErrorCudartUnloading. Errors are ignored, for nobody could handle them.
+  // The destructor may run during garbage collection, while another thread captures a graph, and at
+  // process exit, where the driver may be shutting down and calls return cudaErrorCudartUnloading.
+  // It ignores errors because no caller can handle them.
   ~SideStreams() {
     int before = 0;
     if (!last_ || cudaGetDevice(&before) != cudaSuccess) return;
@@ -32,8 +34,8 @@ class SideStreams {
     if (relaxed) cudaThreadExchangeStreamCaptureMode(&mode);
   }
 
-  // Exists while a plan launches on a side stream that is not being captured; the plan's device is
-  // the current one. Does nothing where streams is null.
+  // A scope in which a plan launches on a side stream that is not being captured. The plan's device
+  // must be the current one. A null streams makes it do nothing.
   class Use {
    public:
     Use(SideStreams* streams, cudaStream_t stream) : streams_(streams), stream_(stream) {
@@ -45,7 +47,8 @@ class SideStreams {
         ONEPASS_CUDA(cudaEventCreateWithFlags(&streams->last_, cudaEventDisableTiming));
       }
     }
-    // Raises nothing: the launches have been made. Without the event it waits for them here.
+    // It raises no error, because the launches have already been made. If the event cannot be
+    // recorded, it waits for the launches.
     ~Use() {
       if (streams_ && cudaEventRecord(streams_->last_, stream_) != cudaSuccess)
         cudaStreamSynchronize(stream_);

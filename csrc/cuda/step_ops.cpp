@@ -1,4 +1,5 @@
-// The ops that come before a sweep: judge and advance, a block each on the current stream.
+// The ops judge and advance, which run before a sweep. Each launches one block on the current
+// stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

@@ -1,5 +1,6 @@
-// The CUDA sweep: a block takes a chunk, each of its warps 256 elements at a time: read everything,
-// decode, rule, encode, write. It knows neither algorithms nor formats.
+// The CUDA sweep. A block takes one chunk, and each of its warps 256 elements at a time: it reads
+// all tensors, decodes them, applies the rule, encodes the results and writes them. This file is
+// independent of the rules and formats.
 #pragma once
 
 #include <cstring>
@@ -8,7 +9,7 @@
 
 namespace onepass::cuda {
 
-// Has what sweep_warp reads fetched.
+// Prefetches what sweep_warp reads.
 template <class Rules, class Formats>
 __device__ __forceinline__ void fetch_warp(
     const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
@@ -40,8 +41,9 @@ __device__ __forceinline__ void fetch_warp(
   });
 }
 
-// 256 elements of a chunk, by one warp. offset: of the first of them; Full as in Codes, Math of
-// fast_path.cuh. Returns whether it was right; where it was not, nothing has been written.
+// Updates 256 elements of a chunk with one warp, from position offset on. Full is that of
+// Codes::load; Math is Quick or Careful of fast_path.cuh. Returns false, and writes nothing, if
+// Quick met a special case.
 template <bool Full, class Math, class Rules, class Formats>
 __device__ __forceinline__ bool sweep_warp(
     const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
@@ -77,7 +79,7 @@ __device__ __forceinline__ bool sweep_warp(
     });
   });
 
-  // What the warp takes next, so that it waits for a cache then and not for memory.
+  // Prefetch the next elements of the warp, so that their loads hit L2.
   const int next = offset + kTuning.threads * kElements;
   if (Full && Formats::kFetch && next < chunk.count)
     fetch_warp(rules, formats, chunk, grad_at, next);
@@ -147,7 +149,7 @@ __device__ __forceinline__ bool sweep_warp(
           values[k], random, state_use(k), lanes, states[k], roots, math);
     });
   });
-  // All lanes have the same answer, since a scale is theirs together.
+  // All lanes must take the same path, because lanes share a scale.
   if (Math::kQuick && !__all_sync(~0u, math.right())) return false;
 
   formats.param([&](auto format) {
@@ -167,7 +169,8 @@ __device__ __forceinline__ bool sweep_warp(
           chunk.states[k], offset, lanes, states[k]);
     });
   });
-  // Last: writing to what is still being read makes the whole sweep take twice as long.
+  // Gradients are zeroed last: writing to memory that is still being read doubles the time of the
+  // sweep.
   if (zero_grads) {
     formats.grad([&](auto format) {
       constexpr int kBits = bits_of(decltype(format)::value);
@@ -178,7 +181,8 @@ __device__ __forceinline__ bool sweep_warp(
   return true;
 }
 
-// By a whole block; a gradient starts and ends at an even address.
+// Zeroes memory with a whole block. The address and the size must be even, as those of gradients
+// are.
 __device__ __forceinline__ void zero_bytes(char* to, int bytes) {
   const int wide = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? bytes / 16 * 16 : 0;
   const uint32_t zeros[4] = {};
@@ -190,10 +194,11 @@ __device__ __forceinline__ void zero_bytes(char* to, int bytes) {
     Access<2>::store(zeros, global(to + at));
 }
 
+// Updates one chunk with one block.
 template <class Rules, class Formats>
 __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
-  // A copy: for all that the compiler knows, writes to a tensor could change the table. In shared
-  // memory, for its addresses would take up to a third of the registers.
+  // A copy of the chunk, because the compiler must assume that stores to tensors change the table.
+  // It is in shared memory, because its addresses would take up to a third of the registers.
   __shared__ Chunk chunk;
   constexpr int kWords = sizeof(Chunk) / sizeof(uint32_t);
   const auto* from = reinterpret_cast<const uint32_t*>(tables.chunks + blockIdx.x);
@@ -218,7 +223,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
       });
     return;
   }
-  // A thread each finds the keys: in every thread they would be a twentieth of all instructions.
+  // One thread per key computes it; in every thread, this would be 5 % of all instructions.
   constexpr int kDrawn = Rules::Sample::kStates > 3 ? kRandomWords : 2;
   __shared__ RandomKey words[kDrawn];
   if (Formats::kDraws) {
@@ -251,28 +256,30 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
     const bool full = aligned && offset + kWarpElements <= chunk.count;
     using First = std::conditional_t<Formats::kQuick, Quick, Careful>;
     if (full && sweep(std::true_type{}, First{}, offset)) continue;
-    // The same offset, which the compiler cannot know: it would keep all that was read until here
-    // in registers, and spill others. Element by element, for a third copy of the code would take
-    // as long to compile as the other two.
+    // The shuffle returns the same offset, but hides this from the compiler, which would otherwise
+    // keep all loaded values in registers and spill others. This path accesses memory element by
+    // element (Full is false), because a third copy of the code would take as long to compile as
+    // the other two.
     sweep(std::false_type{}, Careful{}, __shfl_xor_sync(~0u, offset, 1));
   }
 }
 
-// One combination of rule, flags and formats: a list that has no other.
+// The kernel for a list with one combination of rule, flags and formats.
 template <template <unsigned> class Rule, unsigned Flags, class Formats>
 __global__ void __launch_bounds__(kTuning.threads, Formats::kBlocks) sweep_fixed(Tables tables) {
   sweep_chunk<FixedRule<Rule, Flags>, Formats>(tables);
 }
 
-// Any formats, each chunk its own, of a rule whose flags are all one.
+// The kernel for a list with one combination of flags, where each chunk has its own formats.
 template <template <unsigned> class Rule, unsigned Flags>
-__global__ void __launch_bounds__(kTuning.threads)  // as many registers as it takes not to spill
+__global__ void __launch_bounds__(kTuning.threads)  // no minimum of blocks, to avoid spills
     sweep_formats(Tables tables) {
   sweep_chunk<FixedRule<Rule, Flags>, Any>(tables);
 }
 
-// Any formats and flags. Not rationed: three states in any format do not fit into the registers
-// that two blocks leave each other.
+// The kernel for a list where each chunk has its own flags and formats. It sets no minimum of
+// blocks per multiprocessor: three states in any format need more registers than a second resident
+// block would leave.
 template <template <unsigned> class Rule>
 __global__ void __launch_bounds__(kTuning.threads) sweep_any(Tables tables) {
   sweep_chunk<AnyRule<Rule>, Any>(tables);

@@ -1,8 +1,8 @@
-// The one table of launch shapes.
+// The launch shapes of all kernels.
 #pragma once
 
-// Each value can be overridden by a macro. bench/tuning_variants.py has the variants that are built
-// this way and measured beside each other.
+// Each value can be overridden by a macro. bench/tuning_variants.py lists the variants that are
+// built this way for comparison.
 #if !defined(ONEPASS_THREADS)
 #define ONEPASS_THREADS 128
 #endif
@@ -21,24 +21,25 @@
 
 namespace onepass::cuda {
 
+// A launch shape.
 struct Tuning {
-  int threads;        // of a block
-  int blocks_per_sm;  // that registers are rationed for
-  int chunk;          // elements of one parameter that a block takes, a multiple of kWarpElements
-  int wide_chunk;     // likewise, of those whose states are fp32: about as many bytes
+  int threads;        // threads per block
+  int blocks_per_sm;  // the minimum for __launch_bounds__, which limits registers per thread
+  int chunk;          // elements per chunk (one chunk per block), a multiple of kWarpElements
+  int wide_chunk;     // elements per chunk if the states are fp32; about as many bytes
   int norm_blocks_per_sm;
-  bool prefetch;  // a warp asks for its next elements while it computes
+  bool prefetch;  // whether a warp prefetches its next elements while it computes
 };
 
-// NVIDIA H200, 2026-11-26 (docs/performance.md has the runs). Six blocks of 128 threads leave a
-// thread 80 registers. A chunk is long enough to hide what a block does before its first element,
-// and short enough that the last blocks of a sweep do not run alone for long.
+// Tuned on NVIDIA H200, 2026-11-26 (docs/performance.md has the runs). Six blocks of 128 threads
+// allow 80 registers per thread. A chunk is long enough to amortize the setup of a block, and short
+// enough to keep the tail of a sweep, where few blocks are left, short.
 constexpr Tuning kTuning{
     ONEPASS_THREADS,      ONEPASS_BLOCKS_PER_SM, ONEPASS_CHUNK, ONEPASS_WIDE_CHUNK, 16,
     ONEPASS_PREFETCH != 0};
 
-// A variant that is built to be measured has the kernels of is_tuned in combinations.h alone, so
-// that its build takes seconds. A step of any other list is an error.
+// A tuning variant has only the kernels that is_tuned of combinations.h selects, so that its build
+// takes seconds. A step on any other list is an error.
 #if defined(ONEPASS_TUNING)
 constexpr bool kVariant = true;
 #else
@@ -46,8 +47,8 @@ constexpr bool kVariant = false;
 #endif
 
 constexpr int kWarp = 32;
-constexpr int kElements = 8;                      // that a thread holds at once
-constexpr int kWarpElements = kWarp * kElements;  // 256: every block of a format lies in one warp
+constexpr int kElements = 8;                      // elements that a thread holds at once
+constexpr int kWarpElements = kWarp * kElements;  // 256: every block of a format is in one warp
 static_assert(
     kTuning.chunk % kWarpElements == 0 && kTuning.wide_chunk % kWarpElements == 0,
     "chunks are whole rounds of a warp");
