@@ -30,8 +30,8 @@ ONEPASS_HD uint16_t encode_fp16(float value) {
 }
 
 // Stochastic rounding: the magnitude rounds up with probability d / 2^13, where d is the value of
-// the 13 dropped bits. Below 2^-14 they are the dropped bits of the magnitude plus 2^-14, because
-// the sum has the spacing of fp16 denormals. random is below 2^13. Magnitudes that round above
+// the 13 dropped bits. Below 2^-14 they are the lowest 13 bits of the magnitude plus 2^-14, which
+// are those below the spacing of fp16 denormals. random is below 2^13. Magnitudes that round above
 // 65504 become infinity.
 ONEPASS_HD uint16_t encode_fp16_stochastic(float value, uint32_t random) {
   const uint32_t bits = to_bits(value);
