@@ -1,4 +1,4 @@
-"""Triton kernels of onepass: rules, formats and the one sweep that puts them together.
+"""Triton kernels of onepass: the rules, the formats and the sweep kernel that combines them.
 
 Installed as ``onepass.triton_kernels`` and imported only when the triton backend is first used:
 Triton reads TRITON_INTERPRET when a kernel is decorated.

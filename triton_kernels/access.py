@@ -1,4 +1,4 @@
-"""Reading and writing stored elements: tensors, codes of 4 and 8 bits, and what is beside them."""
+"""Loads and stores of codes (encoded elements) and of their extra tensor: scales or companions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from .table import THREADS
 
 @triton.jit
 def load(address, first, lanes, count, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """Loads elements first + lanes of a tensor of count elements at an integer address.
+
+    FULL: all of them are inside the tensor, and the address is a multiple of 16.
+    """
     ptr = address.to(tl.pointer_type(TYPE))
     if FULL:
-        # The hint must be on the pointer: on the integer it is lost, and accesses are scalar.
+        # Triton ignores the alignment hint on the integer and would emit scalar accesses, so the
+        # hint is on the pointer.
         return tl.load(tl.multiple_of(ptr, 16) + (first + lanes))
     return tl.load(ptr + (first + lanes), mask=first + lanes < count, other=0)
 
 
 @triton.jit
 def store(address, first, lanes, count, stored, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """Stores elements first + lanes; the arguments are those of load."""
     ptr = address.to(tl.pointer_type(TYPE))
     if FULL:
         tl.store(tl.multiple_of(ptr, 16) + (first + lanes), stored)
@@ -31,7 +37,7 @@ def store(address, first, lanes, count, stored, TYPE: tl.constexpr, FULL: tl.con
 def load_stored(
     at, extra_at, first, count, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
 ):
-    """(codes, what is beside them) of one block of elements."""
+    """Loads BLOCK elements: (codes, scales or companions). first and count are in elements."""
     ELEMENT: tl.constexpr = FORMAT.element
     PACKED: tl.constexpr = FORMAT.packed
     EXTRA: tl.constexpr = FORMAT.extra
@@ -51,10 +57,10 @@ def load_stored(
 
 @triton.jit
 def store_scales(address, first, count, scales, TYPE: tl.constexpr, SIZE: tl.constexpr):
-    """The scales of whole blocks of elements.
+    """Stores the scales of whole blocks of SIZE elements.
 
-    As many values as threads, so that Triton stores each from the thread that has it: a shorter
-    tensor would go through shared memory to the first warps.
+    The stored tensor has one value per thread, so that each thread stores a scale that it holds.
+    Triton would move a shorter tensor through shared memory to the first warps.
     """
     PER: tl.constexpr = THREADS // scales.shape[0]
     lanes = tl.arange(0, THREADS)
@@ -68,13 +74,14 @@ def store_stored(
     at, extra_at, first, count, codes, extra, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
+    """Stores BLOCK elements: the codes, and extra, their scales or companions."""
     ELEMENT: tl.constexpr = FORMAT.element
     PACKED: tl.constexpr = FORMAT.packed
     EXTRA: tl.constexpr = FORMAT.extra
     SIZE: tl.constexpr = FORMAT.block
     if PACKED == 2:
         if not FULL:
-            # The unused half of a last byte is zero.
+            # An unused upper half of the last byte is zero.
             codes = tl.where(first + tl.arange(0, BLOCK) < count, codes, 0).to(ELEMENT)
         codes = pack(codes)
     lanes = tl.arange(0, BLOCK // PACKED)
@@ -88,7 +95,7 @@ def store_stored(
 
 @triton.jit
 def only_elements(values, first, count, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    """Zeros where there is no element, so that they have no part in the scale of a block."""
+    """Sets values past the end to zero, so that they do not affect the scale of their block."""
     if not FULL and FORMAT.block > 1:
         values = tl.where(first + tl.arange(0, values.shape[0]) < count, values, 0.0)
     return values

@@ -1,10 +1,10 @@
 """The block formats of states in Triton, as mx8.py, mx4.py and dynamic8.py in
 :mod:`onepass.formats` specify them.
 
-``decode(codes, scales, root, maps) -> values`` and ``encode(values, random, root, maps) -> (codes,
-scales)`` on the elements of whole blocks, one after another. A block of 32 rests within one warp,
-so its maximum is taken by shuffles. root is what mx4 measures relative first moments in; maps holds
-the rows of :data:`DYNAMIC_TABLES`.
+Every format has ``decode(codes, scales, root, maps) -> values`` and ``encode(values, random, root,
+maps) -> (codes, scales)``. They work on the elements of consecutive whole blocks. A block of 32
+elements is within one warp, so its maximum needs only shuffles. mx4 codes relative first moments as
+multiples of root; maps points to the rows of :data:`DYNAMIC_TABLES`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ NOT_FINITE = tl.constexpr(255)  # the scale of a block that holds a NaN or an in
 _INFINITY = tl.constexpr(0x7F800000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _ONE = tl.constexpr(0x3F800000)
-_FINE = tl.constexpr(132)  # the first scale of roots in E2M2
-_COARSE_BIAS = tl.constexpr(53)  # from a scale of E3M1 to its lowest exponent
-_FINE_BIAS = tl.constexpr(66)  # from the lowest exponent of E2M2 to its scale
-_RATIO_LIMIT = tl.constexpr(0x40E00000)  # 7
+_FINE = tl.constexpr(132)  # scales of roots from here on select E2M2
+_COARSE_BIAS = tl.constexpr(53)  # E3M1: lowest exponent - scale
+_FINE_BIAS = tl.constexpr(66)  # E2M2: scale - lowest exponent
+_RATIO_LIMIT = tl.constexpr(0x40E00000)  # the bits of 7.0
 _LEAST_STEP = tl.constexpr(762)  # the upper 12 bits of the step of scale 0
-_LEAST_LARGEST = tl.constexpr(0x310C0000)  # seven of that
+_LEAST_LARGEST = tl.constexpr(0x310C0000)  # the bits of 7 times that step
 _NAN = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
 def largest_of(bits, SIZE: tl.constexpr):
-    """The largest of each block: [elements] -> [blocks]."""
+    """The maximum of each block: [elements] -> [blocks]."""
     BLOCKS: tl.constexpr = bits.shape[0] // SIZE
     return tl.max(tl.reshape(bits, (BLOCKS, SIZE)), axis=1)
 
 
 @triton.jit
 def least_of(bits, SIZE: tl.constexpr):
-    """The least of each block: [elements] -> [blocks]."""
+    """The minimum of each block: [elements] -> [blocks]."""
     BLOCKS: tl.constexpr = bits.shape[0] // SIZE
     return tl.min(tl.reshape(bits, (BLOCKS, SIZE)), axis=1)
 
@@ -51,15 +51,18 @@ def each(scales, SIZE: tl.constexpr):
 
 
 # --- minifloats ------------------------------------------------------------------------------
-# M: bits of the mantissa; SPAN: the powers of two that codes span, less one. The reference's
-# arithmetic, with T, the bits of a block's lowest power of two, in place of its exponent: a code
-# shifted to the mantissa's place then needs only T added.
+# M: mantissa bits; SPAN: the number of binades of the codes, minus one. The arithmetic is that of
+# the reference, except that it uses T, the bits of the block's lowest power of two, rather than the
+# exponent: decoding shifts a code to the place of the mantissa and adds T.
 
 
 @triton.jit
 def lowest_binade(largest, M: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.constexpr,
                   LIFT: tl.constexpr):  # fmt: skip
-    """The scale: the smallest at which the largest value, lifted and rounded up, has a code."""
+    """The scale of each block: the smallest, at least LEAST, at which the largest value has a code.
+
+    The largest value is taken plus LIFT and rounded up.
+    """
     top = (largest + ((1 << (23 - M)) - 1 + LIFT)) >> 23
     scale = tl.maximum(top.to(tl.int32), SPAN + LEAST) - SPAN
     return tl.where(largest >= _INFINITY, NOT_FINITE, scale).to(tl.uint32)
@@ -67,23 +70,26 @@ def lowest_binade(largest, M: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.conste
 
 @triton.jit
 def round_up(bits, random, lowest, M: tl.constexpr):
-    """Stochastically to M bits of mantissa, counted from the lowest power of two; signed."""
+    """Rounds stochastically to M mantissa bits; returns signed codes relative to lowest."""
     steps = bits + (random << (7 - M)) - lowest
     return steps.to(tl.int32, bitcast=True) >> (23 - M)
 
 
 @triton.jit
 def finish(code, scales, M: tl.constexpr):
+    """Sets the codes of non-finite blocks, and converts codes and scales to bytes."""
     code = tl.where(each(scales, MX_BLOCK) == NOT_FINITE, 1 << (M - 1), code)
     return code.to(tl.uint8), scales.to(tl.uint8)
 
 
 @triton.jit
 def encode_unsigned(values, random, M: tl.constexpr, SPAN: tl.constexpr):
+    """Codes of values >= 0; only zero has code 0."""
     bits = values.to(tl.uint32, bitcast=True)
     scales = lowest_binade(largest_of(bits, MX_BLOCK), M, SPAN, 0, 0)
     code = round_up(bits, random, each(scales << 23, MX_BLOCK), M)
-    # Zero is 0; no other number is less than its code. Bits with a sign are of a block of NaN.
+    # The minimum changes only the code of zero, because every other number has bits above its code.
+    # Negative bits occur only in blocks with a NaN.
     code = tl.minimum(tl.maximum(code, 1), bits.to(tl.int32, bitcast=True))
     return finish(code, scales, M)
 
@@ -96,7 +102,7 @@ def decode_unsigned(codes, scales, M: tl.constexpr):
 
 @triton.jit
 def encode_signed(values, random, M: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
-    """WIDTH: bits of a code below its sign."""
+    """Codes of values of any sign. WIDTH: bits of a code below its sign."""
     bits = values.to(tl.uint32, bitcast=True)
     magnitude = bits & _MAGNITUDE
     scales = lowest_binade(largest_of(magnitude, MX_BLOCK), M, SPAN, 1, 1 << (23 - SPAN))
@@ -117,7 +123,7 @@ def decode_signed(codes, scales, M: tl.constexpr, WIDTH: tl.constexpr):
     return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
-# --- mx8: second moments E5M3 without a sign, first moments E4M3 with one ---------------------
+# --- mx8: second moments in unsigned E5M3, first moments in signed E4M3 -----------------------
 
 
 @triton.jit
@@ -140,13 +146,13 @@ def encode_mx8_first(values, random, root, maps):
     return encode_signed(values, random, 3, 15, 7)
 
 
-# --- mx4: roots of second moments in E3M1 or E2M2 without a zero, ratios in 15 even steps, other
-# first moments in E2M1 with a sign ---
+# --- mx4: square roots of second moments in unsigned E3M1 or E2M2 without a code for zero, relative
+# first moments as ratios in 15 even steps, other first moments in signed E2M1 ---
 
 
 @triton.jit
 def root_unit(scales):
-    """(the lowest power of two, by how much a code lies below it) of each element of a block."""
+    """For each element: (bits of the block's lowest power of two, shift from code to mantissa)."""
     scales = scales.to(tl.uint32)
     kept = (scales == 0) | (scales == NOT_FINITE)
     fine = (scales >= _FINE) & (scales != NOT_FINITE)
@@ -157,7 +163,7 @@ def root_unit(scales):
 
 @triton.jit
 def root_mx4(codes, scales):
-    """What second moments are the squares of."""
+    """The square roots of second moments."""
     lowest, dropped = root_unit(scales)
     return ((codes.to(tl.uint32) << dropped) + lowest).to(tl.float32, bitcast=True)
 
@@ -179,7 +185,7 @@ def encode_mx4_second(values, random, root, maps):
     scales = tl.where(largest >= _INFINITY, NOT_FINITE, tl.where(largest == 0, 0, scales))
     scales = scales.to(tl.uint32)
     lowest, dropped = root_unit(scales)
-    # In a block of zeros nothing is added to 0 that would reach a code.
+    # In a block of zeros, lowest is 0, and the random bits alone do not reach the lowest code bit.
     code = (tl.maximum(bits, lowest) - lowest + (random << (dropped - 16))) >> dropped
     return finish(code, scales, 1)
 
@@ -196,7 +202,7 @@ def encode_mx4_first(values, random, root, maps):
 
 @triton.jit
 def ratio_step(scales):
-    """The step of the ratios of each block; NaN where it is not finite."""
+    """The step of the ratios of each block; NaN for a block that is not finite."""
     bits = (scales.to(tl.uint32) + _LEAST_STEP) << 20
     return tl.where(scales == NOT_FINITE, _NAN, bits).to(tl.uint32).to(tl.float32, bitcast=True)
 
@@ -230,13 +236,14 @@ def encode_mx4_relative(values, random, root, maps):
 
 @triton.jit
 def unpack(packed):
-    """4-bit codes, two in a byte, the lower half first."""
+    """Unpacks bytes into 4-bit codes; the lower half of a byte is the first code."""
     COUNT: tl.constexpr = packed.shape[0] * 2
     return tl.reshape(tl.join(packed & 15, packed >> 4), (COUNT,))
 
 
 @triton.jit
 def pack(codes):
+    """Packs 4-bit codes into bytes; the inverse of unpack."""
     BYTES: tl.constexpr = codes.shape[0] // 2
     even, odd = tl.split(tl.reshape(codes, (BYTES, 2)))
     return even | (odd << 4)
@@ -254,7 +261,7 @@ def decode_dynamic(codes, scales, values_ptr):
 
 @triton.jit
 def encode_dynamic(values, edges_ptr):
-    """The nearest value, by a binary search of the midpoints without branches."""
+    """The code of the nearest value, by a branchless binary search of the midpoints."""
     magnitudes = values.to(tl.uint32, bitcast=True) & _MAGNITUDE
     largest = largest_of(magnitudes, DYNAMIC_BLOCK)
     largest = tl.where(largest >= _INFINITY, _NAN, largest).to(tl.uint32)

@@ -1,10 +1,10 @@
 """fp32, bf16 and fp16 in Triton, and weights with companions, as :mod:`onepass.formats` specifies
 them.
 
-``decode(codes, companion, root, maps) -> values``, ``encode(values, random, root, maps) -> (codes,
-companion)``; the arguments beyond what a format stores are those of other formats. 16-bit floats
-rest as unsigned codes, so that rounding is integer arithmetic that the interpreter and every GPU
-agree on. A companion of 0 stands for none.
+Every format has ``decode(codes, companion, root, maps) -> values`` and ``encode(values, random,
+root, maps) -> (codes, companion)``. A format ignores the arguments that only other formats use.
+16-bit floats are stored as unsigned codes, so that rounding is integer arithmetic with the same
+result in the interpreter and on every GPU. A format without companions returns 0 for them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def from_bf16(codes):
 
 @triton.jit
 def to_bf16(values):
+    """Rounds to nearest, ties to even."""
     bits = values.to(tl.uint32, bitcast=True)
     rounded = bits + (0x7FFF + ((bits >> 16) & 1))
     return tl.where(values != values, 0x7FC0, rounded >> 16).to(tl.uint16)
@@ -35,6 +36,7 @@ def to_bf16(values):
 
 @triton.jit
 def to_bf16_half_away(values):
+    """Rounds to nearest, ties away from zero."""
     rounded = values.to(tl.uint32, bitcast=True) + 0x8000
     return tl.where(values != values, 0x7FC0, rounded >> 16).to(tl.uint16)
 
@@ -90,7 +92,8 @@ def encode_fp16_stochastic(values, random, root, maps):
     bits = values.to(tl.uint32, bitcast=True)
     magnitude = bits & _MAGNITUDE
     small = magnitude < 0x38800000
-    # Beside 2^-14 the spacing of fp32 is that of the bits below fp16's denormals.
+    # fp32 numbers just above 2^-14 have 13 bits below the spacing of the denormals of fp16, so 13
+    # bits are dropped in this case too.
     shifted = magnitude.to(tl.float32, bitcast=True) + tl.full((), 2.0**-14, tl.float32)
     shifted = shifted.to(tl.uint32, bitcast=True) - (113 << 23)
     code = (tl.where(small, shifted, magnitude - (112 << 23)) + (random >> 3)) >> 13
@@ -104,7 +107,7 @@ def encode_fp16_stochastic(values, random, root, maps):
 
 @triton.jit
 def rest(values, near):
-    """What rounding left over; nothing of an infinity or NaN."""
+    """The rounding error values - near; 0 for an infinity or NaN."""
     finite = (near.to(tl.uint32, bitcast=True) & _MAGNITUDE) < _INFINITY
     return tl.where(finite, values - near, 0.0)
 
@@ -133,6 +136,7 @@ def encode_kahan_fp16(values, random, root, maps):
 
 @triton.jit
 def decode_master_bf16(codes, companion, root, maps):
+    """The master weight, unless the weight was changed outside onepass and takes precedence."""
     return tl.where(to_bf16_half_away(companion) == codes, companion, from_bf16(codes))
 
 
@@ -143,6 +147,7 @@ def encode_master_bf16(values, random, root, maps):
 
 @triton.jit
 def decode_master_fp16(codes, companion, root, maps):
+    """The master weight, unless the weight was changed outside onepass and takes precedence."""
     return tl.where(to_fp16(companion) == codes, companion, from_fp16(codes))
 
 
@@ -153,8 +158,11 @@ def encode_master_fp16(values, random, root, maps):
 
 @triton.jit
 def joined(codes, low):
-    """The value whose bits are those of a weight, 65536 times, plus low. Less than nothing below a
-    weight of zero is left of one that was set to zero since: the sum would be a NaN."""
+    """The fp32 whose bits are codes * 65536 + low.
+
+    A negative low under a zero weight is stale: the weight was set to zero after the step. It is
+    treated as 0, because the sum would be a NaN.
+    """
     low = tl.where(((codes & 0x7FFF) == 0) & (low < 0), 0, low).to(tl.uint32, bitcast=True)
     return ((codes.to(tl.uint32) << 16) + low).to(tl.float32, bitcast=True)
 

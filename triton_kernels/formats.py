@@ -1,7 +1,7 @@
 """The table of formats in Triton and the counter-based random bits, as :mod:`onepass.formats` and
 :mod:`onepass.numerics.random_bits` specify them.
 
-A format decodes stored elements to fp32 blocks and encodes fp32 blocks: floats.py, blocks.py.
+A format decodes stored elements to fp32 and encodes fp32 elements; see floats.py and blocks.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from . import blocks, floats
 
 @triton.jit
 def splitmix64(z):
+    """The output function of SplitMix64."""
     z = z + 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -27,14 +28,14 @@ def splitmix64(z):
 
 @triton.jit
 def random_stream(seed, step, param_id):
-    """The stream key of one parameter at one step; int64 scalars, as the tables hold them."""
+    """The stream of one parameter at one step. The arguments are int64 scalars of the tables."""
     z = splitmix64(seed.to(tl.uint64)) ^ step.to(tl.uint64)
     return splitmix64(splitmix64(z) ^ param_id.to(tl.uint64))
 
 
 @triton.jit
 def random_bits(stream, index, offsets, WORD: tl.constexpr):
-    """32 bits for each element index + offsets, none of which may cross a multiple of 2^32."""
+    """32 random bits for each element index + offsets; no multiple of 2^32 may be in between."""
     index = index.to(tl.uint64)
     key = splitmix64(stream ^ ((index >> 32) | (WORD << 32)))
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -51,18 +52,19 @@ class Format:
     """A format as the sweep takes it, a constexpr.
 
     Attributes:
-        name: for error messages and the names of compiled kernels.
-        element: Triton's type of a stored element.
-        decode: (stored elements, what is beside them, root, maps) -> fp32 elements.
-        encode: (fp32 elements, random, root, maps) -> (stored elements, what is beside them).
-        stochastic: whether encode reads random, 16 bits an element.
-        extra: type of what is beside the elements, scales of blocks or a companion; None for none.
-        block: elements that share one of these.
-        packed: elements in a byte.
-        use: which 16 of the random bits a weight in this format takes; a state takes those of its
-            slot.
-        root: (stored elements, scales) -> what relative first moments are measured in; None unless
-            the format does so.
+        name: name in error messages and in the names of compiled kernels.
+        element: Triton type of a stored element.
+        decode: (stored elements, extra, root, maps) -> fp32 elements.
+        encode: (fp32 elements, random, root, maps) -> (stored elements, extra).
+        stochastic: whether encode reads random, 16 bits per element.
+        extra: type of the second tensor (scales of blocks, or companions of weights); None if the
+            format has none.
+        block: number of elements that share one element of extra.
+        packed: number of codes in a stored element.
+        use: the 16 random bits that a weight in this format draws, as bits_of in sweep.py numbers
+            them; a state draws those of its slot.
+        root: (stored elements, scales) -> the unit of relative first moments; None if the format
+            has no such unit.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Format:
 
     @property
     def functions(self) -> list[Any]:
+        """The Triton functions of the format."""
         return [self.decode, self.encode, *([self.root] if self.root else [])]
 
 
@@ -98,7 +101,7 @@ def _companion(name: str, extra: tl.dtype, **options: Any) -> Format:
     return Format(name, tl.uint16, decode, encode, extra=extra, **options)
 
 
-# By the number of the format (onepass/formats/<name>.py): formats of a tensor alone.
+# Formats that depend only on their number (onepass/formats/<name>.py).
 FORMATS = {
     0: Format("fp32", tl.float32, floats.decode_fp32, floats.encode_fp32),
     1: Format("bf16", tl.uint16, floats.decode_bf16, floats.encode_bf16),
@@ -110,7 +113,8 @@ FORMATS = {
     10: _companion("master_bf16", tl.float32),
     11: _companion("master_fp16", tl.float32),
     12: _companion("split16", tl.uint16),
-    # It takes the lowest 8 bits, which hardly decide how the state of slot 0 is rounded.
+    # split8 needs 8 bits and shares the lowest bits of slot 0, because they hardly affect the
+    # rounding of that state.
     13: _companion("split8", tl.uint8, stochastic=True, use=0),
 }
 
@@ -119,15 +123,15 @@ _MX8 = {kind: _mx("mx8", kind) for kind in ("first", "second")}
 _MX4 = {kind: _mx("mx4", kind, packed=2) for kind in ("first", "relative")}
 _MX4["second"] = _mx("mx4", "second", packed=2, root=blocks.root_mx4)
 
-# Formats that code a moment by what it is: (kind of the slot, slot) -> format.
+# Formats of states that depend on the kind of the moment too: number -> (kind, slot) -> format.
 MOMENT_FORMATS = {
     5: lambda kind, slot: _MX8["second" if kind == "second" else "first"],
     6: lambda kind, slot: _MX4[kind],
-    # As bitsandbytes has it: Adagrad's and RMSprop's second moments, in slot 0, are signed.
+    # As in bitsandbytes, slot 0 is signed, even for the second moments of Adagrad and RMSprop.
     7: lambda kind, slot: _DYNAMIC["unsigned" if kind == "second" and slot else "signed"],
 }
 
 
 def state_format(code: int, kind: str, slot: int) -> Format:
-    """The format of a rule's state."""
+    """The format of the state of a rule, by the number of the format and the kind of the state."""
     return MOMENT_FORMATS[code](kind, slot) if code in MOMENT_FORMATS else FORMATS[code]

@@ -1,10 +1,12 @@
-"""The global norm of the gradients, for clipping: they are read once, nothing else is touched.
+"""The global norm of the gradients, for clipping. It reads each gradient once.
 
-Two launches, in an order of additions that the sizes alone decide: programs walk the chunk table of
-the sweep and leave one partial result each, one last program adds these up. No atomics, nothing on
-the host, and one compiled kernel for every list.
+There are two launches. In the first, programs walk the chunk table of the sweep and write one
+partial result each; in the second, one program adds the partial results. The order of additions
+depends only on the sizes. The kernels use no atomics and no host synchronization, and they are
+compiled once for all lists.
 
-Squares are added as in sums.py, in groups of what a thread reads with one 16-byte access.
+Squares are added as in sums.py, in groups of the elements that a thread reads with one 16-byte
+access.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from . import sums as sums_of
 from .floats import from_bf16, from_fp16, from_fp32
 from .table import COLUMNS, COUNT, ENTRY, INTERPRETED, START
 
-# Programs of a launch, if there are so many chunks. They take chunks in turn, so that each has the
-# same share; the last program reads what they leave. Untuned.
+# The largest number of programs of the first launch. Program p takes chunks p, p + PROGRAMS and so
+# on, so that all programs have equal shares. Untuned.
 PROGRAMS = tl.constexpr(8192)
-# Groups that a program reads at once: four accesses a thread on NVIDIA GPUs, two on AMD GPUs.
+# Groups that a program loads at once: four accesses per thread on NVIDIA GPUs, two on AMD GPUs.
 GROUPS = tl.constexpr(1024)
-# Partial results that the last program reads at once.
+# Partial results that the program of the second launch loads at once.
 LAST = tl.constexpr(1024)
 # Eight warps are 256 threads on NVIDIA GPUs and 512 on AMD GPUs. With four warps on gfx942, a
 # thread decodes 32 values of a 16-bit gradient at once, and the kernel uses 164 registers with
@@ -35,7 +37,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False, "sanitize_overflow": False
 
 @triton.jit
 def add_block(sums, ptr, offsets, mask, DECODE: tl.constexpr, FULL: tl.constexpr):
-    """Adds [GROUPS, elements of a group] to the sums; each of its rows rests in one thread."""
+    """Adds a block of [GROUPS, elements of a group] to the sums; one thread holds each group."""
     squares, largest, nonfinite = sums
     values = DECODE(tl.load(ptr + offsets) if FULL else tl.load(ptr + offsets, mask=mask, other=0))
     magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -47,7 +49,7 @@ def add_block(sums, ptr, offsets, mask, DECODE: tl.constexpr, FULL: tl.constexpr
 
 @triton.jit
 def add_chunk(sums, address, count, ELEMENT: tl.constexpr, DECODE: tl.constexpr):
-    """One chunk: whole blocks without a mask if they are aligned, the rest with one."""
+    """Adds one chunk: full blocks without a mask if they are aligned, the rest with a mask."""
     GROUP: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     BLOCK: tl.constexpr = GROUPS * GROUP
     ptr = address.to(tl.pointer_type(ELEMENT))
@@ -93,7 +95,7 @@ def partial_norms(chunks_ptr, grads_ptr, formats_ptr, num_chunks, partials_ptr):
 
 @triton.jit(do_not_specialize=["num_partials"])
 def total_norm(partials_ptr, num_partials, norm_ptr):
-    """Adds the partials up, in one program."""
+    """Adds the partial results; launched with one program."""
     squares = tl.zeros([LAST], tl.float64)
     largest = tl.zeros([LAST], tl.float64)
     nonfinite = tl.zeros([LAST], tl.float64)
@@ -114,9 +116,9 @@ def launch(chunks: torch.Tensor, grads: torch.Tensor, formats: torch.Tensor) -> 
     """Launches the norm over all chunks on the current device and stream.
 
     Args:
-        chunks: int64 [chunks, COLUMNS], the sweep's.
+        chunks: int64 [chunks, COLUMNS], the chunk table of the sweep.
         grads: int64 [entries], the addresses of the gradients.
-        formats: int32 [entries], the codes of their formats.
+        formats: int32 [entries], the numbers of their formats.
 
     Returns:
         float64 [3]: sum of squares, largest magnitude, count of non-finite elements.
@@ -126,7 +128,7 @@ def launch(chunks: torch.Tensor, grads: torch.Tensor, formats: torch.Tensor) -> 
     if not programs:
         return norm
     partials = torch.empty(3, PROGRAMS.value, dtype=torch.float64, device=chunks.device)
-    # NumPy, which the interpreter computes with, would warn of infinities.
+    # The interpreter computes with NumPy, which would warn about infinities.
     with np.errstate(all="ignore") if INTERPRETED else nullcontext():
         partial_norms[(programs,)](chunks, grads, formats, len(chunks), partials, **OPTIONS)
         total_norm[(1,)](partials, programs, norm, **OPTIONS)

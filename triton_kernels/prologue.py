@@ -1,6 +1,8 @@
-"""What comes before a sweep, in float64 and on the device: the verdict on a step, as
-:mod:`onepass.numerics.verdict` has it, and a row of hyperparameters for each row of options. The
-same lines in the same order: IEEE operations, so the same bits.
+"""The kernels that run before a sweep, in float64 on the device.
+
+judge decides on a step (:mod:`onepass.numerics.verdict`), and advance derives a row of the
+hyperparameter table from each row of options. Both have the IEEE operations of the reference in the
+same order, and therefore the same bits.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ TINY = tl.constexpr(verdict_table.TINY)
 
 
 # --- kernels ---------------------------------------------------------------------------------
-# Nothing is specialised: not a number, and no alignment of a pointer into a table.
+# No argument is specialised, neither on its value nor on the alignment of a pointer.
 
 
 @triton.jit(do_not_specialize=["verdict_ptr", "found_ptr", "scale_ptr", "inf_ptr", "max_norm"])
@@ -48,10 +50,12 @@ def judge(
     SCALED: tl.constexpr, ASKED: tl.constexpr, CLIPS: tl.constexpr, LARGEST: tl.constexpr,
     SKIPS: tl.constexpr,
 ):  # fmt: skip
-    """One verdict, by one program.
+    """Writes one verdict; launched with one program.
 
-    max_norm has the bits of a float64: Triton would pass a float as fp32. FOUND, SCALED, ASKED:
-    whether found_ptr, scale_ptr and inf_ptr are what they are called.
+    max_norm holds the bits of a float64, because Triton would pass a float as fp32. FOUND, SCALED
+    and ASKED: whether found_ptr, scale_ptr and inf_ptr point to the result of the norm, to the loss
+    scale and to found_inf; otherwise the kernel does not read them. CLIPS: whether to clip to
+    max_norm. LARGEST: the norm is the largest magnitude. SKIPS: non-finite gradients skip the step.
     """
     zero = tl.full((), 0.0, tl.float64)
     squares, top, nonfinite = zero, zero, zero
@@ -90,7 +94,11 @@ def advance(
     verdict_ptr, options_ptr, kept_ptr, hyper_ptr, counters_ptr, ADVANCE: tl.constexpr,
     DERIVE: tl.constexpr, SCALARS: tl.constexpr, SCALAR_STATES: tl.constexpr, JUDGED: tl.constexpr,
 ):  # fmt: skip
-    """One row of the hyperparameter table by each program; JUDGED: whether there is a verdict."""
+    """Advances one row per program, or sets its step number to 0 if the verdict skips the step.
+
+    ADVANCE and DERIVE are functions of the rule, with SCALARS results of DERIVE and SCALAR_STATES
+    scalar states. JUDGED: whether there is a verdict.
+    """
     row = tl.program_id(0)
     factor = tl.full((), 1.0, tl.float64)
     skip = tl.full((), 0.0, tl.float64)
@@ -113,7 +121,7 @@ def advance(
             scalar_states = scalar_states + (scalar_state.to(tl.float64),)
         scalar_states = ADVANCE(o, step, scalar_states)
         scalars = DERIVE(o, step, tl.load(kept_ptr + rows + row) != 0, scalar_states)
-        # The columns between those of the rule and of the average are zero from the beginning.
+        # The columns between those of the rule and those of the average stay zero.
         hyper = hyper_ptr + row * HYPER_WIDTH
         tl.store(hyper, (o[SIGN] * factor).to(tl.float32))
         for i in tl.static_range(SCALARS):
@@ -127,7 +135,7 @@ def advance(
             tl.store(kept_ptr + (2 + i) * rows + row, scalar_states[i].to(tl.float32))
 
 
-# A program works on scalars alone.
+# One warp per program, because the kernels compute only scalars.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False, "sanitize_overflow": False}
 
 
@@ -140,9 +148,12 @@ def launch_judge(
     largest: bool,
     skip_nonfinite: bool,
 ) -> None:
-    """See :meth:`onepass.engine.backends.base.Backend.judge`; on the current device and stream."""
+    """Launches judge on the current device and stream.
+
+    See :meth:`onepass.engine.backends.base.Backend.judge` for the arguments.
+    """
     (bits,) = struct.unpack("<q", struct.pack("<d", max_norm or 0.0))
-    # NumPy, which the interpreter computes with, would warn of infinities.
+    # The interpreter computes with NumPy, which would warn about infinities.
     with np.errstate(all="ignore") if INTERPRETED else nullcontext():
         judge[(1,)](
             verdict,
@@ -168,7 +179,10 @@ def launch_advance(
     counters: torch.Tensor,
     verdict: torch.Tensor | None,
 ) -> None:
-    """See :meth:`onepass.engine.backends.Backend.advance`; on the current device and stream."""
+    """Launches advance on the current device and stream.
+
+    See :meth:`onepass.engine.backends.Backend.advance` for the arguments.
+    """
     with np.errstate(all="ignore") if INTERPRETED else nullcontext():
         advance[(len(options),)](
             options if verdict is None else verdict,

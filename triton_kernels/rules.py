@@ -1,15 +1,18 @@
-"""The rules in Triton, under the names that they have in :mod:`onepass.rules`.
+"""The rules in Triton, with the names of :mod:`onepass.rules`.
 
-``<name>(param, grad, states, h, FLAGS) -> (param, states)``: the lines of the specification, in its
-order, on fp32 blocks. ``states`` has the rule's slots in order, a stand-in that no line reads where
-the flags leave one out; ``h`` holds the fp32 scalars of the rule's ``derive``; bit i of ``FLAGS``
-is its i-th flag. Roots and divisions are the correctly rounded ones, and the launch turns
-contraction off, so that the results are the specification's bit for bit.
+``<name>(param, grad, states, h, FLAGS) -> (param, states)`` is the update on fp32 blocks, with the
+line order of the specification. ``states`` has one block per slot of the rule; the block of a slot
+that the flags omit is a placeholder that no line reads. ``h`` holds the fp32 scalars of ``derive``,
+and bit i of ``FLAGS`` is the i-th flag of the rule. Square roots and divisions are correctly
+rounded, and the launch turns fma contraction off, so the results equal those of the specification
+bit for bit.
 
-``derive_<name>(o, step, first, scalar_states) -> scalars``: the lines of ``derive``, in float64 on
-scalars. o is a row of the options table, step an int64 number.
+``derive_<name>(o, step, first, scalar_states) -> scalars`` is ``derive`` of the rule, on float64
+scalars. o is a row of the options table, step is the int64 step number, and first is true if no
+step has been taken with these states.
 
-``advance_<name>(o, step, scalar_states) -> scalar_states``: its ``advance``, if it has one.
+``advance_<name>(o, step, scalar_states) -> scalar_states`` is ``advance`` of the rule, if it has
+one.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ OWN = tl.constexpr(rule_table.OWN)
 
 @triton.jit
 def power(base, exponent):
+    """base to an integer exponent, by repeated squaring, with the same bits as the reference."""
     result = tl.full((), 1.0, tl.float64)
     while exponent > 0:
         if exponent & 1:
@@ -39,6 +43,7 @@ def power(base, exponent):
 
 @triton.jit
 def decay(o, lr):
+    """The weight decay of an update; decoupled weight decay is multiplied by lr."""
     return tl.where(o[DECOUPLED] != 0, lr * o[WEIGHT_DECAY], o[WEIGHT_DECAY])
 
 
@@ -192,6 +197,7 @@ def nadam(param, grad, states, h, FLAGS: tl.constexpr):
 
 @triton.jit
 def momentum_of_nadam(o, step):
+    """mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2)"""
     return o[OWN] * (1.0 - 0.5 * power(o[OWN + 3], step))
 
 
@@ -215,19 +221,20 @@ def derive_nadam(o, step, first, scalar_states):
 
 @triton.jit
 def keep(o, step, scalar_states):
+    """The advance of a rule without scalar states."""
     return scalar_states
 
 
 def advance_of(name):
-    """The advance of a rule."""
+    """The function advance of a rule."""
     return globals().get(f"advance_{name}", keep)
 
 
 def update_of(name):
-    """The update of a rule."""
+    """The update function of a rule."""
     return globals()[name]
 
 
 def derive_of(name):
-    """The derive of a rule."""
+    """The function derive of a rule."""
     return globals()[f"derive_{name}"]

@@ -1,9 +1,9 @@
-"""Sums of squares: of groups of elements in fp32, of all groups in float64.
+"""Sums of squares: in fp32 within a group of elements, in float64 over the groups.
 
-Float64 runs at a 64th of the rate of fp32 on many GPUs, so there are three such operations for a
-group of elements, those of one thread: they are scaled by the power of two that brings their
-largest to between 1/2 and 4, squared and added in fp32; their sum is then scaled back and added to
-the others' in float64. So no square overflows or vanishes.
+Float64 runs at 1/64 of the fp32 rate on many GPUs, so a group, which is the elements of one thread,
+costs only three float64 operations. The elements are scaled by the power of two that brings their
+largest magnitude to between 1/2 and 4, so that no square overflows or underflows. They are squared
+and added in fp32; the sum is then scaled back and added to that of the other groups in float64.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ from .table import COLUMNS, ROW, THREADS
 
 _INFINITY = tl.constexpr(0x7F800000)
 
-# Chunks that the last kernel reads at once.
+# Chunks whose partial results total_telemetry loads at once.
 LAST = tl.constexpr(256)
 
 
 @triton.jit
 def add_squares(squares, values, top):
-    """Adds the squares of values, [groups, elements of a group], to float64 [groups]; top has the
-    bits of each group's largest magnitude, NaN passed over."""
-    # 2^-e of the group's largest, 1.m 2^e, halved; no lower than fp32's smallest normal number.
+    """Adds the squares of values, [groups, elements of a group], to squares, float64 [groups].
+
+    top holds the bits of the largest magnitude of each group, NaN ignored.
+    """
+    # If the largest magnitude of the group is 1.m * 2^e, the scale is 2^(-e-1), but no lower than
+    # the smallest normal fp32.
     scale = tl.maximum((253 << 23) - (top & _INFINITY), 1 << 23)
     scaled = values * scale.to(tl.float32, bitcast=True)[:, None]
     group = tl.sum(scaled * scaled, axis=1)
-    # Its inverse squared, as float64: exponent biases are 127 and 1023.
+    # 1 / scale^2 as float64; the exponent biases are 127 (fp32) and 1023 (float64).
     unscale = (1023 + 2 * 127 - 2 * (scale >> 23)).to(tl.int64) << 52
     return squares + group.to(tl.float64) * unscale.to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def largest(magnitudes):
-    """The largest of each group, NaN passed over."""
+    """The maximum of each group, NaN ignored."""
     return tl.max(tl.where(magnitudes > _INFINITY, 0, magnitudes), axis=1)
 
 
 @triton.jit
 def nonfinite(magnitudes):
-    """How many of each group are infinite or NaN."""
+    """The number of infinities and NaNs of each group."""
     return tl.sum((magnitudes >= _INFINITY).to(tl.int32), axis=1)
 
 
@@ -49,6 +52,7 @@ def nonfinite(magnitudes):
 
 @triton.jit
 def add_values(squares, values):
+    """Adds the squares of a block of elements to squares, float64 [THREADS]."""
     PER: tl.constexpr = values.shape[0] // THREADS
     groups = tl.reshape(values, (THREADS, PER))
     top = largest(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
@@ -57,7 +61,7 @@ def add_values(squares, values):
 
 @triton.jit
 def measure(sums, grad, before, after):
-    """Adds a block of elements to the sums of each thread."""
+    """Adds a block of elements to the telemetry sums of each thread."""
     grads, weights, updates, count = sums
     PER: tl.constexpr = grad.shape[0] // THREADS
     count += nonfinite(tl.reshape(grad.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (THREADS, PER)))
@@ -71,6 +75,7 @@ def measure(sums, grad, before, after):
 
 @triton.jit
 def no_sums():
+    """Telemetry sums of zero: squares of gradients, weights and updates; non-finite gradients."""
     return (
         tl.zeros([THREADS], tl.float64),
         tl.zeros([THREADS], tl.float64),
@@ -81,7 +86,7 @@ def no_sums():
 
 @triton.jit
 def leave_sums(sums, partials_ptr):
-    """Writes a program's row of partials, float64 [chunks, 4]."""
+    """Writes the sums of a program to its row of partials, float64 [chunks, 4]."""
     row = partials_ptr + tl.program_id(0).to(tl.int64) * 4
     for i in tl.static_range(3):
         tl.store(row + i, tl.sum(sums[i], axis=0))
@@ -90,10 +95,10 @@ def leave_sums(sums, partials_ptr):
 
 @triton.jit(do_not_specialize=["partials_ptr", "chunks_ptr", "spans_ptr", "telemetry_ptr"])
 def total_telemetry(partials_ptr, chunks_ptr, spans_ptr, telemetry_ptr):
-    """Adds the partials of each row up, in one program each, in the order of the chunks.
+    """Adds the partial results of one row per program, in the order of the chunks.
 
-    spans_ptr: int64 [rows, 2], the first chunk of each row and the one after its last; chunks of
-    other rows may lie between.
+    spans_ptr: int64 [rows, 2], the first chunk of each row and the chunk after its last. Chunks of
+    other rows may be in between.
     """
     row = tl.program_id(0)
     first = tl.load(spans_ptr + row * 2)

@@ -1,10 +1,10 @@
-"""The sweep: one kernel that walks the whole parameter list once, whatever it holds.
+"""The sweep: one kernel that updates the whole parameter list in one pass.
 
-A program takes one chunk: a stretch of one parameter, described by a row of the chunk table. It
-decodes, applies the rule, encodes. Rule and formats are compile-time functions; every number that
-can change from step to step is read from a table in device memory, so that nothing is compiled
-again. Lists that mix rules' flags, dtypes or formats are compiled into one kernel with a branch per
-variant, taken uniformly by all threads of a program.
+A program takes one chunk: a contiguous part of one parameter, described by a row of the chunk
+table. It decodes the elements, applies the rule and encodes the results. The rule and the formats
+are compile-time functions. Every number that can change from step to step is read from a table in
+device memory, so that no step recompiles the kernel. A list that mixes flags, dtypes or formats is
+compiled into one kernel with one branch per variant; all threads of a program take the same branch.
 """
 
 from __future__ import annotations
@@ -48,13 +48,17 @@ EMA = tl.constexpr(rule_table.EMA)
 
 @triton.jit
 def unit_root(root):
+    """The unit of relative first moments: the root of the second moment, or 1 where it is zero."""
     return tl.where(root == 0, 1.0, root)
 
 
 @triton.jit
 def bits_of(words, USE: tl.constexpr):
-    """16 random bits for each element: word 0 has those of slots 0 and 1, word 1 those of slot 2
-    and the weight, word 2 those of slot 3."""
+    """The 16 random bits of each element for one use.
+
+    Word 0 has those of slots 0 and 1, word 1 those of slot 2 and of the weight, word 2 those of
+    slot 3.
+    """
     return (words[USE // 2] >> (USE % 2 * 16)) & 0xFFFF
 
 
@@ -63,7 +67,7 @@ def store_state(
     at, states, words, root, first, count, maps, V: tl.constexpr, SLOT: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Encodes the state of a slot; returns what states after it are measured in."""
+    """Encodes and stores the state of a slot; returns the root for the states that follow."""
     FORMAT: tl.constexpr = state_format(V, SLOT)
     ROOT: tl.constexpr = root_slot(V)
     _, _, _, _, states_at, scales_at = at
@@ -82,13 +86,16 @@ def end_block(
     at, grad, before, after, sums, first, count, V: tl.constexpr, BLOCK: tl.constexpr,
     FULL: tl.constexpr, ZERO: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
-    """What may be asked of every block, of those left alone as well: the gradient set to zero, and
-    telemetry, of the gradient as it came and the weight before and after."""
+    """The optional work on a block, also on a block of a skipped step.
+
+    ZERO sets the gradient to zero. MEASURED adds the gradient, and the weight before and after the
+    step, to the telemetry sums.
+    """
     _, _, grad_at, _, _, _ = at
     lanes = tl.arange(0, BLOCK)
     if MEASURED:
         if not FULL:
-            # A rule need not make zero of zeros.
+            # Past the end, the result of a rule may be nonzero although its inputs are zero.
             after = tl.where(first + lanes < count, after, 0.0)
         sums = measure(sums, grad, before, after)
     if ZERO:
@@ -102,11 +109,11 @@ def leave_block(
     at, sums, first, count, maps, V: tl.constexpr, BLOCK: tl.constexpr, ZERO: tl.constexpr,
     MEASURED: tl.constexpr,
 ):  # fmt: skip
-    """A block of a step that is skipped."""
+    """Handles a block of a skipped step: only its gradient may be zeroed, and telemetry added."""
     param_at, companion_at, grad_at, _, _, _ = at
     PARAM: tl.constexpr = V.param_format
     GRAD: tl.constexpr = V.grad_format
-    # What nothing reads is never loaded: the compiler drops it.
+    # The compiler removes loads whose results are unused.
     codes, extra = load_stored(param_at, companion_at, first, count, PARAM, BLOCK, False)
     param = PARAM.decode(codes, extra, 0, maps)
     codes, extra = load_stored(grad_at, grad_at, first, count, GRAD, BLOCK, False)
@@ -121,7 +128,10 @@ def sweep_block(
     at, h, average_h, stream, index, sums, first, count, maps, V: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr, ZERO: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
-    """One block: decode, rule, encode. FULL: no mask, and every address a multiple of 16."""
+    """Updates one block: decodes, applies the rule, encodes.
+
+    FULL: the accesses need no mask, and every address is a multiple of 16.
+    """
     param_at, companion_at, grad_at, average_at, states_at, scales_at = at
     SLOTS: tl.constexpr = V.slots
     PARAM: tl.constexpr = V.param_format
@@ -131,7 +141,7 @@ def sweep_block(
     before = PARAM.decode(codes, extra, 0, maps)
     codes, extra = load_stored(grad_at, grad_at, first, count, GRAD, BLOCK, FULL)
     raw = GRAD.decode(codes, extra, 0, maps)
-    # Second moments rest first: what others are measured in.
+    # The second moment is decoded first, because its root is the unit of the relative moments.
     root = before
     if ROOT is not None:
         S: tl.constexpr = state_format(V, ROOT)
@@ -152,14 +162,14 @@ def sweep_block(
             states = states + (state_format(V, slot).decode(codes, extra, root, maps),)
     param, states = V.update(before, h[0] * raw, states, h[1:], V.flags)
     if V.ema:
-        # Of the weight as it was computed, before it is rounded into its format.
+        # The average takes the weight before it is rounded to its format.
         lanes = tl.arange(0, BLOCK)
         average = load(average_at, first, lanes, count, tl.float32, FULL)
         average = average_h[0] * average + average_h[1] * param
         store(average_at, first, lanes, count, average, tl.float32, FULL)
     words = (0, 0, 0)
     if V.stochastic:
-        # What nothing draws from is never computed: the compiler drops it.
+        # The compiler removes the words that no format draws from.
         offsets = first + tl.arange(0, BLOCK)
         words = (
             formats.random_bits(stream, index, offsets, 0),
@@ -184,7 +194,7 @@ def sweep_chunk(
     chunk, grads_ptr, hyper_ptr, counters_ptr, maps_ptr, partials_ptr, V: tl.constexpr,
     BLOCK: tl.constexpr, ZERO: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: whole blocks without a mask if everything is aligned, the rest with one."""
+    """Updates one chunk: full blocks without a mask if all tensors are aligned, else masked."""
     SLOTS: tl.constexpr = V.slots
     SCALARS: tl.constexpr = V.scalars
     SIZE: tl.constexpr = BLOCK * V.blocks
@@ -196,7 +206,7 @@ def sweep_chunk(
     grad_at = tl.load(grads_ptr + tl.load(chunk + ENTRY))
     grad_at += start * (V.grad_format.element.primitive_bitwidth // 8)
     companion_at = tl.load(chunk + COMPANION)
-    # An address that the variant has not is 0.
+    # The address of a tensor that the variant does not have is 0.
     misaligned = param_at | grad_at | companion_at
     average_at = param_at
     if V.ema:
@@ -227,7 +237,7 @@ def sweep_chunk(
     sums = ()
     if MEASURED:
         sums = no_sums()
-    # A row of step 0 is left alone: no element of it is swept.
+    # Step number 0 skips the row: none of its elements is updated.
     alone = tl.where(step == 0, count, 0)
     count -= alone
     whole = tl.where(misaligned % 16 == 0, count // SIZE * SIZE, 0)
@@ -256,7 +266,7 @@ def sweep(
     """One step over the chunk table; the grid has one program per chunk.
 
     Parameters, states and averages are updated in place. Gradients are only read, unless ZERO sets
-    them to zero. MEASURED: each program leaves its part of the telemetry.
+    them to zero. MEASURED: each program writes its partial telemetry to partials_ptr.
     """
     NUM_VARIANTS: tl.constexpr = VARIANTS.count
     chunk = chunks_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
@@ -287,16 +297,19 @@ def launch(
     """Launches the sweep over all chunks on the current device and stream.
 
     Args:
-        chunks: int64 [chunks, COLUMNS]; it holds addresses, which must be valid on the device.
+        chunks: int64 [chunks, COLUMNS], the chunk table; its addresses must be valid on the device.
         grads: int64 [entries], the addresses of the gradients.
         maps: fp32 [4, 256], the tables of :data:`onepass.triton_kernels.blocks.DYNAMIC_TABLES`.
-        spans: int64 [rows, 2], see total_telemetry, which is a second launch.
+        variants: the variants that the column VARIANT of chunks refers to.
+        tuned: the launch shape.
+        spans: int64 [rows, 2]; see total_telemetry, which is launched after the sweep if
+            step.telemetry is set.
         step: see :class:`onepass.engine.backends.base.StepArgs`.
     """
     partials, telemetry = maps, step.telemetry
     if telemetry is not None:
         partials = torch.empty(len(chunks), 4, dtype=torch.float64, device=chunks.device)
-    # NumPy, which the interpreter computes with, would warn of every overflow.
+    # The interpreter computes with NumPy, which would warn about every overflow.
     with np.errstate(all="ignore") if INTERPRETED else nullcontext():
         sweep[(len(chunks),)](
             chunks,

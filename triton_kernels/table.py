@@ -1,4 +1,4 @@
-"""What kernels agree on: the columns of the chunk table, and the sizes of blocks and programs."""
+"""The columns of the chunk table, and the launch shapes of the kernels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .. import rules as rule_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# Columns of the chunk table, int64, a row per chunk.
+# Columns of the chunk table, int64, with one row per chunk.
 PARAM = tl.constexpr(0)  # address of the chunk's first element
-COMPANION = tl.constexpr(1)  # of the weight's companion
-AVERAGE = tl.constexpr(2)  # of the weight's average
+COMPANION = tl.constexpr(1)  # address of the companion of the weight
+AVERAGE = tl.constexpr(2)  # address of the average of the weight
 ENTRY = tl.constexpr(3)  # row of the gradient table, which holds the addresses of whole gradients
-START = tl.constexpr(4)  # position of the chunk in its tensors
-COUNT = tl.constexpr(5)  # its elements
-ROW = tl.constexpr(6)  # of the hyperparameter and counter tables
-PARAM_ID = tl.constexpr(7)  # keys the random bits
-INDEX = tl.constexpr(8)  # likewise: of the first element in the whole parameter
+START = tl.constexpr(4)  # position of the first element in the parameter and gradient
+COUNT = tl.constexpr(5)  # number of elements
+ROW = tl.constexpr(6)  # row of the hyperparameter and counter tables
+PARAM_ID = tl.constexpr(7)  # selects the random bits
+INDEX = tl.constexpr(8)  # index of the first element in the unsharded parameter; likewise
 VARIANT = tl.constexpr(9)  # position in VARIANTS
-STATES = tl.constexpr(10)  # addresses of the states, a column for each slot
-SCALES = tl.constexpr(10 + rule_table.MAX_STATES)  # of their scales
+STATES = tl.constexpr(10)  # addresses of the states, one column per slot
+SCALES = tl.constexpr(10 + rule_table.MAX_STATES)  # addresses of their scales
 COLUMNS = tl.constexpr(10 + 2 * rule_table.MAX_STATES)
 
 HYPER_WIDTH = tl.constexpr(rule_table.HYPER_WIDTH)
@@ -33,17 +33,24 @@ HYPER_WIDTH = tl.constexpr(rule_table.HYPER_WIDTH)
 
 @dataclass(frozen=True)
 class Tuning:
-    """Elements that a program takes at once, warps of a program, elements of a chunk, and the most
-    registers of a thread where states have 8 bits or fewer.
+    """A launch shape.
 
-    A block is four elements a thread: one 16-byte access for fp32 and 8 bytes for 16-bit formats.
-    With more, Triton would lay out fp32 and narrower tensors differently when it writes them, and
-    exchange them through shared memory. Variants with 8-bit states that write no fp32 take two
-    blocks at once: 8 bytes for the codes.
+    A block has four elements per thread: one 16-byte access for fp32, and 8 bytes for 16-bit
+    formats. With more elements, Triton would choose different layouts for stores of fp32 and of
+    narrower tensors, and convert between them through shared memory. Variants with 8-bit states
+    that write no fp32 take two blocks at once, so that an access to the codes has 8 bytes.
 
-    Chunks are whole blocks, and a multiple of every format's block, so that no two programs share a
-    scale. With 128 registers two programs fit an NVIDIA multiprocessor; ptxas would take more for
-    8-bit states. (For AMD, Triton can bound registers only by a number of waves; none is set.)
+    A chunk is a multiple of the block and of the blocks of all formats, so that no two programs
+    share a scale. With at most 128 registers per thread, two programs fit on an NVIDIA
+    multiprocessor; ptxas would use more registers for 8-bit states. (For AMD, Triton can limit
+    registers only by the number of waves; no limit is set.)
+
+    Attributes:
+        block: elements that a program takes at once.
+        num_warps: warps per program.
+        chunk: elements per chunk.
+        registers: the limit of registers per thread for states of 8 bits or fewer; None for no
+            limit.
     """
 
     block: int
@@ -52,14 +59,14 @@ class Tuning:
     registers: int | None
 
     def options(self, narrow: bool = False) -> dict[str, Any]:
-        """What kernels are compiled with; narrow: for states of 8 bits or fewer."""
+        """The compile options of a kernel; narrow: the states have 8 bits or fewer."""
         found = {"num_warps": self.num_warps, "enable_fp_fusion": False, "sanitize_overflow": False}
         return {**found, "maxnreg": self.registers} if narrow and self.registers else found
 
 
-# By warp size: NVIDIA, AMD CDNA. Untuned.
+# Warp size -> launch shape: 32 is NVIDIA, 64 is AMD CDNA. Untuned.
 TUNING = {32: Tuning(1024, 8, 8192, 128), 64: Tuning(1024, 4, 8192, None)}
-THREADS = tl.constexpr(256)  # of a program, in each of them
+THREADS = tl.constexpr(256)  # threads per program, in both rows
 
 
 def tuning(device: torch.device) -> Tuning:

@@ -1,4 +1,4 @@
-"""What the code for a chunk is compiled from: a rule with its flags, and the formats."""
+"""The variants of the sweep kernel: compile-time combinations of a rule, its flags and formats."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .formats import FORMATS, Format
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """What the code for a chunk is compiled from: a rule with its flags, and the formats.
+    """The compile-time properties of a chunk: a rule with its flags, and the formats.
 
     Attributes:
         rule: name in :data:`onepass.rules.RULES`.
-        flags: the rule's, as :meth:`onepass.rules.Rule.flag_bits` gives them.
-        param, grad: codes of their formats.
-        states: codes of the states' formats, ABSENT for a slot that is not there.
-        ema: whether there is an average of the weight.
+        flags: the flags of the rule, as :meth:`onepass.rules.Rule.flag_bits` returns them.
+        param, grad: numbers of the formats of the parameter and the gradient.
+        states: numbers of the formats of the states; ABSENT for a slot without a state.
+        ema: whether the weight has an average.
     """
 
     rule: str
@@ -37,30 +37,37 @@ class Variant:
 
     @cached_property
     def update(self) -> Any:
+        """The update function of the rule."""
         return rules.update_of(self.rule)
 
     @cached_property
     def scalars(self) -> int:
+        """The number of fp32 scalars that the update takes."""
         return rule_table.RULES[self.rule].scalars
 
     @cached_property
     def slots(self) -> int:
+        """The number of slots of the rule, with or without a state."""
         return len(rule_table.RULES[self.rule].slots)
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
+        """The kind of moment of each slot."""
         return rule_table.RULES[self.rule].kinds
 
     @cached_property
     def param_format(self) -> Format:
+        """The format of the parameter."""
         return FORMATS[self.param]
 
     @cached_property
     def grad_format(self) -> Format:
+        """The format of the gradient."""
         return FORMATS[self.grad]
 
     @cached_property
     def state_formats(self) -> tuple[Format | None, ...]:
+        """The format of each slot; None for a slot without a state."""
         codes = self.states[: self.slots]
         return tuple(
             None if code == ABSENT else formats.state_format(code, kind, slot)
@@ -69,15 +76,17 @@ class Variant:
 
     @cached_property
     def written(self) -> list[Format]:
+        """The formats that the kernel encodes."""
         return [self.param_format, *filter(None, self.state_formats)]
 
     @cached_property
     def stochastic(self) -> bool:
+        """Whether any format draws random bits."""
         return any(f.stochastic for f in self.written)
 
     @cached_property
     def root_slot(self) -> int | None:
-        """The slot that relative first moments are measured in; None where none are."""
+        """The slot whose root is the unit of relative first moments; None if there is none."""
         slot = self.kinds.index("second") if "relative" in self.kinds else None
         if slot is None:
             return None
@@ -86,26 +95,26 @@ class Variant:
 
     @cached_property
     def narrow(self) -> bool:
-        """Whether its states have 8 bits or fewer."""
+        """Whether a state has 8 bits or fewer."""
         return any(f is not None and f.element == tl.uint8 for f in self.state_formats)
 
     @cached_property
     def blocks(self) -> int:
-        """Blocks of a program that it takes at once: see Tuning in sweep.py."""
+        """The number of blocks that a program takes at once; see Tuning in table.py."""
         companions = [f.extra for f in self.written if f.block == 1]
         wide = tl.float32 in [*companions, *(f.element for f in self.written)]
         return 2 if self.narrow and not wide and not self.ema else 1
 
     @cached_property
     def functions(self) -> list[Any]:
-        """The functions that it brings into the kernel."""
+        """The Triton functions that the variant compiles into the kernel."""
         return [self.update, *(f for u in (self.grad_format, *self.written) for f in u.functions)]
 
 
 class Variants:
-    """The variants of a launch, as one constexpr: Triton cannot nest functions in its own tuples.
+    """The variants of a launch as one constexpr, because tuples of Triton cannot nest functions.
 
-    Two with the same variants in the same order are equal.
+    Two objects are equal if they have the same variants in the same order.
     """
 
     def __init__(self, variants: tuple[Variant, ...]) -> None:
@@ -122,7 +131,7 @@ class Variants:
 
     @cached_property
     def cache_key(self) -> str:
-        """Key of Triton's cache on disk, which cannot see the sources behind a constexpr."""
+        """The key in Triton's cache on disk; Triton does not hash the sources of a constexpr."""
         sources = [getattr(f, "cache_key", "") for v in self.variants for f in v.functions]
         return hashlib.sha256(repr((self.variants, sources)).encode()).hexdigest()
 
@@ -132,19 +141,23 @@ class Variants:
 
 @triton.constexpr_function
 def variant_at(variants, position):
+    """The variant at a position of Variants."""
     return variants.variants[position]
 
 
 @triton.constexpr_function
 def has_slot(variant, slot):
+    """Whether a slot has a state."""
     return variant.state_formats[slot] is not None
 
 
 @triton.constexpr_function
 def state_format(variant, slot):
+    """The format of a slot; None if it has no state."""
     return variant.state_formats[slot]
 
 
 @triton.constexpr_function
 def root_slot(variant):
+    """Variant.root_slot."""
     return variant.root_slot
