@@ -1,4 +1,4 @@
-// Between integers of different widths, for one instruction set: see kernels_impl.h.
+// Conversions between integers of different widths, for one instruction set: see kernels_impl.h.
 #pragma once
 
 #include "../portability.h"
@@ -22,10 +22,11 @@ ONEPASS_HD void store_256(void* to, __m256i value) {
 }
 #endif
 
-// kByHand elements by hand. GCC 12 vectorises such a loop in halves that meet in memory, where a
-// load of two stores waits for both: a third of an mx8 step was waiting (AVX-512), and a fifth of
-// an mx4 step (AVX2). (Masks of all ones: the functions without a mask warn of their own undefined
-// values.)
+// Converts kByHand elements with intrinsics. GCC 12 vectorises such a loop in two halves that it
+// joins through memory. The load of two stores cannot be forwarded and stalls: a third of the time
+// of an mx8 step (AVX-512), and a fifth of that of an mx4 step (AVX2). (The intrinsics with a mask
+// of ones are used because those without a mask cause warnings about undefined values in GCC's own
+// headers.)
 #if defined(__AVX512BW__)
 constexpr int kByHand = 16;
 constexpr __mmask16 kAll = 0xFFFF;
@@ -72,7 +73,7 @@ ONEPASS_HD void convert_some(const int16_t* from, int32_t* to) {
 template <class To, class From>
 ONEPASS_HD void convert_some(const From* from, To* to) {
   static_assert(sizeof(From) == 4 && sizeof(To) <= 2, "no such conversion");
-  // The lowest bytes of its words to the beginning of each half.
+  // Moves the lowest bytes of the words of each 128-bit lane to the start of that lane.
   const __m128i lane = sizeof(To) == 1 ? _mm_set_epi32(-1, -1, -1, 0x0C080400)
                                        : _mm_set_epi32(-1, -1, 0x0D0C0908, 0x05040100);
   const __m256i lanes = _mm256_broadcastsi128_si256(lane);
@@ -89,8 +90,8 @@ template <class To, class From>
 ONEPASS_HD void convert_some(const From*, To*) {}
 #endif
 
-// Apart from the arithmetic: a vectoriser fills its widest vectors with the narrowest type of a
-// loop, and takes everything else apart to match.
+// Converts n elements. Conversions are loops of their own, without arithmetic, because a vectoriser
+// chooses the vector length by the narrowest type of a loop and splits all wider types to match.
 template <class To, class From>
 ONEPASS_HD void convert(const From* __restrict from, To* __restrict to, int n) {
   int first = 0;
@@ -100,8 +101,9 @@ ONEPASS_HD void convert(const From* __restrict from, To* __restrict to, int n) {
   for (int i = first; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-// Two codes of 4 bits in a byte, the first of them in its lower half: a byte beside itself in 16
-// bits is two bytes of codes. The arrays of codes hold an even number of them.
+// Unpacks bytes of two 4-bit codes into one code per byte; the first code is in the lower half. The
+// array of codes has an even number of elements. A byte and its copy shifted by 4, in 16 bits, are
+// both codes after masking.
 ONEPASS_HD void split_nibbles(const uint8_t* __restrict from, uint8_t* __restrict to, int pairs) {
 #pragma omp simd
   for (int i = 0; i < pairs; ++i) {
@@ -109,10 +111,11 @@ ONEPASS_HD void split_nibbles(const uint8_t* __restrict from, uint8_t* __restric
     __builtin_memcpy(to + 2 * i, &both, sizeof both);
   }
 }
+// Packs two 4-bit codes into each byte; the inverse of split_nibbles.
 ONEPASS_HD void join_nibbles(const uint32_t* __restrict from, uint8_t* __restrict to, int pairs) {
   int first = 0;
 #if defined(__AVX512BW__)
-  for (; first + 8 <= pairs; first += 8) {  // pairs as words of 64 bits
+  for (; first + 8 <= pairs; first += 8) {  // a pair of codes is a 64-bit word
     const __m512i pair = _mm512_loadu_si512(from + 2 * first);
     const __m512i upper = _mm512_maskz_srli_epi64(0xFF, pair, 28);
     const __m128i bytes = _mm512_maskz_cvtepi64_epi8(0xFF, _mm512_or_si512(pair, upper));

@@ -1,4 +1,5 @@
-// What a step may do beside the rule, over a tile, for one instruction set: see kernels_impl.h.
+// The optional work of a step on a tile, the average of the weight and telemetry, for one
+// instruction set: see kernels_impl.h.
 #pragma once
 
 #include "kernels.h"
@@ -6,13 +7,15 @@
 namespace onepass::cpu {
 namespace {
 
+// Updates the exponential moving average of a weight.
 void average_tile(const float* row, const float* __restrict param, int n, float* __restrict ema) {
   const float decay = row[kEmaDecay], one_minus_decay = row[kEmaDecay + 1];
 #pragma omp simd
   for (int i = 0; i < n; ++i) ema[i] = decay * ema[i] + one_minus_decay * param[i];
 }
 
-// Lanes, and so the order of additions, are the same on every instruction set.
+// Adds a tile to the telemetry of its row. The number of lanes, and so the order of additions, is
+// the same on every instruction set.
 void measure_tile(
     const float* __restrict grad, const float* __restrict before, const float* __restrict after,
     int n, Telemetry* into) {

@@ -1,7 +1,7 @@
-// Floats and weights over a strip of at most 32 elements, for one instruction set: see
-// kernels_impl.h.
-// Strips begin at multiples of 32, so that one is a block of mx8 or mx4. A length that is a
-// constant leaves fully unrolled vector code, which works in registers where several formats meet.
+// The float formats of a strip, at most 32 consecutive elements, for one instruction set: see
+// kernels_impl.h. A strip begins at a multiple of 32, so it is one block of mx8 or mx4. With a
+// constant length the compiler unrolls the loops completely, and values stay in registers between
+// formats.
 #pragma once
 
 #include "convert.h"
@@ -14,7 +14,7 @@ constexpr int kStrip = kMxBlock;
 
 // --- random bits ---
 
-// The words of the generator for a strip that begins offset elements into the tile.
+// Draws one random word per element of a strip that begins at position offset of the tile.
 ONEPASS_HD void draw(
     const TileRandom& random, int word, int offset, int n, uint32_t* __restrict words) {
   const RandomKey key = random.keys[word];
@@ -23,7 +23,7 @@ ONEPASS_HD void draw(
   for (int i = 0; i < n; ++i) words[i] = random_mix(key, start + static_cast<uint32_t>(i) * kWeyl);
 }
 
-// The 16 bits of one use: its half of the words.
+// The 16 random bits of one use: one half of each word.
 struct Random {
   const uint32_t* words;
   int shift;
@@ -32,8 +32,11 @@ struct Random {
 
 // --- floats ---
 
-// Every format has load and store: n elements from element first on, to and from fp32. roots is
-// what mx4 measures first moments in.
+// Every format has load and store, which convert n elements from element first on to and from fp32.
+// The last argument, roots, holds the square roots of second moments, which are the unit of
+// relative moments in mx4; the other formats ignore it. kDraws: whether store draws random bits.
+
+// fp32.
 struct Fp32 {
   static constexpr bool kDraws = false;
   static constexpr Format kFormat = Format::kFp32;
@@ -61,6 +64,10 @@ struct Fp32 {
   }
 };
 
+// The codes of bf16 and fp16. Half, Kahan and Master below take one of these as their template
+// argument. round returns a code in the upper half of a word; encode returns it in the lower half.
+
+// bf16, rounded to nearest, ties to even.
 struct ToBf16 {
   static constexpr bool kDraws = false;
   static constexpr Format kFormat = Format::kBf16;
@@ -68,6 +75,7 @@ struct ToBf16 {
   ONEPASS_HD static uint32_t round(float value, uint32_t) { return round_bf16(value); }
   ONEPASS_HD static uint32_t encode(float value, uint32_t) { return round_bf16(value) >> 16; }
 };
+// bf16, rounded stochastically.
 struct DitherBf16 : ToBf16 {
   static constexpr bool kDraws = true;
   static constexpr Format kFormat = Format::kBf16Stochastic;
@@ -78,14 +86,17 @@ struct DitherBf16 : ToBf16 {
     return round_bf16_stochastic(value, random16) >> 16;
   }
 };
+// bf16, rounded to nearest, ties away from zero.
 struct AwayBf16 : ToBf16 {
   ONEPASS_HD static uint32_t encode(float value, uint32_t) { return round_half_away(value) >> 16; }
 };
+// fp16, rounded to nearest, ties to even.
 struct ToFp16 {
   static constexpr bool kDraws = false;
   ONEPASS_HD static float decode(uint32_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
   ONEPASS_HD static uint32_t encode(float value, uint32_t) { return encode_fp16(value); }
 };
+// fp16, rounded stochastically.
 struct DitherFp16 : ToFp16 {
   static constexpr bool kDraws = true;
   ONEPASS_HD static uint32_t encode(float value, uint32_t random16) {
@@ -93,6 +104,7 @@ struct DitherFp16 : ToFp16 {
   }
 };
 
+// A 16-bit float without a companion.
 template <class Code>
 struct Half {
   static constexpr bool kDraws = Code::kDraws;
@@ -116,6 +128,7 @@ struct Half {
 
 // --- weights with a companion ---
 
+// A 16-bit weight whose companion holds its rounding error in the same dtype.
 template <class Code>
 struct Kahan {
   static constexpr bool kDraws = false;
@@ -139,6 +152,7 @@ struct Kahan {
   }
 };
 
+// A 16-bit weight whose companion is an fp32 master weight.
 template <class Code>
 struct Master {
   static constexpr bool kDraws = false;
@@ -149,7 +163,8 @@ struct Master {
     const float* __restrict master = static_cast<const float*>(at.extra) + first;
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      // A weight that is no longer its rounded master was changed from outside, and counts.
+      // A weight that differs from its rounded master was changed outside onepass and takes
+      // precedence.
       const bool kept = (Code::encode(master[i], 0) & 0xFFFFu) == codes[i];
       out[i] = kept ? master[i] : Code::decode(codes[i]);
     }
@@ -162,6 +177,7 @@ struct Master {
   }
 };
 
+// split16 and split8: a bf16 weight whose companion holds the lower bits of the fp32 value.
 struct Split16Weight {
   static constexpr bool kDraws = false;
   ONEPASS_HD static void load(

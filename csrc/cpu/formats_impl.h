@@ -1,4 +1,4 @@
-// The formats in blocks over a strip, and all formats over a tile, for one instruction set: see
+// The block formats of a strip, and all formats of a tile, for one instruction set: see
 // kernels_impl.h.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace {
 
 // --- blocks ---
 
-// The bits of the least of 32 values of at least zero.
+// The bits of the minimum of 32 values >= 0.
 ONEPASS_HD uint32_t least_of(const float* __restrict values) {
   uint32_t least = ~0u;
 #pragma omp simd reduction(min : least)
@@ -47,6 +47,7 @@ ONEPASS_HD void encode_block(
   }
 }
 
+// mx8.
 template <Kind Of>
 struct Mx8State {
   static constexpr bool kDraws = true;
@@ -72,7 +73,7 @@ struct Mx8State {
   }
 };
 
-// Two codes in a byte, element 2i in the lower half of byte i.
+// mx4: two codes per byte, element 2i in the lower half of byte i.
 template <Kind Of>
 struct Mx4State {
   static constexpr bool kDraws = true;
@@ -89,6 +90,7 @@ struct Mx4State {
     convert(nibbles, codes, n);
     values(codes, scale, n, out, roots);
   }
+  // Decodes n codes. A second moment writes root; a relative moment reads it.
   ONEPASS_HD static void values(
       const uint32_t* __restrict codes, uint32_t scale, int n, float* __restrict out,
       float* __restrict root) {
@@ -120,7 +122,8 @@ struct Mx4State {
     }
     join_nibbles(codes, static_cast<uint8_t*>(at.data) + first / 2, (n + 1) / 2);
   }
-  // What codes are of.
+  // Replaces the values by the numbers that the format codes: the square root of a second moment,
+  // or a relative moment divided by that root.
   ONEPASS_HD static void units(float* __restrict values, int n, const float* __restrict roots) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
@@ -132,6 +135,7 @@ struct Mx4State {
 
 // --- tiles ---
 
+// Decodes and encodes a tile strip by strip: DecodeFn and EncodeFn of kernels.h.
 template <class Format>
 void load_tile(const Stored& src, int64_t first, int n, float* __restrict tile, float* roots) {
   int i = 0;
@@ -157,7 +161,7 @@ void store_tile(
   }
 }
 
-// dynamic8's blocks are whole tiles.
+// dynamic8: a block is a whole tile.
 constexpr DynamicMap kDynamicSigned = dynamic_map(true), kDynamicUnsigned = dynamic_map(false);
 
 template <const DynamicMap& Map>
@@ -193,8 +197,9 @@ void store_dynamic8(
 
 }  // namespace
 
-// In the order of Format, each for a first, a second and a relative moment; weights and gradients
-// are first. fp32 needs no entry: the rule works on the tensor itself. FN is load or store.
+// The table of decode or encode functions; FN is load or store. Rows are in the order of Format,
+// and columns are kFirst, kSecond and kRelative; weights and gradients use kFirst. The row of fp32
+// is empty, because the rule works directly on the tensor.
 #define ONEPASS_ALIKE(FN) {FN, FN, FN}
 #define ONEPASS_FORMATS(FN)                                                                        \
   {                                                                                                \

@@ -1,4 +1,4 @@
-// Which instruction set to use: the widest that this build has and this machine runs.
+// Selects the instruction set: by default the widest that this build has and this machine supports.
 #include <cstring>
 
 #include "sweep.h"
@@ -6,13 +6,15 @@
 namespace onepass::cpu {
 namespace {
 
+// An instruction set with its kernels; runs() returns whether this machine supports it.
 struct Isa {
   const char* name;
   const Kernels* kernels;
   bool (*runs)();
 };
 
-// The checks include the operating system's: __builtin_cpu_supports reads XCR0 as well.
+// In order of preference. __builtin_cpu_supports also checks that the operating system enabled the
+// vector registers, because it reads XCR0.
 const Isa kIsas[] = {
 #if defined(ONEPASS_X86)
     {"avx512", &kKernelsAvx512,

@@ -1,65 +1,70 @@
-// What one instruction set offers: the rules and formats over a tile of fp32 values in L1. They
-// are compiled apart and meet in sweep.cpp through these tables, so that they add, not multiply.
+// The kernels of one instruction set: rules and formats on a tile, a buffer of fp32 values in L1.
+// Rules and formats are separate functions, which sweep.cpp combines through these tables. Their
+// number is therefore the sum of rules and formats, not the product.
 #pragma once
 
 #include "../entry.h"
 
 namespace onepass::cpu {
 
-// Where the random bits of a tile come from: the keys of each word of its elements, and the lower
-// half of the first element's index, which does not wrap inside a tile.
+// The source of the random bits of a tile: one key per random word of an element, and the lower
+// half of the index of the first element, which does not wrap inside a tile.
 struct TileRandom {
   RandomKey keys[kRandomWords];
   uint32_t low;
 };
 
-// Elements of an fp32 tile: five of them (weight, gradient, three states) are 5 KiB of L1. Measured
-// on AVX-512, two cores, 2026-11: 256 is the fastest of 64 to 2048. dynamic8's blocks are tiles.
+// The number of elements of a tile. Five fp32 tiles (weight, gradient, three states) take 5 KiB of
+// L1. 256 is the fastest of 64 to 2048 elements (AVX-512, two cores, 2026-11). A block of dynamic8
+// is one tile.
 constexpr int kTile = kDynamicBlock;
 
-// Applies a rule to n elements. row is the group's row of the hyperparameter table; states has an
-// entry for each slot that the rule has.
+// Applies a rule to n elements. row is the row of the hyperparameter table; states has one element
+// per slot of the rule.
 using RuleFn = void (*)(
     const float* row, int n, const Stored& param, const void* grad, const Stored* states,
     const TileRandom& random);
-// Reads elements [first, first + n). roots is what mx4 measures first moments in: written with the
-// rule's first second moment, read with a relative one.
+// Decodes elements [first, first + n) into a tile. roots holds the square roots of the first second
+// moment: mx4 writes it when it decodes that moment, and reads it when it decodes a relative
+// moment.
 using DecodeFn = void (*)(const Stored& src, int64_t first, int n, float* tile, float* roots);
-// Writes them. use says which 16 random bits: the slot of a state, or weight_use.
+// Encodes a tile into elements [first, first + n). use selects the 16 random bits: state_use of a
+// slot, or weight_use.
 using EncodeFn = void (*)(
     const float* tile, int64_t first, int n, const Stored& dst, const TileRandom& random, int use,
     float* roots);
 
-// Formats of weight, gradient and states whose update has a kernel of its own, which works on the
-// tensors as they are, without tiles: the division and root leave the other units idle for just as
-// long as converting takes. step is what n must be a multiple of.
+// A direct kernel: an update for one combination of formats that reads and writes the stored
+// tensors itself, without the tiles of sweep.cpp. Its conversions use execution units that the
+// division and square root leave idle, so they take no extra time.
 struct Direct {
   Format weight, grad, state;
-  int step;
-  RuleFn rules[kRules][kFlagSets];  // null where the generic tiles serve
+  int step;                         // n must be a multiple of this
+  RuleFn rules[kRules][kFlagSets];  // null: use the generic tiles
 };
 constexpr int kDirect = 7;
 
-// What a norm needs to know of some gradients.
+// The result of a norm over some gradients.
 struct Norm {
-  double squares;     // their sum
-  double largest;     // magnitude; NaN is passed over
-  int64_t nonfinite;  // infinities and NaNs
+  double squares;     // sum of the squares
+  double largest;     // largest magnitude; NaN is ignored
+  int64_t nonfinite;  // number of infinities and NaNs
 };
-// Adds n elements of the gradient at src.
+// Adds n elements of the gradient at src to *norm.
 using NormFn = void (*)(const void* src, int64_t n, Norm* norm);
 
-// Weights and gradients: the first of the formats, as torch made them.
+// The first formats in Format, which gradients and ordinary torch weights have: fp32, bf16, fp16.
 constexpr int kNativeFormats = 3;
 
-// Moves the average of a weight towards it; row as for a rule.
+// Updates the exponential moving average of a weight; row is that of the rule.
 using AverageFn = void (*)(const float* row, const float* param, int n, float* ema);
-// Adds what n elements have to the telemetry of their row.
+// Adds n elements to the telemetry of their row.
 using MeasureFn =
     void (*)(const float* grad, const float* before, const float* after, int n, Telemetry* into);
 
+// All kernels of one instruction set.
 struct Kernels {
-  Direct direct[kDirect];  // the first is all fp32, which tiles are as well
+  Direct direct[kDirect];  // the first is for fp32 tensors; it also applies the rule to tiles
   DecodeFn decode[kFormats][kKinds];
   EncodeFn encode[kFormats][kKinds];
   NormFn norm[kNativeFormats];

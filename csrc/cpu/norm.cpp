@@ -1,5 +1,6 @@
-// The global norm of the gradients that a plan has taken: each is read once, none is changed. The
-// pieces are those of the sweep and are added up in their order, so the threads make no difference.
+// The global norm of the gradients that a plan has taken. It reads each gradient once. Threads take
+// the same pieces as in the sweep, and the results are added in the order of the pieces, so the
+// number of threads does not change the result.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The kernels of the norm for one instruction set; a part of kernels_impl.h, whose rules on headers
-// hold here too.
+// The norm kernels for one instruction set. The rules of kernels_impl.h on included headers apply
+// to this file too.
 #pragma once
 
 #include "../prefetch.h"
@@ -9,9 +9,9 @@
 namespace onepass::cpu {
 namespace {
 
-// A norm reads words of 32 bits, of one or two elements. Reading them as their codes first, signed
-// because the narrow comparisons of the instruction sets are: the largest that is no NaN, and how
-// many are infinity or NaN.
+// Returns the largest magnitude that is not a NaN, as a code, and adds the number of infinities and
+// NaNs to *nonfinite. Codes are signed integers because the narrow integer comparisons of the
+// instruction sets are signed.
 template <class Code, Code Infinity>
 ONEPASS_HD Code scan(const void* src, int n, int64_t* nonfinite) {
   const Code* __restrict codes = static_cast<const Code*>(src);
@@ -27,8 +27,9 @@ ONEPASS_HD Code scan(const void* src, int n, int64_t* nonfinite) {
   return largest;
 }
 
-// Adds the scaled squares of a stretch to float64 lanes. Lanes, and so the order of additions, are
-// the same on every instruction set.
+// Adds the squares of a stretch, which are scaled fp32 numbers, to float64 lanes. It reads 32-bit
+// words of one or two elements. The number of lanes, and so the order of additions, is the same on
+// every instruction set.
 constexpr int kLanes = 32;
 
 template <float (*Squares)(uint32_t, float)>
@@ -48,8 +49,9 @@ void add_squares(const void* src, int words, uint32_t last, float scale, double*
     into[lane] += static_cast<double>(sums[lane]) * (unscale * unscale);
 }
 
-// The scale of a stretch is the power of two that brings its largest element to between 1/2 and 4,
-// so that no square overflows or vanishes in fp32, which is twice as fast as float64.
+// The norm of n elements, in stretches of 2 KiB. The scale of a stretch is the power of two that
+// brings its largest element to between 1/2 and 4, so that no square overflows or underflows in
+// fp32, which is twice as fast as float64.
 template <class Code, Code Infinity, float (*Decode)(Code), float (*Squares)(uint32_t, float)>
 void norm(const void* src, int64_t n, Norm* into) {
   constexpr int kStretch = 2048 / sizeof(Code), kPerWord = 4 / sizeof(Code);
@@ -57,7 +59,8 @@ void norm(const void* src, int64_t n, Norm* into) {
   for (int64_t first = 0; first < n; first += kStretch) {
     const Code* codes = static_cast<const Code*>(src) + first;
     const int count = n - first < kStretch ? static_cast<int>(n - first) : kStretch;
-    // All of the next stretch: reading one twice, the hardware sees no stream in it.
+    // Prefetch the next stretch: the hardware prefetcher detects no stream, because each stretch is
+    // read twice.
     prefetch_lines(codes + kStretch, count * static_cast<int64_t>(sizeof(Code)));
     const float top = Decode(scan<Code, Infinity>(codes, count, &into->nonfinite));
     into->largest = top > into->largest ? top : into->largest;
@@ -71,6 +74,7 @@ void norm(const void* src, int64_t n, Norm* into) {
 
 ONEPASS_HD float square(float value) { return value * value; }
 
+// The decoding of a code, and the sum of squares of the elements of a 32-bit word, for each format.
 struct WordFp32 {
   ONEPASS_HD static float decode(int32_t code) { return from_bits(static_cast<uint32_t>(code)); }
   ONEPASS_HD static float squares(uint32_t word, float scale) {
@@ -92,7 +96,7 @@ struct WordFp16 {
 
 }  // namespace
 
-// In the order of Format.
+// The norm functions, in the order of Format.
 #define ONEPASS_NORMS                                              \
   {norm<int32_t, 0x7F800000, WordFp32::decode, WordFp32::squares>, \
    norm<int16_t, 0x7F80, WordBf16::decode, WordBf16::squares>,     \
