@@ -1,4 +1,5 @@
-// The ops of the CPU library: the plan of csrc/plan.h, with the cuts between the threads' work.
+// The ops of the CPU library. CpuPlan adds the division into pieces for the threads to the plan of
+// csrc/plan.h.
 #include <algorithm>
 
 #include "../plan_ops.h"
@@ -7,6 +8,7 @@
 namespace onepass::cpu {
 namespace {
 
+// The plan of the CPU.
 struct CpuPlan : Plan {
   std::vector<Cut> cuts;
 
@@ -21,6 +23,7 @@ struct CpuPlan : Plan {
   }
 };
 
+// The op norm.
 Tensor norm_of_plan(Tensor handle) {
   const std::shared_ptr<CpuPlan> plan = Registry<CpuPlan>::find(handle);
   STD_TORCH_CHECK(plan->taken, "onepass: norm without refresh");
@@ -33,6 +36,7 @@ Tensor norm_of_plan(Tensor handle) {
   return result;
 }
 
+// The op cpu_isa.
 std::string cpu_isa(std::string name) {
   STD_TORCH_CHECK(
       name.empty() || select_isa(name.c_str()), "onepass: no instruction set '", name,

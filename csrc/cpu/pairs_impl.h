@@ -1,7 +1,7 @@
-// Strips of 32 elements whose values of 8 and 16 bits lie two to a word, for one instruction set:
-// see kernels_impl.h. What codes need of arithmetic is then half the work, and a tile of strips at
-// a time leaves nothing that crosses lanes for each strip alone: beside a division and a root for
-// each element the processor has little to spare.
+// Strips of 32 elements with two 8-bit or 16-bit values per 32-bit word, for one instruction set:
+// see kernels_impl.h. Packing two values per word halves the arithmetic on codes. Processing a tile
+// of strips at a time amortizes operations across lanes, such as the block maxima. Both matter
+// because a division and a square root per element leave few execution slots.
 #pragma once
 
 #include "formats_impl.h"
@@ -13,13 +13,14 @@ namespace {
 constexpr int kStrips = kTile / kStrip;
 constexpr int kPairs = kStrip / 2;
 
-// The fp32 elements i and i + kPairs of a strip are pair i: in memory they are either kPairs apart
-// as well, or neighbours, so that a pair is a word of a 16-bit tensor.
+// The order of the fp32 elements of a strip in its buffer; buffer elements i and i + kPairs form
+// pair i. kInOrder: as in memory, so the elements of a pair are kPairs apart. kByPairs: pair i has
+// the elements 2i and 2i + 1 in memory, so it is a word of a 16-bit tensor.
 enum Order { kInOrder, kByPairs };
 
-typedef uint16_t Half16 __attribute__((may_alias));  // of a pair
+typedef uint16_t Half16 __attribute__((may_alias));  // one half of a pair
 
-// Words of a vector.
+// 32-bit words per vector.
 #if defined(__AVX2__) && !defined(__AVX512BW__)
 constexpr int kWords = 8;
 #else
@@ -29,7 +30,7 @@ constexpr int kWords = 16;
 // A value in both halves of a word.
 constexpr uint32_t twice(uint32_t value) { return value << 16 | value; }
 
-// The words of the generator for a strip.
+// Draws one random word per element of a strip.
 template <Order Of>
 ONEPASS_HD void draw_strip(
     const TileRandom& random, int word, int offset, uint32_t* __restrict words) {
@@ -45,7 +46,7 @@ ONEPASS_HD void draw_strip(
   }
 }
 
-// --- by hand with AVX-512 ---
+// --- AVX-512 intrinsics ---
 
 #if defined(__AVX512BW__)
 ONEPASS_HD __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
@@ -54,7 +55,8 @@ ONEPASS_HD __m512i all_of(uint32_t word) { return _mm512_set1_epi32(static_cast<
 ONEPASS_HD __m512i right_512(__m512i value, int shift) {
   return _mm512_maskz_srli_epi32(kAll, value, shift);
 }
-// In each lane of 16, the bytes of to that mask names become those of from that lane names.
+// In each 16-byte lane, replaces the bytes of `to` that mask selects by the bytes of `from` whose
+// indices are in `lane`.
 ONEPASS_HD __m512i move_bytes(__m512i to, __mmask64 mask, __m512i from, __m128i lane) {
   return _mm512_mask_shuffle_epi8(to, mask, from, _mm512_maskz_broadcast_i32x4(kAll, lane));
 }
@@ -62,23 +64,23 @@ ONEPASS_HD void join_512(__m512i low, __m512i high, void* pairs) {
   const __m128i upper = _mm_set_epi32(0x0F0E, 0x0B0A, 0x0706, 0x0302);
   store_512(pairs, move_bytes(high, 0x3333333333333333, low, upper));
 }
-// Two strips whose values alternate in 64 bits each: one after the other.
+// Reorders two strips whose 64-bit parts alternate, so that one strip follows the other.
 ONEPASS_HD __m512i strips_apart(__m512i bytes) {
   return _mm512_maskz_permutexvar_epi64(0xFF, _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes);
 }
 #endif
 
-// --- by hand with AVX2 ---
+// --- AVX2 intrinsics ---
 
 #if defined(__AVX2__) && !defined(__AVX512BW__)
 ONEPASS_HD __m256i all_of(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
-// In each word, the upper half of low below that of high.
+// join() of pair.h on vectors: in each word, the upper half of low below the upper half of high.
 ONEPASS_HD __m256i join_256(__m256i low, __m256i high) {
   return _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA);
 }
 #endif
 
-// The upper halves of a strip.
+// Joins the upper halves of the words of a strip into pairs.
 ONEPASS_HD void join_strip(const uint32_t* __restrict words, Pair* __restrict pairs) {
 #if defined(__AVX512BW__)
   join_512(load_512(words), load_512(words + kPairs), pairs);
@@ -91,11 +93,12 @@ ONEPASS_HD void join_strip(const uint32_t* __restrict words, Pair* __restrict pa
 #endif
 }
 
-// Codes in pairs whose sign has been shifted with the rest, above the code: to its place in a byte.
+// Moves the sign bits of codes in pairs to their place in a byte. Encoding shifted the sign
+// together with the other bits of the fp32, so it is further up than in the code.
 template <class Code>
 ONEPASS_HD void fold_signs(Pair* __restrict codes) {
 #if defined(__AVX2__)
-  constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;  // from where it is in its byte
+  constexpr int kBack = Code::kRandomShift + Code::kWidth - 7;  // distance within the upper byte
   const auto bytes = all_of(twice(1u << 8 << kBack | 1u));
 #endif
 #if defined(__AVX512BW__)
@@ -113,7 +116,7 @@ ONEPASS_HD void fold_signs(Pair* __restrict codes) {
 
 // --- bytes ---
 
-// 32 bytes, each in 16 bits.
+// Widens 32 bytes to 16 bits each.
 template <class From, class To>
 ONEPASS_HD void widen(const From* from, To* to) {
 #if defined(__AVX512BW__)
@@ -135,8 +138,8 @@ ONEPASS_HD void widen(const From* from, To* to) {
 #endif
 }
 
-// Strips of pairs of bytes, each in the lower part of its half, kNarrowed of them at once: the
-// bytes in memory's order. By hand, a half that is negative becomes zero.
+// Narrows the pairs of kNarrowed strips to bytes in memory order. The byte of a value is the lower
+// byte of its half of a pair. The intrinsics saturate: a negative half becomes zero.
 #if defined(__AVX512BW__)
 constexpr int kNarrowed = 2;
 #else
@@ -182,11 +185,11 @@ ONEPASS_HD void narrow(const uint32_t (*pairs)[kPairs], uint8_t* to) {
 #endif
 }
 
-// The second byte of each word of kNarrowed strips, with the bits of flip turned, in memory's
-// order.
+// Writes the second-lowest byte of each word of kNarrowed strips, xor flip, in memory order.
 ONEPASS_HD void second_bytes(const uint32_t (*words)[kStrip], uint32_t flip, uint8_t* to) {
 #if defined(__AVX512BW__)
-  // Each to every other byte of eight, those of the second strip to the upper eight of a lane.
+  // Each of the four moves fills every other byte of eight; the bytes of the second strip go to the
+  // upper eight bytes of a lane.
   const __m512i lane = _mm512_set1_epi64(0x0D0D090905050101);
   const auto move = [&](__m512i bytes, int k, int half) {
     const __mmask64 places = 0x0001000100010001 * (0x55ull << (8 * k + half));
@@ -213,7 +216,7 @@ ONEPASS_HD void second_bytes(const uint32_t (*words)[kStrip], uint32_t flip, uin
 #endif
 }
 
-// Whether a byte of kNarrowed strips is zero.
+// Whether any byte of kNarrowed strips is zero.
 #if defined(__AVX2__)
 constexpr bool kFindsZeros = true;
 ONEPASS_HD bool has_zero(const uint8_t* bytes) {
@@ -225,7 +228,7 @@ ONEPASS_HD bool has_zero(const uint8_t* bytes) {
 #endif
 }
 #else
-constexpr bool kFindsZeros = false;  // narrow leaves none of what was negative
+constexpr bool kFindsZeros = false;  // here narrow does not turn negative halves into zero
 ONEPASS_HD bool has_zero(const uint8_t*) { return true; }
 #endif
 
@@ -252,7 +255,7 @@ ONEPASS_HD bool are_ordered(const float (*values)[kStrip]) {
 #endif
 }
 
-// The largest of each strip of a tile, of which values has the largest of every kWords-th.
+// The maximum of each strip of a tile. values holds kWords partial maxima per strip.
 ONEPASS_HD void largest_of(const uint32_t (*values)[kWords], uint32_t* __restrict largest) {
 #if defined(__AVX512BW__)
   static_assert(kStrips == 8, "the tree is of eight");
@@ -274,7 +277,7 @@ ONEPASS_HD void largest_of(const uint32_t (*values)[kWords], uint32_t* __restric
   const __m512i one = larger(both, _mm512_maskz_srli_epi64(0xFF, both, 32));
   const __m512i order = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 10, 6, 2, 12, 8, 4, 0);
   const __m512i ordered = _mm512_maskz_permutexvar_epi32(kAll, order, one);
-  // (A store with a mask would not be forwarded to the loads that follow.)
+  // (A masked store would not be forwarded to the loads that follow.)
   _mm256_storeu_si256(
       reinterpret_cast<__m256i*>(largest), _mm512_maskz_extracti64x4_epi64(0xF, ordered, 0));
 #elif defined(__AVX2__)

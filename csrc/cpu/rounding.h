@@ -1,4 +1,4 @@
-// How the processor rounds while onepass computes.
+// The floating-point mode of the processor during a step.
 #pragma once
 
 #if defined(ONEPASS_X86)
@@ -7,7 +7,8 @@
 
 namespace onepass::cpu {
 
-// The contract keeps denormals and rounds to nearest, whatever torch.set_flush_denormal says.
+// Sets rounding to nearest and keeps denormals for the lifetime of the object, because results must
+// not depend on torch.set_flush_denormal.
 class DefaultRounding {
 #if defined(ONEPASS_X86)
  public:

@@ -1,5 +1,5 @@
-// The scales and codes of a tile of strips in blocks, for one instruction set: see kernels_impl.h.
-// What they compute is csrc/formats, two values to a word.
+// The scales and codes of the block formats on a tile of strips, for one instruction set: see
+// kernels_impl.h. The results are those of csrc/formats, computed with two values per word.
 #pragma once
 
 #include "pairs_impl.h"
@@ -7,19 +7,20 @@
 namespace onepass::cpu {
 namespace {
 
-// What codes need of the scales of a tile. From memory they are broadcast for nothing, from a
-// general register by the unit that permutes.
+// The scale of each strip of a tile, and constants that derive() computes from it for encoding and
+// decoding. Broadcasting them from memory avoids the shuffle port, which a broadcast from a general
+// register uses.
 struct Scales {
   alignas(32) uint32_t scale[kStrips];
-  alignas(32) uint32_t base[kStrips];   // the code of its lowest exponent, in both halves
-  alignas(32) uint32_t least[kStrips];  // of an Unsigned, one more in the upper half
-  alignas(32) uint32_t minus[kStrips];  // of a Signed, what takes the base off the upper half
-  alignas(32) float lowest[kStrips];    // its lowest power of two
-  alignas(32) uint32_t shift[kStrips];  // of a Root's bits, to where codes are in the upper half
-  alignas(32) float per_step[kStrips];  // of a Ratio
+  alignas(32) uint32_t base[kStrips];   // the code of the lowest exponent, in both halves
+  alignas(32) uint32_t least[kStrips];  // Unsigned: base plus one in the upper half
+  alignas(32) uint32_t minus[kStrips];  // Signed: adding it subtracts base in the upper half
+  alignas(32) float lowest[kStrips];    // Signed, Root: the lowest power of two
+  alignas(32) uint32_t shift[kStrips];  // Root: shift that aligns codes with the upper half
+  alignas(32) float per_step[kStrips];  // Ratio: its encoder
 };
 
-// A code, dithered, above base in the upper half of a word.
+// lift returns a stochastically rounded code plus base in the upper half of a word.
 template <int Exponent, int Mantissa>
 ONEPASS_HD uint32_t
 lift(Unsigned<Exponent, Mantissa>, float value, uint32_t random16, const Scales& of, int strip) {
@@ -51,7 +52,8 @@ constexpr bool is_signed(Signed<Exponent, Mantissa>) {
 }
 constexpr bool is_signed(...) { return false; }
 
-// The codes above base of a strip, signs above them.
+// The codes of a strip, in pairs. Signs are above the codes and are not yet in place; see
+// fold_signs.
 template <class Code>
 ONEPASS_HD void lift_strip(
     const float* __restrict values, Random random, const Scales& of, int strip,
@@ -64,7 +66,8 @@ ONEPASS_HD void lift_strip(
   for (int i = 0; i < kPairs; ++i) codes[i] -= of.base[strip];
 }
 #if defined(__AVX512BW__)
-// Of a Signed: with operations of three operands, which the compiler does not find across types.
+// lift_strip for Signed, with three-operand logic instructions: the compiler does not combine
+// operations across the float and integer types.
 template <class Code>
 ONEPASS_HD void lift_signed(
     const float* values, Random random, const Scales& of, int strip, uint32_t* codes) {
@@ -101,8 +104,8 @@ ONEPASS_HD void code_strip(
   if constexpr (Code::kSign != 0) fold_signs<Code>(codes);
 }
 
-// Those of values that are more than the code 0 stands for: a byte that comes out zero says that
-// one was not.
+// code_strip of an Unsigned code for values that all have codes of at least 1. A zero byte in the
+// narrowed result means that a value needs code_strip instead.
 template <class Code>
 ONEPASS_HD void code_above(
     const float* __restrict values, Random random, const Scales& of, int strip,
@@ -122,7 +125,7 @@ ONEPASS_HD void code_above(
   for (int i = 0; i < kStrip; ++i) halves[i] = static_cast<Half16>(halves[i] - subtract[i]);
 }
 
-// The bytes of kNarrowed strips, the first of which is strip.
+// Encodes kNarrowed strips to bytes, from number `strip` of the tile on.
 template <class Code, Order Of>
 ONEPASS_HD void code_strips(
     const float (*values)[kStrip], const uint32_t (*words)[kStrip], int shift, const Scales& of,
@@ -141,6 +144,7 @@ ONEPASS_HD void code_strips(
   narrow<Of>(codes, bytes);
 }
 
+// Writes kWords partial maxima of the measures of a strip to most.
 template <class Code>
 ONEPASS_HD void measure_strip(const float* __restrict values, uint32_t* __restrict most) {
   const auto at = [&](int i) { return Code::measure(values[i]); };
@@ -152,6 +156,7 @@ ONEPASS_HD void measure_strip(const float* __restrict values, uint32_t* __restri
   }
 }
 
+// derive computes the constants of Scales for one strip.
 template <int Exponent, int Mantissa>
 ONEPASS_HD void derive(Unsigned<Exponent, Mantissa>, Scales& of, int strip) {
   of.base[strip] = twice(of.scale[strip] << Mantissa);
@@ -179,13 +184,14 @@ ONEPASS_HD void derive_scales(Scales& of) {
 #pragma omp simd
   for (int i = 0; i < kStrips; ++i) derive(Code(), of, i);
 }
+// Reads the scales of a tile from memory.
 template <class Code>
 ONEPASS_HD void read_scales(const Stored& at, int64_t first, Scales& of) {
   const uint8_t* bytes = static_cast<const uint8_t*>(at.extra) + first / kMxBlock;
   for (int i = 0; i < kStrips; ++i) of.scale[i] = bytes[i];
   derive_scales<Code>(of);
 }
-// Those of a tile that is measured.
+// Chooses the scales of a tile from the results of measure_strip and writes them to memory.
 template <class Code>
 ONEPASS_HD void choose_scales(
     const uint32_t (*most)[kWords], const uint32_t* least, const Stored& at, int64_t first,

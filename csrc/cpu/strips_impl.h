@@ -1,5 +1,5 @@
-// The formats of whole strips, states a tile of them at a time, for one instruction set: see
-// kernels_impl.h. What they compute is csrc/formats, two values to a word.
+// The formats on whole strips, and states on a tile of strips at a time, for one instruction set:
+// see kernels_impl.h. The results are those of csrc/formats, computed with two values per word.
 #pragma once
 
 #include "scales_impl.h"
@@ -9,8 +9,9 @@ namespace {
 
 // --- weights and gradients ---
 
-// open says where a strip lies as fp32, store writes it back; store_dithered writes kNarrowed
-// strips of a format that draws.
+// A strip of a weight or gradient. open decodes it, if necessary into buffer, and returns a pointer
+// to its fp32 values. store encodes it; for a format that draws random bits, store_dithered encodes
+// kNarrowed strips instead.
 template <class Format, Order Of>
 struct Strip {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* buffer) {
@@ -22,8 +23,8 @@ struct Strip {
   }
 };
 
-// In place. (A copy would be a memcpy to the compiler, whose narrow stores the wide loads after it
-// would wait for.)
+// fp32 in place. (The compiler turns a copy into a memcpy with narrow stores, which cannot be
+// forwarded to the wide loads that follow.)
 template <>
 struct Strip<Fp32, kInOrder> {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float*) {
@@ -32,12 +33,13 @@ struct Strip<Fp32, kInOrder> {
   ONEPASS_HD static void store(const float*, const Stored&, int64_t) {}
 };
 
+// The 16-bit elements from element first on, as pairs.
 ONEPASS_HD Pair* pairs_at(const Stored& at, int64_t first) {
   return reinterpret_cast<Pair*>(static_cast<uint16_t*>(at.data) + first);
 }
 
-// Adds what drawn has for each value of kNarrowed strips to its bits; NaNs, which are rare, become
-// nan.
+// Adds drawn(k, i) to the bits of each value of kNarrowed strips. NaNs, which are rare, become the
+// word nan.
 template <class Drawn>
 ONEPASS_HD void dither(
     const float (*values)[kStrip], const Drawn& drawn, uint32_t nan, uint32_t (*kept)[kStrip]) {
@@ -89,7 +91,7 @@ struct Strip<Split8Weight, kByPairs> {
 #if defined(__AVX512BW__)
     const __m512i weight = load_512(pairs), any = load_512(low);
     const __mmask32 zero = _mm512_testn_epi16_mask(weight, all_of(twice(0x7FFF)));
-    const __m512i kept = _mm512_mask_max_epi16(any, zero, any, all_of(0));  // the care of joined
+    const __m512i kept = _mm512_mask_max_epi16(any, zero, any, all_of(0));  // as in joined()
     const __m512i even = _mm512_madd_epi16(kept, all_of(256)), above = all_of(0xFFFF0000u);
     const __m512i odd = _mm512_madd_epi16(kept, all_of(256 << 16));
     store_512(buffer, _mm512_add_epi32(_mm512_maskz_slli_epi32(kAll, weight, 16), even));
@@ -108,7 +110,7 @@ struct Strip<Split8Weight, kByPairs> {
 #else
     const uint16_t* __restrict weight = static_cast<const uint16_t*>(at.data) + first;
 #pragma omp simd
-    for (int i = 0; i < kStrip; ++i) {  // the care of joined
+    for (int i = 0; i < kStrip; ++i) {  // as in joined()
       const int16_t positive = low[i] > 0 ? low[i] : static_cast<int16_t>(0);
       low[i] = (weight[i] & 0x7FFF) == 0 ? positive : low[i];
     }
@@ -123,7 +125,8 @@ struct Strip<Split8Weight, kByPairs> {
 #endif
     return buffer;
   }
-  // With half a unit of the weight added: it rounds the weight, and turns the companion's sign.
+  // Half a unit of the weight (kUp) is added to the bits. This rounds the weight, and inverts the
+  // sign bit of the companion, which second_bytes inverts back.
   ONEPASS_HD static void store_dithered(
       const float (*values)[kStrip], const Stored& at, int64_t first,
       const uint32_t (*words)[kStrip], int shift) {
@@ -138,8 +141,9 @@ struct Strip<Split8Weight, kByPairs> {
 
 // --- states in blocks ---
 
-// A tile of a state: begin comes first, open says where a strip lies as fp32, measure sees what has
-// become of it, choose makes the scales of all strips, and write encodes kNarrowed of them.
+// A tile of a state. The methods are called in this order: begin once per tile; open (as in Strip)
+// and, after the update, measure for each strip; choose once, which chooses the scales of all
+// strips; and write, which encodes kNarrowed strips.
 template <Order Of, class State>
 struct Tile;
 
@@ -219,7 +223,8 @@ struct Tile<Of, Mx8State<Is>> {
   }
 };
 
-// Relative ones are measured in the root of the second moment as it is stored: choose does it all.
+// mx4. choose does the work of measure and write too, because relative moments are divided by the
+// square root of the second moment as it is stored, which choose of that moment computes.
 template <Kind Is>
 struct Tile<kByPairs, Mx4State<Is>> {
   using State = Mx4State<Is>;

@@ -11,12 +11,14 @@
 namespace onepass::cpu {
 namespace {
 
-// Fp32 copies of what is not fp32, small enough that a tile's reads, update and writes overlap.
+// fp32 buffers for tensors that are not fp32, small enough that the reads, update and writes of a
+// tile overlap.
 struct Tiles {
   alignas(64) float param[kTile], grad[kTile], states[kMaxStates][kTile], roots[kTile];
-  alignas(64) float before[kTile];  // the weight, where telemetry compares
+  alignas(64) float before[kTile];  // the weight before the update, for telemetry
 };
 
+// Whether a format of the entry draws random bits.
 bool needs_random(const Entry& entry) {
   bool needs = is_stochastic(entry.param_format);
   for (int k = 0; k < kMaxStates; ++k)
@@ -24,7 +26,7 @@ bool needs_random(const Entry& entry) {
   return needs;
 }
 
-// The kernel that works on the entry's tensors as they are, if there is one.
+// The direct kernel for the formats of an entry, or null.
 const Direct* direct_kernel(const Kernels& kernels, const Entry& entry) {
   for (const Direct& direct : kernels.direct) {
     bool same = entry.param_format == direct.weight && entry.grad_format == direct.grad;
@@ -35,14 +37,15 @@ const Direct* direct_kernel(const Kernels& kernels, const Entry& entry) {
   return nullptr;
 }
 
+// The address of element index of a tensor and of its scales or companion.
 Stored element(const Stored& base, Format format, int64_t index) {
   return {
       static_cast<char*>(base.data) + bytes_of(format, index),
       static_cast<char*>(base.extra) + extra_bytes_of(format, index)};
 }
 
-// n elements from first on: decode, rule, encode. fp32 tensors are worked on where they are.
-// telemetry: null, or added to; skipped: nothing else is.
+// Updates n elements from first on: decodes, applies the rule, encodes. fp32 tensors are updated in
+// place. A non-null telemetry is added to; a skipped step does nothing else.
 void sweep_tile(
     const Kernels& kernels, const Entry& entry, int64_t first, int n, const float* row,
     const TileRandom& random, bool skipped, Telemetry* telemetry, Tiles& tiles) {
@@ -80,10 +83,11 @@ void sweep_tile(
           entry.states[k], state_use(k));
 }
 
-// Gradients are zeroed while they are in the L1 cache.
+// The most elements that are updated before their gradients are zeroed, so that the gradients are
+// still in the L1 cache.
 constexpr int64_t kZeroed = 4096;
 
-// Elements [begin, end) of one entry.
+// Updates elements [begin, end) of one entry.
 void sweep_entry(
     const Kernels& kernels, const Entry& entry, int64_t begin, int64_t end, const StepArgs& step,
     Telemetry* telemetry, Tiles& tiles) {
@@ -123,7 +127,7 @@ void sweep_entry(
           row, static_cast<int>(n), element(entry.param, entry.param_format, first), grad.data,
           states, random);
     } else {
-      // (What is left before the index wraps may be more than a tile, and no number of whole ones.)
+      // (Before the index wraps, more than a tile may be left that is not a multiple of step.)
       n = std::min<int64_t>(n, kTile);
       sweep_tile(
           kernels, entry, first, static_cast<int>(n), row, random, skipped, telemetry, tiles);
@@ -136,9 +140,11 @@ void sweep_entry(
   }
 }
 
-// Small tensors lie anywhere in memory: their lines are asked for a few entries ahead.
+// Small tensors are scattered in memory, so their cache lines are prefetched this many entries
+// ahead.
 constexpr int64_t kEntriesAhead = 4;
 
+// Prefetches the tensors of an entry of at most one tile.
 void prefetch_entry(const Entry& entry) {
   if (entry.numel > kTile) return;
   const auto stored = [&](const Stored& tensor, Format format) {
@@ -155,7 +161,7 @@ void prefetch_entry(const Entry& entry) {
 
 std::vector<Cut> cut_pieces(const std::vector<Entry>& entries) {
   std::vector<Cut> cuts;
-  int64_t room = 0;  // cost that the current piece still takes
+  int64_t room = 0;  // the cost that still fits into the current piece
   for (int64_t e = 0; e < static_cast<int64_t>(entries.size()); ++e) {
     const int64_t numel = entries[e].numel;
     for (int64_t element = 0; element < numel;) {
@@ -181,7 +187,8 @@ void sweep(
   const int64_t count = static_cast<int64_t>(entries.size());
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pieces);
   Runs runs(pieces, threads);
-  // Of each piece, in the order of its entries: a sum must not depend on who took which piece.
+  // Telemetry per piece, in the order of its entries, so that the sums do not depend on which
+  // thread took which piece.
   std::vector<std::vector<std::pair<int32_t, Telemetry>>> measured(step.telemetry ? pieces : 0);
   const auto work = [&](int64_t, int64_t) {
     DefaultRounding rounding;

@@ -1,5 +1,5 @@
-// The CPU sweep: one walk over the whole parameter list, in pieces of equal cost that the threads
-// take in runs. It knows neither algorithms nor formats.
+// The CPU sweep: one pass over the whole parameter list. The list is divided into pieces of equal
+// cost, and threads take consecutive pieces in runs. This file is independent of rules and formats.
 #pragma once
 
 #include <atomic>
@@ -10,27 +10,29 @@
 
 namespace onepass::cpu {
 
-// A piece of work: large enough to hide the counter that hands it out, small enough that threads
-// on a busy machine end together.
+// The cost of a piece, in elements: large enough to hide the atomic counter, and small enough that
+// threads finish at about the same time on a busy machine.
 constexpr int64_t kPiece = 65536;
-// What an entry costs beside its elements, in elements.
+// The fixed cost of an entry, in elements.
 constexpr int64_t kEntryCost = 64;
 
-// Where each piece begins: entry and element, in whole tiles.
+// The start of a piece: an entry, and an element of it that is a multiple of kTile.
 struct Cut {
   int64_t entry, element;
 };
+// Divides the entries into pieces; the last cut is the end of the last piece.
 std::vector<Cut> cut_pieces(const std::vector<Entry>& entries);
 
-// Hands the pieces out to threads in runs, each an eighth of a thread's share of what is left: a
-// thread mostly goes on where it is, and they still end together. Where a run begins nothing has
-// been asked for ahead, and what is asked for beyond its end is another's. (AdamW, 50 M parameters,
-// two AVX-512 cores, 2026-11: 4 % less time than with single pieces.)
+// Distributes the pieces to threads in runs. A run is 1/8 of a thread's share of the remaining
+// pieces, so that threads mostly continue with the next piece and still finish at about the same
+// time. Long runs help because nothing was prefetched at the start of a run, and prefetches beyond
+// its end belong to another thread. (AdamW, 50 M parameters, two AVX-512 cores, 2026-11: 4 % less
+// time than with single pieces.)
 class Runs {
  public:
   Runs(int64_t pieces, int64_t threads) : pieces_(pieces), shares_(8 * threads) {}
 
-  // Calls body(piece) for those that fall to the calling thread.
+  // Calls body(piece) for the pieces of the calling thread.
   template <class Body>
   void work(const Body& body) {
     for (int64_t begin = 0, end; begin < pieces_; begin = next_.load(std::memory_order_relaxed)) {
@@ -59,19 +61,21 @@ void for_each_part(
   }
 }
 
-// A step over all entries. Telemetry is added to what is there.
+// Runs a step over all entries. Telemetry is added to the values in step.telemetry.
 void sweep(
     const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts,
     const StepArgs& step);
 
-// Of the gradients of all entries.
+// The norm of the gradients of all entries.
 Norm norm(const Kernels& kernels, const std::vector<Entry>& entries, const std::vector<Cut>& cuts);
 
-// The kernels of the instruction set in use: the best this machine has unless select_isa asked
-// for another.
+// The kernels of the instruction set in use: the widest that this machine supports, unless
+// select_isa selected another.
 const Kernels& kernels();
-// "auto", "plain", "avx2" or "avx512"; false where this machine or build lacks it.
+// Selects an instruction set: "auto", "plain", "avx2" or "avx512". Returns false if this machine or
+// build lacks it.
 bool select_isa(const char* name);
+// The name of the instruction set in use.
 const char* isa_name();
 
 }  // namespace onepass::cpu

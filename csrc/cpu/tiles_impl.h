@@ -1,5 +1,5 @@
-// Kernels that convert on the way, a tile of strips at a time, for one instruction set: see
-// kernels_impl.h.
+// Direct kernels for any formats, which process a tile of strips at a time, for one instruction
+// set: see kernels_impl.h.
 #pragma once
 
 #include "../prefetch.h"
@@ -8,6 +8,7 @@
 namespace onepass::cpu {
 namespace {
 
+// The scalars of a rule in a row of the hyperparameter table.
 template <class Rule>
 typename Rule::Hyper load_hyper(const float* row) {
   static_assert(sizeof(typename Rule::Hyper) <= kMaxScalars * sizeof(float), "row too narrow");
@@ -16,19 +17,20 @@ typename Rule::Hyper load_hyper(const float* row) {
   return hyper;
 }
 
-// How far ahead prefetching reaches: the hardware's own ends at every page. (The best of 512 to
-// 2048 with fp32 and bf16 states; with mx8 512 to 4096 are alike, and without it a step takes a
-// quarter longer: two AVX-512 cores, 2026-11.)
+// The prefetch distance in bytes. Software prefetching helps because the hardware prefetcher stops
+// at every page. (The best of 512 to 2048 with fp32 and bf16 states. With mx8, 512 to 4096 are
+// equally good, and a step without prefetching takes a quarter longer. Two AVX-512 cores, 2026-11.)
 constexpr int kAheadBytes = 1024;
 
+// The kind of a state of a rule.
 template <class Rule>
 constexpr Kind kind_of(int slot) {
   if (Rule::kSecond >> slot & 1) return kSecond;
   return Rule::kRelative >> slot & 1 ? kRelative : kFirst;
 }
 
-// Asks for what lies kAheadBytes after a strip: of the tensor and of the companion of a weight.
-// Scales are a byte of each strip.
+// Prefetches the memory kAheadBytes after a strip, of the tensor and of the companion of a weight.
+// Scales are not prefetched, because a strip has only one byte of them.
 template <class Format>
 ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
   const auto lines = [](const void* base, int64_t offset, int64_t bytes) {
@@ -39,13 +41,13 @@ ONEPASS_HD void prefetch_strip(const Stored& at, int64_t first) {
   if (kExtra > 1) lines(at.extra, extra_bytes_of(Format::kFormat, first), kExtra);
 }
 
-// A slot as a type, so that a loop over slots leaves constants.
+// A slot as a type, so that the index is a constant in a loop over slots.
 template <int Index>
 struct Slot {
   static constexpr int kIndex = Index;
 };
-// Calls body(slot) for the slots that a rule has, the first second moment first: mx4 measures
-// relative ones in its root.
+// Calls body(slot) for each slot of a rule, with the first second moment first, because mx4 needs
+// its square root for relative moments.
 template <class Rule, class Body>
 ONEPASS_HD void for_each_slot(const Body& body) {
   constexpr unsigned kSecond = Rule::kSecond & Rule::kSlots;
@@ -70,7 +72,7 @@ struct StateTiles {
   }
 };
 
-// Whether a tile is written between the strips of the next.
+// Whether writing a tile is interleaved with updating the strips of the next tile.
 constexpr bool overlaps([[maybe_unused]] Format state) {
 #if defined(__AVX512BW__)
   return state == Format::kMx8;
@@ -79,17 +81,18 @@ constexpr bool overlaps([[maybe_unused]] Format state) {
 #endif
 }
 
-// Any formats, a tile at a time: the scales of blocks are chosen for all of its strips at once. The
-// division and the root leave room for other work, in a window of some hundred operations. (With
-// AVX-512, on Intel, writing a tile between the strips of the next is 3 % faster; with AVX2 on Zen
-// 3 more than a tenth slower. Tried there too: a loop of its own for decoding, up to 5 % faster
-// with mx8 and 8 % slower with mx4; roots in one loop and quotients in the next, 5 % faster, for a
-// second function in every rule. With AVX-512 both were slower: docs/cpu.md.)
+// The update for any formats, a tile at a time: the scales of all strips of a tile are chosen
+// together. Out-of-order execution overlaps the division and square root with other work within a
+// window of some hundred operations. (Interleaving the writes of a tile with the updates of the
+// next is 3 % faster with AVX-512 on Intel, and more than 10 % slower with AVX2 on Zen 3. Also
+// tried on Zen 3: a separate loop for decoding was up to 5 % faster with mx8 and 8 % slower with
+// mx4; square roots in one loop and quotients in the next were 5 % faster, but need a second
+// function in every rule. With AVX-512 both were slower: docs/cpu.md.)
 template <class Rule, class Weight, class Grad, template <Kind> class State>
 void apply_tiles(
     const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
     const TileRandom& random_ref) {
-  const TileRandom random = random_ref;  // copies: the stores below could alias the originals
+  const TileRandom random = random_ref;  // copied because the stores below could alias the original
   const Stored weight = param, grad{const_cast<void*>(grad_ptr), nullptr};
   const Stored states[kMaxStates] = {states_ref[0], states_ref[1], states_ref[2]};
   const auto hyper = load_hyper<Rule>(row);
@@ -101,7 +104,7 @@ void apply_tiles(
   constexpr Order kOrder = kFloats ? kInOrder : kByPairs;
   constexpr bool kDraws = State<kFirst>::kDraws;
   constexpr int kUse = weight_use(Weight::kFormat);
-  // Which words are drawn, and who takes them.
+  // Whether random word 0 and word 1 are drawn.
   constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 2 == 0);
   constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
   using Params = Strip<Weight, kOrder>;
@@ -110,7 +113,7 @@ void apply_tiles(
     alignas(64) uint32_t words[2][kStrips][kStrip];
     StateTiles<Rule, kOrder, State> tiles;
   };
-  // Reads a strip and applies the rule.
+  // Reads a strip, applies the rule and measures the states for their scales.
   const auto update = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
     const int first = tile + strip * kStrip;
     float grad_strip[kStrip];
@@ -148,7 +151,7 @@ void apply_tiles(
                             __attribute__((always_inline)) { in.tiles.of(slot).measure(strip); });
     if constexpr (!Weight::kDraws) Params::store(p, weight, first);
   };
-  // kNarrowed strips of the weight; of the states, whose scales are chosen.
+  // These encode kNarrowed strips of the weight, and of the states after their scales are chosen.
   const auto write_weight = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
     if constexpr (Weight::kDraws)
       Params::store_dithered(
