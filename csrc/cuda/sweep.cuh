@@ -223,7 +223,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
       });
     return;
   }
-  // One thread per key computes it; in every thread, this would be 5 % of all instructions.
+  // One thread per key computes it; in every thread, this would be about 5 % of all instructions.
   constexpr int kDrawn = Rules::Sample::kStates > 3 ? kRandomWords : 2;
   __shared__ RandomKey words[kDrawn];
   if (Formats::kDraws) {
