@@ -60,6 +60,7 @@ void is_stale(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(int64_t{1});
 }
 
+// The op layout.
 std::string layout() { return onepass::kLayout; }
 
 }  // namespace

@@ -69,8 +69,10 @@ struct Plan {
   bool taken = false;  // whether the entries hold the gradients of the step that runs next
 };
 
+// The end of an error message about the parameter at an index.
 std::string at(size_t index) { return " (parameter " + std::to_string(index) + ")"; }
 
+// Whether two tensors have the same sizes, and the same strides in dimensions larger than 1.
 bool same_layout(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), other_sizes = b.sizes();
   const auto strides = a.strides(), other_strides = b.strides();
@@ -91,6 +93,7 @@ Value ask(AOTITorchError (*function)(AtenTensorHandle, Value*), AtenTensorHandle
   return value;
 }
 
+// The address of the first element of a tensor.
 void* address(AtenTensorHandle tensor) { return ask(aoti_torch_get_data_ptr, tensor); }
 
 // Appends the sizes and strides of a tensor to dims.
@@ -110,12 +113,14 @@ struct View {
   const int64_t *sizes, *strides;
 };
 
+// The device of a tensor; its index is 0 for the CPU.
 Device device_of(AtenTensorHandle tensor) {
   static const int32_t cpu = aoti_torch_device_type_cpu();
   const int32_t type = ask(aoti_torch_get_device_type, tensor);
   return {type, type == cpu ? 0 : ask(aoti_torch_get_device_index, tensor)};
 }
 
+// Reads the properties of a tensor.
 View view_of(AtenTensorHandle tensor) {
   View view;
   view.data = address(tensor);
@@ -127,6 +132,7 @@ View view_of(AtenTensorHandle tensor) {
   return view;
 }
 
+// same_layout for a tensor and the sizes and strides that remember() stored.
 bool has_layout(const View& tensor, const std::vector<int64_t>& dims, Layout layout) {
   if (tensor.dim != layout.dim) return false;
   const int64_t* known = dims.data() + layout.offset;
@@ -166,6 +172,7 @@ bool native_format(int32_t dtype, Format* format) {
   return dtype == fp32 || dtype == bf16 || dtype == fp16;
 }
 
+// The torch dtype of a Dtype.
 ScalarType scalar_type(Dtype type) {
   switch (type) {
     case Dtype::kFloat:
@@ -192,6 +199,7 @@ void put_in_order(Entry& entry) {
     if (k != front) entry.order[next++] = static_cast<uint8_t>(k);
 }
 
+// The kind under which the format of state k codes it.
 Kind kind_of(const Entry& entry, int k) {
   const RuleInfo& kinds = kRuleInfo[entry.rule];
   // As in checkpoints of bitsandbytes, state 0 always uses the signed map.
@@ -200,6 +208,7 @@ Kind kind_of(const Entry& entry, int k) {
   return kinds.relative >> k & 1 ? kRelative : kFirst;
 }
 
+// Whether a device, or the device of a tensor, is that of the plan.
 bool on_device(const Plan& plan, Device device) {
   return device.type == plan.device.type && device.index == plan.device.index;
 }

@@ -11,6 +11,7 @@ namespace onepass::cpu {
 namespace {
 
 #if defined(__AVX2__)
+// Unaligned loads and stores of 128 and 256 bits.
 ONEPASS_HD __m128i load_128(const void* from) {
   return _mm_loadu_si128(static_cast<const __m128i*>(from));
 }

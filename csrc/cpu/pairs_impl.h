@@ -49,6 +49,8 @@ ONEPASS_HD void draw_strip(
 // --- AVX-512 intrinsics ---
 
 #if defined(__AVX512BW__)
+// Unaligned loads and stores of 512 bits, a word broadcast to all lanes, and a right shift of
+// words.
 ONEPASS_HD __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
 ONEPASS_HD void store_512(void* to, __m512i value) { _mm512_storeu_si512(to, value); }
 ONEPASS_HD __m512i all_of(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
@@ -60,6 +62,7 @@ ONEPASS_HD __m512i right_512(__m512i value, int shift) {
 ONEPASS_HD __m512i move_bytes(__m512i to, __mmask64 mask, __m512i from, __m128i lane) {
   return _mm512_mask_shuffle_epi8(to, mask, from, _mm512_maskz_broadcast_i32x4(kAll, lane));
 }
+// join() of pair.h on vectors.
 ONEPASS_HD void join_512(__m512i low, __m512i high, void* pairs) {
   const __m128i upper = _mm_set_epi32(0x0F0E, 0x0B0A, 0x0706, 0x0302);
   store_512(pairs, move_bytes(high, 0x3333333333333333, low, upper));
@@ -74,7 +77,7 @@ ONEPASS_HD __m512i strips_apart(__m512i bytes) {
 
 #if defined(__AVX2__) && !defined(__AVX512BW__)
 ONEPASS_HD __m256i all_of(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
-// join() of pair.h on vectors: in each word, the upper half of low below the upper half of high.
+// join() of pair.h on vectors.
 ONEPASS_HD __m256i join_256(__m256i low, __m256i high) {
   return _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA);
 }

@@ -46,6 +46,7 @@ lift(Signed<Exponent, Mantissa>, float value, uint32_t random16, const Scales& o
   return (to_bits(lifted) >> Signed<Exponent, Mantissa>::kRandomShift) + random16;
 }
 
+// Whether a code is a Signed.
 template <int Exponent, int Mantissa>
 constexpr bool is_signed(Signed<Exponent, Mantissa>) {
   return true;

@@ -54,6 +54,7 @@ ONEPASS_HD void dither(
   }
 }
 
+// bf16: a pair is one word of the tensor.
 template <class Code>
 struct Strip<Half<Code>, kByPairs> {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict buffer) {
@@ -81,6 +82,7 @@ struct Strip<Half<Code>, kByPairs> {
   }
 };
 
+// split8.
 template <>
 struct Strip<Split8Weight, kByPairs> {
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict buffer) {
@@ -147,6 +149,7 @@ struct Strip<Split8Weight, kByPairs> {
 template <Order Of, class State>
 struct Tile;
 
+// fp32 in place.
 template <>
 struct Tile<kInOrder, Fp32> {
   ONEPASS_HD void begin(const Stored&, int64_t) {}
@@ -159,6 +162,7 @@ struct Tile<kInOrder, Fp32> {
   ONEPASS_HD void write(const Stored&, int64_t, const uint32_t (*)[kStrip], int, int) {}
 };
 
+// mx8.
 template <Order Of, Kind Is>
 struct Tile<Of, Mx8State<Is>> {
   using Code = typename Mx8State<Is>::Code;

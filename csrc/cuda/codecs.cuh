@@ -52,6 +52,7 @@ struct Random {
 
 // --- weights and gradients ---
 
+// Single codes in the lower half of a word, from and to fp32.
 ONEPASS_HD uint32_t code_bf16(float value) { return round_bf16(value) >> 16; }
 ONEPASS_HD uint32_t code_half_away(float value) { return round_half_away(value) >> 16; }
 ONEPASS_HD uint32_t code_fp16(float value) { return encode_fp16(value); }

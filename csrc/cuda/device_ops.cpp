@@ -31,6 +31,7 @@ cudaError_t load_kernel(int device) {
   return error;
 }
 
+// Whether an error means that the library has no machine code or usable PTX for the device.
 bool is_missing_code(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidDeviceFunction:
@@ -47,6 +48,7 @@ bool is_missing_code(cudaError_t error) {
   }
 }
 
+// A version as text, for example "9.0".
 std::string with_dot(int first, int second) {
   return std::to_string(first) + "." + std::to_string(second);
 }

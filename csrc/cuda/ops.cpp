@@ -336,6 +336,7 @@ bool take_gradients(CudaPlan& plan, size_t params, size_t grads, const Tensors& 
   return true;
 }
 
+// The op norm.
 Tensor norm_of_plan(Tensor handle) { return Registry<CudaPlan>::find(handle)->norm(); }
 
 }  // namespace

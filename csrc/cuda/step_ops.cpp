@@ -15,10 +15,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Whether two tensors are on the same device.
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
+// Raises unless a table has this dtype and size and is contiguous, on the device of like.
 void check_table(
     const Tensor& table, const Tensor& like, ScalarType type, int64_t numel, const char* name,
     const char* needed) {
@@ -29,11 +31,13 @@ void check_table(
       " elements, on one device with the others");
 }
 
+// The address of an optional tensor; null if there is none.
 template <class T>
 const T* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
 }
 
+// The op judge.
 void judge_(
     Tensor verdict, std::optional<Tensor> found, std::optional<Tensor> grad_scale,
     std::optional<Tensor> found_inf, double max_norm, bool largest, bool skip_nonfinite) {
@@ -53,6 +57,7 @@ void judge_(
       static_cast<Verdict*>(verdict.mutable_data_ptr()));
 }
 
+// The op advance.
 void advance(
     int64_t rule, Tensor options, Tensor kept, Tensor hyper, Tensor counters,
     std::optional<Tensor> verdict) {

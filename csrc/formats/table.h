@@ -96,6 +96,7 @@ constexpr FormatInfo info_of(Format format) {
   return {};
 }
 
+// Shorthands for two properties of a format.
 constexpr int block_of(Format format) { return info_of(format).block; }
 constexpr bool is_stochastic(Format format) { return info_of(format).stochastic; }
 

@@ -7,6 +7,7 @@
 
 namespace onepass {
 
+// Whether a value is neither infinite nor NaN.
 ONEPASS_HD bool is_finite(float value) { return (to_bits(value) & 0x7F800000u) != 0x7F800000u; }
 
 // The rounding error value - weight; 0 if the weight is an infinity or NaN.
