@@ -24,10 +24,9 @@ ONEPASS_HD void store_256(void* to, __m256i value) {
 #endif
 
 // Converts kByHand elements with intrinsics. GCC 12 vectorises such a loop in two halves that it
-// joins through memory. The load of two stores cannot be forwarded and stalls: a third of the time
-// of an mx8 step (AVX-512), and a fifth of that of an mx4 step (AVX2). (The intrinsics with a mask
-// of ones are used because those without a mask cause warnings about undefined values in GCC's own
-// headers.)
+// joins through memory. A load that spans two stores cannot be forwarded: these stalls took a third
+// of an mx8 step (AVX-512), and a fifth of an mx4 step (AVX2). (The intrinsics have masks of ones,
+// because those without a mask cause warnings about undefined values in GCC's own headers.)
 #if defined(__AVX512BW__)
 constexpr int kByHand = 16;
 constexpr __mmask16 kAll = 0xFFFF;

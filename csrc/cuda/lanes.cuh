@@ -101,7 +101,7 @@ __device__ __forceinline__ void fetch_ahead(const void* address) {
 }
 
 // Selects four of the eight bytes of two words; bytes 4 to 7 are those of the second word. Each
-// hexadecimal digit of which, lowest first, is the index of a byte, plus 8 to replicate its sign
+// hexadecimal digit of `which`, lowest first, is the index of a byte, plus 8 to replicate its sign
 // bit instead. This is the PTX instruction prmt.
 ONEPASS_HD uint32_t select_bytes(uint32_t first, uint32_t second, unsigned which) {
 #if defined(__CUDA_ARCH__)
