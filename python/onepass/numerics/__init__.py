@@ -1,1 +1,1 @@
-"""What the specification has beside rules and formats: random bits, norms, verdicts."""
+"""The rest of the NumPy specification: random bits, gradient norms, and clip-or-skip verdicts."""

@@ -1,4 +1,4 @@
-"""The arrays that the specification works on."""
+"""The array types of the NumPy specification."""
 
 import numpy as np
 import numpy.typing as npt

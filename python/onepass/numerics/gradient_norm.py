@@ -1,4 +1,4 @@
-"""The global norm of gradients, in NumPy: the one result that backends may differ in."""
+"""The global norm of gradients, in NumPy: the only result that may differ between backends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .arrays import F32
 
 
 def norm(grads: Iterable[F32]) -> npt.NDArray[np.float64]:
-    """Of all elements, float64 [3]: sum of squares, largest magnitude, count of non-finite ones.
+    """Returns float64 [3]: the sum of squares, the largest magnitude, the non-finite count.
 
-    Squares are exact in float64 and none overflows; the sums are rounded. The largest magnitude
-    passes over NaN.
+    The square of an fp32 value is exact in float64 and does not overflow; the sums are rounded. The
+    largest magnitude ignores NaN.
     """
     found = np.zeros(3)
     for grad in grads:

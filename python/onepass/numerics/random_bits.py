@@ -1,4 +1,4 @@
-"""The counter-based generator of the random bits, in NumPy."""
+"""The counter-based random number generator of stochastic rounding, in NumPy."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ def splitmix64(z: int) -> int:
 def random_bits(seed: int, step: int, param_id: int, first: int, count: int, word: int = 0) -> U32:
     """32 random bits for each of the elements [first, first + count) of one parameter at one step.
 
-    They depend on (seed, step, param_id, element index, word) alone, so neither on the launch
-    shape nor on the sharding. A stream key comes from SplitMix64 of the first three; it is mixed
-    with the index's upper half and the word into two 32-bit keys (k0, k1); the element then takes
+    The bits depend only on (seed, step, param_id, element index, word), not on the launch shape or
+    the sharding. SplitMix64 of (seed, step, param_id) gives a stream key. SplitMix64 of the stream
+    key, the upper half of the index and the word gives two 32-bit keys (k0, k1). The bits x of an
+    element are
 
         x = low * 0x9E3779B9 + k0
         x ^= x >> 16;  x *= 0x7FEB352D
         x ^= (x >> 15) ^ k1;  x *= 0x846CA68B
 
-    with low the index's lower half: a Weyl sequence through the two multiplications of Wellons'
-    32-bit hash "lowbias32", a second key between them. Word 0 serves the states of slots 0 (lower
-    16 bits) and 1 (upper 16 bits), word 1 that of slot 2 and the weight, word 2 that of slot 3.
+    where low is the lower half of the index. This is a Weyl sequence, hashed by the two
+    multiplications of Wellons' 32-bit hash "lowbias32" with a second key between the two. Word 0
+    rounds the states of slot 0 (lower 16 bits) and slot 1 (upper 16 bits). Word 1 rounds the state
+    of slot 2 and the weight. Word 2 rounds the state of slot 3.
     """
     stream = splitmix64(splitmix64(splitmix64(seed & _MASK64) ^ step) ^ param_id)
     index = np.arange(first, first + count, dtype=np.uint64)

@@ -1,7 +1,7 @@
-"""The rules: one file per algorithm, with all that Python knows of it.
+"""The rules: one file per algorithm, with the whole Python definition of that algorithm.
 
-Every file of this folder with a ``RULE`` is a rule; csrc/rules and triton_kernels/rules.py have the
-same formulas under the same name. How to add one: CONTRIBUTING.md.
+Every file in this folder that defines ``RULE`` is a rule. csrc/rules and triton_kernels/rules.py
+implement the same formulas under the same names. CONTRIBUTING.md describes how to add a rule.
 """
 
 from __future__ import annotations

@@ -45,16 +45,19 @@ def update(
 
 
 def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
+    """Returns (lr decayed by ``lr_decay``, weight decay, eps)."""
     eps, lr_decay = o[OWN : OWN + 2]
     lr = o[LR] / (1.0 + (step.number - 1) * lr_decay)
     return lr, decay(o, lr), eps
 
 
 def own(group: Group) -> tuple[float, ...]:
+    """Returns (eps, lr_decay)."""
     return float(group["eps"]), float(group["lr_decay"])
 
 
 def check(group: Group) -> None:
+    """Raises ValueError if an Adagrad option of a group is invalid."""
     check_number("eps", group["eps"])
     check_number("lr_decay", group["lr_decay"])
     check_number("initial_accumulator_value", group["initial_accumulator_value"])

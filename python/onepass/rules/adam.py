@@ -1,4 +1,4 @@
-"""Adam and AdamW, which differ by one flag.
+"""Adam and AdamW, which differ in one flag, ``decoupled``.
 
 Source: Kingma, Ba, "Adam: a method for stochastic optimization" (2015); Loshchilov, Hutter,
 "Decoupled weight decay regularization" (2019); amsgrad: Reddi, Kale, Kumar, "On the convergence of
@@ -37,8 +37,8 @@ def update(
 ) -> tuple[F32, States]:
     """Adam (Kingma, Ba 2015), AdamW (Loshchilov, Hutter 2019), amsgrad (Reddi et al. 2018).
 
-    The bias corrections are in h: step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t) and eps times
-    sqrt(1 - beta2^t), so that one root and one division are left.
+    The scalars in h include the bias corrections: step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t),
+    and eps is multiplied by sqrt(1 - beta2^t). One square root and one division per element remain.
     """
     step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
     exp_avg, exp_avg_sq, max_exp_avg_sq = present(states[0]), present(states[1]), states[2]
@@ -59,6 +59,7 @@ def update(
 
 
 def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
+    """Returns the scalars of a step, with the bias corrections in step_size and eps."""
     beta1, beta2, eps = o[OWN : OWN + 3]
     root = math.sqrt(1.0 - power(beta2, step.number))
     step_size = o[LR] * root / (1.0 - power(beta1, step.number))
@@ -66,11 +67,13 @@ def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
 
 
 def own(group: Group) -> tuple[float, ...]:
+    """Returns (beta1, beta2, eps)."""
     beta1, beta2 = map(float, group["betas"])
     return beta1, beta2, float(group["eps"])
 
 
 def check(group: Group) -> None:
+    """Raises ValueError if an Adam option of a group is invalid."""
     check_number("eps", group["eps"])
     check_betas(group["betas"])
     check_flag("amsgrad", group["amsgrad"])
@@ -90,7 +93,7 @@ RULE = Rule(
     update=update,
     check=check,
     needs_step=True,
-    # Its Adam decouples weight decay as its AdamW does.
+    # Adam in bitsandbytes decouples weight decay, as AdamW does there.
     bitsandbytes=BitsAndBytes(
         ("exp_avg", "exp_avg_sq"),
         betas="betas",

@@ -1,9 +1,9 @@
-"""What a rule is, and the two tables that it is stepped with.
+"""The definition of a rule, and the layout of the options and hyperparameter tables.
 
-The options table has a row of float64 numbers for each group of parameters with the same history.
-``derive`` makes the scalars of a step from a row, in float64 by IEEE operations; rounded once to
-fp32 they are a row of the hyperparameter table, which kernels read. Where steps are counted on a
-GPU, ``derive`` runs there too (csrc/rules, triton_kernels/rules.py).
+The options table has one float64 row for all parameters of a group with equal step counters and
+scalar states. ``derive`` computes the scalars of a step from a row with float64 IEEE operations.
+The scalars are rounded once to fp32 and form a row of the hyperparameter table, which kernels read.
+``derive`` runs on the GPU if steps are counted there (csrc/rules, triton_kernels/rules.py).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ SIGN, DECOUPLED, LR, WEIGHT_DECAY, OWN = range(5)
 EMA_DECAY = OWN + MAX_OPTIONS
 OPTIONS_WIDTH = EMA_DECAY + 1
 
-# Columns of the hyperparameter table, fp32: what gradients are multiplied by, the scalars of
-# derive, then the decay of the average of the weights and one minus it.
+# Columns of the hyperparameter table, fp32: the factor of the gradients, the scalars that derive
+# returns, the decay of the weight average (EMA), and one minus that decay.
 EMA = 1 + MAX_SCALARS
 HYPER_WIDTH = EMA + 2
 
 
 class Slot(NamedTuple):
-    """A state of a rule.
+    """A state tensor of a rule.
 
     Attributes:
-        key: in ``optimizer.state``.
-        flag: that it needs, None for always.
-        kind: "first", a mean with a sign; "second", a mean of squares; "relative", a first moment
-            whose size follows the root of the rule's first second moment.
-        starts_at: the group option that it starts from; zero for None.
+        key: the key in ``optimizer.state``.
+        flag: the flag that the state requires; None if the state always exists.
+        kind: "first", a signed mean; "second", a mean of squares; "relative", a first moment whose
+            magnitude scales with the square root of the rule's first state of kind "second".
+        starts_at: the group option that holds the initial value; None for an initial value of 0.
     """
 
     key: str
@@ -54,18 +54,18 @@ class Slot(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A boolean that chooses what a kernel computes.
+    """A boolean that selects a variant of the update in a kernel.
 
     Attributes:
-        name: in the support matrix and in ``flags`` of an update.
-        option: of a group, whose truth it is; None for that of the flag's own name.
+        name: the name in the support matrix and in the ``flags`` argument of ``update``.
+        option: the group option whose truth value sets the flag; None if it has the flag's name.
     """
 
     name: str
     option: str | None = None
 
     def holds(self, group: Group) -> bool:
-        """Whether a group has it."""
+        """Whether the flag is set for a group."""
         name = self.option or self.name
         return bool(group[name] if name in group else option(group, name))
 
@@ -74,11 +74,11 @@ DECOUPLED_DECAY = Flag("decoupled", "decoupled_weight_decay")
 
 
 class ScalarState(NamedTuple):
-    """A number that each parameter keeps beside its step counter, fp32.
+    """An fp32 number that each parameter stores beside its step counter.
 
     Attributes:
-        key: in ``optimizer.state``.
-        starts_at: its value before the first step.
+        key: the key in ``optimizer.state``.
+        starts_at: the value before the first step.
     """
 
     key: str
@@ -86,12 +86,12 @@ class ScalarState(NamedTuple):
 
 
 class StepOf(NamedTuple):
-    """The step that ``derive`` makes scalars for.
+    """The step for which ``derive`` computes scalars.
 
     Attributes:
-        number: of the step, from 1.
-        first: whether no step has been taken with these states.
-        scalar_states: as ``advance`` has made them for this step, in float64.
+        number: the number of the step, counted from 1.
+        first: whether this is the first step with these states.
+        scalar_states: the float64 values that ``advance`` returned for this step.
     """
 
     number: int
@@ -101,15 +101,15 @@ class StepOf(NamedTuple):
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """The optimizer of bitsandbytes that does the same.
+    """The bitsandbytes optimizer with the same update as a rule.
 
     Attributes:
-        states: our keys of its state1 and state2.
-        betas: our option for its betas, or for the first of them; empty for none.
-        decoupled: whether it decouples weight decay.
-        lacking: options that it does not have, or that its step does not read, with the value that
-            it then has.
-        extra: entries of its groups that have no meaning for this rule.
+        states: the onepass keys of the bitsandbytes states state1 and state2.
+        betas: the onepass option for the bitsandbytes betas, or for the first beta; empty for none.
+        decoupled: whether the bitsandbytes optimizer decouples weight decay.
+        lacking: onepass options that bitsandbytes does not have, or does not read in its step, and
+            the value that its step assumes for each.
+        extra: entries of bitsandbytes groups that this rule ignores.
     """
 
     states: tuple[str, ...]
@@ -121,12 +121,12 @@ class BitsAndBytes:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How the rule is measured.
+    """The benchmark settings of a rule.
 
     Attributes:
-        optimizer: class of onepass, in lower case.
-        options: its keyword arguments. Learning rates are large, so that two steps change weights
-            by far more than their rounding.
+        optimizer: the name of the onepass class, in lower case.
+        options: the keyword arguments of the class. The learning rates are large: two steps must
+            change the weights by much more than the rounding error.
     """
 
     optimizer: str
@@ -135,26 +135,27 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Rule:
-    """One algorithm.
+    """One optimizer algorithm.
 
     Attributes:
-        name: of its files in every language, and in the support matrix.
-        flags: in the order of their bits.
-        slots: its states, in order.
-        own: group -> its own numbers in a row of the options table.
-        derive: (row of the options table, step) -> scalars, in the order in which update takes
-            them.
-        scalars: how many those are.
+        name: the name of the rule's files in every language, and in the support matrix.
+        flags: the flags, in the order of their bits.
+        slots: the state tensors, in order.
+        own: group -> the rule's own numbers in a row of the options table.
+        derive: (row of the options table, step) -> the scalars, in the order in which ``update``
+            unpacks them.
+        scalars: the number of scalars that ``derive`` returns.
         update: the specification of the step, in NumPy.
-        check: raises ValueError for an option of a group that is out of range.
-        scalar_states: numbers beside the step counter.
+        check: raises ValueError if an option of a group is out of range.
+        scalar_states: the numbers stored beside the step counter.
         advance: (row of the options table, number of the step, scalar states) -> the scalar states
             of that step, in float64.
-        needs_step: whether derive depends on the step, so that a checkpoint must name it.
-        needs_first: whether it depends on whether the step is the first.
+        needs_step: whether ``derive`` depends on the step number; a checkpoint must then contain
+            the step.
+        needs_first: whether ``derive`` depends on ``StepOf.first``.
         saves_step: whether torch.optim saves a step counter; see docs/checkpoints.md.
-        bitsandbytes: its counterpart there, if there is one.
-        benchmark: how it is measured; None if it is not.
+        bitsandbytes: the equivalent optimizer of bitsandbytes; None if there is none.
+        benchmark: the benchmark settings; None if the rule is not benchmarked.
     """
 
     name: str
@@ -200,16 +201,16 @@ class Rule:
         return sum(1 << bit for bit, flag in enumerate(self.flags) if flag.holds(group))
 
     def flag_names(self, bits: int) -> frozenset[str]:
-        """The names behind :meth:`flag_bits`."""
+        """The names of the flags that are set in an integer from :meth:`flag_bits`."""
         return frozenset(flag.name for bit, flag in enumerate(self.flags) if bits >> bit & 1)
 
     def state_slots(self, bits: int) -> list[tuple[int, str]]:
-        """(slot, state key) of the states that a group with these flags has."""
+        """(slot, state key) of each state that exists in a group with these flags."""
         names = self.flag_names(bits)
         return [(i, s.key) for i, s in enumerate(self.slots) if not s.flag or s.flag in names]
 
     def options(self, group: Group) -> tuple[float, ...]:
-        """The row of the options table of a group; a tensor's value, of lr for one, is read."""
+        """The group's row of the options table; reads the values of tensor options such as lr."""
         own = self.own(group)
         return (
             -1.0 if option(group, "maximize") else 1.0,
@@ -222,12 +223,12 @@ class Rule:
         )
 
     def hyper(self, options: Numbers, step: StepOf, factor: float) -> list[float]:
-        """The row of the hyperparameter table of a step, in float64.
+        """The row of the hyperparameter table for a step, in float64.
 
         Args:
             options: a row of the options table.
             step: see :class:`StepOf`.
-            factor: what gradients are multiplied by, beside the sign of maximize.
+            factor: the factor of the gradients, without the sign that ``maximize`` selects.
         """
         values = self.derive(options, step)
         spare = [0.0] * (MAX_SCALARS - len(values))
@@ -235,16 +236,16 @@ class Rule:
         return [options[SIGN] * factor, *values, *spare, ema, 1.0 - ema]
 
     def initial_value(self, key: str, group: Group) -> float:
-        """What a state starts at."""
+        """The initial value of a state."""
         name = next(slot.starts_at for slot in self.slots if slot.key == key)
         return float(group[name]) if name else 0.0
 
 
 def power(base: float, exponent: int) -> float:
-    """base ** exponent by repeated squaring: the same bits wherever float64 is IEEE's.
+    """base ** exponent by repeated squaring, with the same bits on every IEEE float64 platform.
 
-    pow() differs between C libraries and devices. A running product would do too, but it would have
-    to be saved with every checkpoint, and would not follow a schedule that changes beta.
+    pow() differs between C libraries and devices. A running product is also reproducible, but every
+    checkpoint would have to store the product, and it would ignore a schedule that changes beta.
     """
     result = 1.0
     while exponent:
@@ -256,11 +257,11 @@ def power(base: float, exponent: int) -> float:
 
 
 def decay(o: Numbers, lr: float) -> float:
-    """What a weight is multiplied by to make its decay."""
+    """The weight-decay coefficient: lr * weight_decay if decoupled, else weight_decay."""
     return lr * o[WEIGHT_DECAY] if o[DECOUPLED] else o[WEIGHT_DECAY]
 
 
 def present(state: F32 | None) -> F32:
-    """A state that the flags do not leave out."""
+    """Asserts that a state exists, and returns the state."""
     assert state is not None
     return state

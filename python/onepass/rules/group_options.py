@@ -1,4 +1,4 @@
-"""Options that a parameter group need not name: their defaults and their checks."""
+"""Options that a parameter group can omit: their defaults and checks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Keyword:
     """A keyword that every optimizer class takes.
 
     Attributes:
-        name: the keyword, and the key of a parameter group that has the option.
-        default: the value if the keyword, or the key, is missing.
-        check: called with name and value; raises ValueError, naming the keyword.
-        class_default: name of the class attribute that has the default of the constructor, where
-            classes differ; empty where they do not.
+        name: the keyword, which is also the key in a parameter group.
+        default: the value if the keyword or the key is missing.
+        check: called with name and value; raises a ValueError that names the keyword.
+        class_default: the class attribute that holds the default of the constructor; empty if all
+            classes have the same default.
     """
 
     name: str
@@ -37,7 +37,7 @@ def _check_weights(name: str, value: Any) -> None:
 
 
 def unless_none(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
-    """The check, of values other than None."""
+    """Wraps a check so that None is accepted."""
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -60,14 +60,17 @@ DEFAULTS: dict[str, Any] = {
 
 
 def option(group: Mapping[str, Any], name: str) -> Any:
-    """An option of a group. Groups name only options of :data:`DEFAULTS` that are others, so that
-    with default options they have the keys of torch.optim's, and no others, as
-    torch.distributed.checkpoint asks."""
+    """An option of a group, or its default.
+
+    A group stores an option of :data:`DEFAULTS` only if the value differs from the default. A group
+    with default options therefore has exactly the keys of torch.optim, which
+    torch.distributed.checkpoint requires.
+    """
     return group.get(name, DEFAULTS[name])
 
 
 def drop_defaults(group: dict[str, Any], named: frozenset[str]) -> None:
-    """Removes options that have their default, unless their keys are among those named."""
+    """Removes the options of a group that equal their default, except the keys in ``named``."""
     for key in [k for k, value in DEFAULTS.items() if k not in named and k in group]:
         if group[key] == DEFAULTS[key]:
             del group[key]

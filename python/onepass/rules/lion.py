@@ -30,7 +30,7 @@ from .option_checks import check_betas
 def update(
     param: F32, grad: F32, states: States, h: Sequence[np.float32], flags: Collection[str]
 ) -> tuple[F32, States]:
-    """Lion (Chen et al. 2023). sign(0) is 0; sign(NaN) is NaN, so that it shows in the weight."""
+    """Lion (Chen et al. 2023). sign(0) is 0. sign(NaN) is NaN, so the weight becomes NaN."""
     lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = h
     exp_avg = present(states[0])
     if "decoupled" not in flags:
@@ -45,16 +45,19 @@ def update(
 
 
 def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
+    """Returns (lr, weight decay, beta1, 1 - beta1, beta2, 1 - beta2)."""
     beta1, beta2 = o[OWN : OWN + 2]
     return o[LR], decay(o, o[LR]), beta1, 1.0 - beta1, beta2, 1.0 - beta2
 
 
 def own(group: Group) -> tuple[float, ...]:
+    """Returns (beta1, beta2)."""
     beta1, beta2 = map(float, group["betas"])
     return beta1, beta2
 
 
 def check(group: Group) -> None:
+    """Raises ValueError if the betas of a group are invalid."""
     check_betas(group["betas"])
 
 

@@ -1,7 +1,7 @@
-"""NAdam: Adam with Nesterov momentum, whose coefficient is warmed up.
+"""NAdam: Adam with Nesterov momentum and a warm-up of the momentum coefficient.
 
-Source: Dozat, "Incorporating Nesterov momentum into Adam" (2016), with the schedule of the momentum
-as torch.optim.NAdam has it.
+Source: Dozat, "Incorporating Nesterov momentum into Adam" (2016), with the momentum schedule of
+torch.optim.NAdam.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .option_checks import check_betas, check_number
 def update(
     param: F32, grad: F32, states: States, h: Sequence[np.float32], flags: Collection[str]
 ) -> tuple[F32, States]:
-    """NAdam (Dozat 2016), as torch.optim.NAdam.
+    """NAdam (Dozat 2016), with the same formula as torch.optim.NAdam.
 
-    The bias corrections are in h: both step sizes and eps are multiplied by sqrt(1 - beta2^t), so
-    that one root and one division are left.
+    The scalars in h include the bias corrections: both step sizes and eps are multiplied by
+    sqrt(1 - beta2^t). One square root and one division per element remain.
     """
     grad_size, avg_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
     exp_avg, exp_avg_sq = present(states[0]), present(states[1])
@@ -52,18 +52,19 @@ def update(
 
 
 def advance(o: Numbers, number: int, scalar_states: tuple[float, ...]) -> tuple[float, ...]:
-    """mu_product, the product of the momentum coefficients of all steps."""
+    """Returns (mu_product,), the product of the momentum coefficients of all steps so far."""
     (mu_product,) = scalar_states
     return (mu_product * momentum(o, number),)
 
 
 def momentum(o: Numbers, number: int) -> float:
-    """mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2)."""
+    """The momentum coefficient mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2) of step t."""
     beta1, _, _, warm_up = o[OWN : OWN + 4]
     return beta1 * (1.0 - 0.5 * power(warm_up, number))
 
 
 def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
+    """Returns the scalars of a step, with the bias corrections in both step sizes and eps."""
     beta1, beta2, eps, _ = o[OWN : OWN + 4]
     mu, mu_next = momentum(o, step.number), momentum(o, step.number + 1)
     (mu_product,) = step.scalar_states
@@ -76,12 +77,16 @@ def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
 
 
 def own(group: Group) -> tuple[float, ...]:
-    """0.96 ** momentum_decay is raised to the step by power(): pow() differs between platforms."""
+    """Returns (beta1, beta2, eps, 0.96 ** momentum_decay).
+
+    power() later raises the last value to the step number, because pow() differs between platforms.
+    """
     beta1, beta2 = map(float, group["betas"])
     return beta1, beta2, float(group["eps"]), 0.96 ** float(group["momentum_decay"])
 
 
 def check(group: Group) -> None:
+    """Raises ValueError if a NAdam option of a group is invalid."""
     check_number("eps", group["eps"])
     check_betas(group["betas"])
     check_number("momentum_decay", group["momentum_decay"])

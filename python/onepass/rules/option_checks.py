@@ -1,4 +1,4 @@
-"""The checks of option values; each raises ValueError, naming the option and the value found."""
+"""Checks of option values. Each raises a ValueError that names the option and its value."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _FP32_MAX = torch.finfo(torch.float32).max
 
 
 def check_lr(lr: Any) -> None:
-    """Raises ValueError unless lr is a number, or a tensor of one, in [0, fp32's largest].
+    """Raises ValueError unless lr is a number or one-element tensor in [0, the fp32 maximum].
 
-    The value of a tensor on a GPU is not read: the host would wait for it at every step.
+    The value of a CUDA tensor is not read, because that would synchronize the host at every step.
     """
     if isinstance(lr, torch.Tensor) and lr.is_cuda and lr.numel() == 1 and not lr.is_complex():
         return
@@ -62,14 +62,14 @@ def check_seed(name: str, value: Any) -> None:
 
 
 def check_pair(name: str, value: Any) -> tuple[Any, Any]:
-    """The two values of a pair; raises ValueError for anything else."""
+    """Returns the two values of a pair; raises ValueError if ``value`` is not a pair."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be a pair of numbers; got {value!r}")
     return value[0], value[1]
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number or a tensor of one; neither a word nor a truth value is."""
+    """Whether a value is a number or a one-element tensor; strings and booleans are not."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
     return hasattr(value, "__float__") and not isinstance(value, (bool, np.bool_))

@@ -36,8 +36,8 @@ def update(
 ) -> tuple[F32, States]:
     """RMSprop (Hinton 2012), centered (Graves 2013).
 
-    The centered variance is held at zero or above: rounding can take it below, where torch.optim's
-    root gives NaN.
+    A negative centered variance is set to 0. Rounding can make the variance negative, and the
+    square root in torch.optim.RMSprop then returns NaN.
     """
     lr, weight_decay, alpha, one_minus_alpha, eps, momentum = h
     square_avg, momentum_buffer, grad_avg = present(states[0]), states[1], states[2]
@@ -61,15 +61,18 @@ def update(
 
 
 def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
+    """Returns (lr, weight decay, alpha, 1 - alpha, eps, momentum)."""
     alpha, eps, momentum = o[OWN : OWN + 3]
     return o[LR], decay(o, o[LR]), alpha, 1.0 - alpha, eps, momentum
 
 
 def own(group: Group) -> tuple[float, ...]:
+    """Returns (alpha, eps, momentum)."""
     return float(group["alpha"]), float(group["eps"]), float(group["momentum"])
 
 
 def check(group: Group) -> None:
+    """Raises ValueError if an RMSprop option, or its combination with ``states``, is invalid."""
     check_number("eps", group["eps"])
     check_fraction("alpha", group["alpha"])
     check_number("momentum", group["momentum"])

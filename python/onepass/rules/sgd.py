@@ -1,4 +1,4 @@
-"""SGD, momentum and Nesterov, in torch.optim.SGD's form.
+"""SGD, with optional momentum and Nesterov momentum, as in torch.optim.SGD.
 
 Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep
 learning" (2013).
@@ -32,7 +32,7 @@ from .option_checks import check_flag, check_number
 def update(
     param: F32, grad: F32, states: States, h: Sequence[np.float32], flags: Collection[str]
 ) -> tuple[F32, States]:
-    """SGD, momentum, Nesterov: torch.optim.SGD's form (Sutskever et al. 2013)."""
+    """SGD, momentum and Nesterov momentum as in torch.optim.SGD (Sutskever et al. 2013)."""
     lr, weight_decay, momentum, one_minus_dampening = h
     if "decoupled" not in flags:
         grad = grad + weight_decay * param
@@ -48,17 +48,22 @@ def update(
 
 
 def derive(o: Numbers, step: StepOf) -> tuple[float, ...]:
-    """The first step starts the buffer at the gradient, as torch does."""
+    """Returns (lr, weight decay, momentum, one minus dampening).
+
+    The first step ignores dampening, so the buffer starts at the gradient, as in torch.optim.SGD.
+    """
     momentum, dampening = o[OWN : OWN + 2]
     kept = 1.0 if step.first else 1.0 - dampening
     return o[LR], decay(o, o[LR]), momentum, kept
 
 
 def own(group: Group) -> tuple[float, ...]:
+    """Returns (momentum, dampening)."""
     return float(group["momentum"]), float(group["dampening"])
 
 
 def check(group: Group) -> None:
+    """Raises ValueError if an SGD option of a group is invalid."""
     check_number("momentum", group["momentum"])
     check_number("dampening", group["dampening"], least=float("-inf"))
     check_flag("nesterov", group["nesterov"])
