@@ -1,8 +1,8 @@
-"""The formats: one file per format of states or of weights, with all that Python knows of it.
+"""The formats: one file per state or weight format, with its whole Python definition.
 
-Every file of this folder with a ``FORMAT`` is a format; csrc/formats and triton_kernels/formats.py
-have the same codes under the same number. docs/formats.md describes the codes, CONTRIBUTING.md how
-to add a format.
+Every file in this folder that defines ``FORMAT`` is a format. csrc/formats and
+triton_kernels/formats.py implement the same codes under the same format numbers. docs/formats.md
+describes the codes, and CONTRIBUTING.md describes how to add a format.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = [
     "scale_key",
 ]
 
-ABSENT = -1  # in place of a format's number: the rule has no such state
+ABSENT = -1  # used instead of a format number if the rule does not have the state
 
-# Written into every checkpoint. Add one when the codes of a format change, and set the format's
-# readable_since. 2: mx4 has other codes. 3: those codes are int8 rather than uint8, so that dtypes
-# tell every format.
+# Written into every checkpoint. If the codes of a format change, increment this number and set
+# readable_since of the format. Version 2 changed the codes of mx4. Version 3 changed their dtype
+# from uint8 to int8, so that the dtypes of codes and scales identify every format.
 VERSION = 3
 
 
@@ -84,17 +84,17 @@ NATIVE: dict[torch.dtype, int] = WEIGHT_FORMATS["native"].codes
 
 
 def readable(version: int, states: str) -> bool:
-    """Whether the codes in a checkpoint mean what they mean now.
+    """Whether this version decodes the state codes of a checkpoint correctly.
 
     Args:
-        version: the group's "format_version".
-        states: the format of its states. A name that is unknown here counts as readable: the dtypes
-            of the codes decide what they are.
+        version: the "format_version" of the group in the checkpoint.
+        states: the state format of the group. An unknown name counts as readable, because the
+            dtypes of codes and scales identify the format.
     """
     since = STATE_FORMATS[states].readable_since if states in STATE_FORMATS else 1
     return version in range(since, VERSION + 1)
 
 
 def scale_key(key: str) -> str:
-    """The state key of the scales of a state."""
+    """The key in ``optimizer.state`` of the scales of a state."""
     return f"{key}_scale"

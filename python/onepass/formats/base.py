@@ -1,9 +1,9 @@
-"""What a format is: how a tensor is stored, and the functions that encode and decode it.
+"""The definition of a format: the storage of a tensor, and the functions that encode and decode it.
 
-A stored tensor is a pair (data, extra). data holds the codes; extra holds the scales of their
-blocks or the companion of a weight, and is None for a format that has neither. In NumPy, fp32 is
-stored as float32, a 16-bit float as uint16, and a code or companion of 8 or 16 bits as an unsigned
-integer.
+A stored tensor is a pair (data, extra). data holds the codes. extra holds the block scales of a
+state or the companion of a weight (the tensor that stores the bits the weight lacks); extra is None
+if the format has neither. In NumPy, fp32 is stored as float32, a 16-bit float as uint16, and a code
+or companion of 8 or 16 bits as an unsigned integer.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Stored = tuple[Array, Array | None]
 
 
 class Moment(NamedTuple):
-    """What a state means to its rule; formats choose the code by it.
+    """The role of a state in its rule; a format selects the encoding by this role.
 
     Attributes:
-        kind: "first", a mean with a sign; "second", a mean of squares; "relative", a first moment
-            whose size follows the root of the rule's first second moment.
-        slot: its position among the states of the rule.
-        root: fp32 [n], the square root of that second moment as it decodes, 1 where it is 0; given
-            for a relative moment if the format has ``needs_root``, else None.
+        kind: "first", a signed mean; "second", a mean of squares; "relative", a first moment whose
+            magnitude scales with the square root of the rule's first state of kind "second".
+        slot: the position of the state among the states of the rule.
+        root: fp32 [n], the square root of the decoded second moment, with 1 in place of 0. Set only
+            for a relative moment in a format with ``needs_root``; else None.
     """
 
     kind: str
@@ -43,21 +43,21 @@ class StateFormat:
     """A format of optimizer states.
 
     Attributes:
-        name: what users ask for.
-        code: its number in compiled libraries (csrc/formats/table.h).
-        dtype: of the tensor of codes, which has the parameter's shape and strides unless codes are
-            packed. No two formats have the same dtypes of codes and of scales.
-        encode: (fp32 values [n], random bits, moment) -> stored. The random bits are uint32 [n],
-            of which the lower 16 are random and the upper 16 are 0.
+        name: the value of the ``states`` option.
+        code: the number of the format in compiled libraries (csrc/formats/table.h).
+        dtype: the dtype of the code tensor, which has the shape and strides of the parameter unless
+            codes are packed. No two formats have the same pair of code dtype and scale dtype.
+        encode: (fp32 values [n], random bits, moment) -> stored. The random bits are uint32 [n]; in
+            each element the lower 16 bits are random and the upper 16 bits are 0.
         decode: (data, scales, n, moment) -> fp32 values [n].
         stochastic: whether encode reads the random bits.
-        block: number of elements, in memory order, that share a scale; 1 for none.
-        scale: dtype of the scales, a tensor [ceil(numel / block)] beside the codes.
-        packed: codes in one byte; with more than one the codes are [ceil(numel / packed)].
-        needs_root: whether relative first moments are coded as ratios to the root of the second
-            moment. encode then gets the root of what the second moment decodes to.
-        readable_since: the least ``format_version`` of a checkpoint whose codes mean what they
-            mean now.
+        block: the number of consecutive elements in memory that share a scale; 1 without scales.
+        scale: the dtype of the scales, which have shape [ceil(numel / block)]; None without scales.
+        packed: the number of codes per byte. The code tensor has shape [ceil(numel / packed)] if
+            this is more than 1.
+        needs_root: whether relative first moments are encoded as ratios to the square root of the
+            second moment. ``Moment.root`` is then computed from the decoded second moment.
+        readable_since: the lowest ``format_version`` of checkpoints that this version can decode.
     """
 
     name: str
@@ -74,28 +74,29 @@ class StateFormat:
 
     @property
     def bytes(self) -> float:
-        """Bytes of a stored value, its share of a scale included, in a long tensor."""
+        """Bytes per stored value in a long tensor, including its share of the block scale."""
         scale = self.scale.itemsize / self.block if self.scale else 0.0
         return self.dtype.itemsize / self.packed + scale
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight of 16 bits keeps its precision.
+    """A format of weights: how a 16-bit weight keeps its precision.
 
     Attributes:
-        name: what users ask for.
-        codes: its number in compiled libraries, for each dtype of a weight that it serves.
+        name: the value of the ``weights`` option.
+        codes: the number of the format in compiled libraries, for each supported weight dtype.
         encode: (fp32 values [n], random bits, dtype of the weight) -> stored. The random bits are
             as in :class:`StateFormat`.
         decode: (weight, companion, dtype of the weight) -> fp32 values [n].
-        key: of the companion tensor in the parameter's state, of the parameter's shape and strides;
-            empty for none.
-        companion: dtype of it, None for the weight's own.
+        key: the key of the companion tensor in the parameter's state; empty without a companion.
+            The companion has the shape and strides of the parameter.
+        companion: the dtype of the companion; None for the dtype of the weight.
         stochastic: whether encode reads the random bits.
-        random_half: which of an element's random bits encode reads: 0 and 1 are the lower and the
-            upper 16 bits of word 0, 2 and 3 those of word 1. The state in slot i reads half i.
-        starts_as_weight: whether a new companion is a copy of the weight; else it is 0.
+        random_half: the 16 random bits of an element that encode reads: 0 and 1 are the lower and
+            upper half of word 0, 2 and 3 the lower and upper half of word 1. The state in slot i
+            reads half i.
+        starts_as_weight: whether a new companion is a copy of the weight instead of 0.
     """
 
     name: str
@@ -110,12 +111,14 @@ class WeightFormat:
 
     @property
     def saved_as_bytes(self) -> bool:
-        """Whether state dicts hold the companion as uint8 [*shape, 2]: process groups do not send
-        int16."""
+        """Whether state dicts store the companion as uint8 [*shape, 2].
+
+        This holds for int16 companions, because process groups cannot send int16.
+        """
         return self.companion == torch.int16
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the companion of one weight."""
+        """Bytes of the companion per weight."""
         return (self.companion or dtype).itemsize if self.key else 0
 
 
@@ -126,9 +129,9 @@ def encode_states(
 
     Args:
         form: the format.
-        states: fp32 [n] of each slot of the rule, None where the rule's flags leave one out.
+        states: fp32 [n] for each slot of the rule; None for a slot that the flags leave out.
         kinds: the kind of each slot.
-        random: 16 random bits an element for each slot; None stands for zeros.
+        random: for each slot, 16 random bits per element; None stands for zeros.
     """
     stored: list[Stored | None] = [None] * len(states)
     decoded: list[F32 | None] = [None] * len(states)
@@ -149,7 +152,7 @@ def encode_states(
 def decode_states(
     form: StateFormat, stored: Sequence[Stored | None], kinds: Sequence[str], count: int
 ) -> States:
-    """Decode what :func:`encode_states` returned for ``count`` elements."""
+    """Decode the result of :func:`encode_states` for ``count`` elements."""
     decoded: list[F32 | None] = [None] * len(stored)
     for slot in _second_moments_first(kinds):
         found = stored[slot]
@@ -166,9 +169,9 @@ def encode_weight(
 
     Args:
         form: the format.
-        dtype: of the weight; one of ``form.codes``.
+        dtype: the dtype of the weight; one of ``form.codes``.
         values: fp32 [n].
-        random: 16 random bits an element; None stands for zeros.
+        random: 16 random bits per element; None stands for zeros.
     """
     bits = np.zeros(len(values), np.uint32) if random is None else random
     return form.encode(values, bits, dtype)
@@ -182,7 +185,7 @@ def decode_weight(
 
 
 def _second_moments_first(kinds: Sequence[str]) -> list[int]:
-    """The slots in the order in which they are coded: a root needs its second moment."""
+    """The slots in encoding order: second moments first, since relative moments need their root."""
     return sorted(range(len(kinds)), key=lambda slot: kinds[slot] != "second")
 
 

@@ -1,9 +1,8 @@
-"""What mx8 and mx4 share: blocks of 32 elements in memory order with a byte as scale.
+"""The common part of mx8 and mx4: blocks of 32 consecutive elements with a one-byte scale.
 
-The idea is Microscaling's (OCP, "Microscaling formats (MX) specification", 2023). The scale of a
-minifloat is a power of two, so that encoding is integer arithmetic on the bits of fp32: a code is
-the upper part of the float, its exponent counted from the scale byte, and the bits below are
-rounded stochastically.
+Source: OCP, "Microscaling formats (MX) specification" (2023). The scale of a block of minifloats is
+a power of two, so encoding is integer arithmetic on the bits of fp32. A code is the upper bits of
+the float, with the exponent counted from the scale byte; the lower bits are rounded stochastically.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 @dataclass(frozen=True)
 class Minifloat:
-    """A small float, its exponent counted from the scale of its block.
+    """A small float format whose exponent is relative to the scale of the block.
 
     Attributes:
-        exponent: bits of it; the codes span that many powers of two.
-        mantissa: bits of it.
+        exponent: the number of exponent bits.
+        mantissa: the number of mantissa bits.
     """
 
     exponent: int
@@ -34,17 +33,17 @@ class Minifloat:
 
     @property
     def binades(self) -> int:
-        """Powers of two that the codes span."""
+        """The number of binades (powers of two) that the codes cover."""
         return 1 << self.exponent
 
     @property
     def dropped(self) -> int:
-        """Bits of an fp32 below the code's last."""
+        """The number of fp32 mantissa bits that the code drops."""
         return 23 - self.mantissa
 
 
 def blocks_of(values: F32, size: int) -> F32:
-    """The values as [blocks, size], the last block filled up with zeros."""
+    """The values as [blocks, size], with the last block padded with zeros."""
     count = -(-len(values) // size)
     padded = np.zeros(count * size, np.float32)
     padded[: len(values)] = values
@@ -52,7 +51,7 @@ def blocks_of(values: F32, size: int) -> F32:
 
 
 def largest_of(values: F32, signed: bool) -> U32:
-    """The bits of the largest value of each block; of the largest magnitude if signed."""
+    """The bits of the largest value of each block, or of the largest magnitude if ``signed``."""
     blocks = blocks_of(values, MX_BLOCK).view(np.uint32)
     if signed:
         blocks = blocks & MAGNITUDE
@@ -60,8 +59,11 @@ def largest_of(values: F32, signed: bool) -> U32:
 
 
 def lowest_binade(largest: U32, small: Minifloat, least: int, lift: int = 0) -> U8:
-    """The scale of each block, which is the biased exponent of its lowest binade: the smallest, but
-    at least ``least``, at which the largest value, lifted and rounded up, has a code."""
+    """The scale of each block, which is the biased exponent of the block's lowest binade.
+
+    This is the smallest scale, but at least ``least``, for which the largest value has a code. The
+    test adds ``lift`` to the bits of the largest value and then rounds the value up.
+    """
     span = np.uint32(small.binades - 1)
     top = (largest + np.uint32((1 << small.dropped) - 1 + lift)) >> np.uint32(23)
     scale = (np.maximum(top, span + np.uint32(least)) - span).astype(np.uint8)
@@ -70,23 +72,24 @@ def lowest_binade(largest: U32, small: Minifloat, least: int, lift: int = 0) -> 
 
 
 def spread(random: U32, small: Minifloat) -> U32:
-    """16 random bits, shifted to the upper end of the dropped bits."""
+    """Shifts 16 random bits to the upper end of the dropped bits."""
     return random << np.uint32(small.dropped - 16)
 
 
 def each(scale: U8, count: int) -> U32:
-    """The scale of each element."""
+    """The scale of its block for each of ``count`` elements."""
     return np.repeat(scale.astype(np.uint32), MX_BLOCK)[:count]
 
 
 def encode_signed(values: F32, random: U32, small: Minifloat) -> tuple[U8, U8]:
-    """Encode values of any sign as (codes, scales), the sign in the bit above the magnitude.
+    """Encode signed values as (codes, scales), with the sign in the bit above the magnitude.
 
-    A magnitude is lifted by T, the lowest power of two of the code, and then coded without
-    denormals: codes lie evenly below T, down to zero, and come to lie as a float's do far above.
+    T, the lowest power of two of the codes, is added to a magnitude before it is encoded as a float
+    without denormals. Codes are therefore evenly spaced from zero to T, and approach the spacing of
+    a float far above T.
     """
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
-    # T, in units of the last place of the largest value that shares the top binade.
+    # T, in units in the last place (ulp) of a largest value in the top binade.
     lift = 1 << (23 - (small.binades - 1))
     scale = lowest_binade(largest_of(values, signed=True), small, 1, lift)
     e = each(scale, len(values))
@@ -100,7 +103,7 @@ def encode_signed(values: F32, random: U32, small: Minifloat) -> tuple[U8, U8]:
 
 
 def decode_signed(codes: U8, scale: U8, small: Minifloat) -> F32:
-    """Decode the codes of :func:`encode_signed`: exact."""
+    """Decode the codes of :func:`encode_signed`; exact."""
     m, dropped = np.uint32(small.mantissa), np.uint32(small.dropped)
     width = np.uint32(small.exponent + small.mantissa)
     stored = codes.astype(np.uint32)

@@ -1,4 +1,6 @@
-"""dynamic8: bitsandbytes' dynamic map over blocks of 256 with an fp32 scale, rounded to nearest.
+"""dynamic8: the 8-bit dynamic map of bitsandbytes, blocks of 256 with an fp32 scale.
+
+Values are rounded to nearest.
 
 Source: Dettmers et al., "8-bit optimizers via block-wise quantization" (2022).
 """
@@ -19,11 +21,12 @@ DYNAMIC_BLOCK = 256
 
 @cache
 def dynamic_map(signed: bool) -> F32:
-    """The 256 values of bitsandbytes' dynamic map, ascending.
+    """The 256 values of the dynamic map of bitsandbytes, in ascending order.
 
-    They are 0, 1, and in each of seven decades d, the highest up to 1, the centres of 2^d equal
-    parts of the decade (unsigned: 2^(d+1)), signed with both signs; in float64, rounded once.
-    bitsandbytes has them from torch.linspace in fp32, whose last bit depends on the processor.
+    The map contains 0, 1 and the centres of 2^d equal parts (unsigned: 2^(d+1)) of decade d, for
+    seven decades, d = 0 to 6, from 1e-7 to 1. The signed map contains both signs of these centres.
+    The values are computed in float64 and rounded once. bitsandbytes computes them with
+    torch.linspace in fp32, whose last bit depends on the processor.
     """
     positive = []
     for decade in range(7):
@@ -36,19 +39,21 @@ def dynamic_map(signed: bool) -> F32:
 
 @cache
 def dynamic_edges(signed: bool) -> F32:
-    """The 255 midpoints between the map's values: what is above the k-th has a code above k."""
+    """The 255 midpoints of the map; a value above midpoint k has a code above k."""
     values = dynamic_map(signed)
     return (values[:-1] + values[1:]) * np.float32(0.5)
 
 
 def has_signed_map(moment: Moment) -> bool:
-    """Whether a state is coded with the signed map. As in bitsandbytes, second moments in slot 0,
-    those of Adagrad and RMSprop, have it too."""
+    """Whether a state is encoded with the signed map.
+
+    As in bitsandbytes, second moments in slot 0 (Adagrad and RMSprop) also use the signed map.
+    """
     return moment.kind != "second" or moment.slot == 0
 
 
 def encode(values: F32, random: U32, moment: Moment) -> Stored:
-    """(codes, largest magnitude of each block): the nearest value of the map."""
+    """Encode values as (codes of the nearest map values, largest magnitude of each block)."""
     signed = has_signed_map(moment)
     largest = np.abs(blocks_of(values, DYNAMIC_BLOCK)).max(axis=1, initial=0)
     largest = np.where(np.isfinite(largest), largest, np.float32("nan")).astype(np.float32)
@@ -59,6 +64,7 @@ def encode(values: F32, random: U32, moment: Moment) -> Stored:
 
 
 def decode(codes: U8, largest: F32, count: int, moment: Moment) -> F32:
+    """Decode the codes of :func:`encode`: map value times the largest magnitude of the block."""
     values = dynamic_map(has_signed_map(moment))[codes]
     return values * np.repeat(largest, DYNAMIC_BLOCK)[: len(codes)]
 

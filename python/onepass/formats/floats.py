@@ -1,4 +1,4 @@
-"""The floats of weights, gradients and bf16 states, in NumPy."""
+"""Conversions between fp32 and the 16-bit floats of weights, gradients and states, in NumPy."""
 
 from __future__ import annotations
 
@@ -12,53 +12,62 @@ BF16_NAN = np.uint16(0x7FC0)
 
 
 def decode_bf16(codes: U16) -> F32:
-    """bfloat16 codes to fp32: exact."""
+    """Convert bfloat16 codes to fp32; exact."""
     return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def encode_bf16(values: F32) -> U16:
-    """fp32 to bfloat16, to nearest, ties to even. NaN becomes 0x7FC0."""
+    """Round fp32 to the nearest bfloat16, ties to even. NaN becomes 0x7FC0."""
     bits = values.view(np.uint32)
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     return np.where(np.isnan(values), BF16_NAN, (rounded >> np.uint32(16)).astype(np.uint16))
 
 
 def encode_bf16_stochastic(values: F32, random: U32) -> U16:
-    """fp32 to bfloat16, away from zero with the probability of the 16 bits dropped.
+    """Round fp32 to bfloat16 stochastically.
 
-    random holds 16 bits an element. The mean of many draws is the value itself, at zero and at
-    denormals too; a value that bfloat16 holds stays; NaN becomes 0x7FC0.
+    A value is rounded away from zero with probability (its 16 dropped bits) / 2^16. The rounding is
+    unbiased, also for denormals. A value that bfloat16 represents exactly is unchanged. NaN becomes
+    0x7FC0.
+
+    Args:
+        values: fp32 [n].
+        random: uint32 [n], 16 random bits per element.
     """
     rounded = values.view(np.uint32) + random
     return np.where(np.isnan(values), BF16_NAN, (rounded >> np.uint32(16)).astype(np.uint16))
 
 
 def round_half_away(values: F32) -> U16:
-    """fp32 to bfloat16, to nearest, ties away from zero. NaN becomes 0x7FC0.
+    """Round fp32 to the nearest bfloat16, ties away from zero. NaN becomes 0x7FC0.
 
-    A split weight needs it: ties to even would give two values that are a tie apart the same weight
-    and the same 16 bits below it.
+    Split weights need this rounding. With ties to even, the ties half a spacing below and above the
+    same weight would have the same weight and the same 16 lower bits.
     """
     rounded = (values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
     return np.where(np.isnan(values), BF16_NAN, rounded.astype(np.uint16))
 
 
 def decode_fp16(codes: U16) -> F32:
-    """IEEE binary16 codes to fp32: exact."""
+    """Convert IEEE binary16 codes to fp32; exact."""
     return codes.view(np.float16).astype(np.float32)
 
 
 def encode_fp16(values: F32) -> U16:
-    """fp32 to IEEE binary16, to nearest, ties to even; from 65520 on infinity."""
+    """Round fp32 to the nearest IEEE binary16, ties to even; 65520 and above become infinity."""
     return values.astype(np.float16).view(np.uint16)
 
 
 def encode_fp16_stochastic(values: F32, random: U32) -> U16:
-    """fp32 to IEEE binary16, away from zero with the probability of the bits dropped.
+    """Round fp32 to IEEE binary16 stochastically.
 
-    random holds 16 bits an element, of which the upper 13 are used. Below 2^-14 the value is first
-    rounded to a multiple of 2^-37, where fp32 has its spacing beside 2^-14. What rounds beyond
-    65504 is infinity; NaN becomes 0x7E00.
+    A value is rounded away from zero with probability (its 13 dropped bits) / 2^13. A value below
+    2^-14 is first rounded to a multiple of 2^-37, the spacing of fp32 just above 2^-14. A result
+    above 65504 becomes infinity; NaN becomes 0x7E00.
+
+    Args:
+        values: fp32 [n].
+        random: uint32 [n], 16 random bits per element; the upper 13 of the 16 are used.
     """
     bits = values.view(np.uint32)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
@@ -76,10 +85,10 @@ _CODECS = {torch.bfloat16: (decode_bf16, encode_bf16), torch.float16: (decode_fp
 
 
 def decode_float(codes: Array, dtype: torch.dtype) -> F32:
-    """A float32, bfloat16 or float16 tensor as stored, to fp32: exact, and a copy."""
+    """Convert a stored float32, bfloat16 or float16 tensor to a new fp32 array; exact."""
     return np.array(codes, np.float32) if dtype == torch.float32 else _CODECS[dtype][0](codes)
 
 
 def encode_float(values: F32, dtype: torch.dtype) -> Array:
-    """fp32 to float32, bfloat16 or float16, to nearest, ties to even."""
+    """Round fp32 to the nearest float32, bfloat16 or float16, ties to even."""
     return values if dtype == torch.float32 else _CODECS[dtype][1](values)

@@ -1,4 +1,4 @@
-"""fp32: states as they are computed."""
+"""fp32: states in the precision of the computation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from .base import Moment, StateFormat, Stored
 
 
 def encode(values: F32, random: U32, moment: Moment) -> Stored:
+    """Returns (values, None)."""
     return values, None
 
 
 def decode(data: F32, scales: None, count: int, moment: Moment) -> F32:
+    """Returns a copy of the values."""
     return np.array(data, np.float32)
 
 

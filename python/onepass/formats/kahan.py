@@ -1,4 +1,4 @@
-"""kahan: a 16-bit weight and, in its own dtype, a second number that holds the rounding error."""
+"""kahan: a 16-bit weight, and its rounding error as a second number of the same dtype."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from .floats import decode_float, encode_float
 
 
 def encode(values: F32, random: U32, dtype: torch.dtype) -> Stored:
-    """(weight, compensation), each rounded to nearest. The compensation of an infinity or NaN is
-    0."""
+    """Encode values as (weight, compensation), each rounded to nearest.
+
+    The compensation of an infinite or NaN weight is 0.
+    """
     weight = encode_float(values, dtype)
     near = decode_float(weight, dtype)
     with np.errstate(invalid="ignore"):  # infinity minus itself
@@ -21,7 +23,7 @@ def encode(values: F32, random: U32, dtype: torch.dtype) -> Stored:
 
 
 def decode(weight: U16, compensation: U16, dtype: torch.dtype) -> F32:
-    """The sum, in fp32."""
+    """Returns weight + compensation in fp32."""
     return decode_float(weight, dtype) + decode_float(compensation, dtype)
 
 

@@ -1,4 +1,4 @@
-"""master: a 16-bit weight and an fp32 copy."""
+"""master: a 16-bit weight and an fp32 master copy."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from .floats import decode_float, encode_fp16, round_half_away
 
 
 def rounded(values: F32, dtype: torch.dtype) -> U16:
-    """The weight beside a master: fp16 to nearest, ties to even; bf16 ties away from zero."""
+    """Round master values to the weight dtype: fp16 ties to even, bf16 ties away from zero."""
     return encode_fp16(values) if dtype == torch.float16 else round_half_away(values)
 
 
 def encode(values: F32, random: U32, dtype: torch.dtype) -> Stored:
-    """(weight, the values)."""
+    """Encode values as (rounded weight, master copy)."""
     return rounded(values, dtype), values
 
 
 def decode(weight: U16, master: F32, dtype: torch.dtype) -> F32:
-    """The master, or the weight where it is not the rounded master: other weights were then loaded
-    into the model, and the master is stale."""
+    """Returns the master value, or the weight if the weight differs from the rounded master.
+
+    The master is then stale, because other weights were loaded into the model.
+    """
     kept = rounded(master, dtype) == weight
     return np.where(kept, master, decode_float(weight, dtype))
 

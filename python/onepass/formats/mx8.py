@@ -1,7 +1,7 @@
-"""mx8: blocks of 32 with a power of two as scale; a first moment in sign + E4M3, a second in E5M3.
+"""mx8: 8-bit codes in blocks of 32 with a power-of-two scale, rounded stochastically.
 
-EeMm: e bits of exponent, m of mantissa. Rounded stochastically; a second moment above zero never
-becomes zero.
+A first moment is encoded as a sign and E4M3, a second moment as E5M3 (EeMm: e exponent bits, m
+mantissa bits). A second moment above zero is never rounded to zero.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from .block_scales import (
     spread,
 )
 
-E4M3 = Minifloat(4, 3)  # with a sign, lifted
-E5M3 = Minifloat(5, 3)  # the code 0 is zero
+E4M3 = Minifloat(4, 3)  # signed; see encode_signed
+E5M3 = Minifloat(5, 3)  # code 0 is the value 0
 
 
 def encode_unsigned(values: F32, random: U32) -> tuple[U8, U8]:
-    """Encode values of at least +0 in E5M3, as (codes, scales): 0 as 0, any other as at least 1.
+    """Encode nonnegative values in E5M3 as (codes, scales).
 
-    A negative value, -0 included, makes its block NaN, as a NaN or infinity does.
+    Zero has code 0; any other value has a code of at least 1. A block decodes to NaN if it contains
+    a NaN, an infinity or a negative value, including -0.
     """
     m, dropped = np.uint32(E5M3.mantissa), np.uint32(E5M3.dropped)
     scale = lowest_binade(largest_of(values, signed=False), E5M3, 0)
@@ -43,7 +44,7 @@ def encode_unsigned(values: F32, random: U32) -> tuple[U8, U8]:
 
 
 def decode_unsigned(codes: U8, scale: U8) -> F32:
-    """Decode the codes of :func:`encode_unsigned`: exact."""
+    """Decode the codes of :func:`encode_unsigned`; exact."""
     m, dropped = np.uint32(E5M3.mantissa), np.uint32(E5M3.dropped)
     code = codes.astype(np.uint32)
     bits = (code + (each(scale, len(codes)) << m)) << dropped
@@ -51,12 +52,14 @@ def decode_unsigned(codes: U8, scale: U8) -> F32:
 
 
 def encode(values: F32, random: U32, moment: Moment) -> Stored:
+    """Encode a state as (codes, scales); the kind of the moment selects the code."""
     if moment.kind == "second":
         return encode_unsigned(values, random)
     return encode_signed(values, random, E4M3)
 
 
 def decode(codes: U8, scale: U8, count: int, moment: Moment) -> F32:
+    """Decode the codes of :func:`encode`; exact."""
     if moment.kind == "second":
         return decode_unsigned(codes, scale)
     return decode_signed(codes, scale, E4M3)

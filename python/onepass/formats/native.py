@@ -1,4 +1,4 @@
-"""native: weights and gradients as torch stores them, rounded to nearest."""
+"""native: weights and gradients in their torch dtype, rounded to nearest."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from .floats import decode_float, encode_float
 
 
 def encode(values: F32, random: U32, dtype: torch.dtype) -> Stored:
+    """Encode values as (rounded weight, None)."""
     return encode_float(values, dtype), None
 
 
 def decode(data: Array, companion: None, dtype: torch.dtype) -> F32:
+    """Convert a weight or gradient to fp32; exact."""
     return decode_float(data, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The split formats: a bfloat16 weight, and beside it lower bits of the fp32 value."""
+"""The split formats: a bfloat16 weight, and lower bits of the fp32 value as its companion."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ KEY = "weight_low"
 
 
 def joined(weight: U16, low: npt.NDArray[np.int32]) -> F32:
-    """The value whose bits are 65536 times those of the weight, plus low.
+    """Returns the fp32 value with the bits 65536 * (bits of the weight) + low.
 
-    A negative remainder under a zero weight is stale, since no value encodes to it: the weight was
-    set to zero later. It is treated as 0; the sum of the bits would be a NaN.
+    No value encodes to a zero weight with a negative ``low``: the weight was set to zero later, and
+    ``low`` is stale. A stale ``low`` is treated as 0, because the sum of the bits would be a NaN.
     """
     below = np.where(weight & np.uint16(0x7FFF) == 0, np.maximum(low, 0), low)
     bits = (weight.astype(np.uint32) << np.uint32(16)) + below.astype(np.uint32)

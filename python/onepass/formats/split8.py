@@ -1,4 +1,4 @@
-"""split8: a bfloat16 weight, and the next 8 bits of the fp32 value: a weight of 24 bits."""
+"""split8: a bfloat16 weight and the next 8 bits of the fp32 value, 24 bits in total."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from .split import KEY, joined
 
 
 def encode(values: F32, random: U32, dtype: torch.dtype) -> Stored:
-    """(weight, low): the upper 24 bits of the value, the last rounded stochastically by the lower 8
-    of the 16 random bits; low is a signed integer, as in split16."""
+    """Encode the upper 24 bits of values as (weight, low).
+
+    The lowest 8 bits of fp32 are rounded stochastically with the lower 8 of the 16 random bits. low
+    is a signed integer, as in split16.
+    """
     bits = values.view(np.uint32)
     kept = (bits + (random & np.uint32(0xFF))) >> np.uint32(8)
     weight = ((kept + np.uint32(0x80)) >> np.uint32(8)).astype(np.uint16)
@@ -23,6 +26,7 @@ def encode(values: F32, random: U32, dtype: torch.dtype) -> Stored:
 
 
 def decode(weight: U16, low: U8, dtype: torch.dtype) -> F32:
+    """Decode the result of :func:`encode` to fp32."""
     return joined(weight, low.view(np.int8).astype(np.int32) * np.int32(256))
 
 
@@ -34,7 +38,7 @@ FORMAT = WeightFormat(
     key=KEY,
     companion=torch.int8,
     stochastic=True,
-    # Word 0 is drawn for the states anyway. Its lowest 8 bits hardly decide how the state of slot 0
-    # is rounded.
+    # Word 0 is already generated for the states. Its lowest 8 bits have little influence on the
+    # rounding of the state in slot 0.
     random_half=0,
 )
