@@ -1,4 +1,4 @@
-"""What a training run takes of memory with each optimizer: predicted, measured, followed.
+"""Memory use of a training run with each optimizer: prediction, measurement and timeline.
 
     report = onepass.memory.profile(optimizer, model)
 
@@ -6,7 +6,7 @@
         ...  # any training code
     timeline.plot("memory.png")
 
-See docs/memory.md; on the command line ``onepass memory``.
+See docs/memory.md. The command-line interface is ``onepass memory``.
 """
 
 from .profiling import profile

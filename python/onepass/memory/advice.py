@@ -1,4 +1,4 @@
-"""What would fit, and what to take: the field's rules of thumb, checked against the bytes."""
+"""Optimizer recommendations: published rules of thumb, checked against predicted bytes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Source: Dettmers et al., "QLoRA" (2023), section 3, double quantisation."""
 
 @dataclass(frozen=True)
 class Change:
-    """What would make an optimizer fit.
+    """A change of options that makes an optimizer fit.
 
     Attributes:
-        words: of it.
-        peak, host: bytes then.
+        words: the change, as written on the command line.
+        peak, host: predicted bytes on the device and on the host after the change.
     """
 
     words: str
@@ -39,10 +39,10 @@ class Change:
 
 
 def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
-    """Options that take less, from what costs least to what costs most.
+    """Yields combinations of options that reduce memory, the cheapest first.
 
-    Fewer bits make a step faster, so they come first: 8, then 4; then fewer beside the weights.
-    Paging comes after all that stays on the device, as it waits for the link.
+    Smaller states make a step faster, so 8-bit and then 4-bit states come first. Smaller weight
+    companions are next. Paging comes last, because a paged step waits for the transfer to the host.
     """
     now = STATE_FORMATS[variant.states].bytes
     states = [(name,) for name in ("mx8", "mx4") if STATE_FORMATS[name].bytes < now]
@@ -53,16 +53,20 @@ def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
     kept = [*states, *weights, *(s + w for s in states for w in weights)]
     yield from kept
     if not variant.paged:
-        # In 8 bits a quarter of the bytes goes over the link; 4 bits cost more than bytes.
+        # 8-bit states transfer a quarter of the bytes of fp32; 4-bit states also cost accuracy.
         eight = [words for words in kept if "mx8" in words]
         others = [words for words in kept if words not in eight]
         yield from ((*words, "paged") for words in (*eight, (), *others))
 
 
 def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -> Change | None:
-    """The first change with which an optimizer takes at most ``limit`` bytes on each GPU: smaller
-    formats, then paging, then FSDP2 instead of ZeRO-1, then more GPUs. Of a peer's, ours of the
-    same rule. None if there is none.
+    """The first change that reduces an optimizer to at most ``limit`` bytes on each GPU.
+
+    The order is: smaller formats, paging, FSDP2 instead of ZeRO-1, more GPUs. For an optimizer of
+    another library, the onepass optimizer with the same rule is tried.
+
+    Returns:
+        The change; None if no change is sufficient.
     """
     name = "adamw"
     if choice.variant is not None:
@@ -78,7 +82,7 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
             continue
         try:
             found = predicted(Candidate("", variant=variant.plus(*words)), model, terms)
-        except ValueError:  # options that do not go together
+        except ValueError:  # incompatible options
             continue
         if found.peak <= limit:
             words_ = "+".join(words)
@@ -87,7 +91,7 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
     counts = [terms.shards << power for power in range(1, 11)]
     further = [(f"--shards {n}", replace(terms, shards=n)) for n in counts if n <= MOST_SHARDS]
     if terms.sharding == "zero1" and terms.shards > 1:
-        # Weights and gradients stay whole under ZeRO-1, on any number of GPUs.
+        # ZeRO-1 does not shard weights and gradients, whatever the number of GPUs.
         further.insert(0, ("--sharding fsdp2", replace(terms, sharding="fsdp2")))
     for words_, others in further:
         try:
@@ -100,15 +104,15 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
 
 
 def lora(model: Model, rank: int, bits: float | None = None) -> Model:
-    """The model with its own parameters frozen and adapters of a rank on every matrix.
+    """The model with frozen parameters and LoRA adapters on all matrices but head and embeddings.
 
-    W + B A with A [rank, inputs] and B [outputs, rank], and only those are trained; the head and
-    embeddings have none. Source: Hu et al., "LoRA" (2021); on every layer as QLoRA has it.
+    A matrix W becomes W + B A with trained A [rank, inputs] and B [outputs, rank].
+    Source: Hu et al., "LoRA" (2021); adapters on every layer as in QLoRA.
 
     Args:
-        model: it.
-        rank: of the adapters.
-        bits: of an element of the frozen matrices, None for the dtype of the run.
+        model: the model to adapt.
+        rank: the rank of the adapters.
+        bits: bits per element of the frozen matrices; None for the dtype of the run.
     """
     shapes: list[Shape] = []
     for shape in model.shapes:
@@ -124,13 +128,13 @@ def lora(model: Model, rank: int, bits: float | None = None) -> Model:
 
 @dataclass
 class Advice:
-    """An answer.
+    """A recommendation.
 
     Attributes:
-        chosen: the report of it, None when nothing fits.
-        reports: of all that was looked at, in the order of preference.
-        reasons: sentences, the first of the choice itself.
-        model: as it is trained: with its adapters, for lora and qlora.
+        chosen: the report of the recommended optimizer; None if none fits.
+        reports: the reports of all candidates, in order of preference.
+        reasons: sentences that explain the choice; the first sentence states the choice.
+        model: the model as trained; for lora and qlora it includes the adapters.
     """
 
     chosen: MemoryReport | None
@@ -140,7 +144,7 @@ class Advice:
 
 
 def _preferences(model: Model, terms: Terms, task: str) -> tuple[list[str], list[str]]:
-    """(optimizers from the first choice to the last, why in this order)."""
+    """(optimizers in order of preference, the reasons for this order)."""
     bf16 = str(terms.dtype) == "torch.bfloat16"
     split8 = "+split8" if bf16 else ""
     split16 = "+split16" if bf16 else ""
@@ -188,15 +192,15 @@ def _preferences(model: Model, terms: Terms, task: str) -> tuple[list[str], list
 def recommend(
     model: Model, terms: Terms, limit: int, reserve: int, task: str, rank: int = 16
 ) -> Advice:
-    """The first of the field's choices that fits.
+    """Recommends the first optimizer, in order of preference, that fits.
 
     Args:
-        model: to train.
-        terms: of the run.
-        limit: bytes of a GPU.
-        reserve: of them, for activations and the runtime.
+        model: the model to train.
+        terms: the settings of the run.
+        limit: bytes of memory of one GPU.
+        reserve: bytes of ``limit`` to leave for activations and the CUDA runtime.
         task: one of TASKS.
-        rank: of adapters.
+        rank: the rank of LoRA adapters.
     """
     whole = model
     if task in ("lora", "qlora"):

@@ -1,4 +1,4 @@
-"""The bars as one HTML file: what a bar's part is, is said when the pointer rests on it."""
+"""Stacked bars of memory use as one HTML file, with hover labels."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def page(
     notes: Sequence[str],
     limit: int | None = None,
 ) -> str:
-    """The page, with nothing that it would have to load.
+    """A self-contained HTML page with a bar for each report.
 
     Args:
-        reports: those without bytes have no bar.
-        title: of the page.
-        rows: of the table below the bars, the headings first.
-        notes: below that.
-        limit: bytes, drawn as a line.
+        reports: the reports; a report without bytes has no bar.
+        title: the title of the page.
+        rows: the rows of the table below the bars; the first row contains the headings.
+        notes: sentences below the table.
+        limit: a memory limit in bytes, drawn as a vertical line; None for no line.
     """
     shown = [(report, found) for report in reports if (found := report.bytes) is not None]
-    # The bars take three quarters of the width: what they end in is written behind them.
+    # The bars use three quarters of the width, which leaves room for the label after each bar.
     whole = max([found.peak for _, found in shown] + [limit or 0, 1]) / 0.75
     used = [c for c in CATEGORIES if any(getattr(found, c) for _, found in shown)]
     legend = "".join(

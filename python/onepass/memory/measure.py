@@ -1,4 +1,4 @@
-"""What real steps allocate, by category."""
+"""Measures the memory that real steps allocate, by category."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ STEPS = 3
 
 
 class Measured(NamedTuple):
-    """Bytes, and by how much the process's resident set grew in the last step (Linux CPUs)."""
+    """A measurement.
+
+    Attributes:
+        bytes: bytes by category.
+        process_peak: bytes by which the resident set of the process grew in the last step; None on
+            GPUs and on systems other than Linux.
+    """
 
     bytes: Bytes
     process_peak: int | None
@@ -34,20 +40,21 @@ def measure(
     snapshot: Path | None = None,
     tick: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Steps on new parameters and counts.
+    """Takes real steps over new parameters and counts the allocated bytes.
 
-    What is held is the storages of parameters, gradients and states. What is temporary is, on a
-    CPU, what its allocator handed out in a step beyond what was left when it ended; on a GPU the
-    same of the caching allocator, by its statistics.
+    Held memory is the size of the storages of parameters, gradients and states. Temporary memory is
+    the peak of a step minus the memory in use after the step. The peak comes from a profile of
+    torch's CPU allocator, or from the statistics of the CUDA caching allocator.
 
     Args:
         make: parameters -> the optimizer.
-        like: shapes and dtypes of the parameters.
-        grad_dtype: of the gradients; None takes that of each parameter.
+        like: tensors with the shapes and dtypes of the parameters.
+        grad_dtype: the dtype of the gradients; None for the dtype of each parameter.
         device: "cpu" or "cuda".
         categorise: key of a state -> its category.
-        snapshot: where the caching allocator's history is written, for pytorch.org/memory_viz.
-        tick: called with a few words before each step.
+        snapshot: the file for the history of the CUDA caching allocator, which
+            pytorch.org/memory_viz can display; None for no file.
+        tick: called with a short text before each step.
     """
     gc.collect()
     where = torch.device(device)
@@ -83,7 +90,7 @@ def measure(
 
 
 def _of_pager(optimizer: Optimizer, states: dict[str, int], block: int) -> dict[str, int]:
-    """The ring of paged states, and those in its slabs moved from their category to the host."""
+    """Moves the bytes of paged states from their categories to the host, and adds the ring."""
     if optimizer.pager is None:
         return {}
     moved = {"host": 0}

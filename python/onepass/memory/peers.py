@@ -1,4 +1,4 @@
-"""Other libraries' optimizers in the same table."""
+"""Memory prediction for the optimizers of other libraries."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ _MANAGED = 100_000
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer of another library on the command line.
+    """An optimizer of another library, as selected on the command line.
 
     Attributes:
-        name: on the command line.
-        made: its class.
+        name: the name on the command line.
+        made: the optimizer class.
         options: keyword arguments of the class.
-        variant: the variant of onepass whose smaller variants are proposed in its place.
-        cuda: whether it runs on CUDA only.
-        unseen: which part of its step is not predicted; empty if all of it is.
-        unpaged: the same class without paging; the large states of this one rest on the host.
-        formula: predicts its bytes where its step cannot be simulated.
+        variant: the equivalent onepass optimizer, whose smaller variants are proposed instead.
+        cuda: whether the optimizer runs only on CUDA.
+        unseen: the part of the step that is not predicted, as a sentence; empty if there is none.
+        unpaged: for a paged class, the same class without paging. The paged class stores its large
+            states on the host.
+        formula: a function that predicts the bytes if the step cannot be simulated; else None.
     """
 
     name: str
@@ -46,14 +47,14 @@ class Peer:
     formula: Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes] | None = None
 
     def unavailable(self, device: str) -> str:
-        """Why it cannot run on a device here; empty when it can."""
+        """The reason why the optimizer cannot run on a device here; empty if it can."""
         why = self.made.library.unavailable()
         if not why and self.cuda and (device != "cuda" or not torch.cuda.is_available()):
             why = "runs on CUDA only"
         return why
 
     def optimizer(self, params: list[torch.nn.Parameter]) -> Any:
-        """A new one over those parameters that are trained."""
+        """Makes the optimizer over the parameters that require a gradient."""
         return self._optimizer(self.made, params)
 
     def _optimizer(self, made: OptimizerClass, params: list[torch.nn.Parameter]) -> Any:
@@ -62,10 +63,10 @@ class Peer:
     def predict(
         self, like: Sequence[torch.Tensor], grad_dtype: torch.dtype | None, device: str
     ) -> Bytes:
-        """The bytes of a run with it, see simulate().
+        """Predicts the bytes of a run with this optimizer; see :func:`simulate`.
 
         Raises:
-            CannotSimulateError: nothing predicts it here.
+            CannotSimulateError: the bytes of this optimizer cannot be predicted here.
         """
         if self.formula is not None:
             return self.formula(like, grad_dtype)
@@ -76,7 +77,7 @@ class Peer:
             lambda params: self._optimizer(made, params), like, grad_dtype, device, categorise
         )
         if self.unpaged is not None:
-            # Managed memory: it is on the device too while it is worked on, as much as fits.
+            # CUDA managed memory: pages also occupy the device during a step, as far as they fit.
             codes = torch.uint8 if "8bit" in self.name else torch.float32
             states = 1 if "lion" in self.name else 2
             moved = sum(
@@ -91,13 +92,16 @@ class Peer:
 
 
 def categorise(key: str) -> str:
-    """The category of a peer's state by its key."""
+    """The category of a state of another library's optimizer, by its key."""
     return "companions" if key in ("kahan_comp", "error_bits", "master") else category_of(key)
 
 
 def _flash(moments: int) -> Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes]:
-    """FlashOptim 0.1.4, read in its source: a byte a moment and an fp16 scale for each 32 elements,
-    and a byte beside a weight of 16 bits (master_weight_bits=24); nothing temporary."""
+    """The prediction formula for FlashOptim 0.1.4, derived from its source code.
+
+    Each moment takes 1 byte per element and an fp16 scale per 32 elements. Each 16-bit weight has a
+    companion of 1 byte (master_weight_bits=24). There is no temporary memory.
+    """
 
     def predict(like: Sequence[torch.Tensor], grad_dtype: torch.dtype | None) -> Bytes:
         trained = [p for p in like if p.requires_grad]
@@ -135,7 +139,7 @@ PEERS: dict[str, Peer] = {
     for peer in (
         *(_torch(name, loop) for name in ("AdamW", "Adam") for loop in TORCH_LOOPS),
         *(_torch("SGD", loop, "+momentum", momentum=0.9) for loop in TORCH_LOOPS),
-        # These have no fused step for every device.
+        # Adagrad and RMSprop do not have a fused step on every device.
         *(_torch("Adagrad", loop) for loop in ("loop", "foreach")),
         *(_torch("RMSprop", loop) for loop in ("loop", "foreach")),
         *(_bitsandbytes(name) for name in ("AdamW", "AdamW8bit", "PagedAdamW8bit")),

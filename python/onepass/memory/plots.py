@@ -1,4 +1,4 @@
-"""Pictures: stacked bars of reports, and timelines. They need matplotlib."""
+"""Plots with matplotlib: stacked bars of reports, and memory timelines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from .report import CATEGORIES, TITLES, MemoryReport
 from .sizes import show
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the hatches tell neighbours apart
-# in black and white.
+# The colour-blind-safe palette of Okabe and Ito. Hatches distinguish adjacent parts in black and
+# white.
 COLOURS = {
     "weights": "#0072B2",
     "gradients": "#56B4E9",
@@ -56,13 +56,13 @@ def draw_bars(
     title: str,
     limit: int | None = None,
 ) -> None:
-    """Draws a bar a report, the first on top; measured bytes where there are any.
+    """Draws one bar per report, the first at the top, with measured bytes if available.
 
     Args:
-        path: its ending decides the format.
-        reports: those without bytes are left out.
-        title: above it.
-        limit: bytes, drawn as a line.
+        path: the file to write; the suffix selects the format.
+        reports: the reports; reports without bytes are left out.
+        title: the title of the plot.
+        limit: a memory limit in bytes, drawn as a vertical line; None for no line.
     """
     shown = [(report, found) for report in reports if (found := report.bytes) is not None]
     largest = max([found.peak for _, found in shown] + [limit or 0], default=0)
@@ -72,7 +72,7 @@ def draw_bars(
         left = [0.0] * len(shown)
         for category in CATEGORIES:
             widths = [getattr(found, category) / unit for _, found in shown]
-            # What is too thin to be seen has no place in the legend.
+            # Parts that are too thin to be visible are not in the legend.
             seen = max(widths, default=0.0) * unit > 0.003 * largest
             axes.barh(
                 rows,
@@ -89,7 +89,7 @@ def draw_bars(
         _label_bars(axes, [found for _, found in shown], left, limit, largest / unit, unit)
         axes.set_yticks(list(rows), [report.name for report, _ in shown])
         axes.set_ylim(len(shown) - 0.4, -0.85)
-        # Room for what is written behind the longest bar.
+        # Leave room for the label after the longest bar.
         axes.set_xlim(0, largest / unit * (1.3 if any(f.host for _, f in shown) else 1.22))
         axes.set_xlabel(f"{word} at the peak of the step, activations not included")
         axes.set_title(title, fontsize=10.5)
@@ -107,15 +107,15 @@ def _label_bars(
     width: float,
     unit: int,
 ) -> None:
-    """Writes the bytes behind each bar, and draws the limit.
+    """Writes the peak bytes after each bar, and draws the limit.
 
     Args:
-        axes: of matplotlib.
+        axes: the matplotlib axes.
         shown: the bytes of each bar.
-        ends: of the bars, in units.
-        limit: bytes, or None.
-        width: of the longest bar or the limit, in units.
-        unit: bytes of a unit.
+        ends: the right end of each bar, in units.
+        limit: the memory limit in bytes, or None.
+        width: the length of the longest bar or the limit, in units.
+        unit: the number of bytes per unit.
     """
     for row, (found, end) in enumerate(zip(shown, ends, strict=True)):
         away = f"  + {show(found.host)} on the host" if found.host else ""
@@ -151,12 +151,12 @@ def draw_timeline(
     """Draws the bytes of each category over time, stacked.
 
     Args:
-        path: its ending decides the format.
-        seconds: moments, ascending.
-        columns: category -> bytes from each of these moments on.
-        marks: (seconds, word), drawn as lines with words.
-        titles: of the categories, for the legend.
-        title: of the picture; empty for the peak.
+        path: the file to write; the suffix selects the format.
+        seconds: times of changes, ascending.
+        columns: category -> bytes from each of these times on.
+        marks: (seconds, label) pairs, drawn as labelled vertical lines.
+        titles: category -> its title in the legend.
+        title: the title of the plot; if empty, the title states the peak.
     """
     peak = max((sum(held) for held in zip(*columns.values(), strict=True)), default=0)
     unit, word = (_GB, "GB") if peak >= _GB else (_MB, "MB")

@@ -1,8 +1,7 @@
-"""The bytes of an optimizer of onepass, from the library's own tables.
+"""Predicts the bytes of a onepass optimizer from the library's own tables.
 
-The tensors that a parameter's group asks for come from ``held_layouts``
-(engine/state_layouts.py), where they are kept from ``places_of`` (paging/pager.py): no rule or
-format is repeated here.
+``held_layouts`` (engine/state_layouts.py) lists the state tensors of a parameter, and ``places_of``
+(paging/pager.py) decides which of them are paged. This module repeats no rule and no format.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from .report import Bytes
 
 
 def block_of(device: torch.device) -> int:
-    """Bytes that storages on a device are rounded up to."""
+    """The allocation granularity of a device in bytes; storage sizes are rounded up to it."""
     return allocated(1, device)
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor], block: int = 1) -> int:
-    """Bytes of the storages under tensors, each once; views may share one."""
+    """Bytes of the storages of tensors, with a storage shared by views counted once."""
     found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(-(-n // block) * block for n in found.values())
 
 
 def category_of(key: str) -> str:
-    """The category of a tensor in a parameter's state."""
+    """The category of a state tensor, by its key."""
     if key == EMA:
         return "ema"
     return "companions" if key in COMPANIONS else "moments"
@@ -40,14 +39,15 @@ def category_of(key: str) -> str:
 def predict(
     optimizer: Optimizer, grad_dtype: torch.dtype | None = None, block: int | None = None
 ) -> Bytes:
-    """The bytes that parameters, gradients and states take once the optimizer has stepped.
+    """Predicts the bytes of parameters, gradients and states after the first step.
 
-    Nothing is made: parameters may be on the meta device.
+    No tensor is allocated, and parameters may be on the meta device.
 
     Args:
-        optimizer: of any groups, formats and options.
-        grad_dtype: of the gradients; None takes that of each parameter.
-        block: bytes that storages are rounded up to; None takes those of the parameters' device.
+        optimizer: a onepass optimizer with any groups, formats and options.
+        grad_dtype: the dtype of the gradients; None for the dtype of each parameter.
+        block: the size in bytes to which storages are rounded up; None for the granularity of the
+            parameters' device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in params if p.requires_grad]
@@ -71,7 +71,7 @@ def predict(
         host = sum(part.host for part in places.footprints.values())
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if p.requires_grad]
-        # The counters are one storage of all groups.
+        # The counters of all groups share one storage.
         found["moments"] += counter_bytes(optimizer.rule) if members else 0
         for param in members:
             if param in paged:

@@ -1,4 +1,4 @@
-"""Memory of a step and of a device, as torch's allocators and the kernel report it."""
+"""Memory of a step and of a device, as reported by torch's allocators and the OS kernel."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Step = Callable[[], Any]
 
 
 class Allocated(NamedTuple):
-    """Bytes of torch's CUDA allocator around a step.
+    """Bytes in use in torch's CUDA allocator before, during and after a step.
 
     Attributes:
-        before, after: in use before and after the step.
-        peak: the most that was in use during the step.
+        before, after: bytes in use before and after the step.
+        peak: the maximum number of bytes in use during the step.
     """
 
     before: int
@@ -30,7 +30,7 @@ class Allocated(NamedTuple):
 
 
 def cuda_allocated(step: Step) -> Allocated:
-    """Takes a step on the current GPU and asks its allocator."""
+    """Takes a step on the current GPU and reads the statistics of its allocator."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -40,7 +40,7 @@ def cuda_allocated(step: Step) -> Allocated:
 
 
 def step_temporary(step: Step, device: torch.device) -> int:
-    """Takes a step; the bytes that it allocated at its peak beyond those that it has kept."""
+    """Takes a step; returns its peak bytes minus the bytes in use after the step."""
     if device.type == "cuda":
         found = cuda_allocated(step)
         return found.peak - found.after
@@ -52,9 +52,9 @@ def step_temporary(step: Step, device: torch.device) -> int:
 
 
 def step_growth(step: Step, device: torch.device) -> int | None:
-    """Takes a step; the bytes that it needed at most beyond those in use before it.
+    """Takes a step; returns its peak bytes minus the bytes in use before the step.
 
-    On a GPU of torch's allocator; on a CPU see :func:`resident_growth`.
+    On a GPU, the figures are those of torch's allocator. On a CPU, see :func:`resident_growth`.
     """
     if device.type == "cuda":
         found = cuda_allocated(step)
@@ -63,9 +63,9 @@ def step_growth(step: Step, device: torch.device) -> int | None:
 
 
 def _allocations(step: Step) -> list[int]:
-    """What torch's CPU allocator hands out (above zero) and takes back, in order.
+    """The sizes of torch's CPU allocations (positive) and deallocations (negative), in order.
 
-    By the older of torch's profilers: the newer one writes a line to stderr whenever it starts.
+    The legacy profiler of torch is used, because the current one writes to stderr on each start.
     """
     from torch.autograd import profiler_legacy
 
@@ -83,18 +83,18 @@ def _allocations(step: Step) -> list[int]:
 
 
 def resident_growth(step: Step) -> int | None:
-    """Takes a step; the bytes by which the process grew at most.
+    """Takes a step; returns the maximum growth of the process in bytes.
 
-    This is the high-water mark of the resident set, so it covers every allocator. None where the
-    kernel does not report it (Linux does). The kernel counts in batches: below about half a MiB the
-    result is noise. The C library's free memory is given back first, since its reuse would not be
-    seen.
+    The result is the high-water mark of the resident set minus its size before the step, so it
+    covers every allocator. It is None on systems other than Linux. The Linux kernel counts in
+    batches, so results below about 0.5 MiB are noise. Free memory of the C library is returned to
+    the kernel before the step, because reuse of that memory would not be counted.
     """
     before = None
     if sys.platform.startswith("linux"):
         try:
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the mark is now the current size
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             before = _status("VmRSS")
         except (AttributeError, OSError):
             pass
@@ -108,9 +108,9 @@ def _status(name: str) -> int:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that can still be allocated on a type of device; None where that is not known.
+    """Bytes that can still be allocated on a type of device; None if unknown.
 
-    On a GPU this includes what torch's allocator keeps for reuse.
+    On a GPU this includes the memory that torch's caching allocator holds for reuse.
     """
     if device == "cuda":
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

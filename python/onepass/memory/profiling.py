@@ -1,4 +1,4 @@
-"""``onepass.memory.profile``: any optimizer over any parameters."""
+"""``onepass.memory.profile``: the memory use of any optimizer over any parameters."""
 
 from __future__ import annotations
 
@@ -27,28 +27,31 @@ def profile(
     device: str | None = None,
     name: str | None = None,
 ) -> MemoryReport:
-    """What an optimizer takes of memory, in bytes by category.
+    """Predicts, and optionally measures, the memory use of an optimizer by category.
 
     ::
 
         report = onepass.memory.profile(lambda p: onepass.AdamW(p, states="mx8"), model)
         print(report.predicted.peak, report)
 
-    An optimizer of onepass is predicted from the library's tables of formats, any other by a step
-    over parameters that have no memory. Neither the optimizer nor the parameters are changed; what
-    is measured are steps over new parameters of the same shapes.
+    The bytes of a onepass optimizer are predicted from the library's format tables. For any other
+    optimizer, a step over parameters without memory is simulated. Neither the optimizer nor the
+    parameters are changed; a measurement uses new parameters of the same shapes.
 
     Args:
         optimizer_or_factory: an optimizer, or a function that makes one over a list of parameters.
-        params: a module or tensors, of the meta device too. Of an optimizer, None takes its own.
-        grad_dtype: of the gradients; None takes that of each parameter.
-        measure: also run real steps and count what they allocate.
-        device: type of the device, "cpu" or "cuda"; None takes that of the parameters, and the CPU
-            for the meta device.
-        name: of the report; None takes the class's.
+        params: a module or tensors, possibly on the meta device; None for those of the optimizer.
+        grad_dtype: the dtype of the gradients; None for the dtype of each parameter.
+        measure: also take real steps and count the allocated bytes.
+        device: the device type, "cpu" or "cuda"; None for the device of the parameters, or the CPU
+            for parameters on the meta device.
+        name: the name of the report; None for the name of the optimizer class.
+
+    Returns:
+        A report with bytes by category.
 
     Raises:
-        ValueError: no parameters, or parameters that the optimizer does not have.
+        ValueError: there are no parameters, or ``params`` lacks parameters of the optimizer.
     """
     instance = isinstance(optimizer_or_factory, torch.optim.Optimizer)
     like = _listed(optimizer_or_factory if instance else None, params)
@@ -80,7 +83,7 @@ def profile(
 def _listed(
     optimizer: Any, params: Iterable[torch.Tensor] | torch.nn.Module | None
 ) -> list[torch.Tensor]:
-    """The parameters that are asked about; those of the optimizer for None."""
+    """The parameters as a list; None selects the parameters of the optimizer."""
     if params is None:
         if optimizer is None:
             raise ValueError("params must be given with a factory: a module, or tensors")
@@ -94,7 +97,7 @@ def _listed(
 
 
 def _on_meta(like: list[torch.Tensor]) -> list[torch.nn.Parameter]:
-    """Parameters of the same shapes and strides without memory."""
+    """Makes meta-device parameters of the same shapes and strides."""
     return [
         torch.nn.Parameter(
             torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), p.requires_grad
@@ -104,7 +107,7 @@ def _on_meta(like: list[torch.Tensor]) -> list[torch.nn.Parameter]:
 
 
 def _copies(optimizer: Any, known: list[Any]) -> Callable[[list[Any]], Any]:
-    """Parameters in the place of the known ones -> a copy of the optimizer, without states."""
+    """Returns a function that copies the optimizer without states onto replacement parameters."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not own <= {id(p) for p in known}:
         raise ValueError("params must hold every parameter of the optimizer, or be None")

@@ -1,4 +1,4 @@
-"""What a training run holds, by category, predicted and measured."""
+"""Predicted and measured memory of a training run, by category."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes by category; all of one device but ``host``.
+    """Bytes by category. All categories except ``host`` are on one device.
 
     Attributes:
-        weights: parameters, frozen ones too.
-        gradients: of every parameter that is trained.
-        moments: states of the rule, with their scales and counters of steps.
-        companions: what weights in 16 bits keep beside them: master copies, split bits, Kahan's
-            compensation.
+        weights: parameters, including frozen ones.
+        gradients: gradients of all trained parameters.
+        moments: states of the rule, including block scales and step counters.
+        companions: companions of 16-bit weights: master copies, split bits, Kahan compensation.
         ema: averages of the weights.
-        ring: buffers on the device through which paged states stream.
-        temporary: what a step needs at most beyond all that, and has freed when it ends.
-        host: states that rest in host memory; no part of held or peak.
+        ring: the device buffer through which paged states stream.
+        temporary: the maximum that a step allocates in addition and frees before it returns.
+        host: states stored in host memory; not included in ``held`` or ``peak``.
     """
 
     weights: int = 0
@@ -39,21 +38,21 @@ class Bytes:
 
     @property
     def states(self) -> int:
-        """What the optimizer keeps, wherever it rests."""
+        """Bytes of all optimizer states, on the device and on the host."""
         return self.moments + self.companions + self.ema + self.host
 
     @property
     def held(self) -> int:
-        """What is on the device between two steps, gradients included."""
+        """Bytes on the device between two steps, including gradients."""
         return sum(getattr(self, name) for name in HELD)
 
     @property
     def peak(self) -> int:
-        """What is on the device in the step, at most."""
+        """The maximum number of bytes on the device during a step."""
         return self.held + self.temporary
 
     def items(self) -> Iterator[tuple[str, int]]:
-        """(category, bytes)."""
+        """Yields (category, bytes)."""
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 
     def __add__(self, other: Bytes) -> Bytes:
@@ -78,19 +77,19 @@ TITLES = {
 
 @dataclass
 class MemoryReport:
-    """One optimizer over one parameter list.
+    """The memory of one optimizer over one parameter list.
 
     Attributes:
-        name: of the optimizer.
-        parameters: elements of all parameters, frozen ones too.
-        device: type of the device that the bytes are of.
-        predicted: None where nothing predicts this optimizer; see problem.
-        measured: None unless it was asked for and could be.
-        process_peak: bytes by which the resident set of the process grew in a step at most: any
-            allocator's, to within about half a MiB. Measured on Linux CPUs only.
-        ours: whether it is an optimizer of onepass.
-        problem: why something is missing.
-        notes: what else is to be said of the figures.
+        name: the name of the optimizer.
+        parameters: the number of elements of all parameters, including frozen ones.
+        device: the type of the device.
+        predicted: the predicted bytes; None if no prediction is possible (see ``problem``).
+        measured: the measured bytes; None if the measurement was not requested or not possible.
+        process_peak: the maximum growth in bytes of the process's resident set in a step. It covers
+            all allocators, is accurate to about 0.5 MiB, and is measured only on Linux CPUs.
+        ours: whether the optimizer is a onepass optimizer.
+        problem: the reason why a prediction or measurement is missing; empty if none is.
+        notes: further remarks on the figures.
     """
 
     name: str
@@ -105,14 +104,14 @@ class MemoryReport:
 
     @property
     def bytes(self) -> Bytes | None:
-        """The measured bytes where there are any, else the predicted ones."""
+        """The measured bytes if available, else the predicted bytes."""
         return self.measured or self.predicted
 
     def difference(self, category: str = "peak") -> float | None:
-        """(measured - predicted) / predicted, of a category, ``states``, ``held`` or ``peak``.
+        """(measured - predicted) / predicted for a category, ``states``, ``held`` or ``peak``.
 
-        None where one of the two is missing; infinite where nothing was predicted and something is
-        there.
+        The result is None if one of the two is missing, and infinite if 0 bytes were predicted and
+        more were measured.
         """
         if self.predicted is None or self.measured is None:
             return None
@@ -122,7 +121,7 @@ class MemoryReport:
         return (found - expected) / expected
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON; bytes as integers."""
+        """All fields as plain values for JSON, with bytes as integers."""
         found: dict[str, Any] = {
             "name": self.name,
             "parameters": self.parameters,

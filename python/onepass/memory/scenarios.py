@@ -1,4 +1,4 @@
-"""A model, an optimizer and the terms of a run -> a report."""
+"""Memory reports for a model, an optimizer and the settings of a run."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .variants import Variant, groups_of, parse
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run has in common for every optimizer.
+    """The settings of a run that are the same for every optimizer.
 
     Attributes:
-        dtype: of the weights.
-        grad_dtype: of the gradients, None for the weights' own.
-        careful: norms in fp32, and fp32 states for embeddings and norms: see
+        dtype: the dtype of the weights.
+        grad_dtype: the dtype of the gradients; None for the dtype of the weights.
+        careful: whether norms are in fp32, and the states of embeddings and norms too; see
             onepass.cast_model and onepass.parameter_groups.
-        shards, sharding: on how many GPUs, and how they divide it: "fsdp2" or "zero1".
-        device: type of the device whose allocator and defaults count.
+        shards, sharding: the number of GPUs, and the sharding method: "fsdp2" or "zero1".
+        device: the device type, which determines allocation granularity and optimizer defaults.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -46,7 +46,14 @@ class Terms:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An optimizer to be looked at: ours, a peer's, or a user's own factory."""
+    """An optimizer to report on.
+
+    Attributes:
+        name: the name in the report.
+        variant: a onepass optimizer with its options, or None.
+        peer: an optimizer of another library, or None.
+        factory: a user's function from parameters to an optimizer, or None.
+    """
 
     name: str
     variant: Variant | None = None
@@ -54,7 +61,7 @@ class Candidate:
     factory: Callable[..., Any] | None = field(default=None, hash=False)
 
     def maker(self, kinds: Sequence[str], terms: Terms) -> Callable[[list[Any]], Any]:
-        """Parameters of these kinds -> the optimizer over those that are trained."""
+        """Returns a function that makes the optimizer over the trained ones of its parameters."""
 
         def make(params: list[torch.nn.Parameter]) -> Any:
             if self.variant is not None:
@@ -67,15 +74,15 @@ class Candidate:
         return make
 
     def unavailable(self, device: str) -> str:
-        """Why it cannot run on a device here; empty when it can."""
+        """The reason why the optimizer cannot run on a device here; empty if it can."""
         return self.peer.unavailable(device) if self.peer is not None else ""
 
 
 def candidate(name: str) -> Candidate:
-    """The optimizer that a word of the command line means.
+    """The optimizer with a name from the command line.
 
     Raises:
-        ValueError: it means none; says what is accepted.
+        ValueError: the name is unknown; the message lists the accepted names.
     """
     variant = parse(name)
     if variant is not None:
@@ -93,7 +100,7 @@ def candidate(name: str) -> Candidate:
 
 
 def parameters(shapes: Sequence[Shape], terms: Terms) -> list[torch.nn.Parameter]:
-    """Parameters of these shapes on the meta device, without memory."""
+    """Makes parameters of these shapes on the meta device."""
     found = []
     for shape in shapes:
         wide = terms.careful and shape.kind == NORM
@@ -106,7 +113,7 @@ def parameters(shapes: Sequence[Shape], terms: Terms) -> list[torch.nn.Parameter
 
 
 def _dealt(shapes: Sequence[Shape], terms: Terms) -> list[list[Shape]]:
-    """What each rank has the states of: parameters of one treatment are one group."""
+    """The shapes whose states each rank holds; parameters with equal options form one group."""
     groups: dict[str, list[Shape]] = {}
     for shape in shapes:
         if shape.trained:
@@ -116,16 +123,16 @@ def _dealt(shapes: Sequence[Shape], terms: Terms) -> list[list[Shape]]:
 
 
 def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
-    """The bytes on one GPU.
+    """Predicts the bytes on one GPU.
 
     Raises:
-        CannotSimulateError: nothing predicts this optimizer here.
-        ValueError: it refuses these parameters.
+        CannotSimulateError: the bytes of this optimizer cannot be predicted here.
+        ValueError: the optimizer does not accept these parameters.
     """
     shapes: Sequence[Shape] = model.shapes
     if terms.shards > 1 and terms.sharding == "zero1":
         params = parameters(shapes, terms)
-        # Whole weights and gradients; the states are of the rank's parameters alone.
+        # Weights and gradients are not sharded; a rank holds only the states of its parameters.
         trained = [p for p in params if p.requires_grad]
         weights = storage_bytes(params)
         gradients = sum(p.numel() * (terms.grad_dtype or p.dtype).itemsize for p in trained)
@@ -151,7 +158,7 @@ def predicted_of(
     grad_dtype: torch.dtype | None,
     device: str,
 ) -> Bytes:
-    """By the library's tables for one of ours, else by a simulated step."""
+    """Predicts bytes from the library's tables for onepass optimizers, else by a simulated step."""
     optimizer = make(params) if all(p.is_meta for p in params) else None
     if isinstance(optimizer, Optimizer):
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
@@ -170,7 +177,16 @@ def report(
     snapshot: Path | None = None,
     tick: Callable[[str], None] = lambda text: None,
 ) -> MemoryReport:
-    """What one optimizer takes of one model; measured as well if asked and possible."""
+    """The memory report of one optimizer over one model.
+
+    Args:
+        choice: the optimizer.
+        model: the model.
+        terms: the settings of the run.
+        measured: also take real steps, if the optimizer can run here.
+        snapshot: see :func:`onepass.memory.measure.measure`.
+        tick: called with a short text before each step.
+    """
     found = MemoryReport(choice.name, model.numel, terms.device, ours=choice.variant is not None)
     try:
         found.predicted = predicted(choice, model, terms)
@@ -192,7 +208,7 @@ def report(
         except Exception as error:
             if choice.variant is not None:
                 raise
-            # A peer, or a user's own, may fail in any way; the others are still measured.
+            # Third-party code can raise anything; the remaining optimizers are still measured.
             first = (str(error).strip().splitlines() or [""])[0]
             found.problem = f"does not run here: {type(error).__name__}: {first}"
     return found

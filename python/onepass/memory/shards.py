@@ -1,4 +1,4 @@
-"""What one of several GPUs holds: as FSDP2 or ZeRO-1 divides a model."""
+"""The part of a model that one of several GPUs holds under FSDP2 or ZeRO-1."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ KINDS = ("fsdp2", "zero1")
 
 
 def sharded(shapes: Sequence[Shape], count: int) -> list[Shape]:
-    """The shapes on the first of ``count`` ranks under FSDP2, which cuts every parameter along its
-    first dimension: ceil(d0 / count) rows, with which the last ranks are padded.
+    """The shapes on the first of ``count`` ranks under FSDP2.
 
-    Source: torch.distributed.fsdp.fully_shard, whose shards are Shard(0) and padded.
+    FSDP2 shards every parameter along its first dimension d0 into ceil(d0 / count) rows per rank,
+    and pads the last ranks to this size.
+    Source: torch.distributed.fsdp.fully_shard, whose shards are padded Shard(0).
     """
     return [
         replace(s, shape=(-(-s.shape[0] // count), *s.shape[1:])) if s.shape else s for s in shapes
@@ -22,10 +23,11 @@ def sharded(shapes: Sequence[Shape], count: int) -> list[Shape]:
 
 
 def dealt(groups: Iterable[Sequence[Shape]], count: int) -> list[list[Shape]]:
-    """The shapes whose states each of ``count`` ranks holds under ZeRO-1: of each group the largest
-    first, to the rank that has the fewest elements so far. Ranks that hold none are left out.
+    """The shapes whose states each of ``count`` ranks holds under ZeRO-1.
 
-    Source: torch.distributed.optim.ZeroRedundancyOptimizer, which deals whole parameters out.
+    The parameters of each group are assigned in descending order of size, each to the rank with the
+    fewest elements so far. Ranks without parameters are left out.
+    Source: torch.distributed.optim.ZeroRedundancyOptimizer, which assigns whole parameters.
     """
     ranks: list[list[Shape]] = [[] for _ in range(count)]
     sizes = [0] * count
@@ -38,7 +40,7 @@ def dealt(groups: Iterable[Sequence[Shape]], count: int) -> list[list[Shape]]:
 
 
 def check(model: Model, count: int) -> str:
-    """What is to be said of a division; empty where it is even."""
+    """A remark if parameters have fewer rows than there are shards; empty otherwise."""
     small = [s for s in model.shapes if s.shape and s.shape[0] < count]
     if not small:
         return ""

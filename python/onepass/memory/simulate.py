@@ -1,7 +1,7 @@
-"""The bytes of any optimizer whose step is made of torch's operations, without making a tensor.
+"""Simulates the memory use of any optimizer whose step consists of torch operations.
 
-The optimizer steps over parameters that have no memory, and the storages that its operations would
-have made are counted. What a kernel allocates within one operation is not seen.
+The optimizer steps over parameters without memory, and the storages that its operations would
+allocate are counted. Memory that a kernel allocates and frees within one operation is not counted.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .storage_tracking import Ledger, plain_tensors
 Make = Callable[[list[torch.nn.Parameter]], Any]
 """Parameters -> an optimizer over them."""
 
-STEPS = 2  # the first makes the states
+STEPS = 2  # the first step creates the states
 
 
 class CannotSimulateError(RuntimeError):
-    """The optimizer cannot step without memory; says why."""
+    """Raised if the step of an optimizer cannot be simulated; the message gives the reason."""
 
 
 def with_gradients(
     like: Iterable[torch.Tensor], device: torch.device | str, grad_dtype: torch.dtype | None
 ) -> list[torch.nn.Parameter]:
-    """Parameters of the same shapes and dtypes, of small numbers, with gradients."""
+    """Makes parameters of the same shapes and dtypes, and gradients, all filled with 1e-3."""
     params = []
     for tensor in like:
         value = torch.full_like(tensor, 1e-3, device=device, requires_grad=False)
@@ -45,9 +45,9 @@ def with_gradients(
 def state_bytes(
     optimizer: Any, categorise: Callable[[str], str] = category_of, block: int = 1
 ) -> dict[str, int]:
-    """Bytes of the storages in ``optimizer.state`` by category, each storage once.
+    """Bytes of the storages in ``optimizer.state`` by category, with each storage counted once.
 
-    A category is of the key under which a storage is first found.
+    The first key under which a storage is found determines its category.
     """
     seen: set[int] = set()
     found: dict[str, int] = {}
@@ -70,23 +70,23 @@ def simulate(
     device: str = "cpu",
     categorise: Callable[[str], str] = category_of,
 ) -> Bytes:
-    """What parameters, gradients, states and a step of this optimizer take.
+    """Predicts the bytes of parameters, gradients, states and temporary tensors of a step.
 
     Args:
-        make: see Make.
-        like: shapes and dtypes of the parameters.
-        grad_dtype: of the gradients; None takes that of each parameter.
-        device: type of the device whose choices the optimizer is to make.
+        make: parameters -> an optimizer over them.
+        like: tensors with the shapes and dtypes of the parameters.
+        grad_dtype: the dtype of the gradients; None for the dtype of each parameter.
+        device: the device type that the optimizer sees when it selects its implementation.
         categorise: key of a state -> its category.
 
     Raises:
-        CannotSimulateError: the step looks at values, or calls something else than torch.
+        CannotSimulateError: the step reads values of tensors, or calls code outside torch.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
     reasons, block = [], block_of(torch.device(device))
-    # Pretended tensors of the device make an optimizer choose as it would there; a step that reads
-    # a number from a tensor needs the meta device, where counters of steps are real.
+    # With fake tensors of the device, an optimizer selects the implementation for that device.
+    # A step that reads a number from a tensor needs the meta device, where step counters are real.
     for pretend in (True, False):
         mode: Any = (
             FakeTensorMode(allow_non_fake_inputs=True) if pretend else contextlib.nullcontext()
@@ -95,7 +95,7 @@ def simulate(
             with mode:
                 where = device if pretend else "meta"
                 return _run(make, like, grad_dtype, where, categorise, block)
-        except Exception as error:  # of anyone's optimizer: anything can go wrong
+        except Exception as error:  # third-party optimizers can raise anything
             first = (str(error).strip().splitlines() or [""])[0]
             reasons.append(f"{type(error).__name__}: {first}")
     raise CannotSimulateError(reasons[-1])
@@ -115,7 +115,7 @@ def _run(
     with torch.compiler.set_stance("force_eager"):
         for _ in range(STEPS):
             with Ledger() as ledger:
-                # What is there already must not be counted when an operation returns it.
+                # Existing storages must not be counted as new if an operation returns them.
                 for tensor in (*params, *(p.grad for p in params if p.grad is not None)):
                     ledger.enter(tensor)
                 for tensor in plain_tensors([dict(s) for s in optimizer.state.values()]):

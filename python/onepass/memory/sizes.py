@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Parsing and formatting of memory sizes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ACCEPTED = "a number with B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, T
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "24GB" (10^9 bytes each) or "512MiB" (2^20); at least one.
+    """Bytes of a size such as "24GB" (1 GB is 10^9 bytes) or "512MiB" (1 MiB is 2^20 bytes).
 
     Raises:
-        ValueError: it is none; says what is.
+        ValueError: the text is not a size, or the size is below 1 byte.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].upper() or "B") if match else None
@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
 
 
 def show(count: float) -> str:
-    """Bytes for a person, in powers of 1000: three digits at least."""
+    """Formats a number of bytes with a unit (powers of 1000) and at least three digits."""
     for power, letter in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
         if abs(count) >= 0.9995 * 1000**power:
             value = count / 1000**power

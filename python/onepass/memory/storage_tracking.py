@@ -1,4 +1,4 @@
-"""Counts the storages of tensors as they come and go, whatever makes them."""
+"""Tracks the creation and destruction of tensor storages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_iter
 
 @dataclass
 class Entry:
-    """A storage.
+    """A tracked storage.
 
     Attributes:
-        nbytes: of it.
-        device: its type.
-        born, died: seconds after the start; None while it lives.
-        kinds: what it was found to be.
+        nbytes: the size in bytes.
+        device: the device type.
+        born, died: times of creation and destruction, in seconds after the start of tracking;
+            ``died`` is None while the storage exists.
+        kinds: all categories under which the storage was entered.
     """
 
     nbytes: int
@@ -32,8 +33,11 @@ class Entry:
 
 
 def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a value that has a storage of its own: in containers, in subclasses of
-    wrappers, and in the attributes of objects that are neither."""
+    """Yields every tensor with its own storage in a value.
+
+    The search covers containers, the inner tensors of wrapper subclasses, and the attributes of
+    other objects.
+    """
     for leaf in tree_iter(value):
         if isinstance(leaf, torch.Tensor):
             if is_traceable_wrapper_subclass(leaf):
@@ -46,13 +50,13 @@ def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is active, every storage that an operation returns is entered.
+    """A dispatch mode that records every storage returned by an operation while it is active.
 
-    Storages are followed by weak references, so that nothing is kept alive. What a kernel allocates
-    and frees within one operation is not seen.
+    Weak references track the storages, so the ledger keeps no storage alive. Memory that a kernel
+    allocates and frees within one operation is not recorded.
 
     Args:
-        ignored: types of devices whose storages are left out.
+        ignored: device types whose storages are not recorded.
     """
 
     def __init__(self, ignored: Iterable[str] = ()) -> None:
@@ -72,7 +76,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def enter(self, tensor: torch.Tensor, kind: str = "") -> None:
-        """Enters the storages under a tensor, and says what they are."""
+        """Records the storages of a tensor; adds ``kind``, if not empty, to their categories."""
         for part in plain_tensors(tensor):
             if part.device.type in self._ignored or part.layout != torch.strided:
                 continue
@@ -98,5 +102,5 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def now(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since the ledger was created."""
         return time.perf_counter() - self._start

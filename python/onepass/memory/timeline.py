@@ -1,4 +1,4 @@
-"""``onepass.memory.track``: a timeline of what any training code holds, by category."""
+"""``onepass.memory.track``: a timeline of the memory of any training code, by category."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _TITLES = {
 
 @dataclass
 class Timeline:
-    """What was held, at every change.
+    """The bytes in use after every allocation and deallocation.
 
     Attributes:
-        seconds: since the start, ascending.
-        bytes: category -> bytes from each of these moments on.
-        marks: (seconds, word), of the steps of optimizers and of what :meth:`mark` was called with.
+        seconds: times of changes, in seconds since the start, ascending.
+        bytes: category -> bytes from each of these times on.
+        marks: (seconds, label) pairs for optimizer steps and for calls of :meth:`mark`.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -42,37 +42,41 @@ class Timeline:
 
     @property
     def total(self) -> list[int]:
-        """Bytes of all categories, from each moment on."""
+        """Bytes of all categories together, from each time in ``seconds`` on."""
         return [sum(column) for column in zip(*self.bytes.values(), strict=True)]
 
     @property
     def peak(self) -> int:
-        """The most bytes that were held at once."""
+        """The maximum number of bytes in use at one time."""
         return max(self.total, default=0)
 
     def at_peak(self) -> dict[str, int]:
-        """Category -> bytes, when all of them together were most."""
+        """Category -> bytes at the time of the peak."""
         total = self.total
         moment = total.index(max(total)) if total else 0
         return {c: values[moment] if values else 0 for c, values in self.bytes.items()}
 
     def mark(self, word: str) -> None:
-        """Names this moment; only while it is tracked."""
+        """Adds a label at the current time.
+
+        Raises:
+            RuntimeError: the tracking block has ended.
+        """
         if self._ledger is None:
             raise RuntimeError("mark: tracking has ended")
         self.marks.append((self._ledger.now, word))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All fields as plain values for JSON."""
         return {"seconds": self.seconds, "bytes": self.bytes, "marks": self.marks}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as JSON."""
+        """Writes the timeline as JSON."""
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.as_dict(), file)
 
     def plot(self, path: str | os.PathLike[str], title: str = "") -> None:
-        """Draws it, stacked, as PNG or whatever else the name ends in.
+        """Draws a stacked plot; the suffix of ``path`` selects the format, such as PNG.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -105,7 +109,7 @@ def track(
     model: torch.nn.Module | Iterable[torch.Tensor],
     *optimizers: torch.optim.Optimizer,
 ) -> Iterator[Timeline]:
-    """Follows every tensor that the code within makes, until it is freed.
+    """Tracks every tensor that the code in the block creates, until the tensor is freed.
 
     ::
 
@@ -116,19 +120,20 @@ def track(
                 optimizer.zero_grad()
         timeline.plot("memory.png")
 
-    Weights are the tensors of the model; gradients what accumulates in ``.grad``; states what is in
-    ``optimizer.state`` after a step; activations what autograd saves for the backward pass; all
-    else is temporary. Storages count, each once, on any device. What a kernel allocates and frees
-    within one operation is not seen, nor what other threads than autograd's make.
+    Weights are the tensors of the model, gradients are the tensors in ``.grad``, states are the
+    tensors in ``optimizer.state`` after a step, and activations are the tensors that autograd saves
+    for the backward pass. All other tensors are temporary. Each storage on any device is counted
+    once. Memory that a kernel allocates and frees within one operation is not counted, and neither
+    are tensors created by threads other than the current thread and autograd's threads.
 
-    It costs some microseconds an operation, keeps no tensor alive and changes no result.
+    Tracking costs some microseconds per operation, keeps no tensor alive and changes no result.
 
     Args:
         model: a module, or its parameters.
-        optimizers: theirs.
+        optimizers: the optimizers of these parameters.
 
     Yields:
-        The timeline; filled when the block ends, by an exception too.
+        The timeline. It is filled when the block ends, also if the block raises an exception.
     """
     timeline, ledger = Timeline(), Ledger()
     timeline._ledger = ledger
@@ -158,10 +163,10 @@ def _follow(
     weights: Iterable[torch.Tensor],
     optimizers: Iterable[torch.optim.Optimizer],
 ) -> list[Any]:
-    """Enters weights, gradients and states into the ledger, now and when they are made later.
+    """Records existing weights, gradients and states, and registers hooks that record later ones.
 
     Returns:
-        The handles of the hooks, to be removed.
+        The handles of the hooks, which the caller must remove.
     """
     handles: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Optimizers by the words of the command line: ``adamw``, ``lion8bit``, ``adamw+mx8+split8``."""
+"""onepass optimizers by their command-line names: ``adamw``, ``lion8bit``, ``adamw+mx8+split8``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ WORDS = (*STATE_FORMATS, *WEIGHT_FORMATS, *_OPTIONS, "paged=SIZE")
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer of onepass with its options.
+    """A onepass optimizer with its options.
 
     Attributes:
-        name: as it was written.
-        made: its class.
-        options: of the class.
+        name: the name as written on the command line.
+        made: the optimizer class.
+        options: keyword arguments of the class.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Variant:
 
     @property
     def states(self) -> str:
-        """The format of its states."""
+        """The format of the states."""
         return str(self.options.get("states") or self.made.default_states)
 
     @property
     def weights(self) -> str:
-        """The format of its weights."""
+        """The format of the weights."""
         return str(self.options.get("weights", "native"))
 
     @property
@@ -59,7 +59,7 @@ class Variant:
         return self.options.get("paged", self.made.default_paged) is not False
 
     def plus(self, *words: str) -> Variant:
-        """With further words."""
+        """A copy with further options, each given by its command-line word."""
         found = self
         for word in words:
             found = replace(
@@ -70,10 +70,10 @@ class Variant:
         return found
 
     def make(self, params: Any) -> optim.Optimizer:
-        """The optimizer over parameters or groups.
+        """Makes the optimizer over parameters or groups.
 
         Raises:
-            ValueError: an option that the class refuses.
+            ValueError: the class does not accept one of the options.
         """
         unknown = self.options.keys() - inspect.signature(self.made).parameters.keys()
         if unknown:
@@ -86,10 +86,11 @@ class Variant:
 
 
 def parse(text: str) -> Variant | None:
-    """The variant that a word means; None where its name is no class of the library.
+    """The variant with a command-line name; None if its first word is not a onepass class.
 
     Raises:
-        ValueError: an unknown word after a plus; says which there are.
+        ValueError: a word after a plus is unknown (the message lists the known words), or the
+            options are invalid for the class.
     """
     name, *words = text.lower().split("+")
     made = classes().get(name)
@@ -118,13 +119,13 @@ def _option(word: str, name: str) -> dict[str, Any]:
 def groups_of(
     params: Sequence[torch.nn.Parameter], kinds: Sequence[str], careful: bool
 ) -> list[torch.nn.Parameter] | Groups:
-    """Groups as an optimizer takes them; frozen parameters are in none.
+    """Parameter groups for an optimizer, without frozen parameters.
 
     Args:
-        params: of the model.
-        kinds: of each.
-        careful: as onepass.parameter_groups makes them: fp32 states for embeddings and norms, and
-            native weights where they are fp32.
+        params: the parameters of the model.
+        kinds: the kind of each parameter.
+        careful: make groups like onepass.parameter_groups, with fp32 states for embeddings and
+            norms, and the native format for fp32 weights.
     """
     trained = [(p, kind) for p, kind in zip(params, kinds, strict=True) if p.requires_grad]
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}

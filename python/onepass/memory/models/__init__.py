@@ -1,4 +1,4 @@
-"""Models as lists of shapes: well-known ones, configurations on disk, and a user's own."""
+"""Models as lists of shapes: published models, transformers configurations, user modules."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ __all__ = ["FAMILIES", "KNOWN", "Model", "Shape", "find", "known", "of_module"]
 
 
 def find(name: str) -> Model:
-    """The model that a word on the command line means.
+    """The model with a name from the command line.
 
-    One of the table; else a file or folder with a transformers configuration; else
-    ``module:factory``, called without arguments on the meta device; else an ``owner/name`` that is
-    in the cache of Hugging Face's hub.
+    The name is looked up, in this order, as a published model; as a file or folder with a
+    transformers configuration; as ``module:factory``, which is called without arguments on the meta
+    device; and as an ``owner/name`` in the Hugging Face hub cache.
 
     Raises:
-        ValueError: it is none of these, or its configuration is none; says what is accepted.
+        ValueError: no lookup succeeds, or the configuration is invalid; the message lists what is
+            accepted.
     """
     if name.lower() in KNOWN:
         return known(name.lower())
@@ -50,10 +51,10 @@ def find(name: str) -> Model:
 
 
 def of_config(path: Path, name: str) -> Model:
-    """A model by its transformers configuration.
+    """The model of a transformers configuration file.
 
     Raises:
-        ValueError: it is none, or of no known family.
+        ValueError: the file is not a transformers configuration, or its model family is unknown.
     """
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -85,16 +86,17 @@ def of_config(path: Path, name: str) -> Model:
 
 
 def of_factory(name: str) -> Model:
-    """A model by ``module:factory``, made on the meta device: its parameters take no memory.
+    """The model that ``module:factory`` makes on the meta device, where parameters take no memory.
 
     Raises:
-        ValueError: there is no such factory, it fails, or what it makes is no torch.nn.Module.
+        ValueError: there is no such factory, the factory raises an exception, or its result is not
+            a torch.nn.Module.
     """
     made = load(name)
     try:
         with torch.device("meta"):
             model = made()
-    except Exception as error:  # anyone's code
+    except Exception as error:  # user code can raise anything
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{name} makes a {type(model).__name__}, not a torch.nn.Module")
@@ -105,17 +107,17 @@ def of_factory(name: str) -> Model:
 
 
 def load(name: str) -> Callable[..., Any]:
-    """What ``module:attribute`` names; modules of the working directory are found too.
+    """Imports the callable ``module:attribute``; modules in the working directory are also found.
 
     Raises:
-        ValueError: there is none that can be called.
+        ValueError: the module cannot be imported, or the attribute is missing or not callable.
     """
     module, _, attribute = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:  # anyone's code
+    except Exception as error:  # user code can raise anything
         raise ValueError(
             f"{name}: {module!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -130,7 +132,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def _cached(name: str) -> Path | None:
-    """The configuration of ``owner/name`` in the hub's cache; the newest one there."""
+    """The newest configuration of ``owner/name`` in the hub cache; None if there is none."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     folder = cache / f"models--{name.replace('/', '--')}" / "snapshots"

@@ -1,7 +1,7 @@
-"""Families of models: a configuration in the words of transformers -> the shapes of the parameters.
+"""Model families: functions from a transformers configuration to the shapes of the parameters.
 
-Names and shapes are those of the family's state dict. A key that a configuration must have is read
-by ``config[...]``; others default to what transformers takes.
+Names and shapes are those of the family's state dict. Required keys are read with ``config[...]``;
+other keys have the defaults of transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _layer_norm(name: str, width: int) -> Iterator[Shape]:
 
 
 def gpt2(config: Config) -> Iterator[Shape]:
-    """GPT-2; its Conv1D layers are matrices, inputs first."""
+    """GPT-2. Its Conv1D weights are matrices of shape [inputs, outputs]."""
     width, layers = config["n_embd"], config["n_layer"]
     inner = config.get("n_inner") or 4 * width
     yield Shape("wte.weight", (config["vocab_size"], width), EMBEDDING)
@@ -56,7 +56,7 @@ def _decoder(
     tied: bool = False,
     head_dim: int | None = None,
 ) -> Iterator[Shape]:
-    """Decoders with gated feed-forward layers and shared key and value heads."""
+    """Decoders with gated feed-forward layers and grouped-query attention."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     shared = config.get("num_key_value_heads") or heads
@@ -97,17 +97,17 @@ def llama(config: Config) -> Iterator[Shape]:
 
 
 def qwen2(config: Config) -> Iterator[Shape]:
-    """Qwen 1.5, 2 and 2.5: biases on query, key and value."""
+    """Qwen 1.5, 2 and 2.5: biases on the query, key and value projections."""
     return _decoder(config, qkv_bias=True)
 
 
 def qwen3(config: Config) -> Iterator[Shape]:
-    """Qwen 3: norms of query and key instead."""
+    """Qwen 3: norms on query and key instead of biases."""
     return _decoder(config, head_norms=True, head_dim=128)
 
 
 def gemma(config: Config) -> Iterator[Shape]:
-    """Gemma: embeddings are tied."""
+    """Gemma: the head is tied to the embedding."""
     return _decoder(config, tied=True, head_dim=256)
 
 
@@ -120,12 +120,12 @@ _SANDWICH = (
 
 
 def gemma2(config: Config) -> Iterator[Shape]:
-    """Gemma 2: a norm before and after each half of a layer."""
+    """Gemma 2: a norm before and after attention, and before and after the feed-forward layer."""
     return _decoder(config, norms=_SANDWICH, tied=True, head_dim=256)
 
 
 def gemma3(config: Config) -> Iterator[Shape]:
-    """Gemma 3, the language model: also norms of query and key."""
+    """Gemma 3, the language model: like Gemma 2, with norms on query and key."""
     return _decoder(config, norms=_SANDWICH, head_norms=True, tied=True, head_dim=256)
 
 
@@ -143,7 +143,7 @@ def _encoder(config: Config, attention: str, norms: tuple[str, str]) -> Iterator
 
 
 def bert(config: Config) -> Iterator[Shape]:
-    """BERT with its pooler, without a head."""
+    """BERT with the pooler, without a task head."""
     width = config["hidden_size"]
     for name, rows in (
         ("word", config["vocab_size"]),
@@ -157,7 +157,7 @@ def bert(config: Config) -> Iterator[Shape]:
 
 
 def vit(config: Config) -> Iterator[Shape]:
-    """ViT with its classifier, of 1000 classes unless ``num_labels`` says otherwise."""
+    """ViT with the classifier; 1000 classes unless the configuration defines labels."""
     width, patch, image = config["hidden_size"], config["patch_size"], config["image_size"]
     colours = config.get("num_channels", 3)
     yield Shape("embeddings.cls_token", (1, 1, width), EMBEDDING)
@@ -171,7 +171,7 @@ def vit(config: Config) -> Iterator[Shape]:
 
 
 def resnet(config: Config) -> Iterator[Shape]:
-    """ResNet with its classifier: running statistics are buffers, not parameters."""
+    """ResNet with the classifier. Running statistics are buffers, not parameters."""
     sizes, depths = config["hidden_sizes"], config["depths"]
     stem, bottleneck = config.get("embedding_size", 64), config.get("layer_type") != "basic"
 
@@ -184,7 +184,7 @@ def resnet(config: Config) -> Iterator[Shape]:
     for stage, (width, depth) in enumerate(zip(sizes, depths, strict=True)):
         for i in range(depth):
             at = f"encoder.stages.{stage}.layers.{i}"
-            # The first layer of a stage halves the image, but for the first stage's.
+            # The first layer of every stage except the first halves the image size.
             if inputs != width or (i == 0 and stage > 0):
                 yield from conv(f"{at}.shortcut", width, inputs, 1)
             inner = width // 4 if bottleneck else width

@@ -1,4 +1,4 @@
-"""Well-known models: the published configuration, the published number of parameters, and where."""
+"""Published models: configuration, number of parameters, and source."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ VISION = "https://docs.pytorch.org/vision/stable/models/generated/torchvision.mo
 
 @dataclass(frozen=True)
 class Known:
-    """A row of the table.
+    """A published model.
 
     Attributes:
-        family: see FAMILIES.
-        config: what the family's function reads.
-        parameters: as published, exactly: half the bytes of a checkpoint in 16 bits (the
-            ``total_size`` of its index), the count in its header, or torchvision's ``num_params``.
-        source: the page with both.
+        family: a key of FAMILIES.
+        config: the configuration that the family's function reads.
+        parameters: the exact published number of parameters: half the bytes of a 16-bit checkpoint
+            (``total_size`` in its index), the count in its header, or torchvision's ``num_params``.
+        source: the page with the configuration and the number of parameters.
     """
 
     family: str
@@ -185,7 +185,7 @@ KNOWN: dict[str, Known] = {
 
 
 def known(name: str) -> Model:
-    """A model of the table."""
+    """The published model with a name from KNOWN."""
     row = KNOWN[name]
     shapes = tuple(FAMILIES[row.family](row.config))
     return Model(name, shapes, row.source, row.parameters)

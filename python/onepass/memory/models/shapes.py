@@ -1,4 +1,4 @@
-"""A model as the shapes of its parameters."""
+"""A model as a list of parameter shapes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EMBEDDING, NORM, MATRIX, CONV, BIAS = "embedding", "norm", "matrix", "convolutio
 
 @dataclass(frozen=True)
 class Shape:
-    """A parameter.
+    """The shape of a parameter.
 
     Attributes:
-        name: as in the model's state dict.
-        shape: of the tensor.
+        name: the name in the model's state dict.
+        shape: the shape of the tensor.
         kind: embedding, norm, matrix, convolution or bias (any other vector).
-        trained: whether it has a gradient and states.
-        bits: of an element, where weights are packed; None for the dtype of the run.
+        trained: whether the parameter has a gradient and states.
+        bits: bits per element of packed weights; None for the dtype of the run.
     """
 
     name: str
@@ -32,18 +32,19 @@ class Shape:
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A list of parameters.
+    """A model as a list of parameters.
 
     Attributes:
-        name: as it was asked for.
-        shapes: in the order of the model; a tensor that two layers share is there once.
-        source: where its configuration and its number of parameters were published.
-        published: that number, None where there is none to compare with.
+        name: the name as requested.
+        shapes: the parameters in the order of the model; a tensor shared by two layers occurs once.
+        source: the page or file with the configuration.
+        published: the published number of parameters; None if there is none.
     """
 
     name: str
@@ -53,21 +54,21 @@ class Model:
 
     @property
     def numel(self) -> int:
-        """Elements of all parameters."""
+        """The number of elements of all parameters."""
         return sum(shape.numel for shape in self.shapes)
 
     @property
     def trained(self) -> int:
-        """Elements of those that are trained."""
+        """The number of elements of the trained parameters."""
         return sum(shape.numel for shape in self.shapes if shape.trained)
 
     @property
     def convolutional(self) -> bool:
-        """Whether most elements are in convolutions."""
+        """Whether more than half of the elements are in convolutions."""
         return 2 * sum(s.numel for s in self.shapes if s.kind == CONV) > self.numel
 
     def scaled(self, scale: float) -> Model:
-        """The same tensors with their first dimension scaled, at least 1."""
+        """A copy with the first dimension of each shape multiplied by ``scale``, but at least 1."""
         if scale == 1:
             return self
         shapes = (
@@ -77,7 +78,7 @@ class Model:
         return replace(self, name=f"{self.name} x {scale:g}", shapes=tuple(shapes), published=None)
 
     def mapped(self, shapes: Iterable[Shape]) -> Model:
-        """With other shapes."""
+        """A copy with other shapes."""
         return replace(self, shapes=tuple(shapes), published=None)
 
 
@@ -95,7 +96,7 @@ def kind_of(module: torch.nn.Module, shape: Sequence[int]) -> str:
 
 
 def of_module(module: torch.nn.Module, name: str) -> Model:
-    """A model that somebody wrote, by its parameters."""
+    """The model of a module; a shared parameter occurs once."""
     shapes: dict[Any, Shape] = {}
     for prefix, part in module.named_modules():
         for key, param in part.named_parameters(recurse=False):
