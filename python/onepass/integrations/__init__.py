@@ -1,1 +1,1 @@
-"""What onepass knows of other libraries."""
+"""Integration with other optimizer libraries."""

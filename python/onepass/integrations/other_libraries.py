@@ -1,7 +1,7 @@
-"""The optimizer classes of other libraries: which package has each, and how it is made.
+"""A table of the optimizer classes of other libraries: package, module and fixed arguments.
 
-Memory prediction (onepass/memory/peers.py) and the benchmark (onepass_tools/benchmark/peers.py) use
-this table, and add what only they need.
+Memory prediction (onepass/memory/peers.py) and the benchmark (onepass_tools/benchmark/peers.py)
+extend this table.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Library:
     module: str
 
     def unavailable(self) -> str:
-        """Why its classes cannot be used here; empty when they can."""
+        """The reason why the library cannot be used here; empty if it can."""
         return load(self.distribution, self.module)[1]
 
     @property
     def version(self) -> str | None:
-        """The installed version; None where it is not installed."""
+        """The installed version; None if the library is not installed."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -54,10 +54,10 @@ class OptimizerClass:
     """An optimizer class of another library.
 
     Attributes:
-        library: the library that has it.
-        name: of the class.
-        twin: the class of onepass with the same update, in lower case.
-        fixed: keyword arguments that every use passes.
+        library: the library that defines the class.
+        name: the name of the class.
+        twin: the name, in lower case, of the onepass class with the same update.
+        fixed: keyword arguments that are always passed.
     """
 
     library: Library
@@ -66,10 +66,10 @@ class OptimizerClass:
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def make(self, params: Iterable[torch.Tensor], **options: Any) -> Any:
-        """A new optimizer over the parameters.
+        """Makes a new optimizer over the parameters.
 
         Raises:
-            ImportError: the library is not available; says why.
+            ImportError: the library is not available; the message gives the reason.
         """
         module, why = load(self.library.distribution, self.library.module)
         if module is None:
@@ -79,19 +79,19 @@ class OptimizerClass:
 
 @cache
 def load(distribution: str, module: str) -> tuple[Any, str]:
-    """(the module, an empty string), or (None, why it could not be imported)."""
+    """Returns (the module, an empty string), or (None, the reason why the import failed)."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None, f"{distribution} is not installed"
     silenced, output = logging.root.manager.disable, io.StringIO()
     try:
-        # Some libraries report missing kernels on import.
+        # Silence missing-kernel warnings on import.
         logging.disable(logging.WARNING)
         with warnings.catch_warnings(), redirect_stderr(output), redirect_stdout(output):
             warnings.simplefilter("ignore")
             return importlib.import_module(module), ""
-    except Exception as error:  # another library may fail in any way
+    except Exception as error:  # third-party code can raise anything
         first = (str(error).splitlines() or [""])[0]
         return None, f"{distribution} does not import: {type(error).__name__}: {first}"
     finally:
@@ -124,14 +124,14 @@ def _found() -> Iterator[OptimizerClass]:
         name = ours.__name__
         if hasattr(torch.optim, name):
             yield OptimizerClass(TORCH, name, twin)
-        # The other classes are bitsandbytes' names for these, with other defaults.
+        # Onepass classes with other defaults, such as AdamW8bit, have the names of bitsandbytes.
         if ours.rule.bitsandbytes is None or ours.default_states != "fp32" or ours.default_paged:
             continue
         paged = ["Paged"] if f"paged{twin}" in classes() else []
         for prefix in ("", *paged):
             for suffix in ("", "8bit", "32bit"):
                 yield OptimizerClass(BITSANDBYTES, f"{prefix}{name}{suffix}", twin)
-    # The base of torchao's other two: the same step with fp32 states.
+    # _AdamW is the base class of the other two, with fp32 states and the same step.
     for name in ("_AdamW", "AdamW8bit", "AdamW4bit"):
         yield OptimizerClass(TORCHAO, name, "adamw")
     for name, twin in (("FlashAdamW", "adamw"), ("FlashLion", "lion"), ("FlashSGD", "sgd")):

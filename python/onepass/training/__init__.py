@@ -1,6 +1,6 @@
-"""A training loop that can be read in one sitting, and its parts: groups, schedules, loaders.
+"""A short, readable training loop and its parts: parameter groups, schedules and data loaders.
 
-``import onepass.training`` brings them; nothing in onepass needs them.
+``import onepass.training`` loads this package; no other part of onepass depends on it.
 """
 
 from .data import loader

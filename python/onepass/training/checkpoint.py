@@ -1,4 +1,4 @@
-"""Checkpoint files: atomic writes, checks of what is read, and the state of random generators."""
+"""Checkpoint files: atomic writes, validation on load, and the states of random generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-VERSION = 1  # of what Trainer.save() writes
+VERSION = 1  # version of the files that Trainer.save() writes
 
 CONTENT: dict[str, type | tuple[type, ...]] = {
     "model": dict,
@@ -26,10 +26,10 @@ CONTENT: dict[str, type | tuple[type, ...]] = {
 
 
 def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
-    """Saves by torch.save under a temporary name beside ``path``, then renames it.
+    """Saves with torch.save to a temporary file beside ``path``, then renames the file.
 
-    Whenever the process is killed, ``path`` holds the last checkpoint or the new one, whole; what
-    is left of a temporary file is overwritten by the next.
+    If the process is killed at any time, ``path`` contains either the complete previous checkpoint
+    or the complete new one. The next save overwrites a leftover temporary file.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -41,7 +41,7 @@ def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the generators of Python, NumPy and torch, as torch.load takes them unpickled."""
+    """The RNG states of Python, NumPy and torch, in types that weights_only=True can load."""
     legacy: Any = np.random.get_state()  # noqa: NPY002
     algorithm, keys, *rest = legacy
     return {
@@ -53,7 +53,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what :func:`rng_state` took; GPUs by their number, those that are here."""
+    """Restores the states from :func:`rng_state`; states of GPUs that do not exist are ignored."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
@@ -62,7 +62,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def loader_generators(loader: Any) -> list[torch.Generator]:
-    """The generators of its own that a DataLoader, its sampler or its batch sampler has."""
+    """The generators that belong to a DataLoader, its sampler or its batch sampler."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = [getattr(owner, "sampler", None) for owner in (loader, batch_sampler)]
     owners = (loader, batch_sampler, *samplers)
@@ -71,17 +71,17 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
 
 
 def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[str, Any]:
-    """The content of a file that Trainer.save() wrote, its tensors on ``device``.
+    """Reads a file written by Trainer.save(), with its tensors on ``device``.
 
     Raises:
-        ValueError: a file of anything else, a damaged one, or one of another version.
-        FileNotFoundError: there is no such file.
+        ValueError: the file is not such a file, is damaged, or has another version.
+        FileNotFoundError: the file does not exist.
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
     except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
         raise
-    # A file of arbitrary bytes makes torch.load raise almost any exception.
+    # torch.load can raise almost any exception for a file of arbitrary bytes.
     except Exception as error:
         # torch's message may advise weights_only=False, which runs code from the file.
         raise ValueError(
@@ -108,9 +108,9 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[
 def check_checkpoint(
     model: torch.nn.Module, scheduler: Any, scaler: Any, saved: dict[str, Any], path: object
 ) -> None:
-    """Raises ValueError, before anything is changed, unless a checkpoint is of these objects.
+    """Raises ValueError unless a checkpoint matches these objects. Changes nothing.
 
-    The optimizer's own load_state_dict checks its part.
+    The load_state_dict of the optimizer checks the optimizer's part.
     """
     check_fits(model, saved["model"], path)
     ours, theirs = _schedule_keys(scheduler.state_dict()), _schedule_keys(saved["scheduler"])
@@ -127,13 +127,13 @@ def check_checkpoint(
 
 
 def _schedule_keys(state: dict[str, Any]) -> tuple[Any, ...]:
-    """The keys of a scheduler's state, and those of the schedulers inside it."""
+    """The keys of a scheduler's state, including the states of nested schedulers."""
     inner = state.get("_schedulers") or ()
     return tuple(sorted(state)), *map(_schedule_keys, inner)
 
 
 def check_fits(model: torch.nn.Module, saved: dict[str, torch.Tensor], path: object) -> None:
-    """Raises ValueError, before anything is changed, if weights are of another model."""
+    """Raises ValueError if the weights are from another model. Changes nothing."""
     ours = {name: tuple(value.shape) for name, value in _tensors(model.state_dict())}
     theirs = {name: tuple(value.shape) for name, value in _tensors(saved)}
     for name in [*ours, *theirs]:

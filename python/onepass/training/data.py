@@ -1,4 +1,4 @@
-"""Batch, mini-batch and stochastic gradient descent: how many samples a step sees."""
+"""Data loaders for batch, mini-batch and stochastic gradient descent."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .validation import check_count
 def loader(
     dataset: Dataset[Any], batch_size: int | None = 32, *, seed: int = 0, **options: Any
 ) -> DataLoader[Any]:
-    """A loader whose batch size makes gradient descent what the textbooks distinguish.
+    """A data loader. The batch size selects the textbook variant of gradient descent.
 
     ============  ============================  ===============================================
-    batch_size    its name                      the gradient of a step
+    batch_size    variant                       the gradient of a step
     ============  ============================  ===============================================
     ``None``      batch gradient descent        exact, over all samples; one step per epoch
     ``1``         stochastic gradient descent   of one sample; as many steps as samples
     anything else mini-batch gradient descent   of a few; its noise falls as 1 / sqrt(batch_size)
     ============  ============================  ===============================================
 
-    Samples are reshuffled in every epoch, but for batch gradient descent, where the order is of no
-    account.
+    Samples are reshuffled in every epoch, except for batch gradient descent, where the order does
+    not matter.
 
     Args:
-        dataset: of known length.
-        batch_size: samples per step.
-        seed: of the order, which depends on nothing else.
-        options: of torch.utils.data.DataLoader.
+        dataset: a dataset with a length.
+        batch_size: samples per step; None for all samples.
+        seed: the seed of the sample order; the order depends on nothing else.
+        options: further keyword arguments of torch.utils.data.DataLoader.
 
     Raises:
-        ValueError: an empty dataset, or a batch size below 1.
-        TypeError: a batch size or seed that is not an integer.
+        ValueError: the dataset is empty, or the batch size is below 1.
+        TypeError: the batch size or the seed is not an integer.
     """
     count = len(dataset)  # type: ignore[arg-type]
     if not count:

@@ -1,4 +1,4 @@
-"""Which parameters are decayed."""
+"""Parameter groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ def decay_groups(
     no_decay: Selection = NORMS,
     fp32_states: Selection | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups with decay on weights, and none on biases and norms; for any optimizer.
+    """Parameter groups for any optimizer, with weight decay on weights but not on biases and norms.
 
-    Not decayed are the parameters of the modules that ``no_decay`` selects, whatever their name and
-    shape; every parameter of fewer than two dimensions (biases, and the scales of norms that are no
-    module of torch's); and those that their module calls ``bias``, ``bias_*`` or ``*_bias``.
+    Three kinds of parameters are not decayed: all parameters of the modules that ``no_decay``
+    selects; parameters with fewer than two dimensions (biases, and the scales of custom norms); and
+    parameters that their module names ``bias``, ``bias_*`` or ``*_bias``.
 
     Args:
-        model: parameters that require no gradient are left out; a tied one is in one group, once,
-            and not decayed if one of the modules that share it is selected.
-        weight_decay: of the first group.
-        no_decay: types of modules (their subclasses too) and names, as ``keep`` of
-            :func:`onepass.cast_model`; add your own: ``(*onepass.NORMS, MyNorm, "head.scale")``.
-        fp32_states: None, or as that of :func:`onepass.parameter_groups`, whose groups are split
-            here then.
+        model: the model. Parameters that require no gradient are left out. A tied parameter occurs
+            once, and is not decayed if ``no_decay`` selects one of the modules that share it.
+        weight_decay: the weight decay of the groups with decay.
+        no_decay: module types (including subclasses) and names, like ``keep`` of
+            :func:`onepass.cast_model`. To add to the default:
+            ``(*onepass.NORMS, MyNorm, "head.scale")``.
+        fp32_states: None, or the ``fp32_states`` argument of :func:`onepass.parameter_groups`; the
+            groups of that function are then split by weight decay.
 
     Returns:
-        Groups as torch.optim takes them, those with decay first; empty ones are left out. Without
-        ``fp32_states`` there are at most two, and torch's optimizers take them too.
+        Parameter groups in the form of torch.optim, those with decay first, without empty groups.
+        Without ``fp32_states`` there are at most two groups, which torch.optim accepts too.
 
     Raises:
-        ValueError: a name that the model does not have; a model in which nothing requires a
-            gradient; a weight decay that is not a number of at least 0.
+        ValueError: the model does not have a given name, no parameter requires a gradient, or the
+            weight decay is not a number of at least 0.
     """
     check_number("weight_decay", weight_decay)
     _, selected = select(model, no_decay, "no_decay")

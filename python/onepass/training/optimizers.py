@@ -1,4 +1,4 @@
-"""Optimizers by name or class, with the settings that a training run usually wants."""
+"""Optimizers by name or class, with common settings for training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
 
 
 def optimizer_class(optimizer_type: str | type[optim.Optimizer]) -> type[optim.Optimizer]:
-    """The class for a key of :data:`OPTIMIZERS`, or a subclass of onepass.Optimizer as it is.
+    """The class for a key of :data:`OPTIMIZERS`; a subclass of onepass.Optimizer is returned as is.
 
     Raises:
-        ValueError: an unknown name, which lists the known ones.
-        TypeError: another class. Those of torch.optim lack max_grad_norm and skip_nonfinite; the
-            message names onepass's class of the same name.
+        ValueError: the name is unknown; the message lists the known names.
+        TypeError: the class is not a subclass of onepass.Optimizer. The classes of torch.optim lack
+            max_grad_norm and skip_nonfinite; for these the message names the onepass class.
     """
     if isinstance(optimizer_type, type):
         if issubclass(optimizer_type, optim.Optimizer) and optimizer_type is not optim.Optimizer:
@@ -39,9 +39,9 @@ def optimizer_class(optimizer_type: str | type[optim.Optimizer]) -> type[optim.O
 
 
 def presets(optimizer_type: str | type[optim.Optimizer]) -> dict[str, Any]:
-    """Options that differ from the class's own defaults.
+    """Options that replace the defaults of the class.
 
-    AdamW's second moment is the shorter one of language models (Brown et al. 2020, GPT-3).
+    AdamW has the smaller beta2 that is common for language models (Brown et al. 2020, GPT-3).
     """
     if issubclass(optimizer_class(optimizer_type), optim.AdamW):
         return {"betas": (0.9, 0.95)}
@@ -55,19 +55,21 @@ def presets(optimizer_type: str | type[optim.Optimizer]) -> dict[str, Any]:
 def make_optimizer(
     optimizer_type: str | type[optim.Optimizer], params: Any, lr: float, **options: Any
 ) -> optim.Optimizer:
-    """The optimizer of that name or class.
+    """Makes an optimizer by name or class.
 
     Args:
-        optimizer_type: a key of :data:`OPTIMIZERS`: a class of onepass in lower case,
-            ``"momentum"`` (SGD with momentum 0.9) or ``"nesterov"``; or a class: ``onepass.AdamW``.
-            Formats are options: ``states="mx8"``.
-        params: parameters or groups, as the classes take them.
-        lr: learning rate.
-        options: of the class; they override the presets, which are betas (0.9, 0.95) for AdamW.
+        optimizer_type: a key of :data:`OPTIMIZERS`, which is the name of a onepass class in lower
+            case, ``"momentum"`` (SGD with momentum 0.9) or ``"nesterov"``; or a class such as
+            ``onepass.AdamW``.
+        params: parameters or parameter groups.
+        lr: the learning rate.
+        options: keyword arguments of the class, such as ``states="mx8"``. They override the
+            presets, which are betas (0.9, 0.95) for AdamW.
 
     Raises:
-        ValueError: an unknown name, which lists the known ones; an option out of range.
-        TypeError: an option that the class does not have; a class that is not one of onepass's.
+        ValueError: the name is unknown (the message lists the known names), or an option is out of
+            range.
+        TypeError: the class does not have one of the options, or is not a onepass class.
     """
     make = optimizer_class(optimizer_type)
     return make(params, **{"lr": lr, **presets(optimizer_type), **options})

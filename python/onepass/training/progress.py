@@ -1,4 +1,4 @@
-"""A progress bar, where there is somebody to see it."""
+"""A progress bar that is shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _NoBar:
-    """Stands for a progress bar where nobody would see it."""
+    """A progress bar that shows nothing, with the methods of tqdm that the trainer uses."""
 
     def __enter__(self) -> _NoBar:
         return self
@@ -16,14 +16,21 @@ class _NoBar:
         pass
 
     def update(self) -> None:
-        pass
+        """Does nothing."""
 
     def set_postfix_str(self, *_: Any, **__: Any) -> None:
-        pass
+        """Does nothing."""
 
 
 def progress_bar(loader: Any, epochs: int, done: int, shown: bool) -> Any:
-    """tqdm's on stderr, where that is a terminal and tqdm is installed; else nothing."""
+    """A tqdm bar if ``shown``, stderr is a terminal and tqdm is installed; else an invisible bar.
+
+    Args:
+        loader: the data loader; its length, if any, is the number of steps per epoch.
+        epochs: the number of epochs.
+        done: the number of steps already done.
+        shown: whether the caller wants a bar.
+    """
     if not shown or not sys.stderr.isatty():
         return _NoBar()
     try:

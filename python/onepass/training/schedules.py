@@ -1,4 +1,4 @@
-"""Learning rates over a run: a linear warm-up, then one of four shapes, by torch's schedulers."""
+"""Learning-rate schedules from torch's schedulers: a linear warm-up, then one of four shapes."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ def schedule(
     restart_factor: int = 2,
     decay_steps: int | None = None,
 ) -> LRScheduler:
-    r"""A scheduler to be stepped after each step of the optimizer, any optimizer.
+    r"""Makes a scheduler for any optimizer. Call its ``step`` after each step of the optimizer.
 
-    Steps count from 0. Warm-up takes :math:`\eta (k + 1) / (w + 1)` for the first w steps. Then
+    Steps k count from 0. In the first w steps, the warm-up, the learning rate is
+    :math:`\eta (k + 1) / (w + 1)`. After the warm-up it depends on ``name``:
 
-    - ``warm_restarts``: :class:`~torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`, whose first
-      period has ``restart_steps`` steps and each further one ``restart_factor`` times as many
-      (Loshchilov, Hutter, "SGDR", 2017);
+    - ``warm_restarts``: :class:`~torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`. The first
+      period has ``restart_steps`` steps, and each period is ``restart_factor`` times as long as the
+      previous one (Loshchilov, Hutter, "SGDR", 2017);
     - ``cosine``: half a cosine from :math:`\eta` down to ``final`` :math:`\eta` at ``total_steps``;
     - ``constant``: :math:`\eta`;
-    - ``wsd`` (warm-up, stable, decay): :math:`\eta`, and over the last ``decay_steps`` linearly to
-      ``final`` :math:`\eta` (Hu et al., "MiniCPM", 2024).
+    - ``wsd`` (warm-up, stable, decay): :math:`\eta`, then a linear decay to ``final``
+      :math:`\eta` over the last ``decay_steps`` steps (Hu et al., "MiniCPM", 2024).
 
-    ``cosine`` and ``wsd`` stay at their end after ``total_steps``.
+    After ``total_steps``, the rate of ``cosine`` and ``wsd`` remains at its final value.
 
     Args:
-        optimizer: its ``lr``, of each group, is :math:`\eta`, the highest of the run.
+        optimizer: the optimizer; the ``lr`` of each group is :math:`\eta`, the highest rate.
         name: one of :data:`SCHEDULES`.
-        warmup_steps: w, in steps.
-        total_steps: of the run, warm-up included; needed by ``cosine`` and ``wsd`` alone.
-        final: the lowest rate as a share of :math:`\eta`, in [0, 1]; for ``warm_restarts`` of the
-            first group's.
-        restart_steps, restart_factor: of ``warm_restarts``.
-        decay_steps: of ``wsd``; a fifth of ``total_steps`` unless given.
+        warmup_steps: w, the number of warm-up steps.
+        total_steps: the number of steps, including warm-up; only ``cosine`` and ``wsd`` need it.
+        final: the lowest rate as a fraction of :math:`\eta`, in [0, 1]; for ``warm_restarts``, as a
+            fraction of the :math:`\eta` of the first group.
+        restart_steps, restart_factor: for ``warm_restarts``, see above.
+        decay_steps: for ``wsd``, see above; a fifth of ``total_steps`` by default.
 
     Raises:
-        ValueError: an unknown name, which lists the known ones; a number out of range.
-        TypeError: a value that is not a number, or not an integer where steps are counted.
+        ValueError: the name is unknown (the message lists the names), or a number is out of range.
+        TypeError: a value is not a number, or a number of steps is not an integer.
     """
     check_name("schedule", name, SCHEDULES)
     _check_steps(name, warmup_steps, total_steps, restart_steps, restart_factor, decay_steps)
@@ -90,7 +91,7 @@ def _check_steps(
     restart_factor: int,
     decay_steps: int | None,
 ) -> None:
-    """The checks of :func:`schedule` that concern counts of steps."""
+    """Checks the step counts of :func:`schedule`."""
     check_count("warmup_steps", warmup_steps, 0)
     if total_steps is not None:
         check_count("total_steps", total_steps, 1)
@@ -106,9 +107,9 @@ def _check_steps(
 
 
 def _factor(name: str, steps: int, final: float, decay_steps: int) -> Callable[[int], float]:
-    """The share of the highest rate at a step after the warm-up.
+    """Returns a function from the step after the warm-up to the fraction of the highest rate.
 
-    torch's CosineAnnealingLR would rise again after its end.
+    CosineAnnealingLR is not used, because its rate rises again after the last step.
     """
 
     def cosine(step: int) -> float:

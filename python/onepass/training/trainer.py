@@ -1,4 +1,4 @@
-"""The training loop: read `train_step` and `fit`, the rest is set-up, saving and loading."""
+"""The training loop: `train_step` and `fit`, with set-up, saving and loading."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ GUARDS = ("raise", "skip", "off")
 
 
 class Trainer:
-    """Trains a model with an optimizer of onepass.
+    """Trains a model with a onepass optimizer.
 
     ::
 
@@ -55,37 +55,40 @@ class Trainer:
         trainer.fit(loader, epochs=3, checkpoint="run.pt", save_every=100)
 
     Attributes:
-        model, optimizer, scheduler: what it works with; change them between steps as you like.
-        losses: one per :meth:`train_step`, floats; a batch that was passed over has its NaN or inf.
-        epoch: epochs that :meth:`fit` has finished.
+        model, optimizer, scheduler: the objects in use; they may be changed between steps.
+        losses: one float per :meth:`train_step`; the entry of a skipped batch may be NaN or inf.
+        epoch: the number of epochs that :meth:`fit` has finished.
 
     Args:
-        model: already on its device; data is moved to where its first parameter is.
-        optimizer_type: a name of :data:`onepass.training.OPTIMIZERS`, or a class of onepass.
+        model: the model, already on its device. Data is moved to the device of its parameters.
+        optimizer_type: a name in :data:`onepass.training.OPTIMIZERS`, or a onepass class.
         lr: the highest learning rate of the schedule.
-        weight_decay: see :func:`decay_groups`: none on biases and norms.
-        loss: ``loss(model(data), target)``, a mean over the batch, 0-dim.
-        schedule: a name of :data:`onepass.training.SCHEDULES`.
-        warmup_steps: of linear warm-up before it.
-        schedule_options: further keywords of :func:`onepass.training.schedule`; ``total_steps``
-            for ``"cosine"`` and ``"wsd"``.
-        max_grad_norm: clipping to this global norm inside the step; None for none.
-        accumulate: a batch is cut into this many parts along its first dimension, whose gradients
-            are added up, weighted by their sizes: less memory, the gradient of the same batch.
-        amp: None, torch.bfloat16 or torch.float16: the dtype of autocast; float16 with a loss
-            scale.
-        nan_guard: what a loss or gradient that is not finite does: ``"raise"``, ``"skip"`` (the
-            batch is passed over) or ``"off"``. Either way it reaches no weight and no state. With
-            amp float16, infinite gradients are the loss scale's affair: skipped, never raised.
-        options: of the optimizer: ``betas``, ``states="mx8"``, ``weights="split8"``, ... With a
-            format, embeddings and norms keep fp32 states, as :func:`onepass.parameter_groups` has
-            it. AdamW's betas are (0.9, 0.95) unless given.
+        weight_decay: the weight decay, which is not applied to biases and norms; see
+            :func:`decay_groups`.
+        loss: a function ``loss(model(data), target)`` that returns a 0-dim mean over the batch.
+        schedule: a name in :data:`onepass.training.SCHEDULES`.
+        warmup_steps: the number of linear warm-up steps before the schedule.
+        schedule_options: further keywords of :func:`onepass.training.schedule`, such as
+            ``total_steps``, which ``"cosine"`` and ``"wsd"`` require.
+        max_grad_norm: the global norm to which the step clips gradients; None disables clipping.
+        accumulate: the number of parts into which a batch is split along its first dimension. The
+            gradients of the parts are summed with weights proportional to their sizes. The result
+            is the gradient of the whole batch, with less memory.
+        amp: the autocast dtype: None, torch.bfloat16 or torch.float16. float16 uses a loss scale.
+        nan_guard: the action if a loss or gradient is not finite: ``"raise"``, ``"skip"`` (skip the
+            batch) or ``"off"``. With ``"raise"`` and ``"skip"``, no non-finite value reaches a
+            weight or state. With amp float16, the loss scaler handles infinite gradients: the step
+            is skipped and nothing is raised.
+        options: keyword arguments of the optimizer, such as ``betas``, ``states="mx8"`` or
+            ``weights="split8"``. With a format, embeddings and norms keep fp32 states, as in
+            :func:`onepass.parameter_groups`. AdamW's betas are (0.9, 0.95) by default.
 
     Raises:
-        ValueError: an unknown name, which lists the known ones; an option out of range; a model
-            in which nothing requires a gradient, or none of whose parameters has a dtype that the
-            format ``weights`` is for.
-        TypeError: an option that the optimizer does not have; an argument of the wrong type.
+        ValueError: a name is unknown (the message lists the known names), an option is out of
+            range, no parameter requires a gradient, or no parameter has a dtype that the format
+            ``weights`` supports.
+        TypeError: the optimizer does not have one of the options, or an argument has the wrong
+            type.
     """
 
     def __init__(
@@ -133,19 +136,22 @@ class Trainer:
         self.scaler = GradScaler(self.device.type, enabled=amp == torch.float16)
         self.losses: list[float] = []
         self.epoch = 0
-        # Where fit() is: its first epoch, the batches done of this one, and what was random when
-        # this one began. None outside of it.
+        # The position of fit(): its first epoch, the number of finished batches of the current
+        # epoch, and the RNG states at the start of the current epoch. None outside of fit().
         self._position: dict[str, Any] | None = None
         self._loaded: dict[str, Any] | None = None
 
     # --- the loop ---
 
     def train_step(self, data: Any, target: Any) -> float:
-        """One step: forward, backward, clipped update, schedule. Returns the loss before it.
+        """Takes one step: forward, backward, clipped update, schedule.
+
+        Returns:
+            The loss before the update.
 
         Raises:
             FloatingPointError: a loss or gradient is not finite and ``nan_guard`` is ``"raise"``;
-                weights and states are those of before.
+                weights and states are unchanged.
         """
         if not self.model.training:
             self.model.train()
@@ -177,32 +183,32 @@ class Trainer:
         save_every: int | None = None,
         progress: bool = True,
     ) -> list[float]:
-        """Trains for ``epochs`` passes over ``loader``. Returns :attr:`losses`.
+        """Trains for ``epochs`` passes over ``loader``, and returns :attr:`losses`.
 
-        After :meth:`load` of a checkpoint that was written by a fit(), this is that fit() again: it
-        goes on with the batch after the last one saved, and ``epochs`` counts from that fit()'s
-        first. So a script that loads its checkpoint if there is one, killed at any time and
-        started again, ends in the bits of one that was not.
+        After :meth:`load` of a checkpoint that fit() wrote, this call resumes the saved fit(): it
+        continues with the batch after the last saved one, and ``epochs`` counts from the first
+        epoch of the saved fit(). A script that loads an existing checkpoint can therefore be killed
+        and restarted at any time, and ends with the same bits as an uninterrupted run.
 
-        The order of the data comes again because the epoch is begun again with what was random at
-        its beginning, and the batches done are drawn and dropped. That holds for a
-        torch.utils.data.DataLoader and for any iterable that draws from the global generators of
-        Python, NumPy and torch; ``loader.sampler.set_epoch`` is called if there is one.
+        To reproduce the order of the data, a resumed epoch restores the RNG states of its start,
+        and draws and discards the finished batches. This works for a DataLoader and any iterable
+        that uses the global generators of Python, NumPy and torch. ``loader.sampler.set_epoch`` is
+        called if it exists.
 
         Args:
-            loader: gives pairs (data, target).
-            epochs: passes over it.
+            loader: an iterable of pairs (data, target).
+            epochs: the number of passes over ``loader``.
             checkpoint: the file to save to, in an existing folder, after every epoch and every
-                ``save_every`` steps.
-            save_every: in steps; needs ``checkpoint``.
-            progress: a bar on stderr, if that is a terminal and tqdm is installed.
+                ``save_every`` steps; None to save nothing.
+            save_every: the number of steps between checkpoints; requires ``checkpoint``.
+            progress: show a bar on stderr if stderr is a terminal and tqdm is installed.
 
         Raises:
-            ValueError: an argument out of range, ``save_every`` without ``checkpoint``; the loader
-                gives no batch, or fewer than the checkpoint had done.
-            TypeError: an argument of the wrong type.
+            ValueError: an argument is out of range, ``save_every`` is given without ``checkpoint``,
+                or the loader yields no batch or fewer batches than the checkpoint had finished.
+            TypeError: an argument has the wrong type.
             FileNotFoundError: the folder of ``checkpoint`` does not exist.
-            FloatingPointError: as :meth:`train_step`; the last checkpoint stays as it is.
+            FloatingPointError: see :meth:`train_step`; the last checkpoint is not overwritten.
         """
         check_loader(loader)
         check_count("epochs", epochs, 0)
@@ -229,11 +235,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Any]) -> float:
-        """The mean loss over ``loader``, each batch counted by its size, in evaluation mode.
+        """The mean loss over ``loader`` in evaluation mode, with batches weighted by their sizes.
 
         Raises:
-            ValueError: the loader gives no batch.
-            TypeError: a loader that is not iterable.
+            ValueError: the loader yields no batch.
+            TypeError: the loader is not iterable.
         """
         check_loader(loader)
         training, total, count = self.model.training, 0.0, 0
@@ -259,7 +265,7 @@ class Trainer:
         return tree_map(move, data)
 
     def _parts(self, data: Any, target: Any) -> Iterator[tuple[Any, Any, float]]:
-        """The batch in parts, each with its share of the samples."""
+        """Yields (data, target, fraction of the samples) for each part of the batch."""
         if self.accumulate == 1:
             yield data, target, 1.0
             return
@@ -280,7 +286,7 @@ class Trainer:
         return loss
 
     def _rest_of_epoch(self, loader: Any, place: dict[str, Any]) -> Iterator[Any]:
-        """The batches of this epoch that have not been done."""
+        """Yields the unfinished batches of this epoch."""
         sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)
@@ -307,13 +313,13 @@ class Trainer:
     # --- checkpoints ---
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes model, optimizer, schedule, loss scale, losses and all that is random to ``path``.
+        """Saves model, optimizer, schedule, loss scale, losses and RNG states to ``path``.
 
-        A temporary file is written and then renamed: what was there is whole until the new one is.
+        A temporary file is written and then renamed, so ``path`` always contains a complete file.
 
         Raises:
             TypeError, ValueError: ``path`` is not the path of a file.
-            FileNotFoundError: its folder does not exist.
+            FileNotFoundError: the folder of ``path`` does not exist.
         """
         check_file("path", path)
         content = {
@@ -330,20 +336,21 @@ class Trainer:
         save_atomically(content, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Goes back to where :meth:`save` was called, in this process or another.
+        """Restores the state saved by :meth:`save`, from this process or another.
 
         Raises:
-            ValueError: ``path`` is not a file of :meth:`save`, or is of another model, another kind
-                of optimizer or schedule, a run without the loss scale that this one has, or a
-                newer version; nothing has been changed then.
+            ValueError: ``path`` was not written by :meth:`save`; or its version, model, type of
+                optimizer or schedule differs; or it lacks the loss scale that this run uses.
+                Nothing is changed.
             TypeError: ``path`` is not a path.
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         check_file("path", path)
         saved = read_checkpoint(path, self.device)
         check_checkpoint(self.model, self.scheduler, self.scaler, saved, path)
         before = {key: deepcopy(value) for key, value in self.model.state_dict().items()}
-        self.model.load_state_dict(saved["model"])  # the optimizer's companions go by the weights
+        # Load the weights first: the companions in the optimizer state depend on them.
+        self.model.load_state_dict(saved["model"])
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
         except ValueError:
@@ -367,7 +374,7 @@ def _on_host(state: Any) -> Any:
 
 
 def _check_saving(checkpoint: str | os.PathLike[str] | None, save_every: int | None) -> None:
-    """The checks of :meth:`Trainer.fit` that concern the file it saves to."""
+    """Checks the ``checkpoint`` and ``save_every`` arguments of :meth:`Trainer.fit`."""
     if checkpoint is not None:
         check_file("checkpoint", checkpoint)
     if save_every is not None:

@@ -1,4 +1,4 @@
-"""Checks of arguments; each names the argument, the value found and what is needed."""
+"""Checks of arguments. Each error names the argument, its value and the accepted values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..suggestions import did_you_mean
 
 
 def check_name(argument: str, name: object, known: Collection[str], kind: str = "") -> None:
-    """Raises ValueError unless ``name`` is one of ``known``; the message suggests the nearest.
+    """Raises ValueError unless ``name`` is one of ``known``; the message suggests similar names.
 
     Args:
         argument: the name of the argument, for the message.
         name: the value found.
         known: the accepted names.
-        kind: what else the argument accepts, for the message; empty for nothing.
+        kind: text for the message about other accepted values; may be empty.
     """
     if isinstance(name, str) and name in known:
         return
@@ -34,8 +34,8 @@ def check_count(argument: str, value: object, least: int) -> None:
     """Raises unless ``value`` is an integer of at least ``least``.
 
     Raises:
-        TypeError: a value that is no integer. True, False and 2.0 are none.
-        ValueError: an integer below ``least``.
+        TypeError: the value is not an integer; True, False and 2.0 are not integers.
+        ValueError: the integer is below ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{argument} must be an integer of at least {least}; got {value!r}")
@@ -52,20 +52,20 @@ def check_share(argument: str, value: object) -> None:
 
 
 def check_callable(argument: str, value: object, what: str) -> None:
-    """Raises TypeError unless ``value`` can be called."""
+    """Raises TypeError unless ``value`` is callable; ``what`` describes it in the message."""
     if not callable(value):
         raise TypeError(f"{argument} must be {what}; got {value!r}")
 
 
 def check_model(model: object) -> None:
-    """Raises TypeError unless ``model`` is a module."""
+    """Raises TypeError unless ``model`` is a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {model!r}")
 
 
 def check_loader(loader: object) -> None:
     """Raises TypeError unless ``loader`` is iterable."""
-    # DataLoader's own protocol: an object with __getitem__ alone is iterable too.
+    # As in DataLoader, an object that has only __getitem__ counts as iterable.
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise TypeError(f"loader must be an iterable of pairs (data, target); got {loader!r}")
 
@@ -74,8 +74,8 @@ def check_options(argument: str, options: object, known: Collection[str]) -> Non
     """Raises unless ``options`` is None or a dictionary whose keys are all in ``known``.
 
     Raises:
-        TypeError: a value that is neither None nor a dictionary.
-        ValueError: an unknown key.
+        TypeError: the value is neither None nor a dictionary.
+        ValueError: a key is unknown.
     """
     if options is None:
         return
@@ -86,11 +86,10 @@ def check_options(argument: str, options: object, known: Collection[str]) -> Non
 
 
 def check_formats(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an unknown format, or for a weight format that no trainable parameter
-    of the model can have.
+    """Raises ValueError if a format is unknown, or if no trainable parameter supports ``weights``.
 
-    The optimizer finds neither where every group has a format of its own, as the groups of
-    :func:`onepass.parameter_groups` may.
+    The optimizer does not detect these errors if every group sets its own format, as groups from
+    :func:`onepass.parameter_groups` can.
     """
     if options.get("states") is not None:
         check_choice("states", options["states"], STATE_FORMATS)
@@ -112,11 +111,11 @@ def _short(dtype: object) -> str:
 
 
 def check_file(argument: str, path: Any) -> None:
-    """Raises unless ``path`` names a file, existing or not, in an existing folder.
+    """Raises unless ``path`` is the path of an existing or new file in an existing folder.
 
     Raises:
-        TypeError: a value that is neither a string nor an os.PathLike of one.
-        ValueError: an empty path, or the path of a folder.
+        TypeError: the value is neither a string nor an os.PathLike.
+        ValueError: the path is empty, or is the path of a folder.
         FileNotFoundError: the folder of the file does not exist.
     """
     if isinstance(path, bytes) or not isinstance(path, (str, os.PathLike)):
