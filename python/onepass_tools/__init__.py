@@ -1,7 +1,7 @@
 """The command line: `onepass <command>` or `python -m onepass <command>`.
 
 Each command is a module with two functions, `add_arguments(parser)` and `run(args) -> int`. Only
-the module of the command that was asked for is imported, and it imports heavy packages in `run`.
+the module of the requested command is imported, and it imports slow packages in `run`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import NamedTuple
 from onepass.suggestions import did_you_mean
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class Command(NamedTuple):
-    """A subcommand: its name, one line of help, and the module that has it."""
+    """A subcommand: its name, one line of help, and the module that implements it."""
 
     name: str
     help: str
@@ -38,11 +38,11 @@ COMMANDS = (
 
 
 class UsageError(Exception):
-    """Something the user can put right; shown as one line on stderr, exit code 2."""
+    """A usage error; `main` prints it as one line on stderr and returns exit code 2."""
 
 
 def package_version(name: str) -> str | None:
-    """Return the installed version of a distribution, or None where it is not installed."""
+    """Return the installed version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def package_version(name: str) -> str | None:
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
-    """Parse `argv`: the arguments and 0, or None and the exit code if there is nothing to run."""
+    """Parse `argv`; return (arguments, 0), or (None, exit code) if there is no command to run."""
     parser = argparse.ArgumentParser(
         prog="onepass", description="Optimizers whose whole step is one pass over memory."
     )
@@ -58,7 +58,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
     parser.add_argument("--version", action="version", version=f"onepass {version}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", title="commands")
 
-    # No top-level option takes a value, so the first bare word is the command.
+    # Top-level options take no values, so the first word without a dash is the command.
     typed = next((word for word in argv if not word.startswith("-")), None)
     for command in COMMANDS:
         sub = subparsers.add_parser(command.name, help=command.help, description=command.help)
@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
                 f"argument command: invalid choice: {typed!r} (choose from {listed}){meant}"
             )
         args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse ends the process; a caller of main() wants a number
+    except SystemExit as stop:  # argparse exits, but main() must return a number
         return None, int(stop.code or 0)
     if args.command is None:
         parser.print_help()
@@ -85,16 +85,19 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code of the process.
 
-    `argv` is the command line without the program's name; None takes it from `sys.argv`. Codes:
-    0 done, 1 done with a result that the command calls a failure, 2 wrong usage, 130 interrupted,
-    141 the reader of the output went away.
+    Args:
+        argv: the command line without the program name; None for `sys.argv[1:]`.
+
+    Returns:
+        0 for success, 1 if the command finished and reports a failure, 2 for wrong usage, 130 after
+        an interrupt, 141 if the reader closed the output pipe.
     """
     try:
         args, code = _parse(sys.argv[1:] if argv is None else argv)
         if args is not None:
             module = next(command.module for command in COMMANDS if command.name == args.command)
             code = int(importlib.import_module(module).run(args))
-        # What is still buffered would otherwise meet a closed pipe after main() has returned.
+        # Flush here, so that a closed pipe raises BrokenPipeError inside this try block.
         sys.stdout.flush()
     except UsageError as error:
         print(f"onepass: {error}", file=sys.stderr)
@@ -103,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         print("onepass: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more as it exits; give it somewhere to write.
+        # The interpreter flushes stdout again at exit; redirect that flush to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return code

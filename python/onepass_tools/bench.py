@@ -1,4 +1,4 @@
-"""`onepass bench`: one optimizer step on this machine, beside other libraries and beside a copy."""
+"""`onepass bench`: time one optimizer step, other libraries, and a memory copy of equal bytes."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 0 done, 1 where a step of onepass is wrong.
+    """Measure and print; return 0, or 1 if a step of onepass has a wrong result.
 
-    Raises UsageError for what cannot be measured, before anything is.
+    Raises UsageError, before any measurement, if the case cannot be measured.
     """
     case = _case(args)
     samples = None if args.samples is None else size(args.samples, "--samples")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = find(all_providers(device.type), args.providers)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    # Other libraries print as they are imported or compiled; this output is the table alone.
+    # Other libraries print during import and compilation; stdout must contain only the table.
     with contextlib.redirect_stdout(sys.stderr):
         missing = [(p.name, why) for p in chosen if (why := p.unavailable(device.type))]
         available = [p for p in chosen if p.name not in dict(missing)]
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def size(text: str, option: str) -> int:
-    """A whole number that may have a unit: 2500, 100M, 1.5B, 1e6.
+    """Parse an integer with an optional unit: 2500, 100M, 1.5B, 1e6.
 
-    Raises UsageError for anything else, and for less than one.
+    Raises UsageError if the text is not such a number, or the number is below 1.
     """
     found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)", text.lower())
     if found is None:
@@ -140,7 +140,7 @@ def _device(name: str) -> Device:
 
 
 def _check_memory(case: Case, device: Device) -> None:
-    """Raises UsageError where not even one provider has room beside the gradients and the copy."""
+    """Raises UsageError if one optimizer, the gradients and the copy do not fit in memory."""
     from onepass_tools.benchmark.timing import memory_of
 
     free, needed = device.free(), memory_of(case, device)

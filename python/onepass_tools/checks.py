@@ -1,4 +1,4 @@
-"""What a command with pictures checks before minutes of work."""
+"""Checks that commands with plots make before minutes of work."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from onepass_tools import UsageError
 
 
 def check_extra() -> None:
-    """Raises UsageError unless the packages of the extra "cli" are there."""
+    """Raises UsageError unless the packages of the extra "cli" are installed."""
     missing = [n for n in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(n) is None]
     if missing:
         raise UsageError(f"{', '.join(missing)} not installed: pip install 'onepass[cli]'")
 
 
 def check_out(out: Path) -> None:
-    """Makes the directory; raises UsageError where nothing can be written in it."""
+    """Creates the output directory; raises UsageError if it is not writable."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -1,4 +1,4 @@
-"""The name of a device, as results and pictures give it."""
+"""The name of a device for results and plots."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from onepass.engine import libraries
 
 
 def device_name(device: torch.device) -> str:
-    """The driver's name of a GPU; the name of a processor with its threads and instruction set."""
+    """The driver's name of a GPU; or the name of the CPU, its threads and its instruction set."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:
-    """The processor, its family and model (virtual machines hide the name), threads, ISA."""
+    """The CPU name, family and model (virtual machines can hide the name), threads and ISA."""
     name, family, model = platform.processor() or platform.machine(), "", ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

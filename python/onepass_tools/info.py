@@ -1,4 +1,4 @@
-"""`onepass info`: what is installed, which backends work here, and what each of them supports."""
+"""`onepass info`: print the installed versions, the available backends and their support."""
 
 from __future__ import annotations
 

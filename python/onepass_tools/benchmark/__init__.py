@@ -1,8 +1,8 @@
-"""Measuring optimizer steps: ours beside other libraries, and beside what memory allows.
+"""Benchmark of optimizer steps: onepass, other libraries, and the memory bandwidth limit.
 
-A :class:`~onepass_tools.benchmark.cases.Case` is a rule, its formats and a parameter list;
+A :class:`~onepass_tools.benchmark.cases.Case` is a rule, its formats and a parameter list.
 :func:`~onepass_tools.benchmark.timing.run_case` checks and times every
-:class:`~onepass_tools.benchmark.provider.Provider` of it on a
-:class:`~onepass_tools.benchmark.devices.Device`. ``onepass bench`` is the command for one case; the
-repository's ``bench/`` has tables of cases and keeps their results.
+:class:`~onepass_tools.benchmark.provider.Provider` that supports the case on a
+:class:`~onepass_tools.benchmark.devices.Device`. ``onepass bench`` runs one case; ``bench/`` in the
+repository contains tables of cases and their results.
 """

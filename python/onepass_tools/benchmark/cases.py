@@ -1,4 +1,4 @@
-"""A case: rule x formats x parameter list, and the bytes that a step of it has to move."""
+"""A case: rule x formats x parameter list, and the bytes that its step must move."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .param_lists import ParamList
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Well beyond a shared last-level cache; what moves less per step may stay in it.
+# Bytes, well above the size of a last-level cache; a step that moves less may run from the cache.
 BEYOND_CACHE = 1 << 29
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,20 +38,21 @@ def group_of(rule: str) -> Mapping[str, Any]:
 
 @cache
 def state_count(rule: str) -> int:
-    """Values that a key of OPTIONS keeps per element."""
+    """The number of state values per element for a key of OPTIONS."""
     found = classes()[rule].rule
     return len(found.state_slots(found.flag_bits(group_of(rule))))
 
 
 def bytes_moved(rule: str, weight: int, extra: int, state: float) -> float:
-    """Bytes of a step per element: weight and companion read and written, gradient read, each state
-    read and written.
+    """Bytes that a step moves per element.
+
+    A step reads and writes the weight, its companion and each state, and reads the gradient.
 
     Args:
         rule: a key of OPTIONS.
         weight: bytes of a weight, and of its gradient.
-        extra: of what is kept beside a weight.
-        state: of one value of a state.
+        extra: bytes of the companion of a weight.
+        state: bytes of one state value.
     """
     return 2 * (weight + extra) + weight + state_count(rule) * 2 * state
 
@@ -60,14 +61,14 @@ def bytes_moved(rule: str, weight: int, extra: int, state: float) -> float:
 class Case:
     """One row of a benchmark; gradients have the dtype of the weights.
 
-    A provider that is there for comparison may have a dtype of its own.
+    A provider that is measured only as a comparison may use its own dtype.
 
     Attributes:
         rule: a key of OPTIONS.
-        dtype: of weights and gradients, a key of DTYPES.
-        states: format of the states.
+        dtype: the dtype of weights and gradients, a key of DTYPES.
+        states: the format of the states.
         list: the parameters.
-        weights: how weights keep their precision.
+        weights: the format of the weights.
     """
 
     rule: str
@@ -78,36 +79,38 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What --cases matches."""
+        """The name that --cases matches."""
         weights = "" if self.weights == "native" else f"-{self.weights}"
         return f"{self.rule}/{self.dtype}{weights}/states-{self.states}/{self.list.name}"
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """What tells cases apart, as in bench.results.case_key."""
+        """The tuple that identifies a case, as in bench.results.case_key."""
         return self.rule, self.dtype, self.weights, self.states, self.list.name
 
     @property
     def bytes_per_element(self) -> float:
-        """Of the formula, :func:`bytes_moved`."""
+        """Bytes per element of a step, by :func:`bytes_moved`."""
         dtype = DTYPES[self.dtype]
         extra = WEIGHT_FORMATS[self.weights].bytes(dtype)
         return bytes_moved(self.rule, dtype.itemsize, extra, STATE_FORMATS[self.states].bytes)
 
     @property
     def bytes(self) -> int:
-        """Bytes that a step has to move, but for the step counters, the tables, and what the last
-        block of a tensor has more than its share of a scale."""
+        """Bytes that a step must move.
+
+        Step counters, tables and the partial last block of a tensor are not included.
+        """
         return round(self.list.numel * self.bytes_per_element)
 
     @property
     def beyond_cache(self) -> bool:
-        """Whether a step finds nothing of the one before in a cache."""
+        """Whether a step moves too many bytes to reuse cached data of the previous step."""
         return self.bytes >= BEYOND_CACHE
 
     @property
     def samples(self) -> int:
-        """How many steps are timed unless the user says otherwise."""
+        """The default number of timed steps."""
         if self.beyond_cache:
             return 15
         return 20 if len(self.list.shapes) > 5000 else 60

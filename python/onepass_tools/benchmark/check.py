@@ -1,7 +1,7 @@
-"""Whether a provider's step is right: two steps against the specification of its rule, in float64.
+"""Checks two steps of a provider against the float64 specification of the rule.
 
-The specification is the rule's own ``derive`` and ``update`` (onepass/rules). tests/test_oracle.py
-compares it with formulas that are written independently of it, and those with torch.optim.
+The specification is ``derive`` and ``update`` of the rule (onepass/rules). tests/test_oracle.py
+compares the specification with independently written formulas, and these with torch.optim.
 """
 
 from __future__ import annotations
@@ -48,14 +48,18 @@ the centre of the lower half of the lowest decade, 1e-7 to 1e-6."""
 def exact_step(
     rule: str, weights: Tensor, grad: Tensor, number: int, states: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """(weights, states) after a step of the specification, in float64.
+    """Takes a step of the specification in float64.
 
     Args:
         rule: a key of OPTIONS.
         weights: float64; not changed.
-        grad: likewise.
-        number: of the step, from 1.
-        states: likewise, in the order of the rule's slots that these options have.
+        grad: float64; not changed.
+        number: the number of the step, counted from 1.
+        states: float64; not changed. One tensor for each state that exists with the options of the
+            rule, in the order of the rule's slots.
+
+    Returns:
+        (weights, states) after the step.
     """
     found, group = classes()[rule].rule, group_of(rule)
     bits, options = found.flag_bits(group), found.options(group)
@@ -67,9 +71,9 @@ def exact_step(
     arrays: list[Any] = [None] * len(found.slots)
     for slot, state in zip(slots, states, strict=True):
         arrays[slot] = state.cpu().numpy()
-    # update is typed for fp32 arrays; it computes in the dtype of those it is given.
+    # update is annotated for fp32 arrays, but computes in the dtype of its arguments.
     update: Any = found.update
-    with np.errstate(all="ignore"):  # the bounds below have infinite moments
+    with np.errstate(all="ignore"):  # the bounds below use infinite moments
         after, arrays = update(
             weights.cpu().numpy(), grad.cpu().numpy(), arrays, scalars, found.flag_names(bits)
         )
@@ -78,17 +82,18 @@ def exact_step(
 
 
 def initial_states(rule: str, like: Tensor) -> list[Tensor]:
-    """The states before the first step, see :func:`exact_step`."""
+    """The states before the first step, in the form that :func:`exact_step` takes."""
     found, group = classes()[rule].rule, group_of(rule)
     keys = [key for _, key in found.state_slots(found.flag_bits(group))]
     return [torch.full_like(like, found.initial_value(key, group)) for key in keys]
 
 
 def sample(tensors: Sequence[Tensor]) -> Tensor:
-    """Elements of all tensors as one float64 vector: the same positions at every call.
+    """A sample of the elements of all tensors as one float64 vector, at fixed positions.
 
-    Every element when there are few; else each k-th one, k odd so that all lanes of a vector come
-    up, and the last 64 of each tensor, which are the remainder of a vector loop.
+    The sample contains all elements if there are at most about SAMPLED. Otherwise it contains every
+    k-th element, with odd k so that all SIMD lanes occur, and the last 64 elements of each tensor,
+    which the remainder of a vectorized loop computes.
     """
     k = max(1, sum(t.numel() for t in tensors) // SAMPLED) | 1
     parts = []
@@ -101,7 +106,7 @@ def sample(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _largest(tensors: Sequence[Tensor], block: int) -> Tensor:
-    """Beside each sampled element, the largest magnitude of its block."""
+    """For each sampled element, the largest magnitude in the block of the element."""
     parts = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1).abs()
@@ -111,9 +116,9 @@ def _largest(tensors: Sequence[Tensor], block: int) -> Tensor:
 
 
 def _neighbours(unit: Tensor) -> tuple[Tensor, Tensor]:
-    """The two values of dynamic8's signed map around magnitudes in [0, 1].
+    """The values of dynamic8's signed map just below and just above magnitudes in [0, 1].
 
-    The k-th of its seven decades, 10^(k - 7) to 10^(k - 6), has the centres of 2^k equal parts.
+    In decade k of seven, 10^(k - 7) to 10^(k - 6), the map has the centres of 2^k equal parts.
     """
     values = [0.0, 1.0]
     for k in range(7):
@@ -124,13 +129,14 @@ def _neighbours(unit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Expected:
-    """What the sampled weights are after two steps, in float64.
+    """The expected values of the sampled weights after two steps, in float64.
 
     Attributes:
-        after: with exact states.
-        low, high: what they may be before any rounding is allowed for: after, but for the elements
-            that are lost.
-        lost: those that are too small in their block for its codes; None without codes in blocks.
+        after: the weights with exact states.
+        low, high: bounds on the weights without rounding. They equal ``after`` except for the
+            elements in ``lost``.
+        lost: a mask of the elements that are too small in their block for the codes of the format;
+            None if the states have no blocks.
     """
 
     def __init__(self, case: Case, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -155,18 +161,21 @@ class Expected:
     def _bounds(
         self, states: list[Tensor], grad: Tensor, largest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(which second moments dynamic8 has no value for, lowest weight, highest weight): after
-        AdamW's second step.
+        """Bounds on the weights after the second step of AdamW with dynamic8 states.
 
-        A second moment below half of the lowest value of its block is zero to whoever rounds to
-        nearest, or the lowest code to whoever keeps it from that: the second step is anything from
-        none to the one that has its own gradient alone to divide by. The first moment is small in
-        its block too, and may have either of the two values next to it.
+        A second moment below half of the lowest value of its block becomes zero if it is rounded to
+        nearest, or the lowest code in implementations that prevent zeros. The second step can
+        therefore have any size from zero up to the step whose denominator comes only from the
+        element's own second gradient. The first moment is also small in its block, and can be
+        rounded to either of the two adjacent values.
 
         Args:
             states: the moments after the first step.
-            grad: of the second step.
-            largest: magnitude of the first gradient in the block of each element.
+            grad: the gradient of the second step.
+            largest: the largest magnitude of the first gradient in the block of each element.
+
+        Returns:
+            (mask of second moments that dynamic8 cannot represent, lowest weight, highest weight).
         """
         beta1, beta2 = OPTIONS["adamw"]["betas"]
         lost = states[1] < LOWEST / 2 * (1 - beta2) * largest**2
@@ -186,10 +195,13 @@ class Expected:
     def _bounds_mx8(
         self, states: list[Tensor], grad: Tensor, largest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(which first moments are small in their block, lowest weight, highest weight): after
-        AdamW's second step, from either end of what the codes may make of each moment.
+        """Bounds on the weights after the second step of AdamW with mx8 states.
 
-        Args: as :meth:`_bounds`.
+        The bounds combine the lowest and highest value to which each moment can be rounded. The
+        arguments are those of :meth:`_bounds`.
+
+        Returns:
+            (mask of first moments that are small in their block, lowest weight, highest weight).
         """
         beta1, beta2 = OPTIONS["adamw"]["betas"]
         first, second = states
@@ -213,17 +225,21 @@ class Expected:
         slack: float,
         other_codes: bool = False,
     ) -> str:
-        """Takes the two steps and says what is wrong with them; empty when nothing is.
+        """Takes two steps and compares the weights with the expected values.
 
-        The limit is 2 eps of the weights' dtype per step, at the size of the weight and of its way:
-        half an eps is the rounding of the weight, the rest that of the moments and of the update.
+        The allowed error per step is 2 eps of the weights' dtype, relative to the magnitude of the
+        weight plus the distance that it has moved. Half an eps is the rounding of the weight; the
+        rest is the rounding of the moments and of the update.
 
         Args:
-            step: takes a step on the weights, whose gradients are grads.
-            weights: as they were given to the constructor; changed.
-            grads: likewise; scaled for the second step and scaled back.
-            slack: allowed on top, as a fraction of the update.
-            other_codes: the states are in codes that are not the case's.
+            step: a function that takes a step on the weights with the gradients ``grads``.
+            weights: the weights, with the values given to the constructor; changed.
+            grads: the gradients given to the constructor; scaled for step 2, then restored.
+            slack: an additional allowed error, as a fraction of the update.
+            other_codes: whether the states use other codes than the case.
+
+        Returns:
+            A description of the error; empty if the weights are correct.
         """
         step()
         torch._foreach_mul_(list(grads), SECOND)
@@ -232,14 +248,14 @@ class Expected:
         found = sample(weights)
         eps = torch.finfo(DTYPES[self.case.dtype]).eps
         unit = eps * (self.before.abs() + self.path)
-        # A weight that is rounded stochastically may be a whole spacing off.
+        # Stochastic rounding can move a weight by a whole spacing instead of half.
         rounding = 4.0 if self.case.weights == "stochastic" else 2.0
         coarse = torch.full_like(unit, COARSE.get(self.case.states, 0.0))
         if self.lost is not None and self.case.states == "dynamic8":
-            coarse[self.lost] = 0.0  # low and high have it already
+            coarse[self.lost] = 0.0  # low and high already include this error
         limit = rounding * STEPS * unit + (slack + coarse) * self.path
         off = torch.maximum(self.low - found, found - self.high)
-        wrong = ~(off <= limit)  # catches NaN too
+        wrong = ~(off <= limit)  # also true for NaN
         if int(wrong.sum()) <= (OTHER_CODES * len(found) if other_codes else 0):
             return ""
         i = int(torch.argmax((off / limit).nan_to_num(float("inf"))))
@@ -250,7 +266,7 @@ class Expected:
         )
 
     def note(self) -> str:
-        """Of how many elements less is required, and why; empty when of none."""
+        """The number of elements for which the check is relaxed, and the reason; empty if none."""
         if self.lost is None:
             return ""
         count = int(self.lost.sum())

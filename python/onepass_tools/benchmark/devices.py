@@ -1,4 +1,4 @@
-"""What is different between devices: how a step is timed, its host time, and its memory."""
+"""Device-specific measurements: step time, host time and memory."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LONGEST_BACKLOG = 0.5
 
 
 class Device:
-    """A processor, timed by its clock on the wall.
+    """A CPU, timed by wall-clock time.
 
     Attributes:
-        type: torch's name of it.
-        limits: what memory allows, measured beside the providers (timing.py says how).
-        smallest_copy: bytes of a limit at least.
-        largest_copy: at most, so that it fits beside all providers.
-        host_apart: whether the time of a step and the time that it keeps the host are two things.
+        type: the torch device type.
+        limits: the memory-bandwidth limits that are measured with the providers; see timing.py.
+        smallest_copy: the minimum number of bytes that a limit moves.
+        largest_copy: the maximum number of bytes, so that the buffers fit beside all providers.
+        host_apart: whether the time of a step and the host time of a step differ.
     """
 
     type = "cpu"
@@ -48,30 +48,30 @@ class Device:
     host_apart = False
 
     def unavailable(self) -> str:
-        """Why there is none here; empty when there is."""
+        """The reason why the device is not available here; empty if it is."""
         return ""
 
     @property
     def name(self) -> str:
-        """As in the results: only lines of one name are compared."""
+        """The device name in the results; only results with equal names are compared."""
         return device_name(torch.device(self.type))
 
     @property
     def driver(self) -> str | None:
-        """The version of its driver, where it has one."""
+        """The driver version; None for a CPU."""
         return None
 
     @property
     def clock_mhz(self) -> int | None:
-        """The clock that it runs at now, where it tells."""
+        """The current clock in MHz; None if unknown."""
         return None
 
     def prepare(self, step: Step, host_us: float | None, warm: bool) -> None:
-        """What comes before a sample, untimed.
+        """Prepares the device before a sample; not timed.
 
-        Steps for REWARM seconds, at least one, where a step's memory fits in a cache. In a loop of
-        one optimizer's steps its tables are in a cache and torch's threads awake. Here the provider
-        before it has evicted the tables and let the threads go to sleep.
+        If the memory of a step fits in a cache (``warm``), this takes at least one step, for REWARM
+        seconds. In a training loop, the tables of the optimizer are cached and torch's threads are
+        awake. Here, the previous provider has evicted the tables and the threads are asleep.
         """
         if not warm:
             return
@@ -81,25 +81,25 @@ class Device:
             step()
 
     def time(self, step: Step) -> float:
-        """Milliseconds of one step."""
+        """The wall-clock time of one step in milliseconds."""
         start = time.perf_counter_ns()
         step()
         return (time.perf_counter_ns() - start) / 1e6
 
     def rest(self, own_threads: bool) -> None:
-        """What comes after a sample; own_threads: the step has threads besides torch's."""
+        """Waits after a sample until foreign threads sleep, if the step has its own threads."""
         if own_threads:
             time.sleep(PAUSE)
 
     def synchronize(self) -> None:
-        """Waits for what was launched."""
+        """Waits for launched work; a CPU has none."""
 
     def host_us(self, step: Step) -> float | None:
-        """Microseconds that a step keeps the host; None where that is the time of the step."""
+        """Host time of a step in microseconds; None if it equals the time of the step."""
         return None
 
     def extra_memory(self, step: Step) -> int | None:
-        """Bytes that a step needs at most beyond those in use before it; None if unknown."""
+        """Peak bytes of a step minus the bytes in use before it; None if unknown."""
         return step_growth(step, torch.device(self.type))
 
     def free(self) -> int | None:
@@ -107,7 +107,7 @@ class Device:
         return free_memory(self.type)
 
     def release(self) -> None:
-        """Gives back what the allocator keeps."""
+        """Releases cached memory of the allocator; a CPU has none."""
 
 
 class Cuda(Device):
@@ -120,29 +120,31 @@ class Cuda(Device):
     host_apart = True
 
     def unavailable(self) -> str:
-        """Why there is none here; empty when there is."""
+        """The reason why no GPU is available here; empty if one is."""
         return "" if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
 
     @property
     def driver(self) -> str | None:
-        """As nvidia-smi tells; None where it does not."""
+        """The driver version from nvidia-smi; None if unknown."""
         return _nvidia_smi("driver_version")
 
     @property
     def clock_mhz(self) -> int | None:
-        """Of the multiprocessors, as nvidia-smi tells; None where it does not."""
+        """The clock of the multiprocessors from nvidia-smi, in MHz; None if unknown."""
         told = _nvidia_smi("clocks.sm")
         return int(told) if told and told.isdigit() else None
 
     def prepare(self, step: Step, host_us: float | None, warm: bool) -> None:
-        """A backlog that lasts longer than the host needs for the step, so that between the two
-        events the device never waits for the host. A step that itself waits for the device gets
-        none of that, and is charged for the wait."""
+        """Queues a delay on the device that is longer than the host time of the step.
+
+        The device then never waits for the host between the two events. A step that synchronizes
+        with the device does not benefit from the delay, and its wait counts as step time.
+        """
         seconds = min(LONGEST_BACKLOG, 1.5e-6 * (host_us or 0.0) + 5e-4)
         torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
 
     def time(self, step: Step) -> float:
-        """Milliseconds between an event before the step and one after it."""
+        """Milliseconds between a CUDA event before the step and one after it."""
         event: Any = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
@@ -152,14 +154,14 @@ class Cuda(Device):
         return float(start.elapsed_time(end))
 
     def rest(self, own_threads: bool) -> None:
-        """Nothing: providers share the stream, and each sample has been waited for."""
+        """Does nothing: providers share one stream, and each sample has finished."""
 
     def synchronize(self) -> None:
-        """Waits for what was launched."""
+        """Waits for all launched kernels."""
         torch.cuda.synchronize()
 
     def host_us(self, step: Step) -> float | None:
-        """Microseconds that a step keeps the host, with nothing queued before it: a median."""
+        """The median host time of a step in microseconds, with an empty queue before each step."""
         spent: list[float] = []
         begin = time.perf_counter()
         while len(spent) < HOST_STEPS:
@@ -173,7 +175,7 @@ class Cuda(Device):
         return sorted(spent)[len(spent) // 2]
 
     def release(self) -> None:
-        """Gives back what the allocator keeps."""
+        """Releases the cached memory of the CUDA allocator."""
         torch.cuda.empty_cache()
 
 
@@ -181,7 +183,7 @@ DEVICES: dict[str, Device] = {"cpu": Device(), "cuda": Cuda()}
 
 
 def _nvidia_smi(field: str) -> str | None:
-    """A field of the first GPU; None where nvidia-smi does not tell."""
+    """A field of the first GPU from nvidia-smi; None if unknown."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Other libraries' optimizers, measured where they are installed."""
+"""Providers for the optimizers of other libraries, measured if they are installed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SIZED = AS_WEIGHTS | {("bf16", "fp32")}
 
 
 def _rules(library: Library, suffix: str = "") -> dict[str, Make]:
-    """The classes of a library that are named as ours with this suffix, by rule."""
+    """Rule -> the class of a library whose name is the onepass name plus a suffix."""
     return {
         peer.twin: made(peer)
         for peer in CLASSES.values()
@@ -49,7 +49,7 @@ def _rules(library: Library, suffix: str = "") -> dict[str, Make]:
 
 
 def _deepspeed_cpu(name: str) -> Make:
-    """Its states have the dtype of the weights unless it is told otherwise; only Adam can be."""
+    """A DeepSpeed CPU optimizer: states have the weights' dtype; only Adam can use fp32 instead."""
 
     def make(params: list[torch.Tensor], case: Case, device: str) -> Any:
         options: dict[str, Any] = {**OPTIONS[case.rule]}
@@ -61,7 +61,7 @@ def _deepspeed_cpu(name: str) -> Make:
 
 
 def _flash(peer: OptimizerClass) -> Make:
-    """On a GPU in its own formats; on a CPU it has none, and steps in the weights' dtype."""
+    """A FlashOptim optimizer: own formats on a GPU, the dtype of the weights on a CPU."""
 
     def make(params: list[torch.Tensor], case: Case, device: str) -> Any:
         own = case.states in BLOCKS
@@ -128,9 +128,9 @@ PEERS = [
         _rules(BITSANDBYTES, suffix="32bit"),
         formats=frozenset({("fp32", "fp32"), ("bf16", "fp32")}),
         most_tensors=ONE_EACH,
-        slack=2 * FP32_CORRECTION,  # 1.3e-4 seen on an H200, with fast powers
+        slack=2 * FP32_CORRECTION,  # fast pow() causes an error of 1.3e-4, measured on an H200
     ),
-    # Its blocks are of 256, with an fp32 scale.
+    # bitsandbytes uses blocks of 256 with an fp32 scale.
     Provider(
         "bitsandbytes-8bit",
         BITSANDBYTES,
@@ -141,7 +141,7 @@ PEERS = [
         compared=BLOCKS,
         state_bytes=1 + 4 / 256,
     ),
-    # The one of its classes that keeps fp32 states: the same step, compiled by torch.compile.
+    # torchao's only class with fp32 states; torch.compile compiles the same step.
     _torchao("torchao", "_AdamW", frozenset(), 4),
     _torchao("torchao-8bit", "AdamW8bit", ONE_BYTE, 1 + 4 / 256),
     _torchao("torchao-4bit", "AdamW4bit", HALF_BYTE, 0.5 + 4 / 128),

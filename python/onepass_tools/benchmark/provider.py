@@ -1,4 +1,4 @@
-"""A provider: the optimizers of one library, or of one backend of onepass, as they are measured."""
+"""A provider: the optimizers of one library, or of one onepass backend, in the benchmark."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ Make = Callable[[list[torch.Tensor], Case, str], Any]
 """(parameters, case, device type) -> an optimizer."""
 
 CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
-ONE_EACH = {"cpu": 1, "cuda": 300}  # a call, or several, for each tensor
-COMPILED = {"cpu": 1, "cuda": 50}  # minutes of compilation on a list of hundreds
+ONE_EACH = {"cpu": 1, "cuda": 300}  # for steps that make one or more calls per tensor
+COMPILED = {"cpu": 1, "cuda": 50}  # hundreds of tensors take minutes to compile
 EVERYWHERE = CPU | CUDA
-# Forming 1 - beta2**t in fp32 costs up to 6e-5 of the first update; onepass and torch do it in
-# float64, unless torch compiles its step or runs its fused one on a GPU; several others do not.
+# Computing 1 - beta2**t in fp32 causes a relative error of up to 6e-5 in the first update. onepass
+# uses float64. torch uses float64 except in its compiled step and its fused step on a GPU. Several
+# other libraries use fp32.
 FP32_CORRECTION = 1e-4
-AS_WEIGHTS = frozenset({(name, name) for name in DTYPES})  # states have the dtype of the weights
+AS_WEIGHTS = frozenset({(name, name) for name in DTYPES})  # states with the dtype of the weights
 BLOCKS = frozenset(name for name, form in STATE_FORMATS.items() if form.block > 1)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A library's optimizers.
+    """The optimizers of one library or onepass backend.
 
     Attributes:
-        name: as in the results.
-        library: where its classes are; its version is recorded.
-        rules: rule -> how to make its optimizer.
-        devices: types of devices that it serves.
-        formats: (dtype of the weights, format of the states) that it has.
-        kept: formats of weights that it has besides native ones; the key is ours.
-        most_tensors: by device type; on lists of more it is not measured, for it compiles or
-            launches once for each.
-        slack: error allowed beyond rounding, as a fraction of the update.
-        compared: states formats in whose cases it takes part for comparison, with formats of its
-            own.
-        dtype: of its weights in those cases, None for the case's own.
-        state_bytes: of one value of its states in those cases.
-        own_threads: it brings a pool of threads besides torch's.
-        compiled: its step is compiled by torch.compile.
-        ours: a wrong result is a failure of the benchmark.
+        name: the name in the results.
+        library: the library of the classes; the results record its version.
+        rules: rule -> a function that makes the optimizer.
+        devices: the supported device types.
+        formats: the supported pairs (dtype of the weights, format of the states).
+        kept: the supported weight formats besides native, by their onepass names.
+        most_tensors: device type -> the largest measured number of tensors. The provider is not
+            measured on longer lists, because it compiles or launches once per tensor.
+        slack: the allowed error beyond rounding, as a fraction of the update.
+        compared: state formats for whose cases the provider is measured as a comparison, although
+            its own formats differ.
+        dtype: the dtype of the provider's weights in those cases; None for the dtype of the case.
+        state_bytes: bytes per state value of the provider in those cases.
+        own_threads: whether the provider has a thread pool besides torch's.
+        compiled: whether torch.compile compiles the step.
+        ours: whether a wrong result is a failure of the benchmark.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Provider:
     state_bytes: float = 0.0
 
     def unavailable(self, device: str = "cpu") -> str:
-        """Why it cannot be measured on a device here; empty when it can."""
+        """The reason why the provider cannot be measured on a device here; empty if it can."""
         if device not in self.devices:
             return f"not for {device}"
         if not self.ours:
@@ -77,11 +78,11 @@ class Provider:
 
     @property
     def version(self) -> str:
-        """The installed version; "source" for ours where it is not installed."""
+        """The installed version, or "source" if the package is not installed."""
         return self.library.version or "source"
 
     def skips(self, case: Case, device: str = "cpu") -> str:
-        """Why it has no part in a case; empty when it has."""
+        """The reason why the provider does not support a case; empty if it does."""
         if device not in self.devices:
             return f"not for {device}"
         if case.rule not in self.rules:
@@ -98,11 +99,11 @@ class Provider:
         return ""
 
     def dtype_in(self, case: Case) -> str:
-        """The dtype of its weights and gradients in a case."""
+        """The dtype of the provider's weights and gradients in a case."""
         return self.dtype if self.dtype and case.states in self.compared else case.dtype
 
     def bytes_in(self, case: Case) -> int:
-        """Bytes that a step of it has to move in a case."""
+        """Bytes that a step of the provider must read and write in a case."""
         if case.states not in self.compared:
             return case.bytes
         dtype = DTYPES[self.dtype_in(case)]
@@ -111,22 +112,22 @@ class Provider:
         return round(case.list.numel * moved)
 
     def make(self, params: list[torch.Tensor], case: Case, device: str = "cpu") -> Any:
-        """A new optimizer over the parameters."""
+        """Makes a new optimizer over the parameters."""
         return self.rules[case.rule](params, case, device)
 
     def step(
         self, params: list[torch.Tensor], case: Case, device: str = "cpu"
     ) -> Callable[[], Any]:
-        """Takes a step of a new optimizer over the parameters."""
+        """Returns a function that takes a step of a new optimizer over the parameters."""
         optimizer = self.make(params, case, device)
         if not self.compiled:
             return optimizer.step  # type: ignore[no-any-return]
-        torch._dynamo.reset()  # of the case before
+        torch._dynamo.reset()  # discard the graphs of the previous case
         return torch.compile(optimizer.step)  # type: ignore[no-any-return]
 
 
 def made(by: OptimizerClass, **fixed: Any) -> Make:
-    """An optimizer of this class, with the options of the case's rule."""
+    """Returns a function that makes an optimizer of a class with the options of the case's rule."""
 
     def make(params: list[torch.Tensor], case: Case, device: str) -> Any:
         return by.make(params, **OPTIONS[case.rule], **fixed)

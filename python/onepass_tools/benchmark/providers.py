@@ -1,4 +1,4 @@
-"""The providers: onepass and the libraries that it is measured beside."""
+"""The list of providers: the onepass backends and other libraries."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _onepass(backend: str) -> Provider:
 def _torch(
     name: str, loop: str, rules: Iterable[str] = tuple(OPTIONS), slack: float = 0.0, **more: Any
 ) -> Provider:
-    """torch.optim's classes for those of the rules that it has."""
+    """A provider for the torch.optim classes of those rules that torch.optim implements."""
     makers = {
         peer.twin: made(peer, **TORCH_LOOPS[loop])
         for peer in PEER_CLASSES.values()
@@ -59,7 +59,7 @@ OURS_AND_TORCH = [
     _onepass("cpu"),
     _onepass("cuda"),
     _onepass("triton"),
-    # What states in blocks are measured against: the fp32 step, and the few bits of others.
+    # The fp32 reference for cases with block-scaled states.
     Provider(
         "torch-fused-fp32",
         TORCH,
@@ -70,7 +70,7 @@ OURS_AND_TORCH = [
         state_bytes=4,
     ),
     _torch("fused", "fused", ("adamw", "sgd", "adagrad"), devices=CPU),
-    # The CUDA kernel forms the bias correction in fp32, as a compiled step does.
+    # The CUDA kernel computes the bias correction in fp32, like a compiled step.
     _torch("fused", "fused", ("adamw", "sgd"), FP32_CORRECTION, devices=CUDA),
     _torch("foreach", "foreach"),
     _torch("forloop", "loop"),
@@ -79,15 +79,15 @@ OURS_AND_TORCH = [
 
 
 def all_providers(device: str = "cpu") -> list[Provider]:
-    """Every provider that serves a type of device, ours first, installed or not."""
+    """Every provider that supports a device type, onepass first, including uninstalled ones."""
     return [p for p in (*OURS_AND_TORCH, *PEERS) if device in p.devices]
 
 
 def find(providers: list[Provider], patterns: str | None) -> list[Provider]:
-    """Those whose name matches one of the patterns, which commas separate; all for None.
+    """The providers whose names match one of the comma-separated patterns; all for None.
 
     Raises:
-        ValueError: a pattern that matches none; says what there is.
+        ValueError: a pattern matches no provider; the message lists the providers.
     """
     if patterns is None:
         return providers

@@ -1,4 +1,4 @@
-"""What was measured, as plain text in columns."""
+"""Measurements as a plain-text table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADER = (
 
 
 def row(one: Timed, copy_gbps: float) -> str:
-    """One provider, or one limit."""
+    """The row of one provider or one limit."""
     ms = " ".join(f"{percentile(one.samples, p):>9.3f}" for p in (20, 50, 80))
     host = "" if one.host_us is None else f"{one.host_us:,.0f}"
     extra = "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:,.1f}"
@@ -25,7 +25,7 @@ def row(one: Timed, copy_gbps: float) -> str:
 
 
 def rows(outcome: Outcome) -> list[str]:
-    """A line for each provider of a case, those that are wrong included."""
+    """A row for each provider of a case, including providers with wrong results."""
     copy_gbps = next(one.gbps for one in outcome.timed if one.provider == "copy")
     found = [row(one, copy_gbps) for one in outcome.timed]
     return found + [f"{name:<18} not timed: {why}" for name, why in outcome.failed]

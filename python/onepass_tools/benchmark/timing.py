@@ -1,8 +1,8 @@
-"""Measuring a case: providers one after the other in turns, each sample one ``step()``.
+"""Times the providers of a case in turns.
 
-A sample is the time of one call of ``step()``, gradients unchanged: on the wall for the CPU, of the
-device for a GPU (devices.py). Every turn takes a sample of every provider and of the limits, in an
-order that is shuffled, so that what else the machine does falls on all of them.
+A sample is the time of one call of ``step()`` with unchanged gradients: wall-clock time on a CPU,
+device time on a GPU (devices.py). Every turn takes one sample of every provider and every limit, in
+shuffled order, so that other load on the machine affects all of them equally.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ LIMITS = ("copy", "in-place")
 
 @dataclass
 class Timed:
-    """One provider, or one limit, in one case.
+    """The measurement of one provider or one limit in one case.
 
     Attributes:
-        provider: name.
-        version: of its package; for a limit, of torch.
-        step: what is timed.
-        bytes: read and written by a step.
+        provider: the name of the provider or limit.
+        version: the version of its package; for a limit, the version of torch.
+        step: the function that is timed.
+        bytes: bytes read and written by a step.
         peak_bytes: see :meth:`onepass_tools.benchmark.devices.Device.extra_memory`.
-        host_us: what a step keeps the host, where that is not its time or is all of its time.
-        samples: milliseconds.
+        host_us: the host time of a step in microseconds, if it differs from the step time or if the
+            step consists only of host time; else None.
+        samples: step times in milliseconds.
         ours: as in Provider.
         own_threads: as in Provider.
     """
@@ -52,20 +53,21 @@ class Timed:
 
     @property
     def gbps(self) -> float:
-        """Bytes of the formula per median time, in 1e9 bytes a second."""
+        """Bytes of a step by the formula, divided by the median time, in 1e9 bytes per second."""
         return self.bytes / percentile(self.samples, 50) / 1e6
 
 
 @dataclass
 class Outcome:
-    """What came of a case.
+    """The result of a case.
 
     Attributes:
-        timed: those that are right, and the limits.
-        skipped: (provider, why it has no part in the case).
-        failed: (provider, what is wrong with it).
-        ours_failed: whether one of the failed is ours.
-        note: what the check did not require of every element.
+        case: the case.
+        timed: the providers with correct results, and the limits.
+        skipped: (provider, reason) for each provider that was not measured.
+        failed: (provider, error) for each provider with a wrong result.
+        ours_failed: whether a onepass provider failed.
+        note: the elements for which the check was relaxed, and why; may be empty.
     """
 
     case: Case
@@ -83,14 +85,14 @@ def run_case(
     tick: Callable[[str], None] = lambda text: None,
     device: Device | None = None,
 ) -> Outcome:
-    """Checks and times every provider that has the case.
+    """Checks and times every provider that supports the case.
 
     Args:
-        case: what to measure.
-        providers: those that are installed.
-        samples: per provider; None takes the case's own number.
-        tick: called with a few words whenever something was done.
-        device: where; None is the CPU.
+        case: the case to measure.
+        providers: the installed providers.
+        samples: the number of samples per provider; None for the default of the case.
+        tick: called with a short text as progress is made.
+        device: the device; None for the CPU.
     """
     device = device or DEVICES["cpu"]
     outcome = Outcome(case)
@@ -111,7 +113,7 @@ def run_case(
             with contextlib.suppress(torch.OutOfMemoryError):
                 timed, problem = _prepare(case, provider, weights, grads, expected, device)
         if timed is not None and free is not None:
-            # What its steps need beyond what it holds has to fit when all are there.
+            # The temporary memory of a step must fit while all providers are in memory.
             headroom = max(headroom, (device.extra_memory(timed.step) or 0) * 5 // 4)
             if (device.free() or 0) < headroom:
                 timed = None
@@ -148,14 +150,17 @@ def _prepare(
     expected: Expected,
     device: Device,
 ) -> tuple[Timed | None, str]:
-    """The provider on weights of its own, checked; or None and what is wrong with it.
+    """Makes a provider with its own weights and checks its step.
+
+    Returns:
+        (the provider, an empty string), or (None, the error).
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: the provider does not fit in memory.
     """
     dtype = DTYPES[provider.dtype_in(case)]
     params = [torch.nn.Parameter(t) for t in case.list.empty(dtype, device.type)]
-    # Of the case's dtype they are shared by all providers.
+    # Gradients with the dtype of the case are shared by all providers.
     grads = [grad.to(dtype) for grad in grads]
     for param, weight, grad in zip(params, weights, grads, strict=True):
         param.data.copy_(weight)
@@ -166,7 +171,7 @@ def _prepare(
         problem = expected.problem(step, params, grads, provider.slack, other_codes)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a peer may fail in any way; the others are still measured
+    except Exception as error:  # third-party code can raise anything
         first = (str(error).splitlines() or [""])[0]
         return None, f"{type(error).__name__}: {first}"
     if problem:
@@ -182,8 +187,11 @@ def _copied(case: Case, device: Device) -> int:
 
 
 def memory_of(case: Case, device: Device, provider: Provider | None = None) -> int:
-    """About how many bytes a case takes: what a provider holds, weights and states, which a step
-    reads and writes; with None, of ours and of what the case needs beside it."""
+    """The approximate memory of a case in bytes.
+
+    For a provider, this is the memory of its weights and states, about half of the bytes that its
+    step moves. For None, it is the memory of one onepass provider and of the shared tensors.
+    """
     if provider is not None:
         return provider.bytes_in(case) // 2
     itemsize = DTYPES[case.dtype].itemsize
@@ -192,18 +200,19 @@ def memory_of(case: Case, device: Device, provider: Provider | None = None) -> i
 
 
 def _limits(case: Case, device: Device) -> list[Timed]:
-    """What memory allows for the bytes of a case, half of them read and half written.
+    """The memory-bandwidth limits for the bytes of a case, half of them read and half written.
 
-    "copy": ``copy_`` from one buffer to another. A processor reads the lines that it is about to
-    write, which no formula counts. "in-place": ``mul_`` by one, which has no such reads; nor has an
-    optimizer's step, which can therefore be above the copy. A GPU has no such reads at all.
+    "copy" is ``copy_`` from one buffer to another. A CPU also reads the cache lines that ``copy_``
+    writes, and the byte formula does not count these reads. "in-place" is ``mul_`` by one, without
+    such extra reads. An optimizer step has none either, so its bandwidth can exceed that of the
+    copy. A GPU has no such extra reads.
 
-    The windows move through buffers beyond the caches, whatever the size of the case.
+    Each call works on the next window of buffers that are larger than the caches.
     """
-    # fp32 whatever the case's dtype: mul_ in bf16 is bound by its arithmetic, not by memory.
+    # Always fp32, because mul_ in bf16 is limited by arithmetic, not by memory bandwidth.
     half = _copied(case, device) // 2 // 4
     windows = -(-BEYOND_CACHE // (half * 4))
-    # Written once: pages never written are all the same page of zeros.
+    # Write the buffers once: untouched pages all map to one shared zero page.
     source = torch.ones(windows, half, device=device.type)
     target = torch.ones(windows, half, device=device.type)
     turn = dict.fromkeys(LIMITS, 0)
@@ -227,13 +236,13 @@ def _limits(case: Case, device: Device) -> list[Timed]:
 def _sample(
     case: Case, timed: list[Timed], samples: int, tick: Callable[[str], None], device: Device
 ) -> None:
-    """Fills the samples of all, in turns."""
+    """Takes the samples of all providers and limits, in turns."""
     shuffle = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for turn in range(samples):
-            # Shuffled, not rotated: in a rotation everyone always follows the same neighbour.
+            # Shuffle, because in a rotation a provider always follows the same neighbour.
             for one in shuffle.sample(timed, len(timed)):
                 device.prepare(one.step, one.host_us, not case.beyond_cache)
                 one.samples.append(device.time(one.step))
@@ -244,7 +253,7 @@ def _sample(
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """The value below which this share of the values lies, linear between neighbours."""
+    """The percentile of the values, with linear interpolation."""
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     low = int(position)
