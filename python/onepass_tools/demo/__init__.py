@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what can be checked before minutes of work, then run the demo and return the exit code.
+    """Check the options before minutes of work, then run the demo and return the exit code.
 
-    Raises UsageError for a wrong option, a directory that cannot be written or a missing package.
+    Raises UsageError for an invalid option, an unwritable directory or a missing package.
     """
     if args.steps is not None and args.steps < 1:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")

@@ -1,4 +1,4 @@
-"""Text that every machine has: the source code of Python's own standard library."""
+"""Training text that every machine has: the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from onepass_tools import UsageError
 
-# Tests, other people's packages, and what is not code: tables of code pages, help texts.
+# Tests, third-party packages, and files that are mostly data: code pages and help texts.
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED |= {"encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes as uint8 vectors; no file is in both parts."""
+    """Training and validation text as uint8 vectors; no file is in both parts."""
 
     train: Tensor
     validation: Tensor
@@ -30,7 +30,7 @@ class Corpus:
 def load(max_bytes: int, validation_share: float = 0.1) -> Corpus:
     """Read at most `max_bytes` of the standard library, split by file.
 
-    Raises UsageError where Python's library has too little readable source.
+    Raises UsageError if the standard library has too little readable source code.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(
@@ -44,15 +44,15 @@ def load(max_bytes: int, validation_share: float = 0.1) -> Corpus:
     files: dict[str, list[str]] = {"train": [], "validation": []}
     validation_bytes = int(validation_share * max_bytes)
     room = {"validation": validation_bytes, "train": max_bytes - validation_bytes}
-    # A hash mixes the packages and gives the same order on every machine. A file goes to one part
-    # or the other by its own name, so another Python's extra files do not move the rest across.
+    # The order by hash mixes the packages and is the same on every machine. Only the name of a file
+    # determines its part, so additional files in another Python version do not move other files.
     for digest, name in sorted((hashlib.sha256(n.encode()).digest(), n) for n in names):
         part = "validation" if digest[-1] < 256 * validation_share else "train"
         try:
             text = names[name].read_bytes()
         except OSError:
             continue
-        # One large file would be most of the validation text.
+        # Skip large files: one of them could fill most of the validation text.
         if not text or len(text) > min(room[part], max_bytes // 16):
             continue
         room[part] -= len(text)
@@ -75,7 +75,7 @@ def _bytes(texts: list[bytes]) -> Tensor:
 
 
 class Batches:
-    """Random windows of a text: batch `i` depends on the text, the seed and `i` only."""
+    """Random windows of a text; batch `i` depends only on the text, the seed and `i`."""
 
     def __init__(self, text: Tensor, count: int, batch: int, context: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -89,6 +89,6 @@ class Batches:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, int64 (batch, context), targets one byte ahead."""
+        """Return inputs and targets, int64 (batch, context); targets are shifted by one byte."""
         window = self._text[self._starts[index][:, None] + self._window].long()
         return window[:, :-1], window[:, 1:]

@@ -1,4 +1,4 @@
-"""A small byte-level GPT: pre-norm blocks, learned positions, the head tied to the embedding."""
+"""A small byte-level GPT with pre-norm blocks, learned positions and a tied head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCABULARY = 256  # one token per byte
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of the model: `context` in bytes, `width` a multiple of `heads`."""
+    """The size of the model. `context` is in bytes; `width` is a multiple of `heads`."""
 
     context: int
     width: int
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder over bytes; `forward` gives the mean loss in nats per byte."""
+    """A decoder over bytes; `forward` returns the mean loss in nats per byte."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(shape.width)
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
-                # What enters the residual stream is scaled down by its 2 * depth summands (GPT-2).
+                # GPT-2 scales the 2 * depth layers that add to the residual stream.
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 scale = (2 * shape.depth) ** -0.5 if residual else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale)
@@ -75,12 +75,12 @@ class GPT(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of values in the parameters, a shared one counted once."""
+    """Return the number of parameter elements, with shared parameters counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the parameters in two groups: matrices with decay, norms and biases without."""
+    """Split the parameters into two groups: matrices with decay, norms and biases without decay."""
     parameters: list[Tensor] = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -89,6 +89,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def initial_weights(shape: Shape, seed: int) -> dict[str, Tensor]:
-    """Return the state dict every run starts from, on the CPU."""
+    """Return the initial state dict of every run, on the CPU."""
     torch.manual_seed(seed)
     return GPT(shape).state_dict()

@@ -1,4 +1,4 @@
-"""The optimizers that are compared, each at a learning rate that was tried out for it."""
+"""The optimizers of the demo, each with a tuned learning rate."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import onepass
 from onepass_tools.demo.model import parameter_groups
 
 Groups = list[dict[str, object]]
-ADAM_BETAS = (0.9, 0.99)  # a short run has no use for a second moment that remembers 1,000 steps
+ADAM_BETAS = (0.9, 0.99)  # a short run needs a second moment with a shorter memory than 1,000 steps
 LION_BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One optimizer and its settings; `lr` is the highest value of the schedule."""
+    """An optimizer and its settings; `lr` is the peak of the schedule."""
 
     key: str
     label: str
@@ -28,12 +28,12 @@ class Recipe:
     make: Callable[[Groups, float], Optimizer]
 
     def build(self, model: nn.Module) -> Optimizer:
-        """Return the optimizer over `model`: decay on the matrices, none on norms and biases."""
+        """Return the optimizer over `model`, with decay on matrices but not on norms and biases."""
         return self.make(parameter_groups(model, self.weight_decay), self.lr)
 
 
 def torch_adamw_is_fused(device: torch.device) -> bool:
-    """Say whether torch.optim.AdamW(fused=True) works on this device."""
+    """Return whether torch.optim.AdamW(fused=True) works on this device."""
     try:
         torch.optim.AdamW([torch.zeros(1, device=device)], fused=True)
     except RuntimeError:
@@ -42,7 +42,7 @@ def torch_adamw_is_fused(device: torch.device) -> bool:
 
 
 def recipes(device: torch.device) -> list[Recipe]:
-    """Return what `onepass demo` runs, in order; the second is compared with the first."""
+    """Return the recipes of the demo, in order; the demo compares the second with the first."""
     fused = torch_adamw_is_fused(device)
     return [
         Recipe(

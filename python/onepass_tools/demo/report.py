@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a table, a picture and a JSON file."""
+"""The output of the demo: a table, a plot and a JSON file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ HEADINGS = (
     "state bytes/parameter",
     "seconds",
 )
-# Okabe and Ito's colours, told apart by colour-blind readers too. torch's line is wide and pale,
-# because onepass.AdamW's lies on top of it.
+# The colour-blind-safe palette of Okabe and Ito. The line of torch is wide and pale, because it
+# coincides with the line of onepass.AdamW.
 STYLES: dict[str, tuple[str, str, float]] = {
     "torch-adamw": ("#E69F00", "-", 4.0),
     "onepass-adamw": ("#000000", "--", 1.4),
@@ -31,7 +31,7 @@ EARLY = 50
 
 
 def rows(runs: list[Run]) -> list[tuple[str, ...]]:
-    """Return the table's rows as text, one per run, in the order of HEADINGS."""
+    """Return one row of text per run, with columns in the order of HEADINGS."""
     return [
         (
             run.label,
@@ -46,7 +46,7 @@ def rows(runs: list[Run]) -> list[tuple[str, ...]]:
 
 
 def print_table(runs: list[Run]) -> None:
-    """Print the table: rich's on a terminal, aligned plain text elsewhere."""
+    """Print the table: with rich on a terminal, else as aligned plain text."""
     body = rows(runs)
     if sys.stdout.isatty():
         from rich.console import Console
@@ -69,7 +69,7 @@ def print_table(runs: list[Run]) -> None:
 
 
 def deviation(runs: list[Run]) -> dict[str, float]:
-    """Return the largest differences of the first two runs' training losses, early and at all."""
+    """Return the largest training-loss difference of the first two runs, early and overall."""
     if len(runs) < 2:
         return {}
     early = {f"first {EARLY} steps": loss_deviation(runs[0], runs[1], EARLY)}
@@ -77,10 +77,10 @@ def deviation(runs: list[Run]) -> dict[str, float]:
 
 
 def print_deviation(runs: list[Run], replay: Replay | None) -> None:
-    """Print how far onepass.AdamW is from torch.optim.AdamW, for what was measured."""
+    """Print the measured differences between onepass.AdamW and torch.optim.AdamW."""
     if len(runs) < 2:
         return
-    # Training is chaotic: runs that differ in a last bit drift apart, then meet again.
+    # Training is chaotic: runs that differ in one bit diverge and later converge again.
     lines = [
         (f"training loss, {steps}", f"{difference:.1e} nats/byte")
         for steps, difference in deviation(runs).items()
@@ -103,7 +103,7 @@ def print_deviation(runs: list[Run], replay: Replay | None) -> None:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Return the exponential moving average, corrected for its start at zero."""
+    """Return the exponential moving average with bias correction."""
     smoothed, average = [], 0.0
     for index, value in enumerate(values, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * value
@@ -112,7 +112,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def draw(path: Path, runs: list[Run], title: str) -> None:
-    """Write the losses of all runs as a PNG."""
+    """Plot the losses of all runs as a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +144,7 @@ def draw(path: Path, runs: list[Run], title: str) -> None:
                 color=colour,
                 alpha=0.55 if width > 3 else 1.0,
             )
-            # The steep first steps would press everything of interest against the axis.
+            # The first steps are left out of the y range, because their losses are much larger.
             shown += curve[len(curve) // 15 :] + run.validation_loss
         shown = [value for value in shown if math.isfinite(value)]
         if shown:
@@ -164,7 +164,7 @@ def draw(path: Path, runs: list[Run], title: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write `content` as strict JSON: a loss that is not finite becomes null."""
+    """Write `content` as strict JSON; non-finite numbers become null."""
     path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", "utf-8")
 
 

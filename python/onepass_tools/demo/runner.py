@@ -1,4 +1,4 @@
-"""One demo from start to end: sizes, the runs, the comparison with torch, the report."""
+"""Runs the demo: model size, training runs, comparison with torch, and report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a demo is: `steps` per optimizer, fewer where all take over `budget` s."""
+    """The size of a demo: `steps` per optimizer, or fewer to stay below `budget` seconds in all."""
 
     shape: Shape
     batch: int
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
-        # The model is too small for many threads. And where something else wants a core, each
-        # parallel loop waits for the thread that lost it: 60 times slower, measured on two cores.
+        # The model is too small for many threads. If another process uses a core, every parallel
+        # loop waits for the thread on that core; on two cores this was 60 times slower.
         torch.set_num_threads(max(1, min(threads, MAX_THREADS, (os.cpu_count() or 1) - 1)))
     try:
         return _run(args, device)
@@ -138,7 +138,7 @@ def _write(out: Path, runs: list[Run], title: str, content: dict[str, object]) -
     try:
         report.write_json(numbers, content)
         report.draw(picture, runs, title)
-    except OSError as error:  # a full disk, a directory removed meanwhile
+    except OSError as error:  # for example a full disk or a removed directory
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
     print(f"\nwrote {picture}\nwrote {numbers}")
 
@@ -150,7 +150,7 @@ def _task(size: Size, corpus: Corpus, device: torch.device, seed: int, steps: in
         device=device,
         weights=initial_weights(size.shape, seed),
         train=Batches(corpus.train.to(device), steps, size.batch, context, seed),
-        # The same validation windows for every seed, so that seeds can be compared.
+        # Every seed has the same validation windows, so that seeds are comparable.
         validation=Batches(
             corpus.validation.to(device), size.validation_batches, size.batch, context, 0
         ),
@@ -158,7 +158,7 @@ def _task(size: Size, corpus: Corpus, device: torch.device, seed: int, steps: in
 
 
 def _steps(asked: int | None, size: Size, probe: Task, chosen: list[Recipe]) -> tuple[int, str]:
-    """Return the steps per optimizer and, in words, where the number comes from."""
+    """Return the number of steps per optimizer, and the reason for this number."""
     if asked is not None:
         return asked, "as asked with --steps"
     if math.isinf(size.budget):

@@ -1,4 +1,4 @@
-"""The training loop: the same weights, batches and schedule for every optimizer, and its clocks."""
+"""The training loop: equal weights, batches and schedule for every optimizer, and timing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from onepass_tools.demo.model import GPT, Shape, count_parameters
 from onepass_tools.demo.recipes import Recipe
 
 MAX_GRAD_NORM = 1.0
-VALIDATIONS = 6  # times per run, the last one after the last step
+VALIDATIONS = 6  # validations per run; the last one follows the last step
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is the same for every optimizer."""
+    """The model, device, initial weights and batches, which are the same for every optimizer."""
 
     shape: Shape
     device: torch.device
@@ -40,13 +40,13 @@ class Task:
         return model.to(self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the precision of the forward pass: bf16 on a GPU, fp32 on a CPU."""
+        """Return the autocast context of the forward pass: bf16 on a GPU, fp32 on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
 
 @dataclass
 class Run:
-    """What one optimizer did: losses in nats per byte, times in ms per step or in seconds."""
+    """The result of one run: losses in nats per byte, optimizer ms per step, total seconds."""
 
     key: str
     label: str
@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Replay:
-    """How far onepass.AdamW is from torch.optim.AdamW on the same weights and gradients."""
+    """Differences of onepass.AdamW and torch.optim.AdamW with equal weights and gradients."""
 
     steps: int
     lr: float
@@ -75,7 +75,7 @@ class Replay:
 
 @dataclass
 class Stopwatch:
-    """Times a piece of each step, without making a GPU wait for the host between steps."""
+    """Times a part of each step without synchronization between host and GPU."""
 
     device: torch.device
     _host: list[float] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Stopwatch:
             self._host[-1] = time.perf_counter() - self._host[-1]
 
     def median_ms(self) -> float:
-        """Return the median in ms without the first step, which also allocates the states."""
+        """Return the median in ms, without the first step, which also allocates the states."""
         synchronize(self.device)
         times = [start.elapsed_time(end) for start, end in self._events]
         times += [1e3 * seconds for seconds in self._host]
@@ -107,13 +107,13 @@ def _event() -> torch.cuda.Event:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, where there is something to wait for."""
+    """Wait for the kernels of a GPU; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Return linear warm-up over a tenth of the run, then a cosine down to 5 % of the peak."""
+    """Return a linear warm-up over a tenth of the run, then a cosine down to 5 % of the peak."""
     warmup = max(1, steps // 10)
 
     def factor(step: int) -> float:
@@ -126,12 +126,12 @@ def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes behind the tensors in `optimizer.state`, each storage counted once."""
+    """Return the bytes of the storages in `optimizer.state`, with each storage counted once."""
     return sum(bytes_by_category(optimizer).values())
 
 
 def backward(task: Task, model: nn.Module, index: int) -> Tensor:
-    """Leave the clipped gradients of batch `index` in the model and return its loss."""
+    """Compute the clipped gradients of batch `index` in the model, and return the loss."""
     with task.autocast():
         loss: Tensor = model(*task.train[index])
     loss.backward()  # type: ignore[no-untyped-call]
@@ -149,7 +149,7 @@ def validate(task: Task, model: nn.Module) -> float:
 
 def train(task: Task, recipe: Recipe, steps: int, quiet: bool) -> Run:
     """Train from the initial weights for `steps` steps with one optimizer."""
-    from tqdm import tqdm  # bench.pretrain takes other functions of this module, without tqdm
+    from tqdm import tqdm  # bench.pretrain uses this module without tqdm
 
     began = time.perf_counter()
     model = task.model()
@@ -190,7 +190,7 @@ def train(task: Task, recipe: Recipe, steps: int, quiet: bool) -> Run:
 
 
 def seconds_per_step(task: Task, recipe: Recipe) -> tuple[float, float]:
-    """Measure a training step and one validation, in seconds, on a model that is thrown away."""
+    """Return the seconds of a training step and of a validation, measured on a temporary model."""
     model = task.model()
     optimizer = recipe.build(model)
     times: list[float] = []
@@ -204,15 +204,15 @@ def seconds_per_step(task: Task, recipe: Recipe) -> tuple[float, float]:
         times.append(time.perf_counter() - began)
     began = time.perf_counter()
     validate(task, model)
-    # The first steps start threads and fill caches, and others may be using the cores just now: the
-    # lower quartile is what the machine can do.
+    # The lower quartile excludes the first steps, which start threads and fill caches, and steps
+    # slowed down by other processes.
     return sorted(times)[len(times) // 4], time.perf_counter() - began
 
 
 def replay(task: Task, reference: Recipe, candidate: Recipe, steps: int) -> Replay:
-    """Apply gradients recorded under `reference` with both optimizers and compare the weights.
+    """Apply the gradients of a `reference` run with both optimizers, and compare the weights.
 
-    Training magnifies any difference, so both are given the same bits as gradients here.
+    Both optimizers get bitwise equal gradients, because separate training runs amplify differences.
     """
     model, other = task.model(), task.model()
     initial = [parameter.detach().clone() for parameter in model.parameters()]
@@ -241,7 +241,7 @@ def _largest_difference(
 
 
 def loss_deviation(left: Run, right: Run, steps: int | None = None) -> float:
-    """Return the largest difference of two training losses at a step, among the first `steps`."""
+    """Return the largest difference of the training losses of two runs in the first `steps`."""
     pairs = zip(left.train_loss[:steps], right.train_loss[:steps], strict=True)
     return max(abs(a - b) for a, b in pairs)
 

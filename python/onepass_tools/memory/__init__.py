@@ -1,4 +1,4 @@
-"""`onepass memory`: what a training run takes of memory with each optimizer."""
+"""`onepass memory`: the memory use of a training run with each optimizer."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the options, then predict, measure and print; return the exit code.
 
-    Raises UsageError for a wrong option, an unknown name or a missing package.
+    Raises UsageError for an invalid option, an unknown name or a missing package.
     """
     from onepass_tools.memory import listing, runner
 

@@ -1,3 +1,3 @@
-"""What `onepass memory` looks at unless it is told otherwise."""
+"""The default optimizers of `onepass memory`."""
 
 OPTIMIZERS = "adamw,adamw+bf16,adamw+mx8+split8,adamw8bit,adamw4bit,lion,lion8bit,pagedadamw8bit"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the lists that were asked for; return 0."""
+    """Print the requested lists; return 0."""
     from onepass.memory.models import KNOWN
     from onepass.memory.peers import PEERS
     from onepass.memory.variants import WORDS

@@ -1,4 +1,4 @@
-"""The work of `onepass memory`, from checked options to what is printed and written."""
+"""The implementation of `onepass memory`: check options, make reports, print and write them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,16 @@ _UNCOUNTED = (
 
 @dataclass
 class Asked:
-    """The options, checked."""
+    """The validated options.
+
+    Attributes:
+        model: the model.
+        choices: the optimizers to report on.
+        terms: the settings of the run.
+        limit: bytes of memory of one GPU; None if no limit was given.
+        reserve: bytes of ``limit`` to leave for activations.
+        rank: the rank of LoRA adapters.
+    """
 
     model: Model
     choices: list[Candidate]
@@ -57,7 +66,7 @@ class Asked:
 
     @property
     def title(self) -> str:
-        """What the reports are of."""
+        """The title of the report: model, parameters, dtypes and sharding."""
         terms = self.terms
         dtype = str(terms.dtype).removeprefix("torch.")
         parts = [f"{self.model.name}: {self.model.numel:,} parameters in {dtype}"]
@@ -74,7 +83,7 @@ class Asked:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Everything after the check that packages are there; see :func:`onepass_tools.memory.run`."""
+    """Run the command after the package checks of :func:`onepass_tools.memory.run`."""
     asked = _checked(args)
     if args.recommend:
         return _recommend(args, asked)
@@ -127,7 +136,7 @@ def _checked(args: argparse.Namespace) -> Asked:
     has_cuda = torch.cuda.is_available()
     if args.device == "cuda" and args.measure and not has_cuda:
         raise UsageError("--device cuda: torch finds no CUDA device here")
-    # What is only predicted is of a GPU, which is what there is to be decided on.
+    # Predictions without a measurement are for a GPU, because users choose the GPU.
     real = args.measure and (args.device == "cpu" or not has_cuda)
     device = "cpu" if real or args.device == "cpu" else "cuda"
     if args.snapshot is not None:
@@ -190,7 +199,7 @@ def _dtype(option: str, name: str) -> torch.dtype:
 
 
 def _check_room(asked: Asked) -> None:
-    """Refuses to measure what the machine has no memory for."""
+    """Raises UsageError if a measurement does not fit in the memory of the machine."""
     free = free_memory(asked.terms.device)
     worst = 0
     for choice in asked.choices:
@@ -198,7 +207,7 @@ def _check_room(asked: Asked) -> None:
             found = predicted(choice, asked.model, asked.terms)
         except CannotSimulateError:
             continue
-        # Paged states are in the same memory where the device is the host.
+        # On a CPU, paged states are in the same memory as everything else.
         worst = max(worst, found.peak + (found.host if asked.terms.device == "cpu" else 0))
     if free is not None and worst > free:
         scale = float(f"{0.8 * free / worst:.1g}")
@@ -210,7 +219,7 @@ def _check_room(asked: Asked) -> None:
 
 @contextmanager
 def _progress(total: int, silent: bool) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr, on a terminal only: call it with words and how many are done."""
+    """Yields a function (text, number of steps done) that updates a bar if stderr is a terminal."""
     if silent or not sys.stderr.isatty():
         yield lambda words, done: None
         return
@@ -229,7 +238,7 @@ def _progress(total: int, silent: bool) -> Iterator[Callable[[str, int], None]]:
 
 
 def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
-    """What is to be said below the table."""
+    """The remarks below the table."""
     notes = [f"{r.name}: {text}" for r in reports for text in (r.problem, *r.notes) if text]
     if asked.limit is not None:
         room = asked.limit - asked.reserve
@@ -248,7 +257,7 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
 
 
 def _environment(device: str) -> str:
-    """Where and when a measurement was made."""
+    """The device, versions and time of a measurement."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
     versions = f"onepass {package_version('onepass')}, torch {torch.__version__}"
     return f"{device_name(torch.device(device))}; {versions}; {now}"

@@ -1,4 +1,4 @@
-"""Reports as a table, as CSV and as JSON."""
+"""Memory reports as a table or as CSV."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ HEADINGS = {
 
 
 def rows(reports: Sequence[MemoryReport], limit: int | None, reserve: int) -> list[tuple[str, ...]]:
-    """The headings and a row a report; predicted bytes, measured ones in columns of their own.
+    """The headings and one row per report, with separate columns for predicted and measured bytes.
 
-    Columns that hold nothing at all are left out.
+    Empty columns are left out.
     """
     from onepass.memory.sizes import show
 
@@ -77,7 +77,7 @@ def _shown(name: str, found: Bytes) -> str:
 
 
 def print_rows(body: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> None:
-    """Print a table, its headings first: rich's on a terminal, aligned plain text elsewhere."""
+    """Print a table; the first row is the headings. rich is used on a terminal, else plain text."""
     head, *rest = body
     if sys.stdout.isatty():
         try:
@@ -103,7 +103,7 @@ def print_rows(body: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> N
 
 
 def as_csv(reports: Sequence[MemoryReport]) -> str:
-    """A line a report: predicted and measured bytes; empty where there are none."""
+    """CSV with one line per report: predicted and measured bytes; missing values are empty."""
     from onepass.memory import Bytes
 
     names = [*(f.name for f in fields(Bytes)), "held", "peak"]
