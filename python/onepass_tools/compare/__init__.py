@@ -1,4 +1,4 @@
-"""`onepass compare`: what each algorithm does, drawn and measured."""
+"""`onepass compare`: plots and measurements of the algorithms on small problems."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the comparison and return the exit code.
 
-    Raises UsageError for a wrong option, a directory that cannot be written or a missing package.
+    Raises UsageError for an invalid option, an unwritable directory or a missing package.
     """
     if args.seeds is not None and args.seeds < 2:
         raise UsageError(f"--seeds must be at least 2, for intervals, not {args.seeds}")

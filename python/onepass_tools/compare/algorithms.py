@@ -1,4 +1,4 @@
-"""What is compared, in what order and in which colours."""
+"""The compared algorithms, in order, with their learning rates and line styles."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An optimizer of :func:`onepass.training.make_optimizer` and how it is drawn.
+    """An optimizer of :func:`onepass.training.make_optimizer` and its line style.
 
     Attributes:
-        rates: the middle of its sweep of learning rates, by the name of the task.
-        decay: weight decay in training, decoupled for AdamW and Lion, added to the gradient else.
-        options: beside lr and decay.
+        key: the name for make_optimizer.
+        label: the name in plots and tables.
+        colour: the colour in plots.
+        line: the matplotlib line style.
+        rates: name of a task -> the centre of the learning-rate sweep.
+        decay: the weight decay in training: decoupled for AdamW and Lion, else added to the
+            gradient.
+        options: optimizer options besides learning rate and decay.
     """
 
     key: str
@@ -25,9 +30,9 @@ class Algorithm:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-BETAS = {"betas": (0.9, 0.999)}  # Adam and AdamW are to differ by their decay alone
-# Okabe and Ito's colours, which colour-blind readers tell apart, but for yellow, which is too pale
-# on white; lines differ in their dashes too.
+BETAS = {"betas": (0.9, 0.999)}  # Adam and AdamW must differ only in weight decay
+# The colour-blind-safe palette of Okabe and Ito, without yellow, which is too pale on white. Lines
+# also differ in their dashes.
 ALGORITHMS = (
     Algorithm("sgd", "SGD", "#999999", "-", {"CNN": 1.0, "transformer": 1.0}, 1e-4),
     Algorithm(

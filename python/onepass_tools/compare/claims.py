@@ -1,4 +1,4 @@
-"""What the textbooks say of the algorithms, measured: each function returns its figures."""
+"""Measurements that test textbook claims about the algorithms; each function returns figures."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ RAVINE = next(surface for surface in SURFACES if surface.key == "ravine")
 
 
 def crossings(values: Array, tolerance: float = 0.01) -> int:
-    """Changes of sign of a path around its goal at 0, those below ``tolerance`` of its start left
-    out."""
+    """The number of sign changes of a path around its goal at 0.
+
+    Values below ``tolerance`` times the magnitude of the start are ignored.
+    """
     signs = np.sign(values[np.abs(values) > tolerance * abs(values[0])])
     return int((signs[1:] != signs[:-1]).sum())
 
 
 def overshoot(values: Array) -> float:
-    """How far a path goes beyond 0, as a share of its start's distance."""
+    """The largest distance of a path beyond 0, as a fraction of the distance of its start."""
     return float(max(0.0, (-values * np.sign(values[0])).max() / abs(values[0])))
 
 
 def oscillation(experiment: dict[str, Any] | None = None) -> dict[str, dict[str, float]]:
-    """Momentum and AdamW: the slope in the line's experiment, and the path across the ravine, each
-    at its best rate and at one rate for both."""
+    """Overshoot and crossings of momentum and AdamW.
+
+    They are measured on the slope in the line experiment, and on the path across the ravine at the
+    best rate of each algorithm and at one common rate.
+    """
     line = experiment or run_algorithms()
     found = {}
     for key in ("momentum", "adamw"):
         slope = np.array(line["runs"][key]["path"])[:, 0] - line["exact"][0]
         best = best_path(RAVINE, BY_KEY[key])
-        # Above 0.038 momentum leaves the ravine: 2 (1 + 0.9) / 50 = 0.076 is its limit.
+        # Momentum leaves the ravine above lr 0.038; its limit is 2 (1 + 0.9) / 50 = 0.076.
         same = descend(RAVINE, key, [0.01])[0]
         found[key] = {
             "line overshoot": overshoot(slope),
@@ -51,7 +56,7 @@ def oscillation(experiment: dict[str, Any] | None = None) -> dict[str, dict[str,
 
 
 def step_sizes(key: str, steps: int = 2000, elements: int = 256) -> Array:
-    """The rms over elements of each step over lr, [steps], where gradients are normal noise."""
+    """The RMS over elements of step / lr for each step, [steps], with normal noise as gradients."""
     param = torch.nn.Parameter(torch.zeros(elements))
     optimizer = make_optimizer(key, [param], 1.0)
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +70,7 @@ def step_sizes(key: str, steps: int = 2000, elements: int = 256) -> Array:
 
 
 def step_decay() -> dict[str, float]:
-    """The exponent p of a step's size ~ t^p over steps 500 to 2000: -1/2 dies out, 0 does not."""
+    """The exponent p of step size ~ t^p, from steps 500 to 2000: -1/2 decays, 0 stays constant."""
     found = {}
     for key in ("adagrad", "rmsprop", "adamw"):
         size = step_sizes(key)[499:]
@@ -75,11 +80,11 @@ def step_decay() -> dict[str, float]:
 
 
 def decay_kinds(steps: int = 200) -> dict[str, float]:
-    """The share of a weight of 1 that decay of 0.1 has taken off, after 200 steps at lr 0.01.
+    """The fraction of a weight of 1 that decay 0.1 removes in 200 steps at lr 0.01.
 
-    Gradients alternate between +g and -g, so that they move the weight by nothing on average; g is
-    0.1 or 10. Decoupled decay takes the same off both. With L2 the decay passes through Adam's
-    denominator, which g fills.
+    Gradients alternate between +g and -g with g = 0.1 or 10, so their mean effect on the weight is
+    zero. Decoupled decay removes the same fraction for both g. L2 decay is part of the gradient, so
+    Adam divides it by a denominator that g dominates.
     """
     found = {}
     for key in ("adam", "adamw"):
@@ -99,10 +104,10 @@ def decay_kinds(steps: int = 200) -> dict[str, float]:
 
 
 def lion_steps(steps: int = 200) -> tuple[float, float]:
-    """The smallest and the largest step of any element over lr, for gradients of 1e-6 to 1e6."""
+    """Returns the smallest and largest step / lr of any element, for gradients of 1e-6 to 1e6."""
     scale = torch.logspace(-6, 6, 64)
     param = torch.nn.Parameter(torch.zeros(64))
-    # A power of two: the weights are its multiples then, and exact.
+    # With a power of two as lr, all weights are multiples of lr and therefore exact.
     optimizer = make_optimizer("lion", [param], 2.0**-10)
     generator = torch.Generator().manual_seed(0)
     sizes = []
@@ -116,10 +121,10 @@ def lion_steps(steps: int = 200) -> tuple[float, float]:
 
 
 def cliff(max_grad_norm: float | None, lr: float = 0.1, steps: int = 300) -> list[float]:
-    """The loss along plain SGD on a gentle slope that ends at a cliff (Pascanu et al. 2013).
+    """The losses of plain SGD on a gentle slope that ends at a cliff (Pascanu et al. 2013).
 
-    f(x, y) = 0.5 (x - 1)^2 + softplus(400 (0.5 - x)) + 0.5 y^2 from (0.45, 1): a wall of slope -400
-    for x < 0.5, the minimum just beyond it.
+    f(x, y) = 0.5 (x - 1)^2 + softplus(400 (0.5 - x)) + 0.5 y^2, starting at (0.45, 1). There is a
+    wall with slope -400 for x < 0.5, and the minimum is beyond the wall.
     """
     point = torch.nn.Parameter(torch.tensor([0.45, 1.0]))
     optimizer = make_optimizer("sgd", [point], lr, max_grad_norm=max_grad_norm)
@@ -137,12 +142,12 @@ def cliff(max_grad_norm: float | None, lr: float = 0.1, steps: int = 300) -> lis
 
 
 def furthest(losses: list[float]) -> float:
-    """The largest loss after the first."""
+    """The largest finite loss after the first; infinite if there is none."""
     return max((loss for loss in losses[1:] if math.isfinite(loss)), default=math.inf)
 
 
 def measure_claims(experiment: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All of them, as plain values."""
+    """All measurements as plain values."""
     low, high = lion_steps()
     return {
         "oscillation": oscillation(experiment),

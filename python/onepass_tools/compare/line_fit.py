@@ -1,4 +1,4 @@
-"""The simplest experiment: y = 2x + 1 with noise, a line fitted by gradient descent."""
+"""The simplest experiment: fit a line to y = 2x + 1 plus noise by gradient descent."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BATCHES = {"batch: all 100": None, "mini-batch: 10": 10, "stochastic: 1": 1}
 
 
 def points(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """100 points of y = 2x + 1 + 0.1 noise, x in [-1, 1], each [100, 1]."""
+    """Returns x and y of 100 points of y = 2x + 1 + 0.1 noise, x in [-1, 1], each [100, 1]."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.linspace(-1, 1, POINTS)[:, None]
     return x, 2 * x + 1 + NOISE * torch.randn(POINTS, 1, generator=generator)
 
 
 def trainer(key: str, lr: float, **options: Any) -> Trainer:
-    """nn.Linear(1, 1) from weight and bias of -1, for every algorithm alike."""
+    """A Trainer for nn.Linear(1, 1) with initial weight and bias -1."""
     model = nn.Linear(1, 1)
     for parameter in model.parameters():
         nn.init.constant_(parameter, -1.0)
@@ -40,7 +40,7 @@ def trainer(key: str, lr: float, **options: Any) -> Trainer:
 
 
 def run_algorithms() -> dict[str, Any]:
-    """Each algorithm at lr 0.1 on all points: its losses and weights, [steps + 1]; the best fit."""
+    """Runs each algorithm at lr 0.1 on all points; returns losses, weights and the exact fit."""
     x, y = points()
     design = torch.cat([x, torch.ones_like(x)], 1)
     exact = torch.linalg.lstsq(design, y).solution.flatten()
@@ -58,9 +58,10 @@ def run_algorithms() -> dict[str, Any]:
 
 
 def run_batches(samples: int = 1000) -> dict[str, Any]:
-    """Plain SGD by the same number of samples in steps of all, 10 and 1 of them.
+    """Runs plain SGD over the same number of samples with batches of 100, 10 and 1.
 
-    Returns per kind: samples seen, the loss on all points after each step, and lr.
+    Returns:
+        For each batch size: the samples seen and the loss on all points after each step, and lr.
     """
     x, y = points()
     found = {}

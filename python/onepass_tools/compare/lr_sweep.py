@@ -1,4 +1,4 @@
-"""The sweep over learning rates and the table that is made of it."""
+"""The sweep over learning rates, and the figures of its table."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from onepass_tools.compare.stats import interval
 from onepass_tools.compare.tasks import Task
 from onepass_tools.compare.training_runs import Result, train
 
-NEAR = 0.1  # nats above the best that still count as near it
+NEAR = 0.1  # a loss is near the best loss if it is at most this many nats above it
 
 
 def sweep(
     task: Task, exponents: list[float], sweep_seeds: int, seeds: int, tick: Callable[[], None]
 ) -> dict[str, Any]:
-    """Every algorithm at every rate: ``rates[algorithm.key] * 10 ** exponent``, and its best.
+    """Trains with every algorithm at every rate ``algorithm.rates[task.name] * 10 ** exponent``.
 
-    The best rate is that of the lowest validation loss, mean over ``sweep_seeds``; it is run again
-    with ``seeds``, as are the rate that reaches the target soonest, and AdamW without warm-up.
+    The best rate has the lowest mean validation loss over ``sweep_seeds`` seeds. Three settings are
+    run again with ``seeds`` seeds: the best rate, the rate that reaches the target in the fewest
+    steps, and AdamW at its best rate without warm-up.
+
+    Args:
+        task: the task.
+        exponents: powers of ten, relative to the centre of each algorithm's sweep.
+        sweep_seeds: the number of seeds in the sweep.
+        seeds: the number of seeds of the repeated runs.
+        tick: called after each group of runs.
     """
     rows: dict[str, Any] = {}
     for algorithm in ALGORITHMS:
@@ -34,7 +42,7 @@ def sweep(
         best = means.index(min(means))
         sharp = [train(task, algorithm, rates[best], seed, sharp=True) for seed in range(seeds)]
         tick()
-        # The rate that generalises best need not be the one that is quick.
+        # The rate with the lowest validation loss is not always the fastest rate.
         speeds = [mean_steps(run) for run in runs]
         fast = speeds.index(min(speeds))
         quick = sharp
@@ -81,28 +89,28 @@ def sweep(
 
 
 def mean_loss(runs: list[Result], which: str) -> float:
-    """Over seeds; infinite if one of them diverged."""
+    """The mean loss over seeds; infinite if one run diverged."""
     values = [getattr(run, which) for run in runs]
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
 
 
 def mean_steps(runs: list[Result]) -> float:
-    """To the target, over seeds; infinite if one of them did not reach it."""
+    """The mean number of steps to the target over seeds; infinite if one run did not reach it."""
     steps = [run.reached for run in runs]
     return math.inf if None in steps else statistics.fmean(s for s in steps if s is not None)
 
 
 def decades(losses: list[float], exponents: list[float]) -> float:
-    """How many decades of the rate, out of those swept, end within 0.1 of the best training loss.
+    """The width, in decades, of the swept rates that end within NEAR of the best training loss.
 
-    A rate stands for the half of the way to its neighbours.
+    Each rate counts for the interval halfway to its neighbours.
     """
     width = (exponents[-1] - exponents[0]) / max(1, len(exponents) - 1)
     return width * sum(loss <= min(losses) + NEAR for loss in losses)
 
 
 def steps_to_target(reached: list[int | None]) -> str:
-    """Mean ± interval; how many seeds got there, if not all."""
+    """The text "mean ± interval", with the number of successful seeds if it is not all of them."""
     there = [step for step in reached if step is not None]
     if not there:
         return "not reached"

@@ -1,4 +1,4 @@
-"""Paths over contours: a picture of all, one per algorithm, and an animation."""
+"""Plots of paths over contours: one of all algorithms, one per algorithm, and an animation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from onepass_tools.compare.algorithms import ALGORITHMS, BY_KEY
 from onepass_tools.compare.surfaces import SURFACES, Surface
 from onepass_tools.compare.surfaces import Path as Track
 
-Tracks = dict[str, dict[str, Track]]  # by surface, by algorithm
+Tracks = dict[str, dict[str, Track]]  # surface -> algorithm -> path
 COLUMNS = 3
 FRAMES = 60
 
 
 def _background(ax: Any, surface: Surface, labels: bool = True) -> None:
-    """Contours, closer towards the minimum, in grey: colours are for paths."""
+    """Draws logarithmic contours in grey, because colours distinguish the paths."""
     left, right, bottom, top = surface.box
     x, y = np.meshgrid(np.linspace(left, right, 160), np.linspace(bottom, top, 160))
     height = np.log10(np.maximum(surface.f(x, y) - surface.lowest, 1e-2))
@@ -38,13 +38,13 @@ def _panels(axes: Any) -> list[tuple[Surface, Any]]:
 
 
 def _order(track: Track) -> np.ndarray[Any, Any]:
-    """Points up to where it left for infinity."""
+    """The points of a path before its first non-finite point."""
     ends = np.flatnonzero(~np.isfinite(track.points).all(1))
     return track.points[: ends[0] if len(ends) else None]
 
 
 def draw_paths(path: Path, tracks: Tracks) -> None:
-    """All algorithms on each surface."""
+    """Draws the paths of all algorithms on each surface."""
     with plots.canvas(path, 2, COLUMNS, (13, 8.4)) as (figure, axes):
         for surface, ax in _panels(axes):
             _background(ax, surface)
@@ -54,7 +54,7 @@ def draw_paths(path: Path, tracks: Tracks) -> None:
 
 
 def draw_algorithm(path: Path, key: str, tracks: Tracks) -> None:
-    """One algorithm on each surface, with its steps as dots, its rate and where it ended."""
+    """Draws one algorithm on each surface, with dots for steps, the rate and the final loss."""
     algorithm = BY_KEY[key]
     with plots.canvas(path, 2, COLUMNS, (10, 6.4)) as (figure, axes):
         for surface, ax in _panels(axes):
@@ -79,7 +79,7 @@ def _short(loss: float) -> str:
 
 
 def animate(path: Path, tracks: Tracks) -> None:
-    """All algorithms moving, as a GIF: fast at first, where most happens."""
+    """Writes an animated GIF of all algorithms; the time per frame increases."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,7 +87,7 @@ def animate(path: Path, tracks: Tracks) -> None:
     from matplotlib.animation import PillowWriter
 
     steps = max(len(t.points) for tracks_ in tracks.values() for t in tracks_.values())
-    # One step a frame, then two, ...: the first steps are the long ones.
+    # Steps per frame increase, because the first steps are the longest.
     times = sorted({int(steps * (frame / (FRAMES - 1)) ** 1.7) for frame in range(FRAMES)})
     with pyplot.rc_context(plots.STYLE):
         figure, axes = pyplot.subplots(2, COLUMNS, figsize=(10, 6.8), dpi=72, layout="constrained")
@@ -105,7 +105,7 @@ def animate(path: Path, tracks: Tracks) -> None:
         title = figure.text(0.02, 0.03, "", fontsize=11)
         writer = PillowWriter(fps=8)
         with writer.saving(figure, str(path), dpi=72):
-            for time in [*times, *[steps] * 8]:  # a rest at the end
+            for time in [*times, *[steps] * 8]:  # pause at the end
                 for trail, head, points in moving:
                     trail.set_data(*points[: time + 1].T)
                     head.set_data(*points[: time + 1][-1:].T)
@@ -121,5 +121,5 @@ def _legend(figure: Any, axes: Any, columns: int = 8) -> None:
 
 
 def files() -> list[str]:
-    """Names of the pictures, one per algorithm."""
+    """The file names of the plots, one per algorithm."""
     return [f"path-{algorithm.key}.png" for algorithm in ALGORITHMS]

@@ -1,4 +1,4 @@
-"""The pictures of the line and of the small models."""
+"""Plots of the line experiment and of the small models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_COLOURS = ("#000000", "#E69F00", "#0072B2")
 
 @contextmanager
 def canvas(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure of ``size`` inches, written to ``path`` in the end, and its axes [rows, columns]."""
+    """Yields (figure, axes [rows, columns]) of ``size`` inches; saves to ``path`` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,7 +40,7 @@ def canvas(path: Path, rows: int, columns: int, size: tuple[float, float]) -> It
 
 
 def _shrink(path: Path) -> None:
-    """256 colours by octree, which keeps rare ones apart: a quarter of the bytes."""
+    """Reduces a PNG to 256 colours, a quarter of the bytes; the octree keeps rare colours."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -49,7 +49,7 @@ def _shrink(path: Path) -> None:
 
 
 def shrink_animation(path: Path) -> None:
-    """One palette for all frames: matplotlib's have one each, and ten times the bytes."""
+    """Rewrites a GIF with one palette for all frames instead of one each, a tenth of the bytes."""
     from PIL import Image, ImageSequence
 
     with Image.open(path) as image:
@@ -61,13 +61,13 @@ def shrink_animation(path: Path) -> None:
 
 
 def line_style(key: str) -> dict[str, Any]:
-    """How an algorithm is drawn everywhere."""
+    """The matplotlib line style of an algorithm."""
     algorithm = BY_KEY[key]
     return {"color": algorithm.colour, "linestyle": algorithm.line, "label": algorithm.label}
 
 
 def draw_line(path: Path, experiment: dict[str, Any]) -> None:
-    """Loss curves, and the points with three fits."""
+    """Draws the loss curves, and the points with three fitted lines."""
     with canvas(path, 1, 2, (10, 4.2)) as (_, axes):
         left, right = axes[0]
         for key, run in experiment["runs"].items():
@@ -83,7 +83,7 @@ def draw_line(path: Path, experiment: dict[str, Any]) -> None:
             slope, offset = experiment["runs"][key]["path"][-1]
             style = line_style(key)
             style["label"] += f": {slope:.3f} x + {offset:.3f}"
-            # Two of them lie on each other.
+            # Two of the fitted lines coincide.
             width = {"momentum": 4.0, "adamw": 1.4}.get(key, 1.6)
             right.plot(x, slope * x + offset, linewidth=width, **style)
         right.set(xlabel="x", ylabel="y", title="data and fits after 100 steps")
@@ -91,7 +91,7 @@ def draw_line(path: Path, experiment: dict[str, Any]) -> None:
 
 
 def draw_batches(path: Path, batches: dict[str, Any]) -> None:
-    """The loss by samples seen, for the three sizes of batch."""
+    """Draws the loss against the samples seen, for the three batch sizes."""
     with canvas(path, 1, 1, (7, 3.8)) as (_, axes):
         ax = axes[0, 0]
         order = list(zip(batches.items(), BATCH_COLOURS, strict=True))
@@ -111,7 +111,7 @@ def draw_batches(path: Path, batches: dict[str, Any]) -> None:
 
 
 def draw_models(path: Path, tasks: dict[str, Any]) -> None:
-    """A row per task: training losses, the sweep, the gap, the sharpness."""
+    """Draws one row per task: training losses, rate sweep, generalisation gap and sharpness."""
     with canvas(path, len(tasks), 4, (15, 3.9 * len(tasks))) as (figure, axes):
         for row, (name, task) in zip(axes, tasks.items(), strict=True):
             curves, sweep, gaps, sharp = row
@@ -127,7 +127,7 @@ def draw_models(path: Path, tasks: dict[str, Any]) -> None:
             curves.set(xlabel="step", ylabel=f"training loss, smoothed ({unit})")
             curves.set_title(f"{name}: at the best rate (dotted: target)")
             sweep.set(xscale="log", xlabel="learning rate", ylabel=f"validation loss ({unit})")
-            # Runs that diverge would press the rest flat.
+            # Exclude diverged runs from the y range.
             sweep.set_ylim(min(ends) * 0.95, min(max(ends), 2.2 * min(ends) + 0.3))
             sweep.set_title(f"{name}: sweep of the rate")
             _dots(gaps, task, "gap", f"validation - train loss ({unit})")

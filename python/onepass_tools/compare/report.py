@@ -1,4 +1,4 @@
-"""comparison.md from the results: no figure in it is typed."""
+"""Writes comparison.md; all figures in it are generated from the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADINGS = (
 
 
 def rows(task: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table of a task, as text."""
+    """The table rows of a task, as text."""
     return [
         (
             BY_KEY[key].label,
@@ -47,7 +47,7 @@ def rows(task: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The page. Pictures lie beside it."""
+    """The Markdown page; the plots are in the same folder."""
     about = results["about"]
     out = [
         "# The algorithms compared",
@@ -147,7 +147,7 @@ def _loss(value: float | None) -> str:
 
 
 def write(out: Path, results: dict[str, Any]) -> None:
-    """Writes comparison.json and, from what is then in it, comparison.md."""
+    """Writes comparison.json, then comparison.md from the content of that file."""
     write_json(out / "comparison.json", results)
     again = json.loads((out / "comparison.json").read_text("utf-8"))
     (out / "comparison.md").write_text(markdown(again), "utf-8")

@@ -1,4 +1,4 @@
-"""One comparison from start to end."""
+"""Runs the whole comparison: measurements, plots and report."""
 
 from __future__ import annotations
 
@@ -27,8 +27,16 @@ from onepass_tools.device_names import device_name
 
 @dataclass(frozen=True)
 class Size:
-    """Steps of the small models, rates of a sweep as powers of ten from its middle, and seeds:
-    of the sweep, and of the runs at its best rate."""
+    """The size of a comparison.
+
+    Attributes:
+        steps: the number of training steps of the small models.
+        exponents: the rates of a sweep, as powers of ten relative to its centre.
+        sweep_seeds: the number of seeds in the sweep.
+        seeds: the number of seeds of the runs at the best rate.
+        path_steps: the number of steps of the paths over surfaces.
+        animated: whether to write the animation.
+    """
 
     steps: int
     exponents: list[float]
@@ -54,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The models are too small for two, and one thread gives the same bits on every machine."""
+    """Limits torch to one thread in the block.
+
+    The models are too small for more threads, and one thread gives the same bits on every machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -64,7 +75,7 @@ def one_thread() -> Iterator[None]:
 
 
 def compare(out: Path, size: Size, seeds: int, command: str, quiet: bool) -> dict[str, Any]:
-    """Measures, draws and writes everything into ``out``; returns the results."""
+    """Measures, draws and writes everything to the folder ``out``; returns the results."""
     began = time.perf_counter()
     hidden = quiet or not sys.stderr.isatty()
     turns = 2 * (len(ALGORITHMS) * (len(size.exponents) + 2) + 1) + len(SURFACES) + 2
@@ -104,7 +115,7 @@ def compare(out: Path, size: Size, seeds: int, command: str, quiet: bool) -> dic
         _draw(out, results, tracks, size.animated)
         results["about"]["seconds"] = time.perf_counter() - began
         report.write(out, results)
-    except OSError as error:  # a full disk, a directory removed meanwhile
+    except OSError as error:  # for example a full disk or a removed directory
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
     print(f"wrote {out / 'comparison.md'} and its pictures ({results['about']['seconds']:.0f} s)")
     return results
@@ -122,7 +133,7 @@ def _draw(out: Path, results: dict[str, Any], tracks: path_plots.Tracks, animate
 
 
 def _commit() -> str:
-    """Of the sources, if they are a checkout."""
+    """The commit of the sources; "unknown" if they are not a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

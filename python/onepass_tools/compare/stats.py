@@ -1,4 +1,4 @@
-"""Means over seeds and their intervals."""
+"""Means over seeds and their 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262,
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and half of its 95 % interval, from the spread of the values."""
+    """Returns the mean and half of its 95 % confidence interval (Student's t)."""
     mean = statistics.fmean(values)
     if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan
@@ -20,6 +20,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def shown(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± half an interval, as a table has it."""
+    """The text "mean ± half of the interval" for tables."""
     mean, half = interval(values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}"

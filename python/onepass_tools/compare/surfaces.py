@@ -1,4 +1,4 @@
-"""Paths of the algorithms over surfaces of two variables."""
+"""Paths of the algorithms over functions of two variables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from onepass.training import make_optimizer
 from onepass_tools.compare.algorithms import Algorithm
 
 STEPS = 200
-RATES = tuple(10.0 ** (k / 4) for k in range(-16, 3))  # 1e-4 to 3, four a decade
+RATES = tuple(10.0 ** (k / 4) for k in range(-16, 3))  # 1e-4 to 3, four per decade
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A function of x and y, drawn in ``box`` (x from, to, y from, to); the paths begin at
-    ``start``. Normal noise of standard deviation ``noise`` is added to each gradient."""
+    """A function of x and y.
+
+    Attributes:
+        key: the name in results.
+        label: the title in plots.
+        f: the function.
+        start: the start of all paths.
+        minima: the minima, all of equal value.
+        box: the plotted range: lowest x, highest x, lowest y, highest y.
+        noise: the standard deviation of the normal noise added to each gradient.
+    """
 
     key: str
     label: str
@@ -34,10 +43,12 @@ class Surface:
 
     @property
     def lowest(self) -> float:
+        """The value of the function at its minima."""
         return float(self.f(*self.minima[0]))
 
 
 def beale(x: Any, y: Any) -> Any:
+    """Beale's function, with its minimum 0 at (3, 0.5)."""
     return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
@@ -90,7 +101,15 @@ SURFACES = (
 
 @dataclass(frozen=True)
 class Path:
-    """Where an algorithm went, [steps + 1, 2], and the loss there, at its best rate."""
+    """The path of an algorithm at its best rate.
+
+    Attributes:
+        surface: the key of the surface.
+        algorithm: the key of the algorithm.
+        lr: the learning rate.
+        points: [steps + 1, 2].
+        losses: [steps + 1], the function minus its minimum at these points.
+    """
 
     surface: str
     algorithm: str
@@ -107,10 +126,10 @@ def descend(
     seed: int = 0,
     **options: Any,
 ) -> Array:
-    """Points [rates, steps + 1, 2] from the start, each rate by itself.
+    """Returns the path for each rate, [rates, steps + 1, 2].
 
-    One optimizer takes all rates at once, as groups: rules work on elements, so the paths do not
-    know of each other (there is no clipping here).
+    One optimizer runs all rates at once as parameter groups. The paths are independent, because the
+    rules are elementwise and gradients are not clipped.
     """
     start = torch.tensor(surface.start)
     points = [torch.nn.Parameter(start.clone()) for _ in rates]
@@ -131,10 +150,10 @@ def descend(
 
 
 def best_path(surface: Surface, algorithm: Algorithm, steps: int = STEPS) -> Path:
-    """The path of the rate whose mean loss over the path is lowest: that got down soonest.
+    """The path of the rate with the lowest mean loss over the path, the fastest descent.
 
-    A loss above that of the start counts as its double, so that one that has left for infinity is
-    not compared by how far it went.
+    Losses are capped at twice the loss of the start, so the distance of a diverged path does not
+    affect the mean.
     """
     points = descend(surface, algorithm.key, RATES, steps, **algorithm.options)
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""A small CNN and a small transformer, on data that every machine has."""
+"""Two training tasks, a small CNN and a small transformer, with data that every machine has."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and on what.
+    """A model and its data.
 
     Attributes:
-        model: makes it from a seed.
-        batch: of a seed, the batch of a step.
-        loss: of the model's output and the target.
-        train, validation: fixed batches on which losses are measured at the end; ``train`` is
-            what training sees, or a part of it.
-        target: of the training loss, for the count of steps to it.
-        unit: of the losses.
+        name: the name of the task.
+        about: a description for the report.
+        model: seed -> a new model.
+        batch: (seed, step) -> the batch of a step.
+        loss: (output of the model, target) -> the loss.
+        train, validation: fixed batches for the losses at the end of a run; ``train`` is the
+            training data or a part of it.
+        steps: the number of training steps.
+        target: the training loss for the figure "steps to target".
+        unit: the unit of the losses.
     """
 
     name: str
@@ -50,8 +53,11 @@ TRAINED, VALIDATED = 512, 1024
 
 
 def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images [count, 1, 12, 12] and their class: a smooth random pattern, moved by up to two pixels
-    each way (around the edge), of a random contrast, under noise as strong as it."""
+    """Returns images [count, 1, 12, 12] and their classes [count].
+
+    An image is the smooth random pattern of its class, rolled by up to two pixels in each direction
+    and scaled by a random contrast, plus noise of the same strength as the pattern.
+    """
     pattern = torch.Generator().manual_seed(1234)
     patterns = torch.randn(CLASSES, 1, SIDE, SIDE, generator=pattern)
     patterns = functional.avg_pool2d(functional.pad(patterns, (1, 1, 1, 1), "circular"), 3, 1)
@@ -70,7 +76,7 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def cnn(seed: int) -> nn.Module:
-    """Two convolutions with group norm, and a linear layer: 3,896 parameters."""
+    """A CNN with 3,896 parameters: two convolutions with group norm, and a linear layer."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
@@ -87,7 +93,7 @@ def cnn(seed: int) -> nn.Module:
 
 
 def cnn_task(steps: int) -> Task:
-    """Few images for the model, so that there is a gap to generalise over."""
+    """The CNN task; it has few images, so that there is a generalisation gap."""
     x, y = images(TRAINED, 1)
     held_out = images(VALIDATED, 2)
 
@@ -118,7 +124,7 @@ SHAPE, WINDOWS = Shape(context=32, width=32, depth=2, heads=2), 8
 
 
 class Text(nn.Module):
-    """The demo's GPT, of which the loss is the output."""
+    """The GPT of the demo as a module whose output is the loss."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -126,6 +132,7 @@ class Text(nn.Module):
         self.gpt = GPT(SHAPE)
 
     def forward(self, windows: tuple[Tensor, Tensor]) -> Tensor:
+        """Returns the mean loss of (inputs, targets)."""
         loss: Tensor = self.gpt(*windows)
         return loss
 
@@ -135,7 +142,7 @@ def _loss(output: Tensor, _: Tensor) -> Tensor:
 
 
 def transformer_task(steps: int, validation_batches: int = 16) -> Task:
-    """Python's own library as bytes: 16 kB from 16 places, so that it is seen several times."""
+    """The transformer task on 16 KiB of Python's library, which training sees several times."""
     corpus = load(400_000)
     pieces = corpus.train.unfold(0, 1024, len(corpus.train) // 16)[:16]
     text, held_out = pieces.flatten(), corpus.validation
@@ -168,5 +175,5 @@ def transformer_task(steps: int, validation_batches: int = 16) -> Task:
 
 
 def is_finite(loss: float) -> bool:
-    """Whether a run is still one: above 50 nats nothing comes back."""
+    """Whether a run has not diverged: the loss is finite and below 50 nats."""
     return math.isfinite(loss) and loss < 50

@@ -1,4 +1,4 @@
-"""Training runs and what is measured of them."""
+"""Training runs and their measurements."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ from onepass_tools.compare.tasks import Batch, Task, is_finite
 from onepass_tools.demo.model import count_parameters
 from onepass_tools.demo.train import state_bytes
 
-WINDOW = 10  # steps over which training losses are averaged for the count of steps
-ITERATIONS = 20  # of the power iteration
-WARMUP = 0.1  # of the steps
+WINDOW = 10  # steps over which training losses are averaged for "steps to target"
+ITERATIONS = 20  # number of power iterations
+WARMUP = 0.1  # fraction of the steps
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run: losses in the task's unit, at its end on fixed batches; NaN where it left for
-    infinity. ``reached`` is the first step at which the mean of the last ten training losses was
-    below the task's target, None if none was. ``sharpness`` is NaN where it was not asked for."""
+    """The result of a run, with losses in the unit of the task.
+
+    Attributes:
+        task, algorithm, lr, seed: the settings of the run.
+        train, validation: losses at the end on fixed batches; NaN if the run diverged.
+        reached: the first step at which the mean of the last ten training losses is at most the
+            target of the task; None if there is none.
+        state_bytes: bytes of optimizer states per parameter.
+        sharpness: see :func:`sharpness`; NaN if it was not requested.
+        curve: the training loss of each step.
+    """
 
     task: str
     algorithm: str
@@ -43,9 +51,17 @@ class Result:
 def train(
     task: Task, algorithm: Algorithm, lr: float, seed: int, sharp: bool = False, **changes: Any
 ) -> Result:
-    """One run: warm-up over a tenth of the steps, then cosine; clipped at norm 1.
+    """Trains once: warm-up over a tenth of the steps, then cosine decay, with clipping at norm 1.
 
-    Seeds decide weights and batches, the same for every algorithm. ``changes`` are of the Trainer.
+    The seed determines weights and batches, independently of the algorithm.
+
+    Args:
+        task: the task.
+        algorithm: the algorithm.
+        lr: the highest learning rate.
+        seed: the seed of the weights and batches.
+        sharp: whether to compute the sharpness.
+        changes: Trainer arguments that replace the defaults.
     """
     settings: dict[str, Any] = {
         "weight_decay": algorithm.decay,
@@ -83,11 +99,11 @@ def train(
 
 
 def sharpness_of(task: Task, model: nn.Module) -> float:
-    """Of the loss on the first of the fixed training batches."""
+    """The sharpness of the loss on at most 256 samples of the first fixed training batch."""
     model.eval()
     data, target = _first(task.train[0], 256)
     params = list(model.parameters())
-    # Only this kernel of attention can be differentiated twice.
+    # Only the math attention kernel supports double backward.
     with sdpa_kernel(SDPBackend.MATH):
         return sharpness(lambda: task.loss(model(data), target), params)
 
@@ -104,9 +120,10 @@ def sharpness(
 ) -> float:
     """The largest eigenvalue of the Hessian of ``loss()``, by power iteration.
 
-    Hessian-vector products are gradients of (gradient . vector); nothing is changed. If the largest
-    by magnitude is negative, the iteration is repeated on the Hessian shifted by it. The estimate
-    is a Rayleigh quotient, so it never exceeds the eigenvalue (Yao et al., "PyHessian", 2020).
+    A Hessian-vector product is the gradient of (gradient . vector); the parameters are not changed.
+    If the eigenvalue of largest magnitude is negative, the iteration is repeated with the Hessian
+    shifted by that eigenvalue. The estimate is a Rayleigh quotient, so it never exceeds the largest
+    eigenvalue (Yao et al., "PyHessian", 2020).
     """
     gradient = torch.autograd.grad(loss(), params, create_graph=True)
 

@@ -1,4 +1,4 @@
-"""What the measurements say of each claim, as a rule on figures."""
+"""Decides from the measurements whether each textbook claim holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOLDS, CONTRADICTED, UNDECIDED = "holds", "**contradicted**", "undecided"
 
 
 class Verdict(NamedTuple):
-    """A claim, whether it held, and the figures that say so."""
+    """A claim, the outcome of its test, and the measured figures."""
 
     claim: str
     outcome: str
@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
 
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
-    """Every claim that the results speak to."""
+    """The verdicts on all claims that the results can test."""
     found = _small(results["claims"])
     for name, task in results["tasks"].items():
         found += _of_task(name, task)
@@ -34,7 +34,7 @@ def _truth(condition: bool) -> str:
 
 
 def compare(lower: Sequence[float | None], higher: Sequence[float | None]) -> str:
-    """Whether the first is lower, by the paired differences of the same seeds."""
+    """Whether the first values are lower, by a 95 % interval of paired differences per seed."""
     pairs = [(a, b) for a, b in zip(lower, higher, strict=True) if a is not None and b is not None]
     if len(pairs) < 2:
         return UNDECIDED
