@@ -1,1 +1,1 @@
-"""What runs a step: the plan of a parameter list, its tables and states, and the backends."""
+"""The step engine: the plan of a parameter list, its tables and states, and the backends."""

@@ -20,13 +20,17 @@ Tensors = list[torch.Tensor]
 
 
 class DevicePlan:
-    """The entries of one device, and the rows that they read.
+    """The entries of one device and their hyperparameter table.
 
     Args:
-        owners: the parameters of the optimizer, in the order of entries, whose gradients are taken.
+        backend: the backend that runs the sweep.
+        entries: one for each parameter.
+        table: the hyperparameter table.
+        owners: the optimizer's parameters in the order of entries; their gradients are read.
 
     Attributes:
-        params, grads: plain tensors that :meth:`refresh` has taken, until the step is done.
+        backend, table, owners: as given.
+        params, grads: plain tensors that :meth:`refresh` stored for the current step.
         changed: whether the last :meth:`run` may have changed anything.
     """
 
@@ -45,8 +49,8 @@ class DevicePlan:
         self._staged: Any = None
         self._ids = [entry.param_id for entry in entries]
         self._prepare(entries)
-        # Gradients that a backend cannot read where they are: another order of the elements in
-        # memory, or negated when they are read. They are copied at each step.
+        # Gradients that a backend cannot read in place, because they have another memory order or
+        # the negative bit. They are copied at each step.
         self._relaid: list[int] = []
         found = self._take()
         assert found is not None
@@ -54,12 +58,13 @@ class DevicePlan:
         self.forget_gradients()
 
     def _prepare(self, entries: list[backends.Entry]) -> None:
+        """Flattens the entries for the backend."""
         self.prepared = self.backend.prepare(entries)
 
     # --- before anything changes ---
 
     def refresh(self) -> bool:
-        """Takes the gradients; False, with nothing changed, if the plan is stale."""
+        """Reads the gradients; returns False and changes nothing if the plan is stale."""
         self.forget_gradients()
         with _NoTorchFunction():
             found = self._take()
@@ -69,15 +74,16 @@ class DevicePlan:
         return True
 
     def _refresh(self, params: Tensors, grads: Tensors) -> bool:
+        """Passes the gradients to the backend; False if its prepared plan is stale."""
         return self.backend.refresh(self.prepared, params, grads)
 
     def _take(self) -> tuple[Tensors, Tensors] | None:
-        """Parameters and gradients as a backend reads them; None if one has no gradient."""
+        """Parameters and gradients as plain tensors; None if a gradient is missing."""
         return self._readable(self.owners, list(map(_grad, self.owners)))
 
     def _readable(self, params: Tensors, found: Tensors) -> tuple[Tensors, Tensors] | None:
-        """Unwraps and copies what a backend cannot read; None if a gradient is missing or has no
-        memory to copy."""
+        """Unwraps or copies gradients that a backend cannot read; None if a gradient is missing or
+        has no memory."""
         grads = found
         if not are_plain(found):
             if any(grad is None for grad in found):
@@ -88,36 +94,39 @@ class DevicePlan:
             ]
             self._copied += [g for g, plain in zip(found, grads, strict=True) if g is not plain]
         for i in self._relaid:
-            if not has_memory(grads[i]):  # torch would read it all the same
+            if not has_memory(grads[i]):  # copy_ would read freed memory without an error
                 return None
             self._copied.append(grads[i])
             grads[i] = torch.empty_like(params[i], dtype=grads[i].dtype).copy_(grads[i])
         return params, grads
 
     def forget_gradients(self) -> None:
-        """Lets go of what :meth:`refresh` has taken."""
+        """Drops the tensors that :meth:`refresh` stored."""
         self.params, self.grads, self._copied = [], [], []
 
     def norm(self) -> torch.Tensor:
-        """See :meth:`Backend.norm`, of the gradients that refresh has taken."""
+        """The result of :meth:`Backend.norm` for the gradients from :meth:`refresh`."""
         return self.backend.norm(self.prepared)
 
     def stage(self, verdict: torch.Tensor | None) -> None:
-        """Derives what can fail; see :meth:`Backend.stage`."""
+        """Computes the values of the step that can raise; see :meth:`Backend.stage`."""
         self._staged = self.backend.stage(self.table, verdict)
 
     def start(self) -> int:
-        """Starts to bring paged states to the device; returns how many pages there are of them."""
+        """Starts to copy paged states to the device; returns the number of pages."""
         return 0
 
     # --- the step ---
 
     def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
-        """The step over this device's entries.
+        """Runs the step over this device's entries.
 
         Args:
-            verdict: on the device; None where nothing was asked.
+            verdict: the verdict on this device; None if the step has no verdict.
             switches: the booleans of the step.
+
+        Raises:
+            RuntimeError: :meth:`refresh` was not called.
         """
         backend, table = self.backend, self.table
         if len(self.grads) != len(self.owners):
@@ -137,16 +146,21 @@ class DevicePlan:
         backend.count(table, self._staged)
 
     def zero_gradients(self, swept: bool) -> None:
-        """Sets the gradients of the step to zero; swept: those that were not copied are."""
+        """Sets the gradients of the step to zero.
+
+        Args:
+            swept: whether the sweep has already zeroed the gradients that were not copied.
+        """
         for grad in self._copied if swept else (*self.grads, *self._copied):
             zero(grad)
 
     def _sweep(self, switches: backends.StepSwitches) -> None:
+        """Runs the backend over the entries."""
         table = self.table
         step = backends.StepArgs(table.hyper, table.counters, table.telemetry, switches)
         self.backend.run(self.prepared, step)
 
 
 def _alike(param: torch.Tensor, grad: torch.Tensor) -> bool:
-    """Whether a backend can read a gradient of this parameter where it is."""
+    """Whether a backend can read a gradient of this parameter in place."""
     return same_layout(param, grad) and not grad.is_neg()

@@ -1,7 +1,8 @@
-"""The rows of the hyperparameter table, on one device: parameters of a group with the same history.
+"""The hyperparameter table of one device.
 
-Options go in, as float64; the step counters are here; hyperparameters come out, as fp32, with what
-keys the random bits. Where counters are on a GPU, so is that derivation: the host never reads them.
+A row serves the parameters of one group that took the same steps. The table stores the options as
+float64 and the step counters. Each step derives the fp32 hyperparameters and the keys of the random
+bits from them. Counters on a GPU are advanced by a kernel, so the host never reads them.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ the update; how many gradients are infinite or NaN."""
 
 
 def step_number(step: float, which: str) -> int:
-    """The number of the step after so many.
+    """The number of the next step, counted from 1.
 
     Args:
-        step: the value of a counter.
-        which: parameters that it counts for, for the message of an error.
+        step: the steps taken so far, from a counter.
+        which: name of the parameters, for error messages.
 
     Raises:
-        ValueError: it is not a count.
+        ValueError: the counter is not a whole number in [0, 2^53).
     """
     if not 0 <= step < 1 << 53 or step != int(step):
         raise ValueError(f"state['step'] of {which} must be a whole number >= 0; got {step}")
@@ -43,10 +44,10 @@ class Row:
 
     Attributes:
         group: the parameter group.
-        which: the first of the parameters, for the message of an error.
-        step: their step counter, fp32, one tensor that all of them share as state["step"].
-        fresh: fp32, 1 while no step has been taken with their states, else 0.
-        scalar_states: key -> their scalar state, fp32, shared likewise.
+        which: name of the first parameter, for error messages.
+        step: fp32 step counter. All parameters of the row share this tensor as state["step"].
+        fresh: fp32, 1 before the first step with the states of the row, else 0.
+        scalar_states: key -> fp32 scalar state, also shared by all parameters of the row.
     """
 
     __slots__ = ("fresh", "group", "scalar_states", "step", "which")
@@ -64,12 +65,12 @@ class Row:
 
 
 class History(NamedTuple):
-    """What the parameters of a row have behind them.
+    """The counters of a parameter; parameters of one group with equal counters share a row.
 
     Attributes:
-        steps: that they took.
-        fresh: whether no step has been taken with their states.
-        scalar_states: of the rule, in its order.
+        steps: number of steps taken.
+        fresh: whether no step has been taken with the states.
+        scalar_states: values of the rule's scalar states, in the rule's order.
     """
 
     steps: float
@@ -78,11 +79,11 @@ class History(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """What the next step writes into a table, derived on the host.
+    """Values for the next step, computed on the host but not yet written into the table.
 
     Attributes:
-        hyper, counters: as in :class:`RowTable`.
-        kept: of :class:`RowTable`, after the step.
+        hyper, counters: see :class:`RowTable`.
+        kept: the value of ``RowTable.kept`` after the step.
     """
 
     hyper: npt.NDArray[np.float32]
@@ -93,17 +94,24 @@ class Staged(NamedTuple):
 class RowTable:
     """All rows of one device.
 
+    Args:
+        rule: the rule of the optimizer.
+        rows: the group and the counters of each row.
+        device: device of the table.
+        measured: whether to allocate telemetry.
+        names: name of each row's first parameter, for error messages.
+
     Attributes:
-        rule: of the optimizer.
-        rows: see :class:`Row`; their tensors are views of kept.
+        rule: as given.
+        rows: see :class:`Row`; the tensors of a row are views of kept.
         options: float64 [rows, OPTIONS_WIDTH].
         kept: fp32 [2 + scalar states, rows]: steps, fresh, then the rule's scalar states.
-        steps, fresh: fp32 [rows], of kept.
-        scalar_states: fp32 [scalar states, rows], of kept.
-        hyper: fp32 [rows, HYPER_WIDTH], of the step that runs next.
-        counters: int64 [rows, 2], seed and number of that step, from 1; 0 for a step that is
-            skipped.
-        telemetry: float64 [rows, TELEMETRY_WIDTH], or None when it is not asked for.
+        steps, fresh: fp32 [rows], views of kept.
+        scalar_states: fp32 [scalar states, rows], a view of kept.
+        hyper: fp32 [rows, HYPER_WIDTH], hyperparameters of the next step.
+        counters: int64 [rows, 2], seed and number of the next step, counted from 1; the number is 0
+            if the step is skipped.
+        telemetry: float64 [rows, TELEMETRY_WIDTH]; None if telemetry is off.
     """
 
     def __init__(
@@ -116,7 +124,7 @@ class RowTable:
     ) -> None:
         self.rule = rule
         count = len(rows)
-        # Counters outlive the table: one storage for all.
+        # optimizer.state keeps the counters after the table is freed: store them in one tensor.
         columns = [(h.steps, float(h.fresh), *h.scalar_states) for _, h in rows]
         width = 2 + len(rule.scalar_states)
         self.kept = torch.tensor(columns, dtype=torch.float32, device=device)
@@ -138,7 +146,7 @@ class RowTable:
         self.telemetry: torch.Tensor | None = None
         if measured:
             self.telemetry = torch.zeros(count, TELEMETRY_WIDTH, dtype=torch.float64, device=device)
-        # NumPy views where the host counts: torch needs a microsecond for each small operation.
+        # NumPy views for tables on the CPU: a small torch operation costs about 1 microsecond.
         self._host = (
             [t.numpy() for t in (self.kept, self.hyper, self.counters)]
             if device.type == "cpu"
@@ -149,14 +157,14 @@ class RowTable:
         self._captured: list[torch.Tensor] = []
 
     def stage(self, verdict: torch.Tensor | None) -> Staged:
-        """Derives the next step's numbers on the host; the table stays as it is.
+        """Computes the values of the next step on the host; the table is not changed.
 
         Args:
-            verdict: see :mod:`onepass.numerics.verdict`; None where nothing was asked. A step that
-                is skipped counts nowhere.
+            verdict: see :mod:`onepass.numerics.verdict`; None if the step has no verdict. A skipped
+                step advances no counter.
 
         Raises:
-            ValueError: a step counter that is not a count.
+            ValueError: a step counter is not a whole number in [0, 2^53).
         """
         factor, skip = 1.0, False
         if verdict is not None:
@@ -169,7 +177,7 @@ class RowTable:
                 t.cpu().numpy() for t in (self.kept, self.hyper, self.counters)
             )
         rule = self.rule
-        # Numbers below fp32's range are rounded, whatever NumPy is set to do about them.
+        # Values below fp32's range are rounded, even if NumPy is set to raise on underflow.
         with np.errstate(all="ignore"):
             for i, (row, history) in enumerate(zip(self.rows, kept.T.tolist(), strict=True)):
                 step, first, *scalar_states = history
@@ -185,7 +193,7 @@ class RowTable:
         return Staged(hyper, counters, kept)
 
     def write(self, staged: Staged) -> None:
-        """Writes what the sweep reads, from the host."""
+        """Copies the staged hyperparameters and random keys into the table, before the sweep."""
         if self._host is not None:
             _, hyper, counters = self._host
             hyper[:], counters[:] = staged.hyper, staged.counters
@@ -194,22 +202,22 @@ class RowTable:
             self.counters.copy_(torch.from_numpy(staged.counters))
 
     def count(self, staged: Staged) -> None:
-        """Counts the step whose sweep is done, from the host."""
+        """Copies the staged counters into the table, after the sweep."""
         if self._host is not None:
             self._host[0][:] = staged.kept
         else:
             self.kept.copy_(torch.from_numpy(staged.kept))
 
     def upload(self) -> None:
-        """Brings options and seeds to the device, without waiting for it, where they have changed.
+        """Copies changed options and seeds to the device, asynchronously.
 
-        A learning rate that is a tensor on a GPU is copied there, at every step: in a captured
-        graph too, so that what is written into it between replays counts.
+        A learning rate that is a GPU tensor is copied on the GPU at every step. A captured graph
+        includes this copy, so a replay uses the tensor's current value.
         """
         groups = [row.group for row in self.rows]
         options = [self.rule.options(_known_to_host(group)) for group in groups]
         seeds = [int(option(group, "seed")) for group in groups]
-        # What a captured graph has copied, and will again, is not what the host knows of.
+        # Replays of a captured graph overwrite the table, so the host's cached values may be stale.
         if options != self._options or self._captured:
             self._copy(self.options, torch.tensor(options, dtype=torch.float64, device="cpu"))
             self._options = options
@@ -221,29 +229,31 @@ class RowTable:
                 self.options[i, LR].copy_(group["lr"].reshape(()), non_blocking=True)
 
     def _copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies a host tensor into the table, asynchronously to a GPU."""
         if destination.is_cuda:
             source = source.pin_memory()
             if capturing():
-                # Every replay reads it again.
+                # Every replay reads the pinned source again: keep it alive.
                 self._captured.append(source)
         destination.copy_(source, non_blocking=True)
 
 
 def capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
+    """Whether a CUDA graph is being captured on the current stream."""
     started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return started and torch.cuda.is_current_stream_capturing()
 
 
 def on_gpu(value: Any) -> bool:
-    """Whether an option is a tensor that the host cannot read without waiting for a GPU."""
+    """Whether an option is a GPU tensor; the host must synchronise to read it."""
     return isinstance(value, torch.Tensor) and value.is_cuda
 
 
 def _known_to_host(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group, with 0.0 in place of a learning rate on a GPU."""
     return {**group, "lr": 0.0} if on_gpu(group["lr"]) else group
 
 
 def counter_bytes(rule: Rule) -> int:
-    """Bytes of the counters that parameters of the same history share: see :class:`RowTable`."""
+    """Bytes of the counters of one row: see :class:`RowTable`."""
     return (2 + len(rule.scalar_states)) * torch.float32.itemsize

@@ -1,4 +1,4 @@
-"""Holding Ctrl-C (SIGINT) while a step changes tensors."""
+"""Defers Ctrl-C (SIGINT) while a step changes tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class Uninterrupted:
-    """Within it SIGINT waits: its handler is called when the block ends.
+    """A context manager that defers SIGINT: the signal handler runs when the block ends.
 
-    Python runs signal handlers between any two lines of the main thread, and the usual one raises
-    KeyboardInterrupt there. In other threads, and where SIGINT has no Python handler, there is
-    nothing to hold.
+    Python can run a signal handler between any two bytecode instructions of the main thread, and
+    the default handler raises KeyboardInterrupt. The context manager does nothing in other threads
+    and if SIGINT has no Python handler.
     """
 
     __slots__ = ("_handler", "_pending")

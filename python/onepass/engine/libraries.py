@@ -1,4 +1,4 @@
-"""The compiled libraries: loading them, and what torch.compile needs to know of their ops."""
+"""Loads the compiled libraries and registers fake implementations of their ops."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ OPS = (
     "layout",
 )  # fmt: skip
 PACKAGE = Path(__file__).parents[1]
-# ONEPASS_CPU_LIBRARY names another build of it, such as that of `make sanitize`.
+# ONEPASS_CPU_LIBRARY names another build of the CPU library, such as that of `make sanitize`.
 LIBRARY = Path(os.environ.get("ONEPASS_CPU_LIBRARY") or PACKAGE / "libonepass_cpu.so")
-# ONEPASS_CUDA_LIBRARY likewise, such as a variant of `python -m bench.tuning --build`.
+# ONEPASS_CUDA_LIBRARY names another build of the CUDA library, such as a variant of
+# `python -m bench.tuning --build`.
 CUDA_LIBRARY = Path(os.environ.get("ONEPASS_CUDA_LIBRARY") or PACKAGE / "libonepass_cuda.so")
 
 
 def _load() -> str:
-    """Loads the library; returns why it could not, or an empty string."""
+    """Loads the CPU library; returns the reason if that fails, else an empty string."""
     if not LIBRARY.exists():
         return (
             f"{LIBRARY.name} was not built: install a C++ compiler, then "
@@ -46,12 +47,13 @@ missing: str = _load()
 
 @cache
 def cuda_missing() -> str:
-    """Why the CUDA library is not there; empty when it is, and then it has been loaded.
+    """The reason why the CUDA library is unavailable; empty if the library is loaded.
 
-    It is loaded when a CUDA device is first asked for: without CUDA nothing is read of it.
+    The library is loaded at the first request for a CUDA device. A process without CUDA never reads
+    the file.
     """
     if missing:
-        return missing  # the schemas of all ops are in that one
+        return missing  # the CPU library defines the schemas of all ops
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not CUDA_LIBRARY.exists():
@@ -69,14 +71,14 @@ def cuda_missing() -> str:
     return ""
 
 
-_cuda_support: dict[int, str] = {}  # by index of a device, where the answer stays the same
+_cuda_support: dict[int, str] = {}  # device index -> permanent answers of cuda_unsupported
 
 
 def cuda_unsupported(device: int) -> str:
-    """Why the CUDA library's kernels cannot run on a GPU; empty when they can.
+    """The reason why the CUDA library's kernels cannot run on a GPU; empty if they can.
 
-    Initialises CUDA on that GPU. The answer is kept, except where the reason may pass, such as a
-    lack of memory.
+    Initialises CUDA on that GPU. The answer is cached unless the reason is temporary, such as too
+    little free memory.
 
     Args:
         device: index of the GPU. :func:`cuda_missing` must have returned an empty string.
@@ -90,8 +92,15 @@ def cuda_unsupported(device: int) -> str:
 
 
 def free_plan(calls: Any, plan: torch.Tensor) -> None:
-    """Frees a plan of the compiled libraries, whenever Python comes to it: in the middle of a trace
-    by torch.compile, too, whose modes must not see it. calls has the ops of its library."""
+    """Frees a plan of a compiled library.
+
+    Python may run this finalizer during a torch.compile trace. The trace's dispatch modes are
+    disabled so that they do not record the call.
+
+    Args:
+        calls: the namespace with the ops of the library.
+        plan: the handle that ``make_plan`` returned.
+    """
     with _disable_current_modes():
         calls.free_plan(plan)
 
@@ -100,9 +109,9 @@ def cpu_isa(name: str = "") -> str:
     """The instruction set of the cpu backend: "avx512", "avx2" or "plain".
 
     Args:
-        name: one of these, or "auto" for the widest that this machine runs, to select it first.
-            The environment variable ONEPASS_CPU_ISA does the same when onepass is imported. The
-            results do not depend on it.
+        name: the instruction set to select before the query, or "auto" for the widest one that this
+            machine supports; empty selects nothing. The environment variable ONEPASS_CPU_ISA
+            selects one when onepass is imported. Results do not depend on the instruction set.
 
     Raises:
         RuntimeError: the library is not built, or the machine lacks this instruction set.
@@ -124,7 +133,7 @@ if not missing:
 
     @torch.library.register_fake("onepass::refresh")
     def _refresh_fake(plan, params, grads):  # type: ignore[no-untyped-def]
-        return 1  # tensors without memory: stale
+        return 1  # stale: fake tensors have no memory
 
     @torch.library.register_fake("onepass::run")
     def _run_fake(plan, hyper, counters, telemetry=None, switches=0):  # type: ignore[no-untyped-def]

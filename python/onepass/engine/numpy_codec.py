@@ -1,7 +1,7 @@
-"""Decode tensors to fp32 values and encode them, by the specification (:mod:`onepass.formats`).
+"""Decodes tensors to fp32 values and encodes them, as :mod:`onepass.formats` specifies.
 
-The reference backend and the conversion of checkpoints use it. Exact and slow; elements are taken
-in memory order.
+The reference backend and checkpoint conversion use this module. It is exact and slow, and processes
+elements in memory order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..formats import (
 )
 from ..numerics.arrays import F32, U32, States
 
-# NumPy has no 16-bit torch types and the reference works on codes without a sign.
+# NumPy has no bfloat16, and the specification uses unsigned codes.
 _RAW = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.int16: np.uint16}
 _RAW[torch.int8] = np.uint8
 
@@ -37,7 +37,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The stored codes of a dense tensor, copied."""
+    """A copy of the stored codes of a dense tensor."""
     values = flat(tensor).cpu().clone()
     raw = _RAW.get(tensor.dtype)
     if raw is None:
@@ -46,7 +46,7 @@ def to_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def write(tensor: torch.Tensor, codes: npt.NDArray[Any]) -> None:
-    """Stores codes into a dense tensor."""
+    """Writes codes into a dense tensor."""
     signed = {2: np.int16, 1: np.uint8 if tensor.dtype == torch.uint8 else np.int8}
     if tensor.dtype in _RAW or tensor.dtype == torch.uint8:
         codes = codes.view(signed[codes.itemsize])
@@ -60,7 +60,7 @@ def read_states(
     scales: Mapping[int, torch.Tensor],
     count: int,
 ) -> States:
-    """The fp32 values [count] of the states in each slot, None where there is none."""
+    """Decodes the state of each slot to fp32 values [count]; None for a slot without a state."""
     stored = tuple(
         (to_array(states[i]), to_array(scales[i]) if i in scales else None) if i in states else None
         for i in range(len(kinds))
@@ -76,7 +76,7 @@ def write_states(
     scales: Mapping[int, torch.Tensor],
     random: Sequence[U32 | None] | None = None,
 ) -> None:
-    """Encodes fp32 values into the tensors of each slot; without random bits to nearest."""
+    """Encodes fp32 values into the tensors of each slot; rounds to nearest if random is None."""
     if random is None:
         random = [None if v is None else np.full(len(v), NEAREST) for v in values]
     for slot, found in enumerate(encode_states(form, values, kinds, random)):
@@ -90,7 +90,7 @@ def write_states(
 def read_weight(
     form: WeightFormat, weight: torch.Tensor, companion: torch.Tensor | None = None
 ) -> F32:
-    """The fp32 values of a weight or gradient."""
+    """Decodes a weight or a gradient to fp32 values."""
     extra = None if companion is None else to_array(companion)
     return decode_weight(form, weight.dtype, to_array(weight), extra)
 
@@ -102,7 +102,7 @@ def write_weight(
     companion: torch.Tensor | None = None,
     random: U32 | None = None,
 ) -> None:
-    """Encodes fp32 values into a weight and its companion; without random bits to nearest."""
+    """Encodes fp32 values into a weight and its companion; rounds to nearest if random is None."""
     if random is None:
         random = np.full(len(values), NEAREST)
     data, extra = encode_weight(form, weight.dtype, values, random)

@@ -1,13 +1,13 @@
-"""The plan: an optimizer's parameter list flattened once, and run at every step.
+"""The plan: an optimizer's parameter list, flattened once and run at every step.
 
-A step costs reading the gradients and comparing what is there with what the plan was built from:
-identities in Python, addresses and layouts in the backend. If anything has changed (a parameter
-without a gradient, a replaced state, a moved tensor, another option of a group), the plan is stale
-and :mod:`onepass.engine.plan_builder` builds a new one.
+Each step reads the gradients and checks that the plan is not stale. Python compares object
+identities; the backend compares addresses and layouts. The plan is stale if a gradient is missing,
+a state was replaced, a tensor moved or a group option changed. In that case
+:mod:`onepass.engine.plan_builder` builds a new plan.
 
-Building a plan changes nothing: its new states become the optimizer's in :meth:`Plan.adopt`. A plan
-refers neither to its optimizer nor to the dictionaries of the states, and its backends own no
-parameter, so that torch can swap parameters and free what is replaced.
+Building a plan does not change the optimizer; :meth:`Plan.adopt` publishes the new states. A plan
+holds no reference to its optimizer or to the state dictionaries, and its backends own no parameter,
+so torch can swap parameters and free replaced tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tensor_access import share_memory
 
 
 def add_norms(parts: torch.Tensor) -> torch.Tensor:
-    """What :meth:`Backend.norm` found of several lists, float64 [lists, 3], as of one."""
+    """Combines results of :meth:`Backend.norm` for several lists, float64 [lists, 3], into one."""
     total = parts.sum(0)
     total[1] = parts[:, 1].max()
     return total
@@ -42,16 +42,16 @@ class Plan:
 
     Args:
         members: parameters with gradients.
-        layout: their entries, by device and process groups.
-        ranks: sums over ranks; None where there is one.
+        layout: the entries of the members, by device and process groups.
+        ranks: sums over ranks; None for a single rank.
         publication: the states of the members.
-        validity: what the plan was built from.
-        versioned: tensors whose version counters are those of the parameters.
-        watch: what the dictionaries of the states report to.
+        validity: the groups and states that the plan was built from.
+        versioned: tensors that share the version counters of the parameters.
+        watch: receives the change reports of the state dictionaries.
 
     Attributes:
         members, watch: as given.
-        adopted: whether the plan's states are the optimizer's.
+        adopted: whether the plan's states are published in the optimizer.
         changed: whether the last :meth:`run` may have changed anything.
     """
 
@@ -73,13 +73,13 @@ class Plan:
         self._validity, self._versioned = validity, versioned
 
     def adopt(self, state: Any) -> Any:
-        """Makes the plan's states and counters those of the optimizer, once.
+        """Publishes the plan's states and counters in the optimizer; later calls do nothing.
 
         Args:
             state: ``optimizer.state``; its entries are changed in place.
 
         Returns:
-            What ``optimizer.state`` has to be from now on.
+            The new value of ``optimizer.state``.
         """
         if self._publication is not None:
             state = self._publication.publish(state)
@@ -92,7 +92,7 @@ class Plan:
         self._validity.check_options(check)
 
     def refresh(self, groups: list[dict[str, Any]], state: Any) -> bool:
-        """Takes the gradients; False, with nothing changed, if the plan is stale.
+        """Reads the gradients; returns False and changes nothing if the plan is stale.
 
         Args:
             groups: ``optimizer.param_groups``.
@@ -103,20 +103,22 @@ class Plan:
         return all(part.refresh() for part in self._parts)
 
     def forget_gradients(self) -> None:
-        """Lets go of the gradients that :meth:`refresh` has taken."""
+        """Drops the references to gradients that :meth:`refresh` stored."""
         for part in self._parts:
             part.forget_gradients()
 
     def memory(self) -> list[torch.Tensor]:
-        """The parameters' memory, as tensors that keep it: what a captured graph writes."""
+        """Tensors that keep the parameters' memory alive, which a captured graph writes."""
         return [p.detach() for part in self._parts for p in part.params]
 
     def norm(self, largest: bool) -> torch.Tensor | None:
-        """See :meth:`Backend.norm`, over all devices and ranks and on the first device; None
-        without gradients.
+        """The result of :meth:`Backend.norm` over all devices and ranks, on the first device.
 
         Args:
-            largest: whether the norm that is wanted is the largest magnitude.
+            largest: whether the caller needs the largest magnitude over all ranks.
+
+        Returns:
+            float64 [3]; None without gradients.
         """
         found = [part.norm() for part in self._parts]
         if self._ranks is not None:
@@ -135,15 +137,16 @@ class Plan:
         policy: backends.Policy,
         backend: str | None,
     ) -> torch.Tensor:
-        """See :meth:`Backend.judge`; the verdict is on the first device.
+        """Computes the verdict of the step on the first device; see :meth:`Backend.judge`.
 
-        It is a new tensor unless it is on a GPU, where a captured graph goes on reading it.
+        On the CPU the verdict is a new tensor. On a GPU an existing verdict is updated in place,
+        because captured graphs read it.
 
         Args:
-            known: the verdict of the step before, or None.
-            found: of :meth:`norm`, or None.
-            grad_scale, found_inf: torch.amp.GradScaler's, or None.
-            policy: what is asked for.
+            known: the verdict of the previous step, or None.
+            found: the result of :meth:`norm`, or None.
+            grad_scale, found_inf: the tensors of torch.amp.GradScaler, or None.
+            policy: the clipping and skipping options.
             backend: name of the optimizer's backend, or None.
         """
         judging, device = self._judging(found if known is None else known, backend)
@@ -162,8 +165,13 @@ class Plan:
     def _judging(
         self, known: torch.Tensor | None, backend: str | None
     ) -> tuple[backends.Backend, torch.device]:
-        """The backend and the device of verdicts; where there is nothing to step, too, since other
-        ranks may have found something. known: a verdict or a norm, or None."""
+        """The backend and the device of verdicts.
+
+        A rank without gradients also computes a verdict, because other ranks may have gradients.
+
+        Args:
+            known: a verdict or a norm, or None; its device is used if there are no gradients.
+        """
         if self._parts:
             return self._parts[0].backend, self._parts[0].table.steps.device
         if known is None or known.device.type == "cpu":
@@ -171,29 +179,32 @@ class Plan:
         return backends.choose(known.device, backend), known.device
 
     def stage(self, verdict: torch.Tensor | None) -> None:
-        """Derives the numbers of the next step that can fail; nothing is changed.
+        """Computes the values of the next step that can raise; nothing is changed.
+
+        Args:
+            verdict: the result of :meth:`judge`; None if the step has no verdict.
 
         Raises:
-            ValueError: a step counter that is not a count.
+            ValueError: a step counter is not a whole number in [0, 2^53).
         """
         for part in self._parts:
             part.stage(self._here(verdict, part))
 
     def start(self) -> int:
-        """Starts to bring paged states to their devices; nothing is changed. Returns how many pages
-        there are of them."""
+        """Starts to copy paged states to their devices; returns the number of pages."""
         return sum(part.start() for part in self._parts)
 
     def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
-        """The step, with the gradients that refresh has taken and the numbers that were staged.
+        """Runs the step with the gradients from :meth:`refresh` and the values from :meth:`stage`.
 
         Args:
-            verdict: of :meth:`judge`; None where nothing was asked.
+            verdict: the result of :meth:`judge`; None if the step has no verdict.
             switches: the booleans of the step.
         """
         self.changed, zero_grads = False, switches.zero_grads
         grads = [grad for part in self._parts for grad in part.grads] if zero_grads else []
-        # The sweep of one parameter would zero what that of another still has to read.
+        # Gradients that share memory are zeroed after all sweeps: a sweep must not zero a gradient
+        # that another sweep still reads.
         together = zero_grads and share_memory(grads)
         if together:
             switches = replace(switches, zero_grads=False)
@@ -205,18 +216,26 @@ class Plan:
         if zero_grads:
             for part in self._parts:
                 part.zero_gradients(swept=not together)
-        # Kernels write behind autograd's back: it must still see that saved weights changed.
+        # Kernels bypass autograd: increment the versions so that it detects changed weights.
         torch.autograd.graph.increment_version(self._versioned)
 
     @staticmethod
     def _here(verdict: torch.Tensor | None, part: DevicePlan) -> torch.Tensor | None:
+        """The verdict on the device of a part."""
         device = part.table.steps.device
         return None if verdict is None else verdict.to(device, non_blocking=True)
 
     def telemetry(self, groups: list[dict[str, Any]]) -> list[torch.Tensor]:
-        """Of each group, its columns summed over rows and ranks, on the first device: see RowTable.
+        """The telemetry columns of each group, summed over rows and ranks, on the first device.
 
-        Where parameters are sharded all ranks must ask."""
+        A collective call if parameters are sharded: all ranks must call it.
+
+        Args:
+            groups: ``optimizer.param_groups``.
+
+        Returns:
+            float64 [TELEMETRY_WIDTH] for each group; see :class:`RowTable`.
+        """
         device = self._parts[0].table.steps.device if self._parts else torch.device("cpu")
         shape = len(groups), TELEMETRY_WIDTH
         parts = []

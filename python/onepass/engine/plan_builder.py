@@ -1,6 +1,7 @@
-"""Building a plan: check, fit the states, lay out the entries; publishing follows the first step.
+"""Builds a plan: checks the inputs, fits the states and lays out the entries.
 
-Nothing of the optimizer is changed here, so that an error leaves it as it was.
+Building does not change the optimizer, so an error leaves it unchanged. The new states are
+published after the first step.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from .state_tracking import Watch
 
 
 def make_plan(request: PlanRequest) -> Plan:
-    """The plan of a step.
+    """Builds the plan of a step.
 
     Raises:
-        ValueError: a group option, parameter, gradient or state that no rule can work on; names it.
-        RuntimeError: a sparse gradient, no backend for a device, or a CUDA graph is being captured.
-        MemoryError: the host lacks the memory for paged states.
+        ValueError: a group option, parameter, gradient or state is not supported; the message names
+            it.
+        RuntimeError: a gradient is sparse, a device has no backend, or a CUDA graph is being
+            captured.
+        MemoryError: the host has too little free memory for paged states.
     """
     checked = check_plan(request)
     fitted = fit_members(request, checked.views)

@@ -1,4 +1,4 @@
-"""The checks before a plan is made: capture, options, parameters, gradients, backends."""
+"""Checks before a plan is built: graph capture, options, parameters, gradients, backends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .validation import check_tensors, check_weight_format
 
 
 class Checked(NamedTuple):
-    """What a plan can be made of.
+    """The results of the checks that plan building needs.
 
     Attributes:
-        views: of the members, in their order.
-        backends: of each device.
+        views: the view of each member, in the members' order.
+        backends: the backend of each device.
     """
 
     views: list[ParamView]
@@ -26,11 +26,12 @@ class Checked(NamedTuple):
 
 
 def check_plan(request: PlanRequest) -> Checked:
-    """Checks what a plan is to be made of; nothing is changed.
+    """Checks the inputs of a plan; nothing is changed.
 
     Raises:
-        ValueError: a group option, parameter or gradient that no rule can work on; names it.
-        RuntimeError: a sparse gradient, no backend for a device, or a CUDA graph is being captured.
+        ValueError: a group option, parameter or gradient is not supported; the message names it.
+        RuntimeError: a gradient is sparse, a device has no backend, or a CUDA graph is being
+            captured.
     """
     if capturing() and any(member.param.is_cuda for member in request.members):
         raise RuntimeError(
@@ -47,7 +48,7 @@ def check_plan(request: PlanRequest) -> Checked:
 
 
 def _check_member(member: Member, view: ParamView) -> None:
-    """Raises unless the rule can work on a parameter and its gradient."""
+    """Raises if a parameter or its gradient is not supported."""
     which = member.name
     param, grad = view.check(which)
     check_tensors(param, grad, which)
@@ -57,6 +58,7 @@ def _check_member(member: Member, view: ParamView) -> None:
 def _choose_backends(
     request: PlanRequest, views: list[ParamView]
 ) -> dict[torch.device, backends.Backend]:
+    """The backend of each device, with averages and telemetry if the options need them."""
     extras = request.measured or any(
         option(group, "ema_decay") is not None for group in request.groups
     )

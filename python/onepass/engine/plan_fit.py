@@ -1,6 +1,6 @@
-"""The states of a plan's parameters: those of the optimizer, converted where needed, or new ones.
+"""Fits the states of a plan's parameters: reuses, converts or creates them.
 
-The optimizer's own entries stay as they are, so that an error leaves the optimizer unchanged.
+The entries of ``optimizer.state`` are not changed, so an error leaves the optimizer unchanged.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class Fitted(NamedTuple):
     """A parameter with the states that its next step reads and writes.
 
     Attributes:
-        member, view: the parameter.
-        tensors: state key -> plain tensor, of this rank; without counters.
-        history: the steps that it has behind it.
+        member: the parameter.
+        view: the part of the parameter that this rank updates.
+        tensors: state key -> plain tensor of this rank, without counters.
+        history: the counters of the parameter.
     """
 
     member: Member
@@ -38,8 +39,8 @@ def fit_members(request: PlanRequest, views: list[ParamView]) -> list[Fitted]:
     """The states of all members, in the formats of their groups.
 
     Raises:
-        ValueError: a state or a counter that does not belong to its parameter; names it.
-        MemoryError: the host lacks the memory for paged states.
+        ValueError: a state or a counter does not belong to its parameter; the message names it.
+        MemoryError: the host has too little free memory for paged states.
     """
     request.features.reserve_memory()
     homes = [request.features.home(member.param) for member in request.members]
@@ -49,7 +50,7 @@ def fit_members(request: PlanRequest, views: list[ParamView]) -> list[Fitted]:
 
 
 class _Fitter:
-    """Shares memory for new states, and values of counters that were read, between parameters."""
+    """Fits one parameter after another, with one arena for new states and one cache of counters."""
 
     def __init__(
         self, request: PlanRequest, views: list[ParamView], homes: list[Home | None]
@@ -61,7 +62,7 @@ class _Fitter:
                 self._announce(member, view)
 
     def _announce(self, member: Member, view: ParamView) -> None:
-        """Announces the states to the arena that are still to be made."""
+        """Reserves arena space for the states that the parameter lacks."""
         group, rule = member.group, self.rule
         state, form = self.state.get(member.param, {}), STATE_FORMATS[option(group, "states")]
         for _, name in rule.state_slots(rule.flag_bits(group)):
@@ -70,15 +71,15 @@ class _Fitter:
                     self.arena.want(layout, view.local.device)
 
     def fit(self, member: Member, view: ParamView, home: Home | None) -> Fitted:
-        """A parameter with its states and its history."""
+        """Fits the states of a parameter and reads its counters."""
         rule, which = self.rule, member.name
         state = self.state.get(member.param, {})
         tensors, fresh = self._tensors(member, view, home, state)
         count = self.read(state.get("step"), which)
         if rule.needs_first and state.get("step") is None:
-            # State dicts may leave the count out: a buffer says that a step was taken.
+            # State dicts may omit the count: an existing buffer implies at least one step.
             count = float(any(state.get(key) is not None for key in rule.keys))
-        step_number(count, which)  # checks it
+        step_number(count, which)  # raises if the count is invalid
         scalar_states = tuple(
             self.read(state.get(scalar.key), which, scalar.key, scalar.starts_at)
             for scalar in rule.scalar_states
@@ -88,8 +89,14 @@ class _Fitter:
     def _tensors(
         self, member: Member, view: ParamView, home: Home | None, state: Mapping[str, Any]
     ) -> tuple[dict[str, torch.Tensor], bool]:
-        """The tensors by key, and whether no step has been taken with them, for a rule whose first
-        step differs. state: the parameter's entry of ``optimizer.state``."""
+        """The state tensors by key, and whether they are fresh.
+
+        States are fresh if no step has been taken with them and the rule's first step differs from
+        later steps.
+
+        Args:
+            state: the parameter's entry of ``optimizer.state``.
+        """
         rule, group, which, param = self.rule, member.group, member.name, view.local
         form = STATE_FORMATS[option(group, "states")]
         saved = view.inner(state, rule)
@@ -114,8 +121,10 @@ class _Fitter:
         return held, fresh
 
     def _is_fresh(self, state: Mapping[str, Any], which: str) -> bool:
-        """Whether no step has been taken with the states of an entry. Of an entry that was loaded,
-        copied or replaced, a step counter of 0 says so."""
+        """Whether no step has been taken with the states of an entry.
+
+        An entry that was loaded, copied or replaced is fresh if its step counter is 0.
+        """
         fresh = getattr(state, "fresh", None)
         if fresh is not None:
             return self.read(fresh, which) != 0.0
@@ -123,7 +132,7 @@ class _Fitter:
 
 
 class Reader:
-    """Reads counters, each tensor once: many parameters share one, and it may be on a GPU."""
+    """Reads each counter tensor once, because parameters share counters and a GPU read is slow."""
 
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
@@ -131,15 +140,15 @@ class Reader:
     def __call__(
         self, tensor: torch.Tensor | None, which: str, name: str = "step", absent: float = 0.0
     ) -> float:
-        """The value of a counter; ``absent`` for None.
+        """The value of a counter.
 
         Args:
-            tensor: of one number.
-            which, name: parameter and state key, for the message of an error.
-            absent: in place of None.
+            tensor: a tensor with one element, or None.
+            which, name: parameter and state key, for error messages.
+            absent: the result for None.
 
         Raises:
-            ValueError: it is no number; names the parameter.
+            ValueError: the value is not a single number; the message names the parameter.
         """
         if tensor is None:
             return absent

@@ -1,4 +1,4 @@
-"""The arrangement of a plan: rows of hyperparameter tables, entries, and a part for each place."""
+"""The layout of a plan: entries and table rows, split by device and process groups."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .validation import check_distinct
 
 
 class PlanLayout(NamedTuple):
-    """Where the entries of a plan are.
+    """The parts of a plan.
 
     Attributes:
-        parts: one for each device and process groups.
-        groups: of each part, the process groups over which its parameters are sharded.
-        rows: of each member, the row that has its counters.
+        parts: one part for each combination of device and process groups.
+        groups: for each part, the process groups over which its parameters are sharded.
+        rows: for each member, the row that holds its counters.
     """
 
     parts: list[DevicePlan]
@@ -33,8 +33,8 @@ class PlanLayout(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Entries of one place are stepped together: they are on one device and, if they are shards of
-    DTensors, sharded over the same process groups."""
+    """The key of a part: entries on one device, sharded over the same process groups if they are
+    shards of DTensors."""
 
     device: torch.device
     groups: ProcessGroups | None
@@ -48,7 +48,7 @@ class _Listed:
         self.entries: list[backends.Entry] = []
         # (position of the group, history) -> row
         self.positions: dict[tuple[int, History], int] = {}
-        # Of each row its group and history, and its first parameter.
+        # For each row: its group and history, and the name of its first parameter.
         self.rows: list[tuple[dict[str, Any], History]] = []
         self.names: list[str] = []
 
@@ -72,7 +72,7 @@ def lay_out(
     """Arranges parameters by device and process groups.
 
     Args:
-        request: see :class:`PlanRequest`.
+        request: the inputs of the plan.
         fitted: the members with their states.
         chosen: the backend of each device.
 
@@ -110,7 +110,7 @@ def lay_out(
 
 
 def _make_entry(rule: Rule, fitted: Fitted, row: int) -> backends.Entry:
-    """What backends step of a parameter. The states of an option that is off are not in it."""
+    """The entry of a parameter for backends, without the states of disabled options."""
     group, held, param = fitted.member.group, fitted.tensors, fitted.view.local
     form = STATE_FORMATS[option(group, "states")]
     weight = WEIGHT_FORMATS[option(group, "weights")]

@@ -1,4 +1,4 @@
-"""The states of a plan become those of the optimizer, after the plan's first step."""
+"""Publishes the states of a plan in ``optimizer.state`` after the plan's first step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .state_tracking import OptimizerState, PagedState, ParamState, Watch
 
 
 class NewState(NamedTuple):
-    """What a parameter's entry of ``optimizer.state`` becomes.
+    """The new entry of a parameter in ``optimizer.state``.
 
     Attributes:
         param: the parameter.
         held: state key -> value, without counters.
-        row: the row that has the counters.
+        row: the row that holds the counters.
     """
 
     param: torch.Tensor
@@ -32,14 +32,14 @@ class NewState(NamedTuple):
 
 
 class Publication:
-    """The new states of a plan, until they are the optimizer's.
+    """The new states of a plan that are not yet published.
 
     Args:
-        rule: of the optimizer.
-        states: of each member.
-        watch: what the dictionaries of the states report to.
-        whole: whether the plan is of the whole optimizer.
-        settle: waits for paged states that are being copied; None where states are not paged.
+        rule: the rule of the optimizer.
+        states: the new entry of each member.
+        watch: receives the change reports of the state dictionaries.
+        whole: whether the plan covers the whole optimizer.
+        settle: waits for paged states that are being copied; None if states are not paged.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Publication:
         self._whole, self._settle = whole, settle
 
     def publish(self, state: Any) -> Any:
-        """Writes the states into ``optimizer.state``; returns what that has to be from now on.
+        """Writes the states into ``optimizer.state`` and returns its new value.
 
-        The watch then reports when an entry is replaced or removed.
+        From then on, the dictionaries report a replaced or removed entry to the watch.
         """
         for param, held, row in self._states:
             entry = state[param]
             if not isinstance(entry, ParamState):
                 entry = state[param] = ParamState(entry)
-            # Scales and companions of a format that the group no longer has.
+            # Remove scales and companions of a previous format.
             for stale in stale_keys(entry, held, self._rule):
                 del entry[stale]
             entry.update(held, step=row.step, **row.scalar_states)
@@ -83,7 +83,7 @@ class Publication:
 def make_publication(
     request: PlanRequest, fitted: list[Fitted], rows: list[Row], watch: Watch
 ) -> Publication:
-    """What a plan publishes: the fitted states as ``optimizer.state`` holds them."""
+    """The publication of a plan: the fitted states in the form that ``optimizer.state`` stores."""
     rule = request.rule
     states = [
         NewState(one.member.param, _published(rule, one), row)
@@ -93,8 +93,8 @@ def make_publication(
 
 
 def _published(rule: Rule, fitted: Fitted) -> dict[str, Any]:
-    """The states of a parameter, those of an option that is off included, and the order in which
-    packed codes are stored."""
+    """The states of a parameter, including those of disabled options, and the stride of packed
+    codes."""
     form = STATE_FORMATS[option(fitted.member.group, "states")]
     held: dict[str, Any] = dict(fitted.tensors)
     if any(key in held for key in rule.keys):

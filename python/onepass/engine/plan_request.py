@@ -1,4 +1,4 @@
-"""What a plan is made from, and the interfaces of the features that change how a plan runs."""
+"""The inputs of a plan, and the interfaces of sharding and paging, which change how it runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class Member(NamedTuple):
 
     Attributes:
         param: the tensor.
-        number: keys its random bits: its position in the optimizer, unless it was given one.
-        at, group: its group, and the position of that.
+        number: keys the random bits of the parameter. It is the parameter's position in the
+            optimizer unless ``number_parameters`` assigned a number.
+        at: position of the parameter's group.
+        group: the parameter's group.
     """
 
     param: torch.Tensor
@@ -37,15 +39,15 @@ class Member(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages of errors call it."""
+        """The parameter's name in error messages."""
         return f"parameter {self.number} of shape {tuple(self.param.shape)}"
 
 
 class ParamView(Protocol):
-    """A parameter as this rank steps it: all of an ordinary parameter, or its shard of a DTensor.
+    """The part of a parameter that this rank updates: an ordinary parameter, or a DTensor's shard.
 
     Attributes:
-        local: the plain tensor that is stepped.
+        local: the plain tensor that the step updates.
         groups: process groups over which a DTensor is sharded; None for an ordinary parameter.
     """
 
@@ -56,19 +58,23 @@ class ParamView(Protocol):
     def groups(self) -> ProcessGroups | None: ...
 
     def check(self, which: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The plain tensors of the parameter and its gradient, or ValueError."""
+        """The plain tensors of the parameter and its gradient.
+
+        Raises:
+            ValueError: the gradient cannot be used.
+        """
 
     def inner(self, state: Mapping[str, Any], rule: Rule) -> Mapping[str, Any]:
-        """The parameter's entry of ``optimizer.state`` with plain tensors, of this rank."""
+        """The parameter's entry of ``optimizer.state`` with the plain tensors of this rank."""
 
     def wrapped(self, held: dict[str, Any], rule: Rule, form: StateFormat) -> dict[str, Any]:
-        """Plain tensors of this rank as ``optimizer.state`` holds them."""
+        """Converts plain tensors of this rank to the form that ``optimizer.state`` stores."""
 
     def start(self, form: StateFormat) -> int:
-        """The element index at which its random bits begin."""
+        """The element index at which the parameter's random bits begin."""
 
     def version_holder(self) -> torch.Tensor:
-        """A tensor with the version counter of the parameter."""
+        """A tensor that shares the version counter of the parameter."""
 
 
 class PlainParam:
@@ -86,51 +92,60 @@ class PlainParam:
         return self.local, unwrapped(self.local.grad, which)
 
     def inner(self, state: Mapping[str, Any], rule: Rule) -> Mapping[str, Any]:
-        """The state itself."""
+        """Returns the state unchanged."""
         return state
 
     def wrapped(self, held: dict[str, Any], rule: Rule, form: StateFormat) -> dict[str, Any]:
-        """The tensors themselves."""
+        """Returns the tensors unchanged."""
         return held
 
     def start(self, form: StateFormat) -> int:
-        """0."""
+        """0: this rank has the whole parameter."""
         return 0
 
     def version_holder(self) -> torch.Tensor:
-        """The parameter itself."""
+        """Returns the parameter."""
         return self.local
 
 
 class RankSums(Protocol):
-    """Sums over the ranks that have shards of the parameters, or parameters of their own."""
+    """Sums over ranks that have shards of the parameters or different parameters."""
 
     def norm(self, parts: list[tuple[ProcessGroups, torch.Tensor]], largest: bool) -> torch.Tensor:
-        """Combines what :meth:`Backend.norm` returned for each part of a plan on each rank."""
+        """Combines the results of :meth:`Backend.norm` for all parts of a plan on all ranks.
+
+        Args:
+            parts: process groups and float64 [3] of each part on this rank.
+            largest: whether the norm is the largest magnitude.
+        """
 
     def sums(
         self, parts: list[tuple[ProcessGroups, torch.Tensor]], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """The sum of float64 tensors of a shape over the parts and ranks."""
+        """The sum of float64 tensors of one shape over all parts and ranks."""
 
 
 class PlanFeatures(Protocol):
-    """What sharding and paging change in one plan.
+    """The sharding and paging of one plan.
 
     Attributes:
-        ranks: sums over ranks; None where there is one rank.
+        ranks: sums over ranks; None for a single rank.
     """
 
     ranks: RankSums | None
 
     def view(self, param: torch.Tensor) -> ParamView:
-        """A parameter as this rank steps it."""
+        """The part of a parameter that this rank updates."""
 
     def place_states(self) -> None:
         """Decides which states are paged, and waits for states that are being copied."""
 
     def reserve_memory(self) -> None:
-        """Reserves host memory for the states that are paged; MemoryError if there is none."""
+        """Reserves host memory for paged states.
+
+        Raises:
+            MemoryError: the host has too little free memory.
+        """
 
     def home(self, param: torch.Tensor) -> Home | None:
         """Where the states of a parameter are stored; None for the parameter's device."""
@@ -143,26 +158,30 @@ class PlanFeatures(Protocol):
         owners: list[torch.Tensor],
         sharded: bool,
     ) -> DevicePlan:
-        """The part of a plan with these entries; see :class:`DevicePlan`. sharded: the owners are
-        DTensors."""
+        """The part of a plan with these entries; see :class:`DevicePlan`.
+
+        Args:
+            backend, entries, table, owners: as for :class:`DevicePlan`.
+            sharded: whether the owners are DTensors.
+        """
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What :func:`onepass.engine.plan_builder.make_plan` needs of an optimizer; only read.
+    """The inputs of :func:`onepass.engine.plan_builder.make_plan`; they are only read.
 
     Attributes:
-        rule: of the optimizer.
+        rule: the rule of the optimizer.
         groups: the parameter groups that the plan depends on.
         members: parameters with gradients.
         state: ``optimizer.state``.
-        whole: whether the plan is of the whole optimizer. A plan of one parameter, whose gradient
-            is released, does not depend on the others.
-        backend: name of the backend; None for the first that serves each device.
+        whole: whether the plan covers the whole optimizer. With gradient release, each parameter
+            has its own plan, which does not depend on other parameters.
+        backend: name of the backend; None for the first backend that serves each device.
         measured: whether the step measures telemetry.
-        check_options: raises ValueError for an option of a group that is out of range.
-        forget: drops the plan whose watch it is given. It must not keep the optimizer alive.
-        settle: waits for paged states that are being copied; None where states are not paged.
+        check_options: raises ValueError if an option of a group is out of range.
+        forget: drops the plan of the given watch. The callable must not keep the optimizer alive.
+        settle: waits for paged states that are being copied; None if states are not paged.
         features: sharding and paging.
     """
 

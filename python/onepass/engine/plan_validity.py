@@ -1,4 +1,4 @@
-"""What a plan was built from, and whether it still holds."""
+"""Checks whether a plan still matches the groups and states that it was built from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PlanValidity:
 
     Args:
         request: see :class:`PlanRequest`.
-        watch: what the dictionaries of the states report to.
+        watch: receives the change reports of the state dictionaries.
     """
 
     def __init__(self, request: PlanRequest, watch: Watch) -> None:
@@ -33,10 +33,13 @@ class PlanValidity:
         self._checked: list[Any] | None = None
 
     def check_options(self, check: Callable[[Mapping[str, Any]], None]) -> None:
-        """Raises ValueError for an option that is out of range; each value is checked once.
+        """Checks the options of all groups; unchanged immutable values are checked only once.
 
         Args:
-            check: raises ValueError for an option of a group that is out of range.
+            check: raises ValueError if an option of a group is out of range.
+
+        Raises:
+            ValueError: an option is out of range.
         """
         if self._checked is None:
             for group in self._groups:
@@ -45,7 +48,7 @@ class PlanValidity:
                 self._checked = list(_values_of(self._groups))
 
     def holds(self, groups: list[dict[str, Any]], state: Any) -> bool:
-        """Whether groups, states and the parameters without a gradient are those of the plan.
+        """Whether groups, states and the set of parameters without a gradient are unchanged.
 
         Args:
             groups: ``optimizer.param_groups``.
@@ -71,7 +74,7 @@ class PlanValidity:
         return all(p.grad is None for p in self._idle)
 
     def _unchanged(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether the groups hold the very objects that were checked, all of them immutable."""
+        """Whether the groups hold the same objects as at the last check, all of them immutable."""
         known = self._checked
         return (
             known is not None
@@ -81,7 +84,7 @@ class PlanValidity:
 
 
 def _entry_options(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
-    """The options that entries are made from; the others are read at every step."""
+    """The options that are fixed when entries are made; other options are read at every step."""
     return (
         rule.flag_bits(group),
         option(group, "states"),
@@ -97,15 +100,17 @@ def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
 
 
 def _values_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
+    """The values of all group keys, including ``params``."""
     return chain.from_iterable(group.values() for group in groups)
 
 
 def _options_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
+    """The values of all group keys except ``params``."""
     return (value for group in groups for key, value in group.items() if key != "params")
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether a value cannot change without being replaced."""
+    """Whether a value is immutable."""
     if type(value) is tuple:
         return all(map(_is_fixed, value))
     return value is None or type(value) in (bool, int, float, str)

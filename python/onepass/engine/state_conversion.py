@@ -1,10 +1,14 @@
-"""What an optimizer holds of a parameter: new tensors, and conversions of saved ones.
+"""Conversion of saved states, companions and averages to the formats of a parameter group.
 
-``optimizer.state[param]`` has, for each state of the rule, its codes under torch.optim's key and,
-in formats with blocks, their scales under ``<key>_scale``; the companion of the weight under the
-key of its format; the average of the weight under ``ema``; and ``step``. Packed codes do not show
-the order in which they lie: where that of the parameter is not the contiguous one, its strides are
-there as ``stride``.
+``optimizer.state[param]`` holds these keys:
+
+- for each state of the rule, its codes under torch.optim's key and, in formats with blocks, their
+  scales under ``<key>_scale``;
+- the companion of the weight (the extra bits of its weight format) under the format's key;
+- the average of the weight under ``ema``;
+- ``step``;
+- ``stride``, the strides of a non-contiguous parameter with packed codes: packed codes are
+  one-dimensional, so their shape does not show the element order.
 """
 
 from __future__ import annotations
@@ -34,11 +38,11 @@ from .validation import check_memory, is_dense
 
 
 def fill(held: Mapping[str, torch.Tensor], key: str, form: StateFormat, value: float) -> None:
-    """Sets a state, all zero bytes until now, to a value above zero."""
+    """Fills a zero-initialised state with a positive value."""
     if form.scale is None:
         held[key].fill_(value)
         return
-    # Every block is the same.
+    # All blocks are equal: encode one and copy its code and scale.
     values = np.full(form.block, value, np.float32)
     data = torch.empty(form.block // form.packed, dtype=form.dtype, device="cpu")
     scale = torch.empty(1, dtype=form.scale, device="cpu")
@@ -48,20 +52,21 @@ def fill(held: Mapping[str, torch.Tensor], key: str, form: StateFormat, value: f
 
 
 def packed_order(param: torch.Tensor, form: StateFormat) -> dict[str, tuple[int, ...]]:
-    """What a parameter's state says of the order of its packed codes; nothing where it is the
-    contiguous one."""
+    """The ``stride`` entry of a parameter's state; empty if the codes are not packed or the
+    parameter is contiguous."""
     if form.packed == 1 or param.is_contiguous():
         return {}
     return {STRIDE: param.stride()}
 
 
 def stale_keys(state: Mapping[str, Any], held: Mapping[str, Any], rule: Rule) -> list[str]:
-    """Keys of scales, companions, averages, orders and counters that are not held any more."""
+    """Keys of scales, companions, averages, strides and ``codes_step`` that held lacks."""
     kept = COMPANIONS | {STRIDE, EMA, CODES_STEP} | set(map(scale_key, rule.keys))
     return [key for key in state if key in kept and key not in held]
 
 
 def _tensor(value: Any, which: str) -> torch.Tensor:
+    """The value, or ValueError if it is not a tensor with memory."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{which} is {type(value).__name__}: it is the state of another parameter")
     check_memory(value, which)
@@ -69,10 +74,10 @@ def _tensor(value: Any, which: str) -> torch.Tensor:
 
 
 def format_of(data: torch.Tensor, scale: torch.Tensor | None, which: str) -> StateFormat:
-    """The format that a state is in, by the dtypes of its tensors.
+    """The format of a state, from the dtypes of its codes and scales.
 
     Raises:
-        ValueError: no format has these; names the state.
+        ValueError: no format has these dtypes; the message names the state.
     """
     if (scale is None) != data.is_floating_point():
         raise ValueError(
@@ -97,14 +102,22 @@ def fit_states(
     copy: bool = False,
     home: Home | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The states that ``saved`` has of a parameter, in a format, its layout and where they rest:
-    at home, or None for the parameter's device.
+    """Converts the saved states of a parameter to a format, its layout and a storage location.
 
-    Tensors that are so already are returned themselves unless copy is set; a conversion rounds to
+    Tensors that already match are returned unchanged unless copy is set. A conversion rounds to
     nearest.
 
+    Args:
+        saved: state key -> tensor.
+        param: the parameter, whose shape and strides the states get.
+        rule: the rule of the optimizer.
+        form: the wanted format.
+        which: name of the parameter, for error messages.
+        copy: whether to copy tensors that already match.
+        home: where the states are stored; None for the parameter's device.
+
     Raises:
-        ValueError: one is no tensor of the parameter's size; names it.
+        ValueError: a value is not a tensor of the parameter's size; the message names it.
     """
     slots = [(i, key) for i, key in enumerate(rule.keys) if saved.get(key) is not None]
     if not slots:
@@ -134,10 +147,10 @@ def fit_states(
 def _checked_states(
     saved: Mapping[str, Any], param: torch.Tensor, slots: list[tuple[int, str]], which: str
 ) -> tuple[dict[str, torch.Tensor], StateFormat]:
-    """The dense states and scales that ``saved`` has in these slots, and their format.
+    """The saved states and scales of these slots as dense tensors, and their format.
 
     Raises:
-        ValueError: one is no tensor of the parameter's size, or their formats differ.
+        ValueError: a value is not a tensor of the parameter's size, or the formats differ.
     """
     found: dict[str, torch.Tensor] = {}
     forms = set()
@@ -147,12 +160,12 @@ def _checked_states(
         if scale is not None:
             scale = _tensor(scale, f"{scale_key(key)} of {which}")
         if scale is not None and scale.dim() == 0:
-            scale = None  # of values that were saved in place of codes
+            scale = None  # a 0-dim scale marks fp32 values that were saved in place of codes
         source = format_of(data, scale, f"{key} of {which}")
         wanted = state_layouts(param, key, source)
         for layout, value in zip(wanted, [data] if scale is None else [data, scale], strict=True):
             if len(layout.shape) == 1 and value.numel() == layout.numel:
-                value = value.reshape(-1)  # of a DTensor, whose scales have the shape of its rows
+                value = value.reshape(-1)  # scales of a DTensor have several dimensions
             if tuple(value.shape) != layout.shape:
                 raise ValueError(
                     f"{layout.key} of {which} is {tuple(value.shape)}: it is the state of another "
@@ -170,7 +183,7 @@ def _checked_states(
 
 
 def _saved_stride(saved: Mapping[str, Any], param: torch.Tensor, which: str) -> tuple[int, ...]:
-    """The order in which packed codes lie, as strides of the parameter's shape."""
+    """The element order of packed codes, as strides for the parameter's shape."""
     stride = saved.get(STRIDE)
     if stride is None:
         return torch.empty(param.shape, device="meta").stride()
@@ -192,7 +205,7 @@ def _convert(
     rule: Rule,
     slots: list[tuple[int, str]],
 ) -> None:
-    """Decodes every state and encodes it again, in the parameter's order in memory."""
+    """Decodes every state and encodes it in the new format, in the parameter's memory order."""
     scaled = [(i, key) for i, key in slots if source.scale is not None]
     values = numpy_codec.read_states(
         source,
@@ -225,9 +238,9 @@ def _convert(
 
 
 def to_bytes(companion: torch.Tensor) -> torch.Tensor:
-    """A companion of int16 as uint8 [*shape, 2], on the same memory; any other companion itself.
+    """Views an int16 companion as uint8 [*shape, 2]; returns any other companion unchanged.
 
-    State dicts and DTensors hold it so, because process groups do not send int16.
+    State dicts and DTensors store the uint8 view because process groups do not send int16.
     """
     if companion.dtype != torch.int16:
         return companion
@@ -235,7 +248,7 @@ def to_bytes(companion: torch.Tensor) -> torch.Tensor:
 
 
 def from_bytes(companion: torch.Tensor) -> torch.Tensor:
-    """What :func:`to_bytes` was given; any other companion itself."""
+    """Inverse of :func:`to_bytes`; returns a companion that is not uint8 unchanged."""
     if companion.dtype != torch.uint8:
         return companion
     return companion.view(torch.int16).squeeze(-1)
@@ -249,13 +262,21 @@ def fit_companion(
     copy: bool = False,
     home: Home | None = None,
 ) -> torch.Tensor | None:
-    """The companion that ``saved`` has of a weight, in a format; None where none is wanted.
+    """Converts the saved companion of a weight to a format; None if the format has no companion.
 
-    A new one says that the weight is exactly what it shows. A companion of another format is
-    converted, given the weight as it is now.
+    A new companion represents the weight's current value exactly. A companion of another format is
+    decoded with the current weight and encoded again.
+
+    Args:
+        saved: state key -> tensor.
+        param: the weight.
+        form: the wanted weight format.
+        which: name of the parameter, for error messages.
+        copy: whether to copy a companion that already matches.
+        home: where the companion is stored; None for the parameter's device.
 
     Raises:
-        ValueError: a companion of another size.
+        ValueError: the saved companion is not a tensor of the parameter's size.
     """
     layout = companion_layout(param, form)
     if layout is None:
@@ -280,9 +301,9 @@ def fit_companion(
     companion = home.empty(layout)
     weight = torch.empty_like(param.detach())
     numpy_codec.write_weight(form, values, weight, companion)
-    # The weight stays what it is, but near the middle between two weights formats round
-    # differently: such a value moves towards the weight, by as little as the format can tell. What
-    # is farther away was left over of another weight, changed since.
+    # The stored weight must not change. Formats round differently near the midpoint between two
+    # weights: move such a value towards the weight by 1, then by 256 fp32 ulps. If the value still
+    # rounds to another weight, the companion is stale: use the weight itself.
     bits, kept = values.view(np.uint32), numpy_codec.to_array(param)
     for ulps in (1, 256, None):
         found = numpy_codec.to_array(weight)
@@ -305,15 +326,22 @@ def fit_ema(
     copy: bool = False,
     home: Home | None = None,
 ) -> torch.Tensor:
-    """The average that ``saved`` has of a weight, fp32; a new one is the weight as it is.
+    """The saved fp32 average of a weight; a new average starts at the weight's current value.
+
+    Args:
+        saved: state key -> tensor.
+        param: the weight.
+        which: name of the parameter, for error messages.
+        copy: whether to copy an average that already matches.
+        home: where the average is stored; None for the parameter's device.
 
     Raises:
-        ValueError: it is no tensor of the parameter's size; names it.
+        ValueError: the saved average is not a tensor of the parameter's size; the message names it.
     """
     layout = ema_layout(param)
     home = home or OnDevice(param.device)
     if saved.get(EMA) is None:
-        # Of a weight alone the copy converts: no fp32 tensor on the way, as large as the average.
+        # Without a companion, copy_ converts the weight: this avoids a temporary fp32 tensor.
         alone = not any(saved.get(key) is not None for key in COMPANIONS)
         weight = param.detach() if alone else full_precision(param, saved)
         return home.empty(layout).copy_(weight)
@@ -328,7 +356,7 @@ def fit_ema(
 
 
 def full_precision(param: torch.Tensor, saved: Mapping[str, Any]) -> torch.Tensor:
-    """A weight as the fp32 value that it and the companion in its state stand for."""
+    """The fp32 value that a weight and the companion in its state represent together."""
     for form in WEIGHT_FORMATS.values():
         value = saved.get(form.key) if form.key else None
         if value is None or param.dtype not in form.codes:

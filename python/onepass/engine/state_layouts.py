@@ -1,4 +1,4 @@
-"""The tensors that an optimizer keeps of a parameter: their keys, shapes, strides and dtypes."""
+"""The state tensors of a parameter: their keys, shapes, strides and dtypes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ values over the codes leaves it behind."""
 
 
 def same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether strides put the elements of a dense shape in the same order."""
+    """Whether two strides put the elements of a dense shape in the same memory order."""
     return all(s == t for s, t, n in zip(a, b, shape, strict=True) if n > 1)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A tensor to be held: its state key, sizes, strides and dtype."""
+    """Describes a state tensor: its state key, shape, strides and dtype."""
 
     key: str
     shape: tuple[int, ...]
@@ -37,14 +37,16 @@ class Layout:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.numel * self.dtype.itemsize
 
     def fits(self, tensor: torch.Tensor, device: torch.device) -> bool:
-        """Whether a tensor can be used as it is."""
+        """Whether a tensor on this device already has this dtype, shape and element order."""
         return (
             tensor.dtype == self.dtype
             and tensor.device == device
@@ -53,34 +55,37 @@ class Layout:
         )
 
     def empty(self, device: torch.device) -> torch.Tensor:
+        """A new uninitialised tensor of this layout."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
 
 class Home(Protocol):
-    """Where the tensors of a parameter's state rest."""
+    """The storage location of a parameter's states."""
 
     def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
-        """Whether a tensor can be used as it is."""
+        """Whether a tensor has this layout and is stored in this location."""
 
     def empty(self, layout: Layout) -> torch.Tensor:
-        """A new one."""
+        """A new tensor of this layout in this location."""
 
 
 @dataclass(frozen=True)
 class OnDevice:
-    """On a device: the parameter's, unless states are paged."""
+    """States in a device's own memory; the default location is the parameter's device."""
 
     device: torch.device
 
     def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has this layout and is on the device."""
         return layout.fits(tensor, self.device)
 
     def empty(self, layout: Layout) -> torch.Tensor:
+        """A new uninitialised tensor of this layout on the device."""
         return layout.empty(self.device)
 
 
 def state_layouts(param: torch.Tensor, key: str, form: StateFormat) -> list[Layout]:
-    """The codes of one state and, where the format has them, the scales."""
+    """The layouts of a state's codes and, if the format has blocks, of their scales."""
     if form.packed > 1:
         data = Layout(key, (-(-param.numel() // form.packed),), (1,), form.dtype)
     else:
@@ -92,19 +97,19 @@ def state_layouts(param: torch.Tensor, key: str, form: StateFormat) -> list[Layo
 
 
 def companion_layout(param: torch.Tensor, form: WeightFormat) -> Layout | None:
-    """The companion of a weight; None where the format has none."""
+    """The layout of a weight's companion; None if the format has no companion."""
     if not form.key:
         return None
     return Layout(form.key, tuple(param.shape), param.stride(), form.companion or param.dtype)
 
 
 def ema_layout(param: torch.Tensor) -> Layout:
-    """The average of a weight."""
+    """The layout of a weight's average."""
     return Layout(EMA, tuple(param.shape), param.stride(), torch.float32)
 
 
 def held_layouts(param: torch.Tensor, rule: Rule, group: Mapping[str, Any]) -> list[Layout]:
-    """All tensors that a group's options ask for of a parameter, in the order they are made in."""
+    """The layouts of all state tensors that a group's options need, in allocation order."""
     form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
     slots = rule.state_slots(rule.flag_bits(group))
     layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]

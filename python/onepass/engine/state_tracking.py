@@ -1,6 +1,7 @@
-"""``optimizer.state`` and its entries: dictionaries that tell a plan when they change.
+"""``optimizer.state`` and its entries: dictionaries that report their changes to a plan.
 
-Comparing every state of every parameter at every step would be a quarter of the host's time.
+The reports replace a comparison of all states at every step, which would take a quarter of the host
+time.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 
 
 class Watch:
-    """What the dictionaries of a plan's states report to.
+    """Receives the change reports of the state dictionaries of one plan.
 
     Args:
-        forget: drops the plan, so that states which were replaced are freed at once. It must not
+        forget: drops the plan, so that replaced states are freed immediately. The callable must not
             keep the plan alive.
 
     Attributes:
-        same: whether every entry is still the one that the plan was built from.
+        same: whether all entries are unchanged since the plan was built.
     """
 
     __slots__ = ("_forget", "same")
@@ -31,7 +32,7 @@ class Watch:
         self._forget = forget
 
     def changed(self) -> None:
-        """An entry has been replaced or removed."""
+        """Records that an entry was replaced or removed, and drops the plan."""
         if self.same:
             self.same = False
             self._forget(self)
@@ -45,7 +46,7 @@ class ParamState(dict[str, Any]):
     Attributes:
         fresh: see :class:`onepass.engine.hyper_table.Row`.
         begun: keys of states that the rule's first step does not read; see :meth:`started`.
-        watch: of the plan that has the states.
+        watch: the watch of the plan that uses the states.
     """
 
     __slots__ = ("begun", "fresh", "watch")
@@ -54,11 +55,11 @@ class ParamState(dict[str, Any]):
     watch: Watch
 
     def started(self) -> dict[str, Any]:
-        """The entries as they are saved.
+        """The entries to save in a state dict.
 
-        The first step of SGD ignores ``momentum_buffer``. It is still to come where ``step`` is 0.
-        Where momentum was switched on later, and no step has been taken since, the buffer is left
-        out: zeros would be taken for the buffer of an earlier step.
+        SGD's first step with momentum ignores ``momentum_buffer``. A buffer that no step has
+        written is saved if ``step`` is 0, because loading then also ignores it. It is omitted if
+        momentum was enabled after the first step, because loading would treat its zeros as values.
         """
         keys = getattr(self, "begun", ())
         if keys and float(self.fresh) != 0.0 and float(self["step"]) != 0.0:
@@ -70,8 +71,8 @@ class ParamState(dict[str, Any]):
 
 
 class OptimizerState(defaultdict[Any, Any]):
-    """``optimizer.state``: a dictionary of :class:`ParamState` that reports when it changes, or is
-    itself replaced."""
+    """``optimizer.state``: a dictionary of :class:`ParamState` that reports its changes and its own
+    replacement."""
 
     watch: Watch
 
@@ -92,10 +93,10 @@ class OptimizerState(defaultdict[Any, Any]):
 
 
 class PagedState(OptimizerState):
-    """``optimizer.state`` where states are paged: whoever reads it waits until they are there.
+    """``optimizer.state`` with paged states: a read waits until the states are on the host.
 
     Args:
-        settle: waits for states that are on their way; raises when a step was left half taken.
+        settle: waits for states that are being copied; raises if an earlier step failed halfway.
     """
 
     def __init__(self, settle: Callable[[], None], *args: Any) -> None:
@@ -104,6 +105,7 @@ class PagedState(OptimizerState):
 
 
 def _settling(name: str) -> Callable[..., Any]:
+    """A method of dict that first waits for paged states."""
     method = getattr(dict, name)
 
     @wraps(method)
@@ -114,12 +116,13 @@ def _settling(name: str) -> Callable[..., Any]:
     return settled
 
 
-# __iter__ too: copies of dictionaries that have their own go through __getitem__.
+# Overriding __iter__ as well makes dict(state) read the values through __getitem__.
 for _name in ("__getitem__", "__iter__", "get", "items", "values"):
     setattr(PagedState, _name, _settling(_name))
 
 
 def _reporting(name: str) -> Callable[..., Any]:
+    """A method of dict that first reports a change to the watch."""
     method = getattr(dict, name)
 
     @wraps(method)

@@ -1,7 +1,7 @@
-"""Access to what tensors hold: their memory, local tensors of DTensors, gradients of any class.
+"""Access to tensor data: memory, local tensors of DTensors, gradients of tensor subclasses.
 
-torch lets ``.grad`` be any tensor: a subclass, the pending result of a collective, a view that is
-negated when it is read. Backends read memory, so such gradients are unwrapped, or copied by torch's
+``.grad`` may be any tensor: a subclass, the pending result of a collective, or a view with the
+negative bit. Backends read memory directly, so such gradients are unwrapped, or copied with torch's
 own operations.
 """
 
@@ -27,8 +27,8 @@ def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor's storage has memory for all of its elements.
 
-    A storage can be freed or shrunk (``resize_``); tensors of the meta device, and those that stand
-    for a function's argument (torch.func), have no memory.
+    False for a storage that was freed or shrunk (``resize_``), for tensors on the meta device, and
+    for the wrappers of function arguments in torch.func.
     """
     if tensor.layout != torch.strided:
         return False
@@ -43,13 +43,14 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def has_own_operations(kind: type[torch.Tensor]) -> bool:
-    """Whether a tensor subclass implements torch's operations itself (``__torch_dispatch__``), so
-    that what it stands for need not be in its own memory."""
+    """Whether a tensor subclass overrides ``__torch_dispatch__``; its values may then be stored
+    outside its own memory."""
     return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def dtensor_type() -> Any:
-    """torch's DTensor; None where nothing has imported it, so that there is none."""
+    """torch's DTensor class; None if torch.distributed.tensor is not imported, so that no DTensor
+    can exist."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
@@ -60,7 +61,7 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def waited(tensor: torch.Tensor) -> torch.Tensor:
-    """The result of a functional collective once it has arrived; any other tensor itself."""
+    """Waits for the result of a functional collective; returns any other tensor unchanged."""
     kind: Any = getattr(
         sys.modules.get("torch.distributed._functional_collectives"), "AsyncCollectiveTensor", None
     )
@@ -73,29 +74,34 @@ DTensor.to_local() makes a new view at every call, which takes longer than the r
 
 
 def local_of(value: Any) -> Any:
-    """The local tensor of a DTensor, once it has arrived; any other value itself."""
+    """The local tensor of a DTensor, after a wait if it is pending; any other value unchanged."""
     return waited(local_tensor(value)) if is_dtensor(value) else value
 
 
 def version_holder(whole: torch.Tensor) -> torch.Tensor:
-    """A plain tensor with the version counter of a DTensor. Incrementing the counter of a DTensor
-    directly is slower: torch first asks the DTensor whether it is a tensor."""
+    """A plain tensor that shares the version counter of a DTensor.
+
+    Incrementing the counter through the plain tensor is faster: torch calls into the DTensor's
+    Python code otherwise.
+    """
     with torch.no_grad(), torch._C._DisableTorchDispatch():
         return torch.Tensor.detach(whole)
 
 
 def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
-    """A gradient as a plain tensor with its values.
+    """Converts a gradient to a plain tensor with the same values.
 
-    A plain tensor is returned itself, a pending collective is waited for, and a subclass without
-    operations of its own is viewed. Any other subclass is copied by its own ``copy_``.
+    A plain tensor is returned unchanged. The function waits for a pending collective. A subclass
+    that does not override torch's operations is viewed as a plain tensor; any other subclass is
+    copied with its own ``copy_``.
 
     Args:
-        grad: dense; only read.
-        which: the parameter, for the message of an error.
+        grad: a dense gradient; it is only read.
+        which: name of the parameter, for error messages.
 
     Raises:
-        ValueError: a DTensor, or a subclass that cannot be copied to a plain tensor.
+        ValueError: the gradient is a DTensor, or a subclass that cannot be copied to a plain
+            tensor.
     """
     grad = waited(grad)
     kind = type(grad)
@@ -111,7 +117,7 @@ def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
     try:
         plain = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         plain.copy_(grad)
-    except Exception as error:  # of anyone's subclass: anything can go wrong
+    except Exception as error:  # a foreign subclass may raise any exception
         first = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
             f"{which}: its gradient is a {kind.__name__}, which cannot be copied to a plain tensor "
@@ -121,7 +127,7 @@ def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
 
 
 def _inner(grad: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a subclass computes with, as far as they can be known."""
+    """The plain tensors inside a subclass; empty if the subclass does not expose them."""
     if not has_own_operations(type(grad)):
         with torch._C.DisableTorchFunctionSubclass():
             return [grad.as_subclass(torch.Tensor)]
@@ -130,7 +136,7 @@ def _inner(grad: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _overrides_functions(kind: type[torch.Tensor]) -> bool:
-    """Whether a subclass changes what torch's functions do (``__torch_function__``)."""
+    """Whether a subclass overrides ``__torch_function__``."""
     own: Any = kind.__torch_function__
     usual: Any = torch.Tensor.__torch_function__
     disabled = torch._C._disabled_torch_function_impl
@@ -138,7 +144,7 @@ def _overrides_functions(kind: type[torch.Tensor]) -> bool:
 
 
 def share_memory(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether any two dense tensors have a byte in common."""
+    """Whether the memory of any two dense tensors overlaps."""
     count = len(tensors)
     starts = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, count)
     sizes = np.fromiter(map(attrgetter("nbytes"), tensors), np.int64, count)
@@ -149,7 +155,7 @@ def share_memory(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def zero(grad: torch.Tensor) -> None:
-    """Sets a gradient to zero, an expanded one too, whose elements torch refuses to write."""
+    """Sets a gradient to zero, including an expanded gradient, which torch refuses to write."""
     if grad.layout == torch.strided and 0 in grad.stride():
         dims = zip(grad.shape, grad.stride(), strict=True)
         sizes = [size if stride else min(size, 1) for size, stride in dims]

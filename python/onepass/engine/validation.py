@@ -1,4 +1,4 @@
-"""The checks of parameters and gradients; each raises before anything is changed."""
+"""Checks of parameters and gradients, which raise before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tensor_access import has_memory, has_own_operations
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once, in whatever order."""
+    """Whether the elements fill one memory range without gaps or overlap, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -25,7 +25,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def check_memory(tensor: torch.Tensor, which: str) -> None:
-    """Raises ValueError unless a tensor has memory, or would have it if it had elements."""
+    """Raises ValueError if a tensor is on the meta device or has no memory for its elements."""
     if tensor.device.type == "meta" or not has_memory(tensor):
         raise ValueError(
             f"{which} has no memory for its {tensor.numel()} elements: its storage was freed or "
@@ -34,11 +34,15 @@ def check_memory(tensor: torch.Tensor, which: str) -> None:
 
 
 def check_distinct(tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
-    """Raises ValueError where two tensors that one step writes share memory: the result would
-    depend on which of them is written first.
+    """Checks that no two tensors that one step writes share memory.
+
+    With shared memory, the result would depend on the order of the writes.
 
     Args:
-        tensors: dense tensors of one device, each with the name of its parameter.
+        tensors: dense tensors on one device, each with the name of its parameter.
+
+    Raises:
+        ValueError: two tensors share memory.
     """
     listed = [(t, name) for t, name in tensors if t.numel()]
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, i) for i, (t, _) in enumerate(listed))
@@ -52,7 +56,16 @@ def check_distinct(tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
 
 
 def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
-    """Raises unless a rule can work on the parameter and its gradient."""
+    """Checks that a parameter and its gradient are supported.
+
+    Args:
+        param, grad: plain tensors.
+        which: name of the parameter, for error messages.
+
+    Raises:
+        RuntimeError: the gradient is sparse.
+        ValueError: any other property of either tensor is not supported.
+    """
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
             f"onepass does not support sparse gradients: {which} has one with layout "
@@ -76,7 +89,7 @@ def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
 
 
 def check_dense(param: torch.Tensor, which: str) -> None:
-    """Raises ValueError where the strides of a parameter leave gaps or overlap."""
+    """Raises ValueError if the strides of a parameter leave gaps or overlap."""
     if not is_dense(param):
         raise ValueError(
             f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
@@ -85,7 +98,7 @@ def check_dense(param: torch.Tensor, which: str) -> None:
 
 
 def check_param(param: torch.Tensor, which: str) -> None:
-    """Raises ValueError unless the parameter's dtype is one that rules work on."""
+    """Raises ValueError if the parameter's dtype is not supported."""
     if param.is_complex():
         raise ValueError(
             f"{which} is complex ({param.dtype}): onepass has no rule for complex numbers; "
@@ -96,7 +109,7 @@ def check_param(param: torch.Tensor, which: str) -> None:
 
 
 def check_weight_format(param: torch.Tensor, weights: str, which: str) -> None:
-    """Raises ValueError unless the weight format serves the parameter's dtype."""
+    """Raises ValueError if the weight format does not support the parameter's dtype."""
     served = WEIGHT_FORMATS[weights].codes
     if param.dtype not in served:
         known = [name for name, form in WEIGHT_FORMATS.items() if param.dtype in form.codes]
