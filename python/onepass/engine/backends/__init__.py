@@ -1,4 +1,4 @@
-"""The backends, and the one place that chooses between them."""
+"""The table of backends and the choice between them."""
 
 from __future__ import annotations
 
@@ -32,26 +32,31 @@ BACKENDS: dict[str, Backend] = {
     b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 }
 
-# Device types that a backend serves only when it is asked for by name: on the CPU, Triton's
-# interpreter is there to check kernels.
+# Device types that a backend serves only if the user names the backend: Triton's interpreter on the
+# CPU is meant for testing kernels.
 BY_NAME_ONLY: dict[str, tuple[str, ...]] = {"triton": ("cpu",)}
 
 
 def check_name(name: str | None) -> None:
-    """Raises ValueError unless name is None or a backend's."""
+    """Raises ValueError unless name is None or the name of a backend."""
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
 
 
 def choose(device: torch.device, name: str | None = None, extras: bool = False) -> Backend:
-    """The backend for a device: the one asked for by name, else the first that serves it; with
-    extras, the first that averages weights and measures telemetry in its sweep.
+    """Chooses the backend for a device.
 
-    Warns when that is the reference backend and nobody asked for it.
+    Warns if name is None and only the reference backend can serve the device.
+
+    Args:
+        device: device of the parameters.
+        name: name of the backend; None for the first backend that serves the device.
+        extras: whether the backend must support weight averages and telemetry.
 
     Raises:
-        ValueError: an unknown name.
-        RuntimeError: the backend cannot serve this device here; says why and which one can.
+        ValueError: the name is unknown.
+        RuntimeError: the named backend cannot serve the device; the message gives the reason and
+            the backends that can.
     """
     check_name(name)
     if name is not None:
@@ -78,12 +83,12 @@ def choose(device: torch.device, name: str | None = None, extras: bool = False) 
 
 
 def status() -> list[tuple[str, str]]:
-    """(backend, why it is not available here or an empty string), in order of preference."""
+    """Pairs (backend, reason why it is unavailable or an empty string), in order of preference."""
     return [(b.name, b.unavailable(None)) for b in BACKENDS.values()]
 
 
 def support_matrix() -> str:
-    """The support matrix as a Markdown table, from the tables of rules, formats and backends."""
+    """The support matrix of rules, formats and backends as a Markdown table."""
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in NATIVE)
     formats = ", ".join(f"`{name}`" for name in STATE_FORMATS)
     names = [f"`{name}`" for name in BACKENDS]

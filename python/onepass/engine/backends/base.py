@@ -1,4 +1,4 @@
-"""What a backend is asked for."""
+"""The interface of backends and the arguments of a step."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..hyper_table import RowTable
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of a plan, with what a sweep needs to know of it.
+    """One parameter of a plan with its state tensors and the variant of the algorithm.
 
     Attributes:
         param: the parameter's tensor, dense and non-overlapping; updated in place.
-        states: the codes of its states by slot, in the parameter's order in memory; updated in
-            place.
-        format: of all its states.
-        weight: number of the parameter's format.
-        draws: whether any of its formats draws random bits.
+        states: slot -> codes of the state, in the parameter's memory order; updated in place.
+        format: the format of all states.
+        weight: code number of the weight format.
         rule, flags: the variant of the algorithm.
-        row: of the hyperparameter table.
-        param_id: position of the parameter in the optimizer, which keys its random bits.
-        first: index of its first element in the whole parameter, likewise.
-        scales: of the states by slot, where the format has them; updated in place.
-        companion: of the weight, where its format has one; updated in place.
-        ema: fp32 average of the weight, in its order in memory, if it has one; updated in place.
+        row: index of the entry's row in the hyperparameter table.
+        param_id: the parameter's number, which keys its random bits.
+        draws: whether any of the formats draws random bits.
+        first: index of the entry's first element in the whole parameter, which also keys random
+            bits.
+        scales: slot -> scales of the state, if the format has blocks; updated in place.
+        companion: the companion of the weight, or None; updated in place.
+        ema: fp32 average of the weight in the parameter's memory order, or None; updated in place.
     """
 
     param: torch.Tensor
@@ -50,14 +50,14 @@ class Entry:
     ema: torch.Tensor | None = None
 
     def spec(self) -> list[int]:
-        """The entry's row of the spec that compiled backends read (csrc/plan.h)."""
+        """The entry's row of the ``spec`` tensor that compiled backends read (csrc/plan.h)."""
         codes = [self.format.code if slot in self.states else ABSENT for slot in range(MAX_STATES)]
         named = [CODES[self.rule.name], self.flags, self.row, self.param_id, self.first]
         return [*named, self.weight, int(self.ema is not None), *codes]
 
     def held(self) -> list[torch.Tensor]:
-        """Its tensors as compiled backends take them: of each slot codes and scales, companion, the
-        average."""
+        """The state tensors in the order that compiled backends expect: codes and scales of each
+        slot, companion, average."""
         tensors = []
         for slot in sorted(self.states):
             tensors.append(self.states[slot])
@@ -67,9 +67,10 @@ class Entry:
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have one shape and their elements the same order in memory.
+    """Whether two tensors have the same shape, memory order and negative bit.
 
-    Not so if torch negates one of them as it reads it, as the imaginary part of a conjugate.
+    The negative bit marks a tensor that torch negates on every read, such as the imaginary part of
+    a conjugate.
     """
     if a.shape != b.shape or a.is_neg() != b.is_neg():
         return False
@@ -79,17 +80,17 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class StepSwitches:
-    """The booleans of a step: a bit each in StepSwitch of csrc/entry.h, a constexpr in Triton.
+    """The booleans of a step: each is a bit of StepSwitch in csrc/entry.h and a Triton constexpr.
 
     Attributes:
-        zero_grads: set the gradients to zero, those of rows left alone as well.
+        zero_grads: set the gradients to zero, including those of skipped rows.
     """
 
     zero_grads: bool = False
 
     @property
     def bits(self) -> int:
-        """All of them, the first in bit 0."""
+        """The booleans as a bit mask; the first attribute is bit 0."""
         return int(self.zero_grads)
 
 
@@ -98,14 +99,14 @@ NO_SWITCHES = StepSwitches()
 
 @dataclass(frozen=True)
 class StepArgs:
-    """What a step is run with, beside the plan: the same struct in csrc/entry.h.
+    """The arguments of a step besides the plan; csrc/entry.h has the same struct.
 
     Attributes:
         hyper: fp32 [rows, HYPER_WIDTH], on the device.
         counters: int64 [rows, 2], on the device: seed and number of the step. A row whose number is
-            0 is left alone, bit for bit.
-        telemetry: float64 [rows, TELEMETRY_WIDTH] to fill, of rows left alone too, with no update;
-            None for none.
+            0 is skipped: its parameters and states keep their bits.
+        telemetry: float64 [rows, TELEMETRY_WIDTH], filled by the step; the update of a skipped row
+            is 0. None if telemetry is off.
         switches: see :class:`StepSwitches`.
     """
 
@@ -117,12 +118,12 @@ class StepArgs:
 
 @dataclass(frozen=True)
 class Policy:
-    """What may come between a gradient and the rule.
+    """The clipping and skipping options of a step.
 
     Attributes:
         max_norm: gradients are clipped to this global norm; None for no clipping.
-        largest: that norm is the largest magnitude, else the root of the sum of squares.
-        skip_nonfinite: leave everything as it is when a gradient is not finite.
+        largest: whether the norm is the largest magnitude instead of the 2-norm.
+        skip_nonfinite: whether a step with a non-finite gradient is skipped.
     """
 
     max_norm: float | None = None
@@ -131,7 +132,7 @@ class Policy:
 
     @property
     def measures(self) -> bool:
-        """Whether it asks for a norm pass."""
+        """Whether the options need a norm pass over the gradients."""
         return self.max_norm is not None or self.skip_nonfinite
 
 
@@ -139,11 +140,11 @@ class Backend(ABC):
     """Runs a step over the entries of one device.
 
     Attributes:
-        name: what users ask for.
-        rules: names of the rules it has.
-        extras: whether it averages weights and measures telemetry in the sweep.
-        launches: whether :meth:`run` is one launch: if it raises, the step has changed nothing but
-            what :meth:`advance` has, which :meth:`retreat` undoes.
+        name: value of the ``backend`` keyword.
+        rules: names of the supported rules.
+        extras: whether the sweep supports weight averages and telemetry.
+        launches: whether :meth:`run` is a single launch. If that launch raises, only the changes of
+            :meth:`advance` remain, and :meth:`retreat` undoes them.
     """
 
     name: ClassVar[str]
@@ -153,44 +154,45 @@ class Backend(ABC):
 
     @abstractmethod
     def unavailable(self, device: torch.device | None) -> str:
-        """Why this backend cannot serve the device (None: any at all); empty when it can."""
+        """The reason why this backend cannot serve the device (None: any); empty if it can."""
 
     @abstractmethod
     def prepare(self, entries: Sequence[Entry]) -> Any:
-        """Flattens the entries once; what it returns goes into the two calls below."""
+        """Flattens the entries once; the result is an argument of refresh, run and norm."""
 
     @abstractmethod
     def refresh(self, prepared: Any, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
-        """Takes the gradients of a step; False, with nothing changed, if the plan is stale.
+        """Stores the gradients of a step; returns False and changes nothing if the plan is stale.
 
         Args:
-            prepared: of :meth:`prepare`.
-            params, grads: plain tensors in the order of entries, parameters as they are now. The
-                caller keeps them alive until :meth:`run` is done.
+            prepared: the result of :meth:`prepare`.
+            params, grads: the current plain tensors in the order of entries. The caller keeps them
+                alive until :meth:`run` returns.
         """
 
     @abstractmethod
     def run(self, prepared: Any, step: StepArgs) -> None:
-        """The sweep over the gradients that refresh has taken.
+        """Runs the sweep over the gradients from :meth:`refresh`.
 
         Args:
-            prepared: of :meth:`prepare`.
-            step: what it is run with.
+            prepared: the result of :meth:`prepare`.
+            step: the arguments of the step.
         """
 
     @abstractmethod
     def norm(self, prepared: Any) -> torch.Tensor:
-        """What a global norm is made of, over the gradients that refresh has taken.
+        """Measures the gradients from :meth:`refresh` for a global norm.
+
+        The result is deterministic, and squares neither overflow nor underflow. Nothing is changed,
+        and :meth:`run` may follow.
 
         Returns:
-            float64 [3] on the device: the sum of squares (infinite or NaN where an element is), the
-            largest magnitude (NaN passed over), and how many elements are not finite. The same
-            run after run; squares neither overflow nor vanish. Nothing is changed, and the plan
-            stays ready for run.
+            float64 [3] on the device: the sum of squares (infinite or NaN if an element is), the
+            largest magnitude (ignoring NaN), and the number of non-finite elements.
         """
 
-    # What the host does with numbers that it can read. Backends whose numbers are on a GPU have
-    # kernels for both.
+    # The default methods below compute on the host. Backends with tables on a GPU override them
+    # with kernels.
 
     def judge(
         self,
@@ -200,13 +202,15 @@ class Backend(ABC):
         found_inf: torch.Tensor | None,
         policy: Policy,
     ) -> None:
-        """Fills verdict, float64 [VERDICT_WIDTH], which has the count of steps skipped so far.
+        """Computes the verdict of a step: its norm, its gradient factor and whether it is skipped.
 
         Args:
-            verdict: see :func:`onepass.numerics.verdict.judge`.
-            found: of :meth:`norm`, over all devices; None where nothing was measured.
-            grad_scale, found_inf: fp32 0-dim, on the device, or None: torch.amp.GradScaler's.
-            policy: what is asked for.
+            verdict: float64 [VERDICT_WIDTH], see :func:`onepass.numerics.verdict.judge`; updated in
+                place. On entry it contains the number of steps skipped so far.
+            found: the result of :meth:`norm` over all devices; None without a norm pass.
+            grad_scale, found_inf: the fp32 0-dim tensors of torch.amp.GradScaler on the device, or
+                None.
+            policy: the clipping and skipping options.
         """
         numbers = judge(
             None if found is None else found.tolist(),
@@ -221,37 +225,43 @@ class Backend(ABC):
         verdict.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
     def stage(self, table: RowTable, verdict: torch.Tensor | None) -> Any:
-        """What :meth:`advance` needs that can fail: nothing is changed yet.
+        """Computes the input of :meth:`advance` that can raise; nothing is changed.
 
         Raises:
-            ValueError: a step counter that is not a count.
+            ValueError: a step counter is not a whole number in [0, 2^53).
         """
         return table.stage(verdict)
 
     def advance(self, table: RowTable, verdict: torch.Tensor | None, staged: Any) -> None:
-        """Writes hyper and counters of the step, as a verdict, if there is one, says.
+        """Writes the hyperparameters and random keys of the step into the table.
 
-        Backends whose counters are on a GPU count the step here, others in :meth:`count`.
+        Backends with counters on a GPU also advance the counters here; other backends advance them
+        in :meth:`count`.
+
+        Args:
+            table: the hyperparameter table; changed in place.
+            verdict: the verdict of the step, or None.
+            staged: the result of :meth:`stage`.
         """
         table.write(staged)
 
     def count(self, table: RowTable, staged: Any) -> None:
-        """Counts the step, after its sweep."""
+        """Advances the counters after the sweep."""
         table.count(staged)
 
     def retreat(self, table: RowTable, before: torch.Tensor) -> None:
         """Undoes an :meth:`advance` whose sweep was not launched.
 
-        The steps go back by one in the rows whose counters[:, 1] is not 0, which are those that
-        advance has counted. The host does not wait for the device. hyper and counters keep the
-        values of the step that failed; the next advance derives them anew.
+        The step counters decrease by one in the rows that advance counted, which are the rows with
+        a nonzero counters[:, 1]. The call is asynchronous. hyper and counters keep the values of
+        the failed step; the next advance overwrites them.
 
         Args:
-            table: as advance has left it; table.kept is changed in place.
+            table: the table after advance; table.kept is changed in place.
             before: a copy of table.kept[1:] from before the advance.
         """
         number = table.counters[:, 1]
-        # From the number, since fp32 counters stay at 2^24 when 1 is added.
+        # Use the int64 number, because an fp32 counter stays at 2^24 if 1 is added.
         steps = (number - 1).to(torch.float32)
         table.steps.copy_(torch.where(number != 0, steps, table.steps))
         table.kept[1:].copy_(before)

@@ -1,4 +1,4 @@
-"""What the backends of the compiled libraries share: a plan that the library holds."""
+"""The common base of the cpu and cuda backends, whose plans are stored in the library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Backend, Entry, StepArgs
 
 
 class _Prepared:
-    """A plan held by a library; freed with this object."""
+    """A plan inside a compiled library, freed together with this object."""
 
     def __init__(self, entries: Sequence[Entry], calls: Any) -> None:
         params = [entry.param for entry in entries]
@@ -24,31 +24,35 @@ class _Prepared:
 
 
 class CompiledBackend(Backend):
-    """One call for the whole list.
+    """Makes one library call for the whole parameter list.
 
     Attributes:
-        calls: has the library's ops.
+        calls: the namespace of the library's ops.
     """
 
     calls: Any = torch.ops.onepass
 
     def prepare(self, entries: Sequence[Entry]) -> _Prepared:
+        """Builds the library's plan; see :meth:`Backend.prepare`."""
         return _Prepared(entries, self.calls)
 
     def refresh(
         self, prepared: _Prepared, params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> bool:
+        """See :meth:`Backend.refresh`."""
         try:
             return not self.calls.refresh(prepared.plan, params, grads)
         except NotImplementedError:
-            # A gradient that no kernel is registered for, a sparse one for example: planning anew
-            # finds it and says which.
+            # No kernel is registered for a gradient, for example a sparse one: the checks of a new
+            # plan raise an error that names it.
             return False
 
     def run(self, prepared: _Prepared, step: StepArgs) -> None:
+        """See :meth:`Backend.run`."""
         s = step
         self.calls.run(prepared.plan, s.hyper, s.counters, s.telemetry, s.switches.bits)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
+        """See :meth:`Backend.norm`."""
         found: torch.Tensor = self.calls.norm(prepared.plan)
         return found

@@ -1,4 +1,4 @@
-"""The cpu backend: the compiled sweep, one call for the whole list."""
+"""The cpu backend: one call of the compiled sweep for the whole parameter list."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from .compiled import CompiledBackend
 
 
 class CpuBackend(CompiledBackend):
-    """AVX-512, AVX2 or plain C++, picked at run time (:func:`onepass.ops.cpu_isa`).
+    """The sweep in AVX-512, AVX2 or plain C++, selected at run time (:func:`onepass.ops.cpu_isa`).
 
-    The sum of squares of its :meth:`norm` is within 20 * 2^-24 of its value, relatively: 2 KiB of a
-    gradient are 17 additions of rounded squares in fp32, 18 of 16-bit elements; all else is in
-    float64. It is the same on every instruction set and for any number of threads.
+    The relative error of the sum of squares in :meth:`norm` is at most 20 * 2^-24. Each 2 KiB block
+    of a gradient takes 17 fp32 additions of rounded squares, or 18 for 16-bit elements; the rest is
+    float64. The sum does not depend on the instruction set or the number of threads.
     """
 
     name = "cpu"
 
     def unavailable(self, device: torch.device | None) -> str:
+        """See :meth:`Backend.unavailable`; the library must be built."""
         if device is not None and device.type != "cpu":
             return "it serves CPU tensors only"
         return libraries.missing

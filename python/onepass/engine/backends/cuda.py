@@ -1,4 +1,4 @@
-"""The cuda backend: the compiled sweep of NVIDIA GPUs, one launch for the whole list."""
+"""The cuda backend: one launch of the compiled sweep on an NVIDIA GPU for the whole list."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from .compiled import CompiledBackend
 
 
 class CudaBackend(CompiledBackend):
-    """CUDA C++, compiled when onepass was built (csrc/cuda)."""
+    """CUDA C++ kernels, compiled when onepass is built (csrc/cuda)."""
 
     name = "cuda"
     extras = False
     launches = True
 
     def unavailable(self, device: torch.device | None) -> str:
+        """See :meth:`Backend.unavailable`; initialises CUDA only if there is a GPU."""
         if device is not None and device.type != "cuda":
             return "it serves CUDA devices only"
         missing = libraries.cuda_missing()
         if missing:
             return missing
-        # Without a GPU, CUDA is not initialised.
+        # Do not initialise CUDA on a machine without a GPU.
         if not torch.cuda.is_available():
             return "there is no GPU here"
         if device is None:
@@ -48,6 +49,7 @@ class CudaBackend(CompiledBackend):
         found_inf: torch.Tensor | None,
         policy: Policy,
     ) -> None:
+        """Computes the verdict in a kernel; see :meth:`Backend.judge`."""
         most = -1.0 if policy.max_norm is None else float(policy.max_norm)
         self.calls.judge(
             *(verdict, found, grad_scale, found_inf),
@@ -55,9 +57,11 @@ class CudaBackend(CompiledBackend):
         )
 
     def stage(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+        """Does nothing: the kernel of :meth:`advance` reads counters on the GPU."""
         return None
 
     def advance(self, table: RowTable, verdict: torch.Tensor | None, staged: None) -> None:
+        """Uploads changed options and runs a kernel; see :meth:`Backend.advance`."""
         table.upload()
         self.calls.advance(
             *(CODES[table.rule.name], table.options, table.kept),
@@ -65,4 +69,4 @@ class CudaBackend(CompiledBackend):
         )
 
     def count(self, table: RowTable, staged: None) -> None:
-        """Nothing: the kernel of :meth:`advance` has counted."""
+        """Does nothing: the kernel of :meth:`advance` has advanced the counters."""

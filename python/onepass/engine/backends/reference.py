@@ -1,5 +1,7 @@
-"""The reference backend: the specification (:mod:`onepass.rules`, :mod:`onepass.formats`) over
-tensors. Slow; it defines the bits."""
+"""The reference backend: the specification in NumPy (:mod:`onepass.rules`, :mod:`onepass.formats`).
+
+It is slow and defines the exact result bits of all backends.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,13 @@ _NATIVE = WEIGHT_FORMATS["native"]
 
 
 def _layouts(entry: Entry) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
+    """Shape, strides and dtype of the parameter and its state tensors."""
     return [(t.shape, t.stride(), t.dtype) for t in (entry.param, *entry.held())]
 
 
 class _Prepared:
+    """The entries with the layouts and devices that :meth:`ReferenceBackend.refresh` compares."""
+
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
         self.layouts = [_layouts(entry) for entry in entries]
@@ -36,19 +41,22 @@ class _Prepared:
 
 
 class ReferenceBackend(Backend):
-    """NumPy on the CPU, whatever the device: it copies there and back."""
+    """Runs NumPy on the CPU for any device; tensors are copied to the CPU and back."""
 
     name = "reference"
 
     def unavailable(self, device: torch.device | None) -> str:
+        """An empty string: this backend serves every device."""
         return ""
 
     def prepare(self, entries: Sequence[Entry]) -> _Prepared:
+        """See :meth:`Backend.prepare`."""
         return _Prepared(entries)
 
     def refresh(
         self, prepared: _Prepared, params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> bool:
+        """See :meth:`Backend.refresh`."""
         prepared.grads = []
         entries = prepared.entries
         if not len(params) == len(grads) == len(entries):
@@ -70,6 +78,7 @@ class ReferenceBackend(Backend):
         return True
 
     def run(self, prepared: _Prepared, step: StepArgs) -> None:
+        """See :meth:`Backend.run`."""
         hyper, counters = step.hyper, step.counters
         sums = np.zeros((len(hyper), TELEMETRY_WIDTH))
         for entry, grad in zip(prepared.entries, prepared.grads, strict=True):
@@ -83,6 +92,11 @@ class ReferenceBackend(Backend):
         prepared.grads = []
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
+        """See :meth:`Backend.norm`.
+
+        Raises:
+            RuntimeError: :meth:`refresh` was not called.
+        """
         if len(prepared.grads) != len(prepared.entries):
             raise RuntimeError("onepass: norm without refresh")
         with np.errstate(all="ignore"):
@@ -91,7 +105,7 @@ class ReferenceBackend(Backend):
         return torch.from_numpy(found).to(prepared.entries[0].param.device)
 
     def _run_entry(self, entry: Entry, grad: torch.Tensor, row: F32, counters: list[int]) -> F64:
-        """The step of one parameter; returns its part of the telemetry."""
+        """Runs the step of one entry; returns its telemetry."""
         rule, kinds, count = entry.rule, entry.rule.kinds, entry.param.numel()
         weight = WEIGHT_FORMAT_OF_CODE[entry.weight]
         before = numpy_codec.read_weight(weight, entry.param, entry.companion)
@@ -104,8 +118,8 @@ class ReferenceBackend(Backend):
             before, row[0] * raw, states, list(row[1 : 1 + rule.scalars]),
             rule.flag_names(entry.flags),
         )  # fmt: skip
-        # Word 0 serves the states of slots 0 and 1, word 1 that of slot 2 and most weights, word 2
-        # that of slot 3.
+        # Each 32-bit random word is split into two 16-bit halves. Word 0 rounds the states of slots
+        # 0 and 1, word 1 the state of slot 2 and most weight formats, word 2 the state of slot 3.
         halves: list[U32 | None] = [None] * 6
         for word in range(3 if len(kinds) > 3 else 2) if entry.draws else ():
             bits = random_bits(seed, step, entry.param_id, entry.first, count, word)
@@ -115,7 +129,7 @@ class ReferenceBackend(Backend):
         random = [*halves[:3], halves[4]][: len(kinds)]
         numpy_codec.write_states(entry.format, kinds, states, entry.states, entry.scales, random)
         if entry.ema is not None:
-            # Of the weight as it was computed, before it is rounded into its format.
+            # The average uses the computed fp32 weight, before it is rounded to the weight format.
             numpy_codec.write(
                 entry.ema, row[EMA] * numpy_codec.to_array(entry.ema) + row[EMA + 1] * param
             )
@@ -123,6 +137,7 @@ class ReferenceBackend(Backend):
 
 
 def _telemetry(grad: F32, before: F32, after: F32) -> F64:
-    """Sums of squares in float64, of fp32 values and an fp32 difference; non-finite gradients."""
+    """float64 sums of squares of the gradient, the new weight and the fp32 update, and the number
+    of non-finite gradients."""
     wide = (array.astype(np.float64) for array in (grad, after, after - before))
     return np.array([*(np.sum(w * w) for w in wide), np.count_nonzero(~np.isfinite(grad))])

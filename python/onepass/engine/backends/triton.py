@@ -1,7 +1,7 @@
 """The triton backend: one launch of one generic kernel for the whole list (NVIDIA and AMD GPUs).
 
-The kernels are in ``triton_kernels/``. They are imported when this backend is first used: Triton
-decides then whether kernels are compiled or, under TRITON_INTERPRET=1, interpreted on CPU tensors.
+The kernels are in ``triton_kernels/`` and are imported at the first use of this backend. At import,
+Triton decides whether kernels are compiled, or interpreted on CPU tensors (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..tensor_access import has_memory
 from .base import Backend, Entry, Policy, StepArgs, same_layout
 
 OLDEST = (3, 6)
-# Whether ptxas contracts paired fp32 operations (f32x2) to multiply-adds, by version of Triton.
-# Triton pairs operations from compute capability 10 on. Read in the machine code for sm_100, which
-# tests/test_triton_compile.py checks.
+# Triton version -> whether ptxas contracts paired fp32 operations (f32x2) to fused multiply-adds.
+# Triton pairs operations from compute capability 10.0 on. The values come from the machine code for
+# sm_100, which tests/test_triton_compile.py checks.
 CONTRACTS: dict[tuple[int, ...], bool] = {
     (3, 6): True,  # 3.6.0, ptxas 12.9: FFMA2 in every kernel that has pairs
     (3, 7): False,  # 3.7.0 and 3.7.1, ptxas 13.1: no FFMA2; FMUL2 and FADD2 for every pair
@@ -39,19 +39,20 @@ _KERNELS = "onepass.triton_kernels.sweep"
 _TABLE = "onepass.triton_kernels.table"
 _NORM = "onepass.triton_kernels.norm"
 _PROLOGUE = "onepass.triton_kernels.prologue"
-_HALF = 1 << 32  # a chunk crosses no multiple of it: the random bits' keys change there
+_HALF = 1 << 32  # elements: the random keys change here, so no chunk crosses a multiple of it
 
 I64 = npt.NDArray[np.int64]
 
 
 def _version() -> tuple[int, ...]:
+    """Major and minor version of Triton."""
     import triton
 
     return tuple(int(n) for n in str(triton.__version__).split("+")[0].split(".")[:2])
 
 
 def _missing() -> str:
-    """Why Triton cannot be used, or an empty string."""
+    """The reason why Triton cannot be used, or an empty string."""
     install = f"pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
     try:
         import triton
@@ -63,10 +64,10 @@ def _missing() -> str:
 
 
 def _contracts(device: torch.device) -> str:
-    """Why Triton would not return the reference's bits on a GPU, or an empty string.
+    """The reason why Triton would not return the reference's bits on a GPU, or an empty string.
 
-    A version that is not in :data:`CONTRACTS` is allowed: if it contracts, the test that reads the
-    machine code fails with it.
+    A version that is not in :data:`CONTRACTS` is allowed. The test that reads the machine code
+    fails if such a version contracts operations.
     """
     version = _version()
     if not CONTRACTS.get(version, False) or torch.version.hip:
@@ -81,30 +82,31 @@ def _contracts(device: torch.device) -> str:
 
 
 def _interpreted() -> bool:
-    """Whether kernels are interpreted, as was decided when they were imported if they were."""
+    """Whether kernels are interpreted; fixed once the kernels are imported."""
     if _KERNELS in sys.modules:
         return bool(sys.modules[_KERNELS].INTERPRETED)
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _kernels() -> Any:
+    """The module with the sweep kernels, imported at the first call."""
     return importlib.import_module(_KERNELS)
 
 
 def _as_known(read: Callable[[Any], Any], tensors: Iterable[Any], known: Iterable[Any]) -> bool:
-    """Whether a property of tensors is what it was; keeps nothing, for lists are long."""
+    """Whether a property of all tensors equals the known values; builds no list."""
     return all(map(eq, map(read, tensors), known))
 
 
 def _cuts(numel: int, first: int, chunk: int) -> I64:
-    """Where the chunks of an entry start, and its end: every chunk, and at multiples of 2^32."""
+    """Start offsets of an entry's chunks, and its end; chunks also end at multiples of 2^32."""
     starts = np.arange(0, numel, chunk, dtype=np.int64)
     boundaries = np.arange(_HALF - first % _HALF, numel, _HALF, dtype=np.int64)
     return np.append(np.union1d(starts, boundaries), numel)
 
 
 class _Prepared:
-    """The entries of one device as tables: chunks and gradients."""
+    """The entries of one device as GPU tables of chunks and gradients."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.kernels, self.columns = _kernels(), importlib.import_module(_TABLE)
@@ -112,18 +114,18 @@ class _Prepared:
         self.device = entries[0].param.device
         params = [entry.param for entry in entries]
         self.states = [tensor for entry in entries for tensor in entry.held()]
-        # What is compared at every step.
+        # Properties that every step compares.
         self.addresses = list(map(torch.Tensor.data_ptr, params + self.states))
         self.dtypes = [tensor.dtype for tensor in params]
         self.shapes = [param.shape for param in params]
         self.strides = [param.stride() for param in params]
         self.sizes = [state.numel() for state in self.states]
-        # What is known from the first gradients on.
+        # Values that are set by the first gradients.
         self.grad_dtypes: list[torch.dtype] = []
         self.grad_addresses: I64 = np.zeros(0, np.int64)
         self.variants: Any = None
         self.bound = False
-        # Whether a captured step reads the table of gradients; and what replays read beside it.
+        # Whether a captured step reads self.grads, and other tensors that replays read.
         self.captured = False
         self.kept: list[torch.Tensor] = []
 
@@ -140,7 +142,7 @@ class _Prepared:
         self.grad_formats = torch.zeros(len(entries), dtype=torch.int32, device=self.device)
 
     def _chunk_table(self) -> tuple[I64, I64]:
-        """The chunk table, but for the variants; and the entry of each of its rows."""
+        """The chunk table without the variant column, and the entry index of each chunk."""
         k = self.columns
         tables, owners = [np.zeros((0, int(k.COLUMNS)), np.int64)], [np.zeros(0, np.int64)]
         for number, entry in enumerate(self.entries):
@@ -168,7 +170,7 @@ class _Prepared:
         return np.concatenate(tables), np.concatenate(owners)
 
     def _spans(self) -> I64:
-        """Of each row of the hyperparameter table its first chunk and the one after its last."""
+        """For each row of the hyperparameter table: its first chunk, and the one after its last."""
         rows = self.table[:, self.columns.ROW]
         spans = np.zeros((1 + max(entry.row for entry in self.entries), 2), np.int64)
         chunks = np.arange(len(rows))
@@ -177,7 +179,7 @@ class _Prepared:
         return spans
 
     def bind_dtypes(self, grad_dtypes: list[torch.dtype]) -> None:
-        """Works out the variants, which the gradients' dtypes are part of."""
+        """Computes the kernel variants, which depend on the gradients' dtypes."""
         make = self.kernels.Variant
         known: dict[Any, int] = {}
         numbers = np.zeros(len(self.entries), np.int64)
@@ -191,10 +193,10 @@ class _Prepared:
                 tuple(code if slot in entry.states else ABSENT for slot in range(MAX_STATES)),
                 entry.ema is not None,
             )
-            # Entries without elements have no chunk, so no part in what is compiled.
+            # Empty entries have no chunk and need no compiled variant.
             if entry.param.numel():
                 numbers[i] = known.setdefault(variant, len(known))
-        # In one order whatever the parameters' order is: another list may share the kernel.
+        # Sort the variants, so that lists in another parameter order share the kernel.
         order = sorted(known)
         places = np.array([order.index(variant) for variant in known], np.int64)
         if len(self.table):
@@ -206,39 +208,40 @@ class _Prepared:
         self.grad_dtypes = grad_dtypes
 
     def bind_addresses(self, addresses: I64) -> None:
-        """Brings the gradients' addresses to the device, without waiting for it, if they moved."""
+        """Copies the gradients' addresses to the device, asynchronously, if they changed."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if np.array_equal(addresses, self.grad_addresses):
             self.captured |= capturing
             return
         if self.captured or capturing:
-            # A table that replays read is theirs alone.
+            # Replays read the old table: keep it unchanged and use a new one.
             self.kept.append(self.grads)
             self.grads = torch.empty_like(self.grads)
         source = torch.from_numpy(addresses)
         if self.grads.is_cuda:
-            # A buffer of its own for each copy: torch takes it back when the copy is done.
+            # Each copy has its own pinned buffer; torch reuses the buffer after the copy.
             source = source.pin_memory()
         self.grads.copy_(source, non_blocking=True)
         if capturing:
-            # Nothing has been copied yet, and every replay will copy it again.
+            # Every replay copies the pinned source again: keep it alive.
             self.kept.append(source)
         self.captured = capturing
         self.grad_addresses = np.zeros(0, np.int64) if capturing else addresses
 
 
 def _addresses(tensor: torch.Tensor, starts: I64, per: int = 1) -> I64:
-    """Where what is stored of the elements at these positions begins, per of them in one."""
+    """Addresses of the items that store the elements at these offsets, ``per`` elements an item."""
     return tensor.data_ptr() + starts // per * tensor.element_size()
 
 
 class TritonBackend(Backend):
-    """Triton kernels on CUDA and ROCm devices; on CPU tensors only by Triton's interpreter."""
+    """Triton kernels on CUDA and ROCm devices, and on CPU tensors in Triton's interpreter."""
 
     name = "triton"
     launches = True
 
     def unavailable(self, device: torch.device | None) -> str:
+        """See :meth:`Backend.unavailable`; CPU devices need TRITON_INTERPRET=1."""
         if device is not None and device.type not in ("cpu", "cuda"):
             return "it serves CUDA and ROCm devices"
         missing = _missing()
@@ -261,6 +264,11 @@ class TritonBackend(Backend):
         return ""
 
     def prepare(self, entries: Sequence[Entry]) -> _Prepared:
+        """Builds the tables of the entries; see :meth:`Backend.prepare`.
+
+        Raises:
+            ValueError: no kernel exists for the formats of an entry.
+        """
         known = _kernels().formats
         for entry in entries:
             code = entry.format.code
@@ -277,6 +285,7 @@ class TritonBackend(Backend):
     def refresh(
         self, prepared: _Prepared, params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> bool:
+        """See :meth:`Backend.refresh`."""
         p = prepared
         p.bound = False
         if not len(params) == len(grads) == len(p.dtypes):
@@ -297,7 +306,7 @@ class TritonBackend(Backend):
         grad_dtypes = [grad.dtype for grad in grads]
         if grad_dtypes != p.grad_dtypes and not NATIVE.keys() >= set(grad_dtypes):
             return False
-        # Strides of dimensions of size 1 are free, so equality is only the usual case.
+        # Strides of size-1 dimensions may differ: compare layouts only if shapes or strides differ.
         alike = _as_known(size, grads, p.shapes) and _as_known(stride, grads, p.strides)
         if not alike and not all(map(same_layout, grads, params)):
             return False
@@ -314,8 +323,13 @@ class TritonBackend(Backend):
         return True
 
     def run(self, prepared: _Prepared, step: StepArgs) -> None:
+        """See :meth:`Backend.run`.
+
+        Raises:
+            RuntimeError: :meth:`refresh` was not called for this step.
+        """
         p = prepared
-        # Addresses are good for one step: a gradient may be freed after it.
+        # Addresses are valid for one step, because a gradient may be freed afterwards.
         if not p.bound:
             raise RuntimeError("onepass: run without refresh")
         p.bound = False
@@ -327,10 +341,14 @@ class TritonBackend(Backend):
             p.kernels.launch(p.chunks, p.grads, p.maps, p.variants, p.tuning, p.spans, step)
 
     def norm(self, prepared: _Prepared) -> torch.Tensor:
-        """Two launches: see :meth:`Backend.norm`.
+        """Measures the gradients in two launches; see :meth:`Backend.norm`.
 
-        The sum of squares is within 9 * 2^-24 of its value, relatively: eight squares are rounded
-        and added in fp32, all else in float64. It depends on the sizes of the list, not on the GPU.
+        The relative error of the sum of squares is at most 9 * 2^-24: groups of eight squares are
+        rounded and added in fp32, the rest in float64. The result depends on the sizes of the
+        tensors but not on the GPU.
+
+        Raises:
+            RuntimeError: :meth:`refresh` was not called for this step.
         """
         p = prepared
         if not p.bound:
@@ -349,6 +367,7 @@ class TritonBackend(Backend):
         found_inf: torch.Tensor | None,
         policy: Policy,
     ) -> None:
+        """Computes the verdict in a kernel; see :meth:`Backend.judge`."""
         with _on(verdict.device):
             importlib.import_module(_PROLOGUE).launch_judge(
                 verdict, found, grad_scale, found_inf, policy.max_norm, policy.largest,
@@ -356,9 +375,11 @@ class TritonBackend(Backend):
             )  # fmt: skip
 
     def stage(self, table: RowTable, verdict: torch.Tensor | None) -> None:
+        """Does nothing: the kernel of :meth:`advance` reads the counters on the device."""
         return None
 
     def advance(self, table: RowTable, verdict: torch.Tensor | None, staged: None) -> None:
+        """Uploads changed options and runs a kernel; see :meth:`Backend.advance`."""
         with _on(table.steps.device):
             table.upload()
             importlib.import_module(_PROLOGUE).launch_advance(
@@ -366,9 +387,9 @@ class TritonBackend(Backend):
             )  # fmt: skip
 
     def count(self, table: RowTable, staged: None) -> None:
-        """Nothing: the kernel of :meth:`advance` has counted."""
+        """Does nothing: the kernel of :meth:`advance` has advanced the counters."""
 
 
 def _on(device: torch.device) -> Any:
-    """Makes a GPU the current one: Triton launches there, on its current stream."""
+    """A context that makes a GPU the current device, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
