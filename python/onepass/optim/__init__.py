@@ -1,4 +1,4 @@
-"""The optimizer classes: thin, one per algorithm."""
+"""The optimizer classes, one per algorithm."""
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW

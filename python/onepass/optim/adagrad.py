@@ -1,4 +1,4 @@
-"""Adagrad."""
+"""The Adagrad optimizer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Adagrad(Optimizer):
         \theta &\leftarrow \theta - \frac{\eta}{1 + (t - 1)\kappa}
             \cdot \frac{g}{\sqrt{s} + \epsilon}
 
-    With ``eps_in_sqrt`` the denominator is :math:`\sqrt{s + \epsilon}`, as the literature has it.
+    With ``eps_in_sqrt`` the denominator is :math:`\sqrt{s + \epsilon}`, as in the literature.
 
     State: ``sum`` of the parameter's shape, ``step``.
 
     Args:
-        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        params: tensors, named tensors or parameter groups, as in torch.optim.
         lr: learning rate, a float or a 0-dim tensor.
         lr_decay: :math:`\kappa`.
         weight_decay: :math:`\lambda`.
-        initial_accumulator_value: where :math:`s` starts.
+        initial_accumulator_value: initial value of :math:`s`.
         eps: :math:`\epsilon`.
-        eps_in_sqrt: keyword-only.
+        eps_in_sqrt: keyword-only; add :math:`\epsilon` inside the root.
         options: keyword-only, see :class:`Options`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Duchi, Hazan, Singer, "Adaptive subgradient methods for online learning and stochastic
     optimization" (2011).

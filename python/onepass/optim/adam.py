@@ -1,4 +1,4 @@
-"""Adam and AdamW."""
+"""The Adam and AdamW optimizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import Options
 
 
 class Adam(Optimizer):
-    r"""Adam with L2 decay, as torch.optim.Adam; step t counts from 1.
+    r"""Adam with an L2 penalty, as torch.optim.Adam; step t counts from 1.
 
     .. math::
         g &\leftarrow g + \lambda\theta \\
@@ -22,22 +22,23 @@ class Adam(Optimizer):
         \theta &\leftarrow \theta - \eta \cdot \frac{m / (1 - \beta_1^t)}
             {\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    With ``amsgrad`` the root is taken of the largest :math:`v` so far.
+    With ``amsgrad`` the root uses the elementwise maximum of all :math:`v` so far.
 
-    State, each of the parameter's shape: ``exp_avg`` (m), ``exp_avg_sq`` (v), ``max_exp_avg_sq``
-    with amsgrad; and ``step``.
+    State: ``exp_avg`` (m), ``exp_avg_sq`` (v) and, with amsgrad, ``max_exp_avg_sq``, each of the
+    parameter's shape; ``step``.
 
     Args:
-        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        params: tensors, named tensors or parameter groups, as in torch.optim.
         lr: learning rate, a float or a 0-dim tensor.
         betas: :math:`\beta_1, \beta_2`, each in [0, 1).
         eps: :math:`\epsilon`, outside the root.
         weight_decay: :math:`\lambda`.
-        amsgrad: Reddi, Kale, Kumar, "On the convergence of Adam and beyond" (2018).
+        amsgrad: use the variant of Reddi, Kale, Kumar, "On the convergence of Adam and beyond"
+            (2018).
         options: keyword-only, see :class:`Options`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Kingma, Ba, "Adam: a method for stochastic optimization" (2015).
     """
@@ -65,15 +66,17 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    r"""Adam with decoupled decay, as torch.optim.AdamW: see :class:`Adam`, with
+    r"""Adam with decoupled weight decay, as torch.optim.AdamW.
+
+    The moments are those of :class:`Adam` without the term :math:`\lambda\theta` in :math:`g`.
 
     .. math::
         \theta \leftarrow \theta - \eta \cdot \frac{m / (1 - \beta_1^t)}
             {\sqrt{v / (1 - \beta_2^t)} + \epsilon} - \eta\lambda\theta
 
-    and :math:`g` left as it is. Both terms are added before they touch the weight: one rounding.
+    Both terms are added before the subtraction from the weight, so the weight is rounded once.
 
-    Args, State and Raises: as :class:`Adam`; weight_decay is 1e-2 unless given.
+    Args, State and Raises: as :class:`Adam`; the default of weight_decay is 1e-2.
 
     Source: Loshchilov, Hutter, "Decoupled weight decay regularization" (2019).
     """

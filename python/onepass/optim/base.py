@@ -1,4 +1,4 @@
-"""The optimizer that all classes share: options, state dicts, and the step through the plan."""
+"""The base class of all optimizers: options, state dicts and the entry points of a step."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _SETTINGS = (
 class Optimizer(Stepping):
     """A torch optimizer whose step is one pass over memory.
 
-    Parameters are updated in place; so are the states in ``state[param]``, which have
-    torch.optim's names and, but in packed formats, the parameter's shape and strides; formats in
-    blocks add ``<name>_scale``, weight formats a companion. They are made at a parameter's first
-    step. ``state[param]["step"]`` is one tensor shared by all
-    parameters that took the same steps. The bits of the results do not depend on the backend, the
-    number of threads or the instruction set.
+    Parameters and the states in ``state[param]`` are updated in place. States have torch.optim's
+    names. They also have the parameter's shape and strides, except in packed formats. Formats in
+    blocks add ``<name>_scale``; weight formats add a companion, which stores extra bits of the
+    weight. States are allocated at a parameter's first step. ``state[param]["step"]`` is one tensor
+    that all parameters with the same number of steps share. The result bits do not depend on the
+    backend, the number of threads or the instruction set.
 
-    Parameters may be float32, bfloat16 or float16, of any shape and dense strides, gradients
-    likewise, not necessarily of the parameter's dtype.
+    Parameters and gradients may be float32, bfloat16 or float16, of any shape with dense strides.
+    A gradient may have another dtype than its parameter.
     """
 
     decoupled: ClassVar[bool] = False
@@ -69,7 +69,7 @@ class Optimizer(Stepping):
         for name in given.keys() - o.keys():
             refuse(name, type(self).__name__, {*inspect.signature(type(self)).parameters})
         own = {keyword.name for keyword in KEYWORDS if keyword.class_default}
-        # None asks for the class's own default.
+        # None selects the class's own default.
         o |= {k: value for k, value in given.items() if value is not None or k not in own}
         if o["fused"] and o["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
@@ -100,8 +100,10 @@ class Optimizer(Stepping):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether torch.amp.GradScaler leaves unscaling and skipping to step(): with fused=True, as
-        for torch.optim, and inside :class:`onepass.GradScaler`."""
+        """Whether torch.amp.GradScaler leaves unscaling and skipping to step().
+
+        True with fused=True, as in torch.optim, and during a step of :class:`onepass.GradScaler`.
+        """
         return self.scales_in_step
 
     def __repr__(self) -> str:
@@ -115,23 +117,22 @@ class Optimizer(Stepping):
     # --- options ---
 
     def check_options(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for an option of a group that is out of range, or that a group cannot
-        have; names it."""
+        """Raises ValueError if an option of a group is out of range or not allowed in a group."""
         known = frozenset((*self.defaults, *(k.name for k in KEYWORDS), *DEFAULTS, "params"))
         check_names(group, known, self._given, type(self).__name__)
         check_values(group)
         self.rule.check(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch.optim does; its options are checked first.
+        """Adds a group, as torch.optim does, after a check of its options and parameters.
 
-        Parameters that need no gradient may be of any dtype, and parameters of lazy modules have no
-        dtype or shape yet: these are checked when they are first stepped.
+        Parameters that require no gradient and lazy parameters are checked only at their first
+        step: the former may have any dtype, and the latter have no shape yet.
 
         Raises:
-            ValueError: an option out of range, or a parameter that is to be trained and is complex,
-                of a dtype other than float32, bfloat16 and float16, or has strides that leave gaps;
-                the optimizer stays as it was.
+            ValueError: an option is out of range, or a parameter that requires a gradient is not
+                float32, bfloat16 or float16, or has strides that leave gaps or overlap. The
+                optimizer is not changed.
         """
         if isinstance(param_group, dict):
             self.check_options({**self.defaults, **param_group})
@@ -157,33 +158,36 @@ class Optimizer(Stepping):
     # --- the step ---
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes one step: updates parameters and states in place; gradients are only read.
+        """Takes one step: updates parameters and states in place.
+
+        Gradients are only read, unless ``zero_grads`` is set. Ctrl-C (SIGINT) does not interrupt
+        the update; it is handled after the step.
 
         Args:
-            closure: called with gradients enabled first, as torch.optim does.
+            closure: called first, with gradients enabled, as in torch.optim.
 
         Returns:
-            What closure returned, else None.
+            The result of closure, or None without a closure.
 
         Raises:
-            ValueError, RuntimeError: an option, parameter, gradient or state that cannot be worked
-                on. Nothing has been changed then: weights, states and counters are those of before.
-            RuntimeError: an earlier step failed after it had changed some of them, for example
-                because a second device refused its launch. Load a checkpoint of both.
-            MemoryError: the host lacks the memory for paged states; nothing has been changed.
-
-        A step is not interrupted: Ctrl-C (SIGINT) is handled when it is complete.
+            ValueError, RuntimeError: an option, parameter, gradient or state is not supported.
+                Weights, states and counters are not changed.
+            RuntimeError: an earlier step failed after it had changed some tensors, for example
+                because a kernel launch on a second device failed. Load a checkpoint of the model
+                and the optimizer.
+            MemoryError: the host has too little free memory for paged states. Nothing is changed.
         """
-        # As they were passed, since hooks see the arguments of the caller.
+        # Pass the arguments on unchanged, because hooks receive them.
         if torch.compiler.is_compiling() or _watched(self):
             return self._hooked_step(*args, **kwargs)
         return self._step(*args, **kwargs)
 
-    # torch wraps every step() that is not marked so: in a record of its profiler, which takes as
-    # long as a small plan, and in hooks. Ours is wrapped when there is a profiler or a hook.
+    # torch wraps every step() without this mark in a profiler record and in hooks. The record takes
+    # as long as a small plan, so step() uses the wrapped version only with a profiler or a hook.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """See :meth:`step`; without hooks."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -198,7 +202,7 @@ class Optimizer(Stepping):
             with torch.no_grad():
                 op(params, grads, self._number)
             return loss
-        # torch.no_grad() would take as long as all groups.
+        # torch.no_grad() would take as long as the work on all groups.
         enabled = torch.is_grad_enabled()
         try:
             torch.set_grad_enabled(False)
@@ -210,7 +214,7 @@ class Optimizer(Stepping):
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
-    # torch.compile runs this instead of tracing it, so that states are there before the graph is.
+    # torch.compile runs this method instead of tracing it, so states exist before the graph runs.
     def _init_group(
         self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> None:
@@ -222,7 +226,7 @@ class Optimizer(Stepping):
     # --- saving and loading ---
 
     def _begin(self) -> None:
-        """Forgets what belongs to the tensors of before."""
+        """Drops the plan and all other data of the previous state tensors."""
         self._number = register(self)
         self._plan = self.verdict = self._found = self.released = None
         self._failed = ""
@@ -242,12 +246,13 @@ class Optimizer(Stepping):
             self.pager = Pager(self.paging, self.rule)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim has it: with ``states="fp32"``, torch.optim loads it.
+        """The state dict in torch.optim's form; torch.optim can load it with ``states="fp32"``.
 
-        The step counter of each parameter is a tensor of its own here.
+        Each parameter has its own copy of the step counter.
 
         Raises:
-            ValueError: FSDP1's ``optim_state_dict`` is calling, and cannot take these formats.
+            ValueError: the caller is FSDP1's ``optim_state_dict``, which does not support these
+                formats.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -260,16 +265,19 @@ class Optimizer(Stepping):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class, or of its twin in torch.optim.
+        """Loads a state dict of this class or of the torch.optim class of the same name.
 
-        Tensors are copied, converted to this optimizer's own ``states`` and ``weights`` formats (to
-        nearest) and moved to the parameter's device; the other options are taken from the state
-        dict. Load the model's weights first: a companion of another format than saved is made from
-        the weight as it is.
+        Tensors are copied to the parameter's device and converted to this optimizer's ``states``
+        and ``weights`` formats, rounding to nearest. Other options are taken from the state dict.
+        Load the model's weights first, because the conversion of a companion reads the weight.
+
+        Args:
+            state_dict: a state dict; it is only read.
 
         Raises:
-            ValueError: it belongs to another model or another kind of optimizer, or its formats to
-                a newer onepass; says where they differ. Nothing has been changed then.
+            ValueError: the state dict belongs to another model or another kind of optimizer, or
+                its formats to a newer version of onepass. The message names the difference.
+                Nothing is changed.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -304,7 +312,7 @@ class Optimizer(Stepping):
 
 
 def _watched(optimizer: Optimizer) -> bool:
-    """Whether a profiler runs or hooks wait for steps."""
+    """Whether a profiler is running or a step hook is registered."""
     return bool(
         profiler_enabled()
         or optimizer._optimizer_step_pre_hooks
@@ -315,10 +323,10 @@ def _watched(optimizer: Optimizer) -> bool:
 
 
 def own_optimizer(optimizer: Any) -> Optimizer:
-    """The onepass optimizer that is given, or inside a wrapper such as accelerate's.
+    """The given onepass optimizer, or the one inside a wrapper such as accelerate's.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the object is not an onepass optimizer and wraps none.
     """
     inner = optimizer
     while not isinstance(inner, Optimizer):

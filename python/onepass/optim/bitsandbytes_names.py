@@ -1,5 +1,5 @@
-"""The names of bitsandbytes: the classes with another default for ``states`` or ``paged``, nothing
-else."""
+"""Classes with bitsandbytes' names, which differ from their base class only in the default of
+``states`` or ``paged``."""
 
 from __future__ import annotations
 
@@ -11,89 +11,91 @@ from .sgd import SGD
 
 
 class Adam8bit(Adam):
-    """:class:`Adam` with ``states="mx8"`` unless given: its arguments; 2.06 bytes a parameter.
+    """:class:`Adam` with the default ``states="mx8"``; states take 2.06 bytes per parameter.
 
-    bitsandbytes' class of this name decays weights as AdamW does; this one is Adam:
-    ``decoupled_weight_decay=True`` for the other.
+    The class has Adam's L2 penalty. bitsandbytes' Adam8bit has AdamW's decoupled weight decay: pass
+    ``decoupled_weight_decay=True`` for that.
     """
 
     default_states = "mx8"
 
 
 class AdamW8bit(AdamW):
-    """:class:`AdamW` with ``states="mx8"`` unless given: its arguments; 2.06 bytes a parameter."""
+    """:class:`AdamW` with the default ``states="mx8"``; states take 2.06 bytes per parameter."""
 
     default_states = "mx8"
 
 
 class AdamW4bit(AdamW):
-    """:class:`AdamW` with ``states="mx4"`` unless given: its arguments; 1.06 bytes a parameter."""
+    """:class:`AdamW` with the default ``states="mx4"``; states take 1.06 bytes per parameter."""
 
     default_states = "mx4"
 
 
 class Lion8bit(Lion):
-    """:class:`Lion` with ``states="mx8"`` unless given: its arguments; 1.03 bytes a parameter."""
+    """:class:`Lion` with the default ``states="mx8"``; states take 1.03 bytes per parameter."""
 
     default_states = "mx8"
 
 
 class SGD8bit(SGD):
-    """:class:`SGD` with ``states="mx8"`` unless given: its arguments; 1.03 bytes a parameter.
+    """:class:`SGD` with the default ``states="mx8"``; states take 1.03 bytes per parameter.
 
-    Without momentum there is no state to store, and this is SGD (bitsandbytes' class refuses that).
+    Without momentum there are no states; bitsandbytes' class does not allow that case.
     """
 
     default_states = "mx8"
 
 
 class Adagrad8bit(Adagrad):
-    """:class:`Adagrad` with ``states="mx8"`` unless given: its arguments; 1.03 bytes a parameter.
+    """:class:`Adagrad` with the default ``states="mx8"``; states take 1.03 bytes per parameter.
 
-    (bitsandbytes' class takes neither lr_decay nor initial_accumulator_value; this one does.)
+    The class also supports lr_decay and initial_accumulator_value, which bitsandbytes' class lacks.
     """
 
     default_states = "mx8"
 
 
 class RMSprop8bit(RMSprop):
-    """:class:`RMSprop` with ``states="mx8"`` unless given: its arguments; 1.03 bytes a parameter
-    and as much again with momentum, and when centered."""
+    """:class:`RMSprop` with the default ``states="mx8"``; states take 1.03 bytes per parameter.
+
+    Momentum and ``centered`` add 1.03 bytes per parameter each.
+    """
 
     default_states = "mx8"
 
 
 class PagedAdam(Adam):
-    """:class:`Adam` with ``paged=True`` unless given: its arguments."""
+    """:class:`Adam` with the default ``paged=True``."""
 
     default_paged = True
 
 
 class PagedAdamW(AdamW):
-    """:class:`AdamW` with ``paged=True`` unless given: its arguments."""
+    """:class:`AdamW` with the default ``paged=True``."""
 
     default_paged = True
 
 
 class PagedLion(Lion):
-    """:class:`Lion` with ``paged=True`` unless given: its arguments."""
+    """:class:`Lion` with the default ``paged=True``."""
 
     default_paged = True
 
 
 class PagedAdam8bit(Adam8bit):
-    """:class:`Adam8bit` with ``paged=True`` unless given: its arguments."""
+    """:class:`Adam8bit` with the default ``paged=True``."""
 
     default_paged = True
 
 
 class PagedAdamW8bit(AdamW8bit):
-    """:class:`AdamW8bit` with ``paged=True`` unless given: its arguments."""
+    """:class:`AdamW8bit` with the default ``paged=True``."""
 
     default_paged = True
 
 
 class PagedLion8bit(Lion8bit):
-    """:class:`Lion8bit` with ``paged=True`` unless given: its arguments."""
+    """:class:`Lion8bit` with the default ``paged=True``."""
 
     default_paged = True

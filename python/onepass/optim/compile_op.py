@@ -1,9 +1,9 @@
-"""A step inside torch.compile: one opaque op on the parameters and their gradients.
+"""The step inside torch.compile: one opaque op on the parameters and their gradients.
 
-The op finds its optimizer by a number and takes the ordinary step. States, counters and options are
-no arguments: nothing else in a graph reads them, and an option changed later counts without
-compiling again. torch.compile must therefore not replay the op in a CUDA graph of its own, as with
-``mode="reduce-overhead"``: the op is tagged so.
+The op looks up its optimizer by a number and runs the ordinary step. States, counters and options
+are not arguments: no other op in a graph reads them, and a changed option needs no recompilation.
+torch.compile must not replay such an op in its own CUDA graphs (``mode="reduce-overhead"``), so the
+op is tagged ``cudagraph_unsafe``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 
 class Steppable(Protocol):
-    """An optimizer, as far as the op needs it."""
+    """The part of an optimizer's interface that the op uses."""
 
     param_groups: list[dict[str, Any]]
 
     def whole_step(self) -> None:
-        """The step, without closure or hooks."""
+        """Runs the step without a closure and without hooks."""
 
 
 _numbers = itertools.count()
@@ -36,16 +36,17 @@ for _schema in (
 
 
 def register(optimizer: Steppable) -> int:
-    """A new number by which graphs find the optimizer, as long as it is alive."""
+    """Assigns the optimizer a number by which graphs find it; keeps only a weak reference."""
     number = next(_numbers)
     _optimizers[number] = optimizer
     return number
 
 
 def _step(params: list[torch.Tensor], grads: list[torch.Tensor], number: int) -> None:
+    """Runs the step of the optimizer with this number on a graph's parameters and gradients."""
     optimizer = _optimizers[number]
     own = [p for group in optimizer.param_groups for p in group["params"]]
-    # A graph may hand in copies of both, and may have computed the gradients itself.
+    # A graph may pass copies of the parameters, and gradients that it computed itself.
     at = {p.data_ptr(): p for p in own if p.numel()}
     active = [p for p in own if p.grad is not None]
     if len(active) != len(params):

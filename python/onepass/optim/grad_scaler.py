@@ -1,4 +1,4 @@
-"""A loss scaler that asks the optimizer whether its gradients are finite."""
+"""A loss scaler that uses the optimizer's norm pass to detect non-finite gradients."""
 
 from __future__ import annotations
 
@@ -10,27 +10,37 @@ from . import Optimizer
 
 
 class GradScaler(torch.amp.GradScaler):  # type: ignore[misc]
-    """torch.amp.GradScaler, whose step reads the gradients once less and never writes them.
+    """torch.amp.GradScaler whose step saves one pass over the gradients and never writes them.
 
-    ``step(optimizer)`` on an onepass optimizer takes the count of non-finite gradients from the
-    optimizer's own norm pass, which ``max_grad_norm`` shares: two passes over the gradients in all.
-    torch's class works with onepass too, and checks in a pass of its own that reads and rewrites
-    them. With other optimizers, and after ``unscale_()``, this class is torch's.
+    For an onepass optimizer, ``step(optimizer)`` takes the count of non-finite gradients from the
+    optimizer's norm pass. ``max_grad_norm`` uses the same pass, so the gradients are read twice in
+    total. torch's class also works with onepass but reads and writes the gradients in an extra
+    pass. With other optimizers, and after ``unscale_()``, this class behaves like torch's.
 
     Source: torch.amp.GradScaler's contract for optimizers that unscale in their step.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Runs ``optimizer.step()``, or skips it if a gradient is not finite.
+
+        Args:
+            optimizer: the optimizer to step; an onepass optimizer unscales in its step.
+            args, kwargs: passed to ``optimizer.step()``.
+
+        Returns:
+            The result of ``optimizer.step()``.
+        """
         if not isinstance(optimizer, Optimizer) or optimizer.scales_in_step:
             return super().step(optimizer, *args, **kwargs)
-        # For this step the optimizer scales, whether or not it was made with fused=True.
+        # The optimizer unscales in this step, even if it was made without fused=True.
         optimizer.scales_in_step = True
         try:
             return super().step(optimizer, *args, **kwargs)
         finally:
             optimizer.scales_in_step = False
 
-    # What torch's step() calls before such an optimizer's own, where unscale_() was not called.
+    # torch's step() calls this before the step of an optimizer that unscales itself, unless
+    # unscale_() was called.
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> Any:
         if not isinstance(optimizer, Optimizer):
             return super()._check_inf_per_device(optimizer)

@@ -1,4 +1,4 @@
-"""Gradient release: each parameter steps as its gradient arrives in the backward pass."""
+"""Gradient release: each parameter is updated in the backward pass, once its gradient is ready."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from .base import own_optimizer
 def release_gradients(
     model: torch.nn.Module, optimizer: Optimizer, *, clip_by_previous_norm: bool = False
 ) -> ReleasedGradients:
-    """From now on the backward pass itself steps the parameters of a model, and frees gradients.
+    """Makes the backward pass update the parameters of a model and free their gradients.
 
-    Each parameter takes its step when its gradient has been accumulated, and the gradient is freed:
-    at no time are there more gradients than the backward pass is working on. The bits are those of
-    an ordinary step. ``optimizer.step()`` then has nothing left to do but to step the optimizer's
-    other parameters; it ends the step, and may be left out where ``clip_by_previous_norm`` is.
+    Each parameter is updated once its gradient is accumulated, and the gradient is then freed. Only
+    the gradients that the backward pass is working on exist at the same time. The result bits equal
+    those of an ordinary step. ``optimizer.step()`` updates the optimizer's other parameters and
+    ends the step. The call is optional without ``clip_by_previous_norm``.
+
+    torch.amp.GradScaler is not supported, because it checks the gradients after the backward pass.
 
     Args:
-        model: its parameters that the optimizer has are released.
-        optimizer: parameters and states are updated in place.
+        model: the model whose parameters are released, as far as the optimizer has them.
+        optimizer: the optimizer; parameters and states are updated in place.
         clip_by_previous_norm: with ``max_grad_norm``, clip by the global norm of the *previous*
-            step's gradients, since that of this step is known only when all have been used. The
-            first step is not clipped, and a sudden large gradient is clipped one step late. Asked
-            for by name because it is another algorithm than clipping.
+            step's gradients, because the norm of this step is known only after the last update. The
+            first step is not clipped, and a sudden large gradient is clipped one step late. The
+            option is explicit because the results differ from ordinary clipping.
 
     Returns:
-        A handle: :meth:`~ReleasedGradients.paused` for micro-batches that only accumulate,
-        :meth:`~ReleasedGradients.remove` to end it.
+        A handle with :meth:`~ReleasedGradients.paused` for micro-batches that only accumulate, and
+        :meth:`~ReleasedGradients.remove` to end gradient release.
 
     Raises:
-        ValueError: ``max_grad_norm`` without ``clip_by_previous_norm``; ``skip_nonfinite`` or
-            ``telemetry``, which need all gradients of a step; a model without parameters that the
-            optimizer has; an optimizer that is released already.
-
-    torch.amp.GradScaler cannot be used with it: the scale is known only after the backward pass.
+        ValueError: ``max_grad_norm`` without ``clip_by_previous_norm`` or the reverse;
+            ``skip_nonfinite`` or ``telemetry``, which need all gradients of a step; a DTensor; a
+            model without parameters of the optimizer; an optimizer that is already released.
 
     Source: Lv et al., "Full parameter fine-tuning for large language models with limited resources"
     (LOMO, 2023), for SGD; here for every rule.
@@ -82,10 +82,10 @@ class ReleasedGradients:
         self._plans: dict[torch.Tensor, Plan] = {}
         # Gradients of several devices arrive on several threads.
         self._lock = threading.Lock()
-        # Of this step: the parameters that have stepped and what their norm is made of.
+        # The parameters that this step has updated, and the results of their norm passes.
         self._stepped: dict[torch.Tensor, None] = {}
         self._found: list[torch.Tensor] = []
-        # Of each parameter, the one whose gradient came after its own in the step before.
+        # Parameter -> the parameter that the previous step updated after it.
         self._next: dict[torch.Tensor, torch.Tensor] = {}
         own = set(model.parameters())
         self._members = {m.param: m for m in optimizer.members() if m.param in own}
@@ -100,8 +100,7 @@ class ReleasedGradients:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it gradients are accumulated as ever; the first backward pass after it uses
-        them."""
+        """A context in which gradients only accumulate; the next backward pass uses them."""
         self._paused = True
         try:
             yield
@@ -109,7 +108,7 @@ class ReleasedGradients:
             self._paused = False
 
     def remove(self) -> None:
-        """Ends it: gradients stay until ``optimizer.step()`` again."""
+        """Ends gradient release: gradients are kept for ``optimizer.step()`` again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -118,19 +117,21 @@ class ReleasedGradients:
         self._optimizer.released = None
 
     def _settle(self) -> None:
-        # The plans of now have pages in other buffers than the plans from now on.
+        """Waits for paged states that are being copied."""
+        # The next plans use other ring buffers than the current plans.
         if self._optimizer.pager is not None:
             self._optimizer.pager.settle()
 
     @torch.no_grad()
     def _arrived(self, param: torch.Tensor) -> None:
+        """The autograd hook: updates a parameter and frees its gradient."""
         if self._paused:
             return
         optimizer = self._optimizer
         with self._lock:
             optimizer.check_ready()
             if param in self._stepped:
-                self.end_step()  # nobody called step(): a second backward pass has begun
+                self.end_step()  # a new backward pass has begun without a call of step()
             plan = self._plans.get(param)
             groups, state = optimizer.param_groups, optimizer.state
             if plan is None or not plan.refresh(groups, state):
@@ -153,14 +154,16 @@ class ReleasedGradients:
                 self._start_next(optimizer.pager, param)
 
     def forget_plan(self, watch: Watch, param: torch.Tensor) -> None:
-        """Drops the plan of a parameter whose states were replaced."""
+        """Drops the plan of a parameter if the watch belongs to that plan."""
         plan = self._plans.get(param)
         if plan is not None and plan.watch is watch:
             del self._plans[param]
 
     def _start_next(self, pager: Pager, param: torch.Tensor) -> None:
-        """Starts to bring the states of what stepped after this one in the step before: their
-        transfer hides behind the backward pass."""
+        """Starts to copy the states of the parameters that followed this one in the previous step.
+
+        The copies overlap with the backward pass.
+        """
         pages = 0
         while pages < pager.paging.buffers - 1 and (following := self._next.get(param)) is not None:
             plan = self._plans.get(following)
@@ -168,8 +171,11 @@ class ReleasedGradients:
             param = following
 
     def end_step(self, found: torch.Tensor | None = None) -> None:
-        """Makes this step's norm the one that the next is clipped by; found: of gradients that were
-        not released."""
+        """Ends the step; its norm clips the next step.
+
+        Args:
+            found: the result of :meth:`Plan.norm` for the parameters that are not released.
+        """
         if found is not None:
             self._found.append(found)
         if self._found and self._plans:

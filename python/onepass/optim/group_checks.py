@@ -1,4 +1,4 @@
-"""The checks of a parameter group: names of options, and their values."""
+"""Checks the option names and values of a parameter group."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from .keywords import STEP_WIDE, TORCH_KEYWORDS
 def check_names(
     group: Mapping[str, Any], known: frozenset[str], given: Mapping[str, Any], kind: str
 ) -> None:
-    """Checks the keys of a group. Unknown ones are somebody else's, and stay: learning rate
-    schedulers and frameworks keep theirs there.
+    """Checks the keys of a group.
+
+    Unknown keys are allowed, because learning rate schedulers and frameworks store their own keys
+    in groups.
 
     Args:
-        group: only read.
+        group: the parameter group; it is only read.
         known: options of the optimizer and its groups.
-        given: options of the whole step that the constructor was given.
-        kind: name of the class.
+        given: options of the whole step that were passed to the constructor.
+        kind: name of the optimizer class.
 
     Raises:
-        ValueError: an option of the whole step, or a key that is nearly an option.
+        ValueError: a key is an option of the whole step, or a probable misspelling of an option.
     """
     for name in STEP_WIDE & group.keys():
         if name not in given:
@@ -33,7 +35,7 @@ def check_names(
                 f"{name} is an option of the whole step, not of one parameter group: give it to "
                 f"{kind}(...), or set the optimizer's attribute"
             )
-        # ZeroRedundancyOptimizer copies what it is given into the groups, and what it loads.
+        # ZeroRedundancyOptimizer copies constructor keywords and loaded options into the groups.
         if group[name] is not given[name] and group[name] != given[name]:
             warnings.warn(
                 f"{name} of a parameter group is ignored: it is an option of the whole step",
@@ -45,7 +47,7 @@ def check_names(
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that is out of range, naming it."""
+    """Raises ValueError if an option is out of range; the message names the option."""
     check_torch_keywords(group)
     check_lr(group["lr"])
     check_number("weight_decay", group["weight_decay"])
@@ -54,6 +56,6 @@ def check_values(group: Mapping[str, Any]) -> None:
 
 
 def check_torch_keywords(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for values of torch.optim's keywords that a step cannot honour."""
+    """Raises ValueError if a keyword of torch.optim has a value that is not supported."""
     for keyword in TORCH_KEYWORDS:
         keyword.check(keyword.name, options.get(keyword.name))

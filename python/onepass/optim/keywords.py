@@ -1,8 +1,8 @@
-"""The keywords that every optimizer class takes, in one table.
+"""The table of keywords that every optimizer class takes.
 
-A keyword of a parameter group has its row in :data:`onepass.rules.group_options.GROUP_KEYWORDS`,
-any other one here. Each has a line in :class:`onepass.optim.options.Options` besides, which has its
-type and its documentation. Everything else is derived from the rows.
+Keywords of parameter groups are rows of :data:`onepass.rules.group_options.GROUP_KEYWORDS`; all
+other keywords are rows of this module. :class:`onepass.optim.options.Options` defines the type and
+the documentation of each keyword. Defaults, checks and attributes are derived from the rows.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from ..rules.option_checks import check_flag, check_number
 
 
 def _unchanged(value: Any) -> Any:
+    """Returns the value; the default of :attr:`StepKeyword.read`."""
     return value
 
 
 def _unchecked(name: str, value: Any) -> None:
-    pass
+    """Accepts any value."""
 
 
 @dataclass(frozen=True)
 class StepKeyword(Keyword):
-    """A keyword of the whole step, which a single parameter group cannot have.
+    """A keyword of the whole step, which is not allowed in a parameter group.
 
     Attributes:
-        attribute: of the optimizer, which may be set between steps; the name if empty.
-        read: makes the attribute's value of the keyword's; may raise ValueError.
-        each_step: whether the attribute is checked at every step too.
+        attribute: name of the optimizer's attribute, which may be set between steps; defaults to
+            the keyword's name.
+        read: converts the keyword's value to the attribute's value; may raise ValueError.
+        each_step: whether the attribute is also checked at every step.
     """
 
     attribute: str = ""
@@ -45,6 +47,7 @@ class StepKeyword(Keyword):
 
 
 def _check_differentiable(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is False."""
     if value:
         raise ValueError(
             "differentiable must be False: autograd does not see the step, which is one kernel"
@@ -53,11 +56,13 @@ def _check_differentiable(name: str, value: Any) -> None:
 
 
 def _check_norm_type(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is 2.0 or math.inf."""
     if value not in (2.0, math.inf):
         raise ValueError(f"{name} must be 2.0 or math.inf; got {value!r}")
 
 
 def _check_backend(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is None or the name of a backend."""
     backends.check_name(value)
 
 
@@ -87,7 +92,7 @@ EACH_STEP = tuple(keyword for keyword in STEP_KEYWORDS if keyword.each_step)
 
 
 def defaults_of(kind: type) -> dict[str, Any]:
-    """The defaults of an optimizer class, by name of the keyword."""
+    """The keyword defaults of an optimizer class."""
     return {
         keyword.name: getattr(kind, keyword.class_default)
         if keyword.class_default

@@ -1,4 +1,4 @@
-"""Lion."""
+"""The Lion optimizer."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .options import Options
 
 
 class Lion(Optimizer):
-    r"""Lion: the sign of an interpolated momentum, with decoupled decay.
+    r"""Lion: updates by the sign of an interpolated momentum, with decoupled weight decay.
 
     .. math::
         u &= \operatorname{sign}(\beta_1 m + (1 - \beta_1) g) \\
         m &\leftarrow \beta_2 m + (1 - \beta_2) g \\
         \theta &\leftarrow \theta - \eta u - \eta\lambda\theta
 
-    sign(0) is 0. A NaN in the gradient becomes a NaN in the weight, where it is seen.
+    sign(0) is 0. A NaN in the gradient makes the weight NaN, so that it does not go unnoticed.
 
     State: ``exp_avg`` (m) of the parameter's shape, ``step``.
 
     Args:
-        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
-        lr: learning rate, a float or a 0-dim tensor; a third to a tenth of AdamW's.
+        params: tensors, named tensors or parameter groups, as in torch.optim.
+        lr: learning rate, a float or a 0-dim tensor; typically a third to a tenth of AdamW's.
         betas: :math:`\beta_1, \beta_2`, each in [0, 1).
-        weight_decay: :math:`\lambda`; three to ten times AdamW's.
+        weight_decay: :math:`\lambda`; typically three to ten times AdamW's.
         options: keyword-only, see :class:`Options`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Chen et al., "Symbolic discovery of optimization algorithms" (2023), program 1.
     """

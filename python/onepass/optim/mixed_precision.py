@@ -1,4 +1,4 @@
-"""Which parts of a model are in fewer bits: the cast of the model, and groups to match it."""
+"""Casts a model to 16 bits except selected parts, and makes matching parameter groups."""
 
 from __future__ import annotations
 
@@ -35,29 +35,31 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def cast_model(
     model: _Model, dtype: torch.dtype = torch.bfloat16, keep: Selection = NORMS
 ) -> _Model:
-    """Casts a model in place for training in 16 bits, but for what is to stay in fp32.
+    """Casts a model in place for training in 16 bits, except the parts that ``keep`` selects.
 
-    Parameters and buffers of floating point become ``dtype``; what ``keep`` selects becomes float32
-    (running statistics with their norm); integers, booleans and complex numbers stay. A tensor that
-    several modules share is cast once, and is kept if one of them is. The parameters remain the
-    same objects, so that ties and optimizers made before hold; gradients are cast along.
+    Floating-point parameters and buffers are cast to ``dtype``, or to float32 if ``keep`` selects
+    them; running statistics are kept with their norm. Integer, boolean and complex tensors are not
+    changed. A tensor that several modules share is kept if one of these modules is kept. Parameters
+    remain the same objects, so tied weights and existing optimizers stay valid. Gradients are cast
+    with their parameters.
 
-    A module that is kept computes in float32: hooks cast its inputs of floating point to float32
-    and its outputs to ``dtype``. (A parameter or buffer kept by its own name has no hook: its
-    module must know what to do with it.) Call it again to choose otherwise.
+    A kept module computes in float32: hooks cast its floating-point inputs to float32 and its
+    outputs to ``dtype``. A parameter or buffer that is kept by its own name has no hooks; its
+    module must handle the float32 tensor. A second call replaces the selection.
 
     Args:
-        model: the module to cast; it takes inputs of ``dtype`` then.
-        dtype: torch.bfloat16, or torch.float16.
-        keep: types of modules (their subclasses too), and names as in ``named_modules()``,
-            ``named_parameters()`` and ``named_buffers()``. A module counts with everything in it.
+        model: the module to cast; afterwards it takes inputs of ``dtype``.
+        dtype: torch.bfloat16 or torch.float16.
+        keep: module types (including their subclasses), and names as in ``named_modules()``,
+            ``named_parameters()`` and ``named_buffers()``. A selected module includes all of its
+            submodules.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: another dtype, a name that the model does not have, or a lazy parameter that has
-            no shape yet; nothing has been changed then.
+        ValueError: the dtype is not supported, the model has no module or tensor of a given name,
+            or a lazy parameter has no shape yet; nothing is changed.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.bfloat16 or torch.float16; got {dtype}")
@@ -82,29 +84,29 @@ def cast_model(
 def parameter_groups(
     model: nn.Module, fp32_states: Selection = (*EMBEDDINGS, *NORMS)
 ) -> list[dict[str, Any]]:
-    """Groups of a model's parameters for one optimizer that is given low-precision formats.
+    """Makes parameter groups of a model for an optimizer with low-precision formats.
 
     ::
 
         onepass.AdamW(onepass.parameter_groups(model), states="mx8", weights="split8")
 
-    Parameters in float32 get ``weights="native"``: a weight format is for 16 bits and refuses them.
-    Parameters that ``fp32_states`` selects get ``states="fp32"``: those of embeddings, whose rows
-    are seldom updated, and of norms, which are few. Everything else takes the optimizer's own
-    formats, whatever its size. Nothing is changed.
+    float32 parameters get ``weights="native"``, because the other weight formats store 16-bit
+    weights. Parameters that ``fp32_states`` selects get ``states="fp32"``; by default these are
+    embeddings, whose rows are updated rarely, and norms, which have few parameters. All other
+    parameters use the optimizer's own formats, independent of their size. The model is not changed.
 
     Args:
-        model: every parameter of it comes into exactly one group, shared ones once, frozen ones
-            too, in the model's order.
-        fp32_states: types of modules and names, as ``keep`` of :func:`cast_model`; ``()`` for none.
-            A parameter that several modules share is selected if one of them is.
+        model: each of its parameters is put into exactly one group, in the model's order. This
+            includes frozen parameters; a shared parameter is listed once.
+        fp32_states: module types and names, as ``keep`` of :func:`cast_model`; ``()`` for none. A
+            parameter that several modules share is selected if one of these modules is selected.
 
     Returns:
-        At most four groups, each a dictionary as torch.optim takes it, in the order in which the
-        model first needs them; add options such as ``lr`` to them as you like.
+        At most four groups, in the order of their first parameter. Each is a dictionary as for
+        torch.optim, to which you may add options such as ``lr``.
 
     Raises:
-        ValueError: a name that the model does not have.
+        ValueError: the model has no module or tensor of a given name.
     """
     _, selected = select(model, fp32_states, "fp32_states")
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
@@ -118,7 +120,16 @@ def parameter_groups(
 def select(
     model: nn.Module, which: Selection, argument: str
 ) -> tuple[set[nn.Module], set[torch.Tensor]]:
-    """The modules that are selected, and all tensors that are, those in the modules included."""
+    """The selected modules, and the selected tensors including those of the modules.
+
+    Args:
+        model: the model to search.
+        which: module types and names.
+        argument: name of the caller's argument, for error messages.
+
+    Raises:
+        ValueError: an item is neither a type nor a name, or the model has no such name.
+    """
     if isinstance(which, (str, type)):
         which = (which,)
     types, names = [], []
@@ -144,7 +155,7 @@ def select(
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """What a cast would change of a module and of those in it."""
+    """The floating-point parameters and buffers of a module and its submodules."""
     return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
 
 
@@ -154,16 +165,19 @@ _HANDLES = "_onepass_casts"
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Casts the floating-point tensors in a nested structure."""
     return tree_map(
         lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, value
     )
 
 
 def _cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Forward pre-hook: casts the inputs of a kept module to float32."""
     return _cast(args, torch.float32), _cast(kwargs, torch.float32)
 
 
 def _cast_outputs(module: nn.Module, args: Any, output: Any, dtype: torch.dtype) -> Any:
+    """Forward hook: casts the output of a kept module to the model's dtype."""
     return _cast(output, dtype)
 
 
@@ -174,10 +188,11 @@ def _add_casts(
     kept: set[torch.Tensor],
     inside: bool = False,
 ) -> None:
-    """Hooks on the outermost modules that are in fp32: mixed dtypes would fail in them.
+    """Adds cast hooks to the outermost fp32 modules, whose operations would fail on mixed dtypes.
 
-    Those are the selected ones and any that has all its tensors from them, as an output layer tied
-    to an embedding. A list of modules is never called: its members are hooked instead.
+    These are the selected modules, and modules whose tensors all belong to selected modules, such
+    as an output layer that is tied to an embedding. A container without ``forward``, such as
+    ModuleList, is never called, so its submodules get the hooks.
     """
     inside = inside or module in roots
     held = _tensors(module)

@@ -1,4 +1,4 @@
-"""NAdam."""
+"""The NAdam optimizer."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ class NAdam(Optimizer):
         \theta &\leftarrow \theta - \eta \cdot \frac{\frac{1 - \mu_t}{1 - p} g
             + \frac{\mu_{t+1}}{1 - p \mu_{t+1}} m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    State, each of the parameter's shape: ``exp_avg`` (m), ``exp_avg_sq`` (v); and two numbers,
-    ``step`` and ``mu_product`` (p), which a skipped step leaves as they are.
+    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v), each of the parameter's shape; the numbers
+    ``step`` and ``mu_product`` (p), which a skipped step does not change.
 
     Args:
-        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        params: tensors, named tensors or parameter groups, as in torch.optim.
         lr: learning rate, a float or a 0-dim tensor.
         betas: :math:`\beta_1, \beta_2`, each in [0, 1).
         eps: :math:`\epsilon`, outside the root.
         weight_decay: :math:`\lambda`.
         momentum_decay: :math:`\psi`, at least 0.
-        decoupled_weight_decay: take lr * weight_decay * param off the weight instead.
+        decoupled_weight_decay: subtract lr * weight_decay * param from the weight instead of
+            adding weight_decay * param to the gradient.
         options: keyword-only, see :class:`Options`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Dozat, "Incorporating Nesterov momentum into Adam" (2016).
     """
 
     rule = RULE
 
-    def __init__(  # type: ignore[misc]  # torch.optim.NAdam takes an option of all by position
+    def __init__(  # type: ignore[misc]  # torch.optim.NAdam takes a shared option by position
         self,
         params: Any,
         lr: float | torch.Tensor = 2e-3,

@@ -1,4 +1,4 @@
-"""The keyword-only options that every class takes: for type checkers, ``help()`` and errors."""
+"""The keyword-only options of every optimizer class, for type checkers, ``help()`` and errors."""
 
 from __future__ import annotations
 
@@ -17,39 +17,44 @@ Backend = Literal["cpu", "cuda", "triton", "reference"]
 
 
 class Options(TypedDict, total=False):
-    """The keyword-only options that every class takes.
+    """The keyword-only options of every optimizer class.
 
     Attributes:
-        maximize: ascend instead of descend (default False).
-        foreach, fused, capturable: as in torch.optim, accepted: the step is always fused and can be
-            captured (defaults None, None, False). ``fused=True`` also makes torch.amp.GradScaler
-            leave unscaling and skipping to the step, as with torch.optim.
-        differentiable: only False; autograd does not see the step.
-        decoupled_weight_decay: take lr * weight_decay * param off the weight instead of adding
-            weight_decay * param to the gradient (default: True for AdamW and Lion).
-        states: format of the states, also per parameter group: "fp32" (default; classes named for
-            their bits have another), "bf16", "mx8", "mx4" or "dynamic8" (docs/formats.md).
-        weights: how bf16 and fp16 weights keep their precision, also per group: "native" (default),
-            rounded to nearest, "stochastic", "kahan", "master"; bf16 alone "split16", "split8".
-        max_grad_norm: gradients are clipped to this global norm inside the step, as
-            torch.nn.utils.clip_grad_norm_ would before it; None (default) clips nothing. Gradients
-            are read once more for it, not rewritten.
-        norm_type: of that norm: 2.0 (default) or math.inf, the largest magnitude.
-        skip_nonfinite: when a gradient is infinite or NaN, leave parameters, states and step
-            counters as they are (default False).
-        zero_grads: set gradients to zero in the step, of a skipped one too (default False).
-        ema_decay: keep an fp32 average of each weight, e <- d e + (1 - d) w, under
-            ``state[param]["ema"]``, also per group (default None: none). It starts at the weight.
+        maximize: maximize the objective instead of minimizing it (default False).
+        foreach, fused, capturable: accepted for compatibility with torch.optim (defaults None,
+            None, False). The step is always fused and can be captured in a CUDA graph.
+            ``fused=True`` also makes torch.amp.GradScaler leave unscaling and skipping to the step,
+            as in torch.optim.
+        differentiable: must be False, because autograd does not record the step.
+        decoupled_weight_decay: subtract lr * weight_decay * param from the weight instead of adding
+            weight_decay * param to the gradient (default False; True for AdamW and Lion).
+        states: format of the states: "fp32", "bf16", "mx8", "mx4" or "dynamic8" (docs/formats.md).
+            The default is "fp32", except in classes with a bit width in their name. Also per
+            parameter group.
+        weights: format of bf16 and fp16 weights. "native" (default) rounds to nearest. The others
+            keep more precision: "stochastic", "kahan", "master" and, for bf16 only, "split16" and
+            "split8". Also per parameter group.
+        max_grad_norm: clip gradients to this global norm inside the step, as
+            torch.nn.utils.clip_grad_norm_ does before it. None (default) does not clip. Clipping
+            reads the gradients a second time but does not write them.
+        norm_type: type of that norm: 2.0 (default) or math.inf (the largest magnitude).
+        skip_nonfinite: skip the step if a gradient is infinite or NaN: parameters, states and step
+            counters do not change (default False).
+        zero_grads: set gradients to zero in the step, even if the step is skipped (default False).
+        ema_decay: d of an fp32 average of each weight, e <- d e + (1 - d) w, which is stored in
+            ``state[param]["ema"]`` and starts at the weight. None (default) stores no average. Also
+            per parameter group.
         telemetry: measure norms in the step, see :attr:`Optimizer.telemetry` (default False).
-        norm_group: of ranks whose optimizers each have other parameters, a process group or True
-            for all ranks: norms are taken over all of them (default None: parameters that are no
-            DTensors are the same on every rank; of DTensors it is known). See docs/zero.md.
-        paged: states beyond this budget of bytes on each device rest in host memory: a number, or
-            a size such as "2GB"; True is 0 (docs/paging.md). Default: False, but of classes named
-            for it.
-        backend: None (default) picks one per device; or "cpu", "cuda", "triton" or
-            "reference".
-        seed: key of the random bits that stochastic formats draw, also per group (default 0).
+        norm_group: process group over which norms are computed, or True for all ranks. Set it if
+            the optimizers of these ranks have different parameters (docs/zero.md). With None
+            (default), ordinary parameters are assumed to be equal on all ranks; the ranks of
+            DTensors are known from the DTensors.
+        paged: budget in bytes for states on each device; the other states are stored in host memory
+            (docs/paging.md). A number of bytes, a size such as "2GB", or True for 0 bytes. The
+            default is False, which disables paging, except in the Paged classes.
+        backend: "cpu", "cuda", "triton" or "reference"; None (default) selects one per device.
+        seed: seed of the random bits that stochastic formats draw (default 0). Also per parameter
+            group.
     """
 
     maximize: bool
@@ -95,7 +100,13 @@ ELSEWHERE = {
 
 
 def refuse(name: str, kind: str, known: set[str]) -> None:
-    """Raises TypeError for a keyword that a class does not have, with what may have been meant."""
+    """Raises TypeError for an unknown keyword, with a suggestion.
+
+    Args:
+        name: the unknown keyword.
+        kind: name of the optimizer class.
+        known: the keywords of the class.
+    """
     hint = ELSEWHERE.get(name)
     if hint is not None:
         raise TypeError(f"{kind} has no keyword {name!r}; in onepass: {hint}")
@@ -107,8 +118,10 @@ _TORCH_KEYS: dict[type, frozenset[str]] = {}
 
 
 def torch_keys(kind: type) -> frozenset[str]:
-    """The keys that groups of torch.optim's class of the same name have; of a class that torch does
-    not have, all that onepass keeps but the keywords of torch."""
+    """The option keys in parameter groups of the torch.optim class of the same name.
+
+    For a class that torch.optim does not have: maximize and decoupled_weight_decay.
+    """
     if kind not in _TORCH_KEYS:
         found = frozenset(("maximize", "decoupled_weight_decay"))
         for base in reversed(kind.__mro__):
@@ -125,11 +138,11 @@ def torch_keys(kind: type) -> frozenset[str]:
 
 
 def describe(kind: type, defaults: dict[str, Any]) -> None:
-    """Gives a class the signature of all its keywords, and a docstring that explains them.
+    """Sets the signature of a class to all of its keywords and documents them in its docstring.
 
     Args:
-        kind: whose ``__init__`` takes ``**options: Unpack[Options]``.
-        defaults: of the options.
+        kind: a class whose ``__init__`` takes ``**options: Unpack[Options]``.
+        defaults: the default of each option.
     """
     hints = get_type_hints(Options)
     signature = inspect.signature(kind.__init__, eval_str=True)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Sharding and paging in one plan: which tensors are stepped, where their states are stored."""
+"""Sharding and paging of one plan: which tensors are updated and where states are stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..paging.pager import Pager
 
 
 class PagedShardedDevicePlan(ShardedDevicePlan, PagedDevicePlan):
-    """Local tensors of DTensors, with states that are paged."""
+    """A device plan for local tensors of DTensors with paged states."""
 
 
 class Features:
@@ -30,16 +30,16 @@ class Features:
     Args:
         groups: the groups that the plan depends on.
         members: parameters with gradients.
-        whole: whether the plan is of the whole optimizer.
+        whole: whether the plan covers the whole optimizer.
         norm_group: see :class:`Options`.
         moved: see :data:`onepass.distributed.device_plan.Moved`.
-        pager: of the optimizer; None where states are not paged.
-        param_groups, state: of the optimizer; only read.
-        later: all members that will have a plan of their own; None where there is one plan.
+        pager: the optimizer's pager; None if states are not paged.
+        param_groups, state: of the optimizer; they are only read.
+        later: returns all members that will have their own plans; None if there is a single plan.
 
     Raises:
-        ValueError: a DTensor that is a partial sum, or whose local tensor is a subclass.
-        RuntimeError: ``norm_group`` without initialised process groups.
+        ValueError: a DTensor is a partial sum, or its local tensor is a subclass.
+        RuntimeError: ``norm_group`` is given but torch.distributed is not initialised.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class Features:
         self._paged: set[torch.Tensor] = set()
 
     def view(self, param: torch.Tensor) -> ParamView:
-        """A parameter as this rank steps it."""
+        """The part of a parameter that this rank updates."""
         return self._shards.get(param) or PlainParam(param)
 
     def place_states(self) -> None:
         """Decides which states are paged; see :meth:`Pager.places`."""
         if self._pager is not None:
-            self._pager.settle()  # states are read, and may come to another place in the ring
+            self._pager.settle()  # the new plan reads states and may assign other ring buffers
             self._paged = self._pager.places(self._param_groups, self._whole).paged
 
     def reserve_memory(self) -> None:
-        """Reserves host memory for the states that are paged; see :meth:`Pager.want`."""
+        """Reserves host memory for paged states; see :meth:`Pager.want`."""
         if self._pager is None:
             return
         later = self._later
@@ -96,7 +96,7 @@ class Features:
         owners: list[torch.Tensor],
         sharded: bool,
     ) -> DevicePlan:
-        """The part of a plan with these entries; sharded: the owners are DTensors."""
+        """The part of a plan with these entries; sharded says whether the owners are DTensors."""
         pager, moved = self._pager, self._moved
         away = [i for i, owner in enumerate(owners) if owner in self._paged]
         if pager is None or not away:
@@ -111,4 +111,5 @@ class Features:
 
 
 def _owned(members: list[Member]) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """Each parameter with its group."""
     return [(member.param, member.group) for member in members]

@@ -1,4 +1,4 @@
-"""The optimizer classes by name, for commands and options that take a name."""
+"""The optimizer classes by name, for commands and options that take a class name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSprop."""
+"""The RMSprop optimizer."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class RMSprop(Optimizer):
         b &\leftarrow \mu b + d,\; d = b \quad\text{(momentum)} \\
         \theta &\leftarrow \theta - \eta d
 
-    With ``eps_in_sqrt`` the denominator is :math:`\sqrt{v + \epsilon}`. The maximum is ours: where
-    rounding takes :math:`s - a^2` below zero, torch.optim's root is NaN.
+    With ``eps_in_sqrt`` the denominator is :math:`\sqrt{v + \epsilon}`. torch.optim has no maximum:
+    its root is NaN if rounding makes :math:`s - a^2` negative.
 
-    State, each of the parameter's shape: ``square_avg``; ``momentum_buffer`` with momentum;
-    ``grad_avg`` when centered; and ``step``.
+    State: ``square_avg``, with momentum ``momentum_buffer`` and, if centered, ``grad_avg``, each of
+    the parameter's shape; ``step``.
 
     Args:
-        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        params: tensors, named tensors or parameter groups, as in torch.optim.
         lr: learning rate, a float or a 0-dim tensor.
         alpha: in [0, 1).
         eps: :math:`\epsilon`.
         weight_decay: :math:`\lambda`.
         momentum: :math:`\mu`, at least 0.
-        centered: divide by the deviation instead of the root mean square. Not with states in
-            blocks ("mx8", "mx4", "dynamic8"), whose rounding is larger than the difference that the
-            deviation is made of; with "bf16" only while gradients are mostly noise.
-        eps_in_sqrt: keyword-only.
+        centered: divide by the standard deviation instead of the root mean square. Do not use it
+            with states in blocks ("mx8", "mx4", "dynamic8"), whose rounding errors exceed
+            :math:`s - a^2`. Use it with "bf16" only if gradients are mostly noise.
+        eps_in_sqrt: keyword-only; add :math:`\epsilon` inside the root.
         options: keyword-only, see :class:`Options`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Hinton, "Neural networks for machine learning", lecture 6e (2012); centered: Graves,
     "Generating sequences with recurrent neural networks" (2013).

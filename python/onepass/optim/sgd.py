@@ -1,4 +1,4 @@
-"""SGD, momentum and Nesterov."""
+"""The SGD optimizer with momentum and Nesterov momentum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import Options
 
 
 class SGD(Optimizer):
-    r"""Stochastic gradient descent, with momentum and Nesterov's variant, as torch.optim.SGD.
+    r"""Stochastic gradient descent with momentum or Nesterov momentum, as torch.optim.SGD.
 
     .. math::
         g &\leftarrow g + \lambda\theta \quad\text{(unless decay is decoupled)} \\
@@ -21,23 +21,24 @@ class SGD(Optimizer):
         d &\leftarrow g + \mu b \text{ (nesterov)},\; b \text{ (momentum)},\; g \text{ (neither)} \\
         \theta &\leftarrow \theta - \eta d
 
-    Textbooks write :math:`v = \mu v + \eta g,\ \theta = \theta - v`: the same path while lr is
-    constant and dampening 0, with :math:`v = \eta b`. Nesterov's method takes the gradient at
-    :math:`\theta - \mu v`; this form keeps that point as its weights (docs/algorithms/sgd.md).
+    Textbooks write :math:`v = \mu v + \eta g,\ \theta = \theta - v`. With :math:`v = \eta b` this
+    gives the same weights if lr is constant and dampening is 0. Nesterov's method evaluates the
+    gradient at :math:`\theta - \mu v`; this form stores that point as the weights
+    (docs/algorithms/sgd.md).
 
-    State: ``momentum_buffer`` of the parameter's shape when momentum is not 0, ``step``.
+    State: ``momentum_buffer`` of the parameter's shape if momentum is not 0; ``step``.
 
     Args:
-        params: tensors, named tensors, or dictionaries of groups, as for torch.optim.
+        params: tensors, named tensors or parameter groups, as in torch.optim.
         lr: learning rate, a float or a 0-dim tensor.
         momentum: :math:`\mu`, at least 0.
         dampening: :math:`\tau`.
         weight_decay: :math:`\lambda`.
-        nesterov: needs momentum > 0 and dampening 0.
+        nesterov: use Nesterov momentum; requires momentum > 0 and dampening = 0.
         options: keyword-only, see :class:`Options`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in
     deep learning" (2013).

@@ -1,4 +1,4 @@
-"""What a step leaves beside parameters and states: its norm, its telemetry, averaged weights."""
+"""Results of a step besides parameters and states: norm, telemetry and averaged weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..rules.group_options import option
 
 
 class Findings(torch.optim.Optimizer):
-    """Reads them; :class:`Optimizer` sees to their being there.
+    """The part of :class:`Optimizer` that gives access to the results of the last step.
 
     Attributes:
         measures: whether steps measure telemetry.
-        verdict: on the last step, see :mod:`onepass.numerics.verdict`; None before one that asked
-            for any.
+        verdict: the verdict on the last step, see :mod:`onepass.numerics.verdict`; None before the
+            first step that needs one.
     """
 
     measures: bool
@@ -30,28 +30,35 @@ class Findings(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
-        """The global norm of the last step's gradients, divided by the scale of the loss, before
-        clipping: fp32, 0-dim, on the device. None before a step with ``max_grad_norm`` or
-        ``skip_nonfinite``."""
+        """The global norm of the last step's gradients before clipping, divided by the loss scale.
+
+        An fp32 0-dim tensor on the device; None before the first step with ``max_grad_norm`` or
+        ``skip_nonfinite``.
+        """
         return None if self.verdict is None else self.verdict[NORM].float()
 
     @property
     def skipped_steps(self) -> torch.Tensor:
-        """How many steps were skipped, int64, 0-dim, on the device: for a gradient that is not
-        finite, or because torch.amp.GradScaler found one. Not part of a state dict."""
+        """Number of steps skipped because of a non-finite gradient, as an int64 0-dim tensor.
+
+        The count includes steps that torch.amp.GradScaler skipped inside ``step()``. The tensor is
+        on the device and is not part of a state dict.
+        """
         if self.verdict is None:
             return torch.tensor(0, dtype=torch.int64, device="cpu")
         return self.verdict[SKIPPED].long()
 
     @property
     def telemetry(self) -> list[dict[str, torch.Tensor]]:
-        """Of the last step, for each group, 0-dim on the device: ``grad_norm``, of gradients
-        divided by the scale of the loss, before clipping; ``weight_norm``, after the step;
-        ``update_norm``, of what the step added to the fp32 weight; ``nonfinite``, how many
-        gradients are infinite or NaN. A skipped step has no update.
+        """Measurements of the last step: for each group, a dictionary of 0-dim device tensors.
+
+        - ``grad_norm``: norm of the gradients before clipping, divided by the loss scale.
+        - ``weight_norm``: norm of the weights after the step.
+        - ``update_norm``: norm of the change of the fp32 weights; 0 for a skipped step.
+        - ``nonfinite``: number of infinite or NaN gradient elements.
 
         Raises:
-            RuntimeError: ``telemetry=True`` was not asked for, or no step has been taken.
+            RuntimeError: ``telemetry=True`` is not set, or no step has been taken.
         """
         if not self.measures or self._plan is None:
             raise RuntimeError("telemetry needs telemetry=True and a step with these parameters")
@@ -65,16 +72,15 @@ class Findings(torch.optim.Optimizer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within it the weights are their averages, rounded to their dtype; after it they are, bit
-        for bit, what they were.
+        """A context in which the weights are replaced by their averages, rounded to their dtype.
 
-        Weights without an average stay as they are: all of them before the first step, which makes
-        the averages. The values change in place; the weights themselves are kept meanwhile in
-        memory of their size.
+        The weights change in place and get their old bits back at the end. The context stores a
+        copy of the weights, which takes as much memory as the weights. Weights without an average
+        do not change; averages are created at the first step.
 
         Raises:
-            RuntimeError: no group has ``ema_decay``; or step() or this method is called inside it,
-                where the weights are not there.
+            RuntimeError: no group has ``ema_decay``, or step() or this method is called inside the
+                context.
         """
         self.check_swapped()
         params = [p for p, state in self.state.items() if EMA in state]
@@ -95,6 +101,6 @@ class Findings(torch.optim.Optimizer):
                     self._swapped = False
 
     def check_swapped(self) -> None:
-        """Raises RuntimeError inside averaged_weights."""
+        """Raises RuntimeError inside :meth:`averaged_weights`."""
         if self._swapped:
             raise RuntimeError("the weights are their averages: leave averaged_weights() first")

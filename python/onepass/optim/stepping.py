@@ -1,4 +1,4 @@
-"""The step of an optimizer: taken as a whole or not at all."""
+"""The step of an optimizer: planning, the norm pass, the update and its error handling."""
 
 from __future__ import annotations
 
@@ -26,21 +26,25 @@ from .step_results import Findings
 
 
 class Released(Protocol):
-    """Released gradients, as far as a step needs them: see :func:`onepass.release_gradients`."""
+    """The interface of gradient release that a step uses; see :func:`onepass.release_gradients`."""
 
     def end_step(self, found: torch.Tensor | None = None) -> None:
-        """Ends a step of the released parameters. found: the norm of the others' gradients."""
+        """Ends a step of the released parameters.
+
+        Args:
+            found: the result of :meth:`Plan.norm` for the parameters that are not released.
+        """
 
     def forget_plan(self, watch: Watch, param: torch.Tensor) -> None:
-        """Drops the plan of a parameter whose states were replaced."""
+        """Drops the plan of a parameter if the watch belongs to that plan."""
 
 
 class Stepping(Findings):
     """Takes steps through a plan; the class :class:`Optimizer` adds options and checkpoints.
 
     Attributes:
-        captured: plans, verdicts and memory that CUDA graphs read and write, which may be replayed
-            at any time.
+        captured: plans, verdicts and memory that captured CUDA graphs use; they are kept alive
+            because a graph may be replayed at any time.
         moved: see :data:`onepass.distributed.device_plan.Moved`.
         released: see :func:`onepass.release_gradients`.
     """
@@ -56,17 +60,17 @@ class Stepping(Findings):
     captured: list[Any]
     moved: Moved
     released: Released | None
-    _found: torch.Tensor | None  # what measure() has found, for the step that follows
-    _failed: str  # why the last step was left half taken, or an empty string
+    _found: torch.Tensor | None  # the result of measure(), for the next step
+    _failed: str  # the reason why the last step failed halfway, or an empty string
 
     def check_options(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for an option of a group that is out of range, naming it."""
+        """Raises ValueError if an option of a group is out of range; names the option."""
         raise NotImplementedError
 
     def whole_step(self) -> None:
-        """The step with the gradients of now, without closure or hooks."""
+        """Runs the step with the current gradients, without a closure and without hooks."""
         self.check_ready()
-        # torch.amp.GradScaler sets both for the time of a step.
+        # torch.amp.GradScaler sets both attributes during a step.
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaled = scale is not None or inf is not None
         plan = self.planned()
@@ -78,7 +82,7 @@ class Stepping(Findings):
             if self.released is not None:
                 if scaled:
                     raise RuntimeError("a GradScaler comes too late: the gradients were released")
-                # What is left: parameters of other models.
+                # Only parameters of other models have gradients now.
                 found = plan.norm(policy.largest) if self.max_grad_norm is not None else None
                 with Uninterrupted():
                     self.take(plan, self.verdict, backends.NO_SWITCHES)
@@ -98,16 +102,16 @@ class Stepping(Findings):
             plan.forget_gradients()
 
     def _switches(self) -> backends.StepSwitches:
-        """The booleans of the step, as the options are now."""
+        """The booleans of the step, from the current options."""
         return backends.StepSwitches(zero_grads=bool(self.zero_grads))
 
     def take(
         self, plan: Plan, verdict: torch.Tensor | None, switches: backends.StepSwitches
     ) -> None:
-        """Takes a planned step, as a whole.
+        """Runs a planned step.
 
-        Call it where SIGINT is held. What fails before anything has been changed leaves the
-        optimizer as it was; what fails later makes it refuse further steps.
+        An error before the first change leaves the optimizer unchanged. After a later error, the
+        optimizer refuses further steps. The caller must defer SIGINT.
         """
         plan.stage(verdict)
         self._failed = "it was interrupted"
@@ -123,7 +127,7 @@ class Stepping(Findings):
         self._failed = ""
 
     def check_ready(self) -> None:
-        """Raises RuntimeError where a step cannot be taken."""
+        """Raises RuntimeError if a step cannot be taken."""
         self.check_swapped()
         if self._failed:
             raise RuntimeError(
@@ -133,7 +137,7 @@ class Stepping(Findings):
             )
 
     def judge(self, plan: Plan, found: torch.Tensor | None) -> None:
-        """Makes the verdict that the next step is to use; see :meth:`Plan.judge`."""
+        """Computes the verdict for the next step; see :meth:`Plan.judge`."""
         self.verdict = self._judged(plan, found, None, None, self.policy())
 
     def _judged(
@@ -153,8 +157,11 @@ class Stepping(Findings):
         return plan.judge(known, found, scale, inf, policy=policy, backend=self.backend)
 
     def planned(self) -> Plan:
-        """The plan with the gradients of now taken: that of the last step, or if it is stale a new
-        one, whose states are not the optimizer's yet."""
+        """The plan, with the current gradients stored in it.
+
+        This is the plan of the last step unless that plan is stale; then a new plan is built, whose
+        states are not yet published.
+        """
         plan = self._plan
         if plan is None or not plan.refresh(self.param_groups, self.state):
             self._plan = None
@@ -167,7 +174,7 @@ class Stepping(Findings):
         return plan
 
     def adopted(self) -> Plan:
-        """The plan, whose states are the optimizer's: outside of a step."""
+        """The plan with its states published; called outside of a step."""
         plan = self.planned()
         with Uninterrupted():
             self._adopt(plan)
@@ -180,16 +187,15 @@ class Stepping(Findings):
             self.state = plan.adopt(self.state)
 
     def new_plan(self, members: list[Member]) -> Plan:
-        """A plan whose gradients are still to be taken; see
-        :func:`onepass.engine.plan_builder.make_plan`.
+        """Builds a plan without gradients; see :func:`onepass.engine.plan_builder.make_plan`.
 
         Args:
             members: parameters with gradients.
         """
-        # A single parameter that is released has a plan that does not depend on the others.
+        # The plan of a single released parameter does not depend on the other parameters.
         whole = self.released is None or len(members) != 1
         groups = self.param_groups if whole else [members[0].group]
-        # States are ordinary tensors, whatever mode the step is called in.
+        # States must be ordinary tensors, even if the step is called in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             features = Features(
                 groups,
@@ -218,25 +224,26 @@ class Stepping(Findings):
             return make_plan(request)
 
     def _trained(self) -> list[Member]:
+        """All members that require a gradient."""
         return [member for member in self.members() if member.param.requires_grad]
 
     def forget_plan(self, watch: Watch, param: torch.Tensor | None) -> None:
-        """Drops the plan of a watch: that of one parameter, or of all for None."""
+        """Drops the plan of a watch: the plan of param, or the whole plan if param is None."""
         if param is not None and self.released is not None:
             self.released.forget_plan(watch, param)
         elif self._plan is not None and self._plan.watch is watch:
             self._plan = None
 
     def members(self) -> list[Member]:
-        """Every parameter with its group and its number."""
+        """All parameters with their groups and numbers."""
         owned = [(p, i, g) for i, g in enumerate(self.param_groups) for p in g["params"]]
         return [Member(p, number_of(p, at), i, g) for at, (p, i, g) in enumerate(owned)]
 
     def policy(self) -> backends.Policy:
-        """What may come between gradients and the rule.
+        """The clipping and skipping options, after a check of their values.
 
         Raises:
-            ValueError: an option of the step out of range.
+            ValueError: an option of the step is out of range.
         """
         for keyword in EACH_STEP:
             keyword.check(keyword.name, getattr(self, keyword.attribute))
@@ -244,11 +251,12 @@ class Stepping(Findings):
         return backends.Policy(self.max_grad_norm, largest, bool(self.skip_nonfinite))
 
     def measure(self) -> torch.Tensor | None:
-        """Reads the gradients once, for the step that follows: it will not read them again.
+        """Runs the norm pass over the gradients; the next step reuses the result.
 
         Returns:
-            float64 [3] on the device of the first of them, None without gradients: sum of squares,
-            largest magnitude, how many are infinite or NaN; of gradients as they are, scaled.
+            float64 [3] on the device of the first gradient: sum of squares, largest magnitude, and
+            number of infinite or NaN elements. The gradients are not unscaled. None without
+            gradients.
         """
         plan = self.adopted()
         self._found = plan.norm(self.policy().largest)
@@ -259,8 +267,12 @@ class Stepping(Findings):
 def _forgetting(
     reference: weakref.ref[Stepping], param: torch.Tensor | None
 ) -> Callable[[Watch], None]:
-    """What a watch calls: the optimizer drops the plan of this watch, which is of one parameter, or
-    of all for None."""
+    """The callback of a watch, which makes the optimizer drop the watch's plan.
+
+    Args:
+        reference: weak reference to the optimizer.
+        param: the parameter of the plan; None if the plan covers the whole optimizer.
+    """
 
     def forget(watch: Watch) -> None:
         optimizer = reference()
