@@ -1,1 +1,1 @@
-"""State dicts: what is saved and loaded, and conversions to other formats and libraries."""
+"""State dicts: saving, loading, and conversion to other formats and libraries."""

@@ -1,9 +1,9 @@
-"""Exchange of state dicts with bitsandbytes' optimizers, whose 8-bit format is ``dynamic8``.
+"""Imports and exports state dicts of bitsandbytes' optimizers, whose 8-bit format is ``dynamic8``.
 
-bitsandbytes calls the states of a parameter state1 and state2; in 8 bits they are codes, beside
-them absmax1 and absmax2, the scales of blocks of 256 elements, and qmap1 and qmap2, the values of
-the codes. Parameters of fewer than 4096 elements have fp32 states. Newer versions nest all that
-under one key. Neither library is needed for the other's files.
+In bitsandbytes, ``state1`` and ``state2`` are the states of a parameter. 8-bit states are codes,
+with the block scales in ``absmax1`` and ``absmax2`` (one per 256 elements) and the values of the
+codes in ``qmap1`` and ``qmap2``. Parameters of fewer than 4096 elements have fp32 states. Newer
+versions nest these keys under one key. The conversion does not need bitsandbytes to be installed.
 """
 
 from __future__ import annotations
@@ -21,29 +21,31 @@ from ..rules.base import BitsAndBytes, Rule
 from ..rules.group_options import DEFAULTS, option
 
 NESTED = "__bnb_optimizer_quant_state__"
-OLD_BLOCK = 2048  # of earlier versions
-_MAP_ERROR = 1e-6  # their map depends on the processor's linspace in the last bit
+OLD_BLOCK = 2048  # elements per scale in earlier versions
+_MAP_ERROR = 1e-6  # bitsandbytes' map varies by rounding of linspace on different processors
 
 
 def from_bitsandbytes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of bitsandbytes as one that ``optimizer.load_state_dict`` loads.
+    """Converts a bitsandbytes state dict to one that ``optimizer.load_state_dict`` accepts.
 
-    With ``states="dynamic8"`` the codes and scales are taken as they are; other formats are
-    converted when loading. fp32 states, which bitsandbytes keeps for small parameters, go to the
-    format of their group likewise: give them a group with ``states="fp32"`` to keep them. Scales of
-    blocks of 2048, of earlier versions, become those of blocks of 256: the values stay.
+    Loading with ``states="dynamic8"`` keeps codes and scales exactly; other formats are converted.
+    The fp32 states of small parameters are also converted to the format of their group: put these
+    parameters into a group with ``states="fp32"`` to keep them exact. Scales of 2048-element blocks
+    from earlier versions are repeated for 256-element blocks, which does not change the values.
 
-    The options of the groups come along, and so does what bitsandbytes did with them: its Adam
-    decouples weight decay, its SGD has neither dampening nor Nesterov, its RMSprop no momentum.
+    The options of the groups are converted too, including those that bitsandbytes fixes: its Adam
+    uses decoupled weight decay, its SGD has no dampening and no Nesterov momentum, and its RMSprop
+    has no momentum.
 
     Args:
-        optimizer: of the class that corresponds; only read.
-        state_dict: what ``state_dict()`` of an optimizer of bitsandbytes gave, or its checkpoint;
-            only read. The result shares tensors with it.
+        optimizer: an optimizer of the corresponding class; it is only read.
+        state_dict: the result of ``state_dict()`` of a bitsandbytes optimizer; it is only read. The
+            returned state dict shares tensors with it.
 
     Raises:
-        ValueError: states of another kind of optimizer; codes of another map or block size, or in
-            another order than the contiguous one, about which bitsandbytes' own backends differ.
+        ValueError: the states belong to another kind of optimizer, or the codes have another map or
+            block size or are not contiguous. bitsandbytes' backends read non-contiguous codes in
+            different orders.
     """
     optimizer = own_optimizer(optimizer)
     rule = optimizer.rule
@@ -68,15 +70,19 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> di
 
 
 def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state as the optimizer of bitsandbytes that corresponds loads it.
+    """Exports a state dict that the corresponding bitsandbytes optimizer can load.
 
-    fp32 states stay fp32, as bitsandbytes has them of small parameters. All others go as
-    ``dynamic8``: unchanged if they are, else rounded to nearest. Companions of weights stay behind
-    (:func:`full_precision_state_dict` has what they hold), and so does the seed. Nothing is
-    changed; the result has tensors of its own.
+    fp32 states remain fp32, the format that bitsandbytes uses for small parameters. ``dynamic8``
+    states are copied exactly; states of all other formats are rounded to the nearest ``dynamic8``
+    codes. The seed and the companions of weights are not exported; use
+    :func:`full_precision_state_dict` to save the weights exactly. The optimizer is not changed, and
+    the result has its own tensors.
+
+    Args:
+        optimizer: the optimizer to export.
 
     Raises:
-        ValueError: an option of a group that bitsandbytes lacks; names it.
+        ValueError: bitsandbytes does not support an option of a group; the message names it.
     """
     optimizer = own_optimizer(optimizer)
     rule = optimizer.rule
@@ -96,10 +102,10 @@ def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _counterpart(rule: Rule) -> BitsAndBytes:
-    """What bitsandbytes has of a rule.
+    """The description of the bitsandbytes optimizer that corresponds to a rule.
 
     Raises:
-        ValueError: it has no optimizer that does the same.
+        ValueError: bitsandbytes has no such optimizer.
     """
     if rule.bitsandbytes is None:
         raise ValueError(f"bitsandbytes has no optimizer with the states of {rule.name}")
@@ -107,6 +113,7 @@ def _counterpart(rule: Rule) -> BitsAndBytes:
 
 
 def _imported_state(rule: Rule, number: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts the state of one parameter from bitsandbytes' keys."""
     saved = {**saved, **saved.get(NESTED, {})}
     names = _counterpart(rule).states
     found = [name for name in ("state1", "state2") if name in saved]
@@ -139,6 +146,7 @@ def _imported_state(rule: Rule, number: Any, saved: Mapping[str, Any]) -> dict[s
 
 
 def _imported_scales(saved: Mapping[str, Any], i: int, which: str) -> torch.Tensor:
+    """The scales of state i for blocks of 256 elements, after a check of its code map."""
     codes, scales, qmap = saved[f"state{i}"], saved.get(f"absmax{i}"), saved.get(f"qmap{i}")
     if scales is None or qmap is None:
         raise ValueError(f"{which} is in 8 bits but without absmax{i} or qmap{i}: not in blocks")
@@ -157,6 +165,7 @@ def _imported_scales(saved: Mapping[str, Any], i: int, which: str) -> torch.Tens
 
 
 def _check_exportable(theirs: BitsAndBytes, i: int, group: Mapping[str, Any]) -> None:
+    """Raises ValueError if bitsandbytes does not support an option of group i."""
     for name, needed in {**theirs.lacking, "maximize": False}.items():
         if group.get(name, DEFAULTS.get(name)) != needed:
             raise ValueError(
@@ -174,6 +183,7 @@ def _check_exportable(theirs: BitsAndBytes, i: int, group: Mapping[str, Any]) ->
 
 
 def _exported_options(theirs: BitsAndBytes, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group under bitsandbytes' keys."""
     betas: Any = group[theirs.betas] if theirs.betas else 0.0
     return {
         "lr": float(group["lr"]),
@@ -191,11 +201,12 @@ def _exported_state(
     held: Mapping[str, Any],
     number: int,
 ) -> dict[str, Any]:
+    """Converts the state of one parameter to bitsandbytes' keys."""
     name = option(group, "states")
     form = STATE_FORMATS["fp32" if name == "fp32" else "dynamic8"]
     which = f"parameter {number} of shape {tuple(param.shape)}"
     if not param.is_contiguous():
-        # bitsandbytes makes its parameters contiguous, and cuts blocks in that order.
+        # bitsandbytes makes parameters contiguous and cuts blocks in contiguous order.
         wide = STATE_FORMATS["fp32"]
         held = {"step": held["step"]} | fit_states(held, param, optimizer.rule, wide, which)
         param = torch.empty(param.shape, dtype=torch.float32, device=param.device)

@@ -1,4 +1,4 @@
-"""State dicts for elsewhere: other formats, and a model's weights in fp32."""
+"""Converts state dicts to other formats, and exports a model's weights in fp32."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ def convert_state_dict(
     states: str | None = None,
     weights: str | None = None,
 ) -> dict[str, Any]:
-    """A state dict in other formats: of any of onepass's, or of torch.optim's twin.
+    """Converts a state dict of onepass or torch.optim to other formats.
 
-    Loading converts to the optimizer's own formats by itself; this is for other readers.
-    ``states="fp32", weights="native"`` makes what torch.optim loads.
+    ``load_state_dict`` already converts to the optimizer's own formats. Use this function for other
+    readers. torch.optim can load the result of ``states="fp32", weights="native"``.
 
     Args:
-        optimizer: of the class, model and groups of the state dict; only read. Companions are of
-            its weights as they are now: load the model's first.
-        state_dict: only read.
-        states: format of the states of all groups; None for that of each of the optimizer's groups.
-        weights: format of all weights of 16 bits, likewise. ``"native"`` drops what companions
-            hold: take :func:`full_precision_state_dict` too.
+        optimizer: an optimizer of the same class, model and groups as the state dict; it is only
+            read. Its current weights are used to convert companions, so load the model's weights
+            first.
+        state_dict: the state dict; it is only read.
+        states: format of the states of all groups; None for the format of each optimizer group.
+        weights: format of all 16-bit weights; None for the format of each optimizer group.
+            ``"native"`` drops the extra bits in companions: also save
+            :func:`full_precision_state_dict`.
 
     Returns:
-        A new state dict with tensors of its own. Values that a format does not have are rounded to
-        nearest; fp32 takes the states of any other exactly.
+        A new state dict with its own tensors. Conversion rounds to nearest; conversion of states to
+        fp32 is exact.
 
     Raises:
-        ValueError: as ``optimizer.load_state_dict``; an unknown format, or one that does not serve
-            the dtype of a weight.
+        ValueError: as ``optimizer.load_state_dict``. Also raised if a format is unknown or does not
+            support the dtype of a weight.
     """
     optimizer = own_optimizer(optimizer)
     groups = []
@@ -54,7 +56,7 @@ def convert_state_dict(
                 param, option(group, "weights"), f"a parameter of {tuple(param.shape)}"
             )
         groups.append(group)
-    # Without the hooks of the optimizer: they are for what is loaded into it.
+    # Load into a copy without the optimizer's hooks, which are for state dicts loaded into it.
     twin = object.__new__(type(optimizer))
     twin.__setstate__(
         {
@@ -72,19 +74,19 @@ def convert_state_dict(
 
 
 def full_precision_state_dict(model: torch.nn.Module, *optimizers: Optimizer) -> dict[str, Any]:
-    """``model.state_dict()`` with the fp32 weights that the optimizers work on.
+    """``model.state_dict()`` with full-precision fp32 weights.
 
-    A weight with a companion (``kahan``, ``master``, ``split16``, ``split8``) is given as the
-    float32 that both stand for, in the shape and strides of the weight. All other entries are what
-    ``model.state_dict()`` has: they share memory with the model. Names of one shared parameter have
-    one tensor. Nothing is changed.
+    A weight with a companion (``kahan``, ``master``, ``split16``, ``split8``) is replaced by the
+    float32 value that weight and companion represent together, with the weight's shape and strides.
+    All other entries share memory with the model. All names of a shared parameter refer to the same
+    tensor. Nothing is changed.
 
     Args:
-        model: whose weights are wanted.
-        optimizers: those that train it, one or several.
+        model: the model to export.
+        optimizers: one or several optimizers that train the model.
 
     Raises:
-        ValueError: an optimizer has no parameter of this model.
+        ValueError: an optimizer has no parameter of this model, or no optimizer is given.
     """
     result = model.state_dict(keep_vars=True)
     state: dict[Any, Any] = {}

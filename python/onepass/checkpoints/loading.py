@@ -1,4 +1,4 @@
-"""What a state dict says, fitted to an optimizer; nothing is changed here."""
+"""Converts a loaded state dict for an optimizer without changing the optimizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..formats import STATE_FORMATS, VERSION, WEIGHT_FORMATS, readable, scale_ke
 from ..rules import Rule
 from ..rules.group_options import drop_defaults, option
 
-# Options that describe this run, not the state of training: loading a state dict keeps them.
+# Options that describe this run, not the training state. Loading a state dict does not change them.
 _OWN_OPTIONS = ("states", "weights", "ema_decay", "format_version")
 
 
@@ -27,17 +27,17 @@ def loaded_groups(
     named: frozenset[str],
     check_options: Callable[[Mapping[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """The groups of an optimizer with the options of a state dict, checked; changes nothing.
+    """The groups of an optimizer with the options of a state dict, after a check.
 
     Args:
-        own_groups: of the optimizer.
-        saved_groups: of the state dict.
-        named: keys that groups have even with default options.
-        check_options: raises ValueError for an option of a group that is out of range.
+        own_groups: the parameter groups of the optimizer; they are only read.
+        saved_groups: the parameter groups of the state dict; they are only read.
+        named: option keys that groups have even with default values.
+        check_options: raises ValueError if an option of a group is out of range.
 
     Raises:
-        ValueError: the state dict has other groups, an option out of range, or formats of a newer
-            onepass.
+        ValueError: the groups do not match the optimizer's, an option is out of range, or a format
+            belongs to a newer version of onepass.
     """
     if len(saved_groups) != len(own_groups):
         raise ValueError(
@@ -45,7 +45,7 @@ def loaded_groups(
             f"the optimizer {len(own_groups)}"
         )
     groups: list[dict[str, Any]] = []
-    # One copy: a tensor that groups share, such as a learning rate, is shared by the copies.
+    # A single deepcopy call, so that copies still share a tensor that groups share, such as lr.
     copies = deepcopy([{k: v for k, v in g.items() if k != "params"} for g in saved_groups])
     pairs = zip(own_groups, saved_groups, copies, strict=True)
     for i, (group, saved, copied) in enumerate(pairs):
@@ -62,8 +62,8 @@ def loaded_groups(
                 "onepass that saved it"
             )
         merged = {**group, **copied}
-        # A missing seed stands for 0. A missing eps_in_sqrt or decoupled_weight_decay changes
-        # nothing: state dicts of torch.optim lack them, and they choose the algorithm.
+        # A missing seed means 0. A missing eps_in_sqrt or decoupled_weight_decay keeps the
+        # optimizer's value, because torch.optim does not save these options.
         if "seed" not in copied:
             merged["seed"] = 0
         merged.update({name: option(group, name) for name in _OWN_OPTIONS})
@@ -83,13 +83,13 @@ def loaded_state(
     home: Home | None,
     kind: str,
 ) -> ParamState:
-    """What a state dict has of a parameter, in the formats of its group; changes nothing.
+    """Converts the saved state of a parameter to the formats of its group; changes nothing.
 
     Args:
-        rule: of the optimizer.
-        saved: the parameter's entry of the state dict.
+        rule: the rule of the optimizer.
+        saved: the parameter's entry in the state dict.
         param, number: the parameter and its position in the optimizer.
-        group, saved_group: its group in the optimizer and in the state dict.
+        group, saved_group: the parameter's group in the optimizer and in the state dict.
         home: where the states are stored; None for the parameter's device.
         kind: name of the optimizer's class.
 
@@ -99,7 +99,7 @@ def loaded_state(
     shard = shard_of(param)
     which = f"parameter {number} of shape {tuple(param.shape)}"
     check_weight_format(param, option(group, "weights"), which)
-    # torch.distributed.checkpoint fills in empty dictionaries for what a flat state dict lacks.
+    # torch.distributed.checkpoint adds empty dictionaries for keys that a flat state dict lacks.
     saved = {k: v for k, v in saved.items() if v is not None and not (v == {} and type(v) is dict)}
     if shard is not None:
         param, saved = shard.local, shard.inner(saved, rule)
@@ -121,8 +121,9 @@ def loaded_state(
     if shard is not None:
         own = {key: state[key] for key in state if key in _tensor_keys(rule)}
         state.update(shard.wrapped(own, rule, form))
-    # Lion, RMSprop and SGD run without the count, which other libraries do not save for them:
-    # it then starts here. With 0 SGD would ignore the buffer that was loaded.
+    # Other libraries do not save the step counter of Lion, RMSprop and SGD, which do not need it.
+    # The counter then starts at 0, or at 1 for SGD with a buffer, because SGD's first step (count
+    # 0) would ignore the loaded buffer.
     if state:
         taken = 1.0 if rule.needs_first and states else 0.0
         state.setdefault("step", torch.tensor(taken, dtype=torch.float32, device="cpu"))
@@ -130,8 +131,8 @@ def loaded_state(
 
 
 def _check_complete(saved: Mapping[str, Any], rule: Rule, which: str, kind: str) -> None:
-    """Raises ValueError where a saved state lacks what every state of the rule has."""
-    # A state that an option adds (amsgrad, momentum) is made when the option is first used.
+    """Raises ValueError if a saved state lacks a key that the rule requires."""
+    # A state that belongs to an option (amsgrad, momentum) is optional: it is created at first use.
     missing = [slot.key for slot in rule.slots if slot.flag is None and slot.key not in saved]
     if rule.needs_step and "step" not in saved:
         missing.append("step")
@@ -145,7 +146,7 @@ def _check_complete(saved: Mapping[str, Any], rule: Rule, which: str, kind: str)
 
 
 def _check_codes(saved: Mapping[str, Any], which: str) -> None:
-    """Raises ValueError where codes are of another step than the rest of the state."""
+    """Raises ValueError if the codes were saved at another step than the step counter."""
     beside = saved.get(CODES_STEP)
     if beside is not None and "step" in saved and float(beside) != float(saved["step"]):
         raise ValueError(
@@ -157,13 +158,13 @@ def _check_codes(saved: Mapping[str, Any], which: str) -> None:
 
 
 def _tensor_keys(rule: Rule) -> set[str]:
-    """The keys of a state that are not counters."""
+    """The keys of all state tensors except counters."""
     moments = set(rule.keys)
     return moments | {scale_key(key) for key in moments} | COMPANIONS | {STRIDE, EMA}
 
 
 def _kept(saved: Mapping[str, Any], rule: Rule) -> ParamState:
-    """What is loaded of a state besides its tensors: counters, and keys of others."""
+    """The counters of a saved state, and a copy of its unknown keys."""
     known = _tensor_keys(rule) | {CODES_STEP}
     counters = {"step", *(scalar.key for scalar in rule.scalar_states)}
     state = ParamState()
@@ -178,8 +179,11 @@ def _kept(saved: Mapping[str, Any], rule: Rule) -> ParamState:
 def _signed_mx4(
     saved: Mapping[str, Any], param: torch.Tensor, rule: Rule, states: str
 ) -> dict[str, Any]:
-    """The state of a parameter with codes of mx4 as int8; until version 2 they were uint8. By shape
-    they are told from those of mx8, and where both have one element by the group's format."""
+    """Views mx4 codes of format versions 1 and 2, which are uint8, as int8.
+
+    The shape distinguishes mx4 codes from mx8 codes. If the shapes are equal (at most one element),
+    the saved format name decides.
+    """
     signed = dict(saved)
     for key in rule.keys:
         codes, scales = saved.get(key), saved.get(scale_key(key))

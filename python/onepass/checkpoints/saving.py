@@ -1,4 +1,4 @@
-"""What a state dict says of an optimizer; nothing is changed here."""
+"""Builds the state dict of an optimizer without changing the optimizer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def saved_dict(
     rule: Rule,
     named: frozenset[str],
 ) -> dict[str, Any]:
-    """The state dict of an optimizer, before hooks: as torch.optim's, with positions in place of
-    parameters.
+    """The state dict of an optimizer before hooks, with positions in place of parameters.
 
     Args:
-        param_groups, optimizer_state, rule: of the optimizer; only read.
-        named: keys that groups have even with default options.
+        param_groups, optimizer_state, rule: of the optimizer; they are only read.
+        named: option keys that are saved even with default values.
     """
     params = [param for group in param_groups for param in group["params"]]
     position: dict[Any, int] = {}
@@ -58,19 +57,24 @@ def saved_dict(
 
 
 def _drop_counts(rule: Rule, state: dict[Any, Any]) -> None:
-    """Drops step counters that torch.optim does not save and nothing depends on."""
+    """Removes step counters that torch.optim does not save and that the rule does not need."""
     slots = set(rule.keys)
     for i, entry in list(state.items()):
         if not isinstance(entry, dict) or "step" not in entry:
             continue
-        if float(entry.pop("step")) == 0.0:  # the first step is still to come
+        if float(entry.pop("step")) == 0.0:  # no step has been taken
             state[i] = entry = {key: value for key, value in entry.items() if key not in slots}
         if not entry:
             del state[i]
 
 
 def _entry(state: Any, counters: set[str]) -> Any:
-    """A parameter's entry of a state dict; counters: keys of tensors that parameters share."""
+    """A parameter's entry in a state dict.
+
+    Args:
+        state: the parameter's entry in ``optimizer.state``.
+        counters: keys of tensors that parameters share; these tensors are cloned.
+    """
     if isinstance(state, ParamState):
         state = state.started()
     if not isinstance(state, dict):
