@@ -1,4 +1,4 @@
-"""Paged states: optimizer states larger than the device. See docs/paging.md."""
+"""Paged states: optimizer states that exceed the device memory. See docs/paging.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ __all__ = ["Footprint", "Paging", "footprints"]
 
 
 class PagedOptimizer(Protocol):
-    """An optimizer, as far as :func:`footprints` reads it."""
+    """The part of an optimizer's interface that :func:`footprints` reads.
+
+    Attributes:
+        param_groups: the parameter groups.
+        paging: how states are paged; None if they are not paged.
+        rule: the rule of the optimizer.
+    """
 
     param_groups: list[dict[str, Any]]
     paging: Paging | None
@@ -24,11 +30,14 @@ class PagedOptimizer(Protocol):
 
 
 def footprints(optimizer: PagedOptimizer) -> dict[torch.device, Footprint]:
-    """Bytes that the states of an optimizer will take, or take, by device of the parameters.
+    """Bytes of memory for the states of an optimizer, by device of the parameters.
 
-    Of all its parameters, as they, the options of their groups and ``paged`` are now; before the
-    first step too. Peak device memory is resident + ring, beside parameters, gradients and the
-    tables of plans. Nothing is changed.
+    The result covers all parameters and uses their current group options and the current ``paged``
+    value. The function may be called before the first step and changes nothing. Peak device memory
+    is resident + ring, plus parameters, gradients and the tables of plans.
+
+    Args:
+        optimizer: an optimizer with paged states.
 
     Raises:
         ValueError: the optimizer is not paged.

@@ -1,4 +1,4 @@
-"""The part of a plan that is on one device, with states that are paged."""
+"""The part of a plan on one device, with paged states."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from .pages import make_pages
 
 
 class PagedDevicePlan(DevicePlan):
-    """First the entries whose states stay, then one page after another, each a plan of its own.
+    """A :class:`DevicePlan` that runs entries with resident states, then one page after another.
+
+    The backend prepares the resident entries and each page as separate plans.
 
     Args:
-        entries: all of one device; the states of those that are paged are the host's.
-        paged: the positions of these.
+        backend, table, owners: as for :class:`DevicePlan`.
+        entries: all entries of one device; paged states are host tensors.
+        pager: the pager of the optimizer.
+        paged: positions of the entries with paged states.
     """
 
     def __init__(
@@ -46,14 +50,14 @@ class PagedDevicePlan(DevicePlan):
         self._ring = self._pager.ring(entries[0].param.device)
         self._cuts = make_pages(away, self._pager.slabs, self._ring)
         self._pages = [made.page for made in self._cuts]
-        # Of the entries whose states stay, if any, and of each page: what a backend made of it.
+        # The backend's prepared plans: one for the resident entries, if any, and one for each page.
         self._rest = prepare([entries[i] for i in self._resident]) if self._resident else None
         self._made = [prepare(made.entries) for made in self._cuts]
-        self._whole: Any = None  # of all, without states
-        # Entries that are cut, with what tells that a parameter is another than was cut.
+        self._whole: Any = None  # the prepared plan of all entries without states, for norms
+        # Entries that are split over pages -> dtype and shape, to detect a replaced parameter.
         pieces = {s.entry for made in self._cuts for s in made.spans if not s.whole}
         self._pieces = {i: (away[i].param.dtype, away[i].param.shape) for i in pieces}
-        # States on the host, which no backend looks at: pages hold views of them.
+        # States on the host. Backends check only the pages' buffers, so refresh checks these.
         self._held = [tensor for entry in away for tensor in entry.held()]
         self._addresses = list(map(torch.Tensor.data_ptr, self._held))
         self._sums: torch.Tensor | None = None
@@ -61,6 +65,11 @@ class PagedDevicePlan(DevicePlan):
             self._sums = table.telemetry.new_zeros(len(self._made) + 1, *table.telemetry.shape)
 
     def refresh(self) -> bool:
+        """See :meth:`DevicePlan.refresh`.
+
+        Raises:
+            RuntimeError: an earlier step failed halfway, or a CUDA graph is being captured.
+        """
         self._pager.check()
         if capturing():
             raise RuntimeError(
@@ -94,7 +103,7 @@ class PagedDevicePlan(DevicePlan):
         )
 
     def norm(self) -> torch.Tensor:
-        """As if no state was paged: its last bits depend on how a list is divided."""
+        """Measures all entries in one list, because dividing the list changes the last bits."""
         if self._whole is None:
             self._whole = self.backend.prepare([_bare(entry) for entry in self._all])
         if not self.backend.refresh(self._whole, self.params, self.grads):
@@ -102,10 +111,12 @@ class PagedDevicePlan(DevicePlan):
         return self.backend.norm(self._whole)
 
     def start(self) -> int:
+        """Starts to copy the first pages to the device; returns the number of all pages."""
         self._ring.start(self._pages)
         return len(self._pages)
 
     def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
+        """See :meth:`DevicePlan.run`; after an error the pager refuses further steps."""
         with self._pager.going():
             super().run(verdict, switches)
 
@@ -127,6 +138,6 @@ class PagedDevicePlan(DevicePlan):
 
 
 def _bare(entry: backends.Entry) -> backends.Entry:
-    """An entry without states, for a norm; of any format that its weight can have."""
+    """The entry without states and with the native weight format, for a norm."""
     weight = NATIVE[entry.param.dtype]
     return replace(entry, states={}, scales={}, companion=None, ema=None, weight=weight)

@@ -1,4 +1,4 @@
-"""What ``paged`` may be."""
+"""The values of the ``paged`` keyword."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Paging:
     """How the states of an optimizer are paged.
 
     Attributes:
-        budget: bytes of states that may stay on each device: 0, or at least a page.
-        page_bytes: bytes of states that are brought to the device, and back, at a time.
-        buffers: pages that are on the device at once: one that comes, one that is worked on, one
-            that goes, and one to spare.
+        budget: bytes of states that may stay on each device: 0, or at least one page.
+        page_bytes: size of a page in bytes; states are copied to the device and back by pages.
+        buffers: number of pages on the device at the same time. The default of 4 allows one page
+            that is copied in, one that is updated, one that is copied out, and a spare one.
 
     Raises:
-        ValueError: a number that is none of these; names it.
+        ValueError: a value is not an integer or is out of range; the message names it.
     """
 
     budget: int = 0
@@ -44,11 +44,14 @@ class Paging:
 
 
 def paging_of(paged: Any) -> Paging | None:
-    """What a value of ``paged`` asks for; None for False.
+    """The :class:`Paging` for a value of ``paged``; None for False.
+
+    Args:
+        paged: False, True (a budget of 0 bytes), a number of bytes >= 0, a :class:`Paging`, or a
+            size such as "2GB" (1 GB = 10^9 bytes) or "512MiB" (1 MiB = 2^20 bytes).
 
     Raises:
-        ValueError: it is no budget: neither False, True, a number of bytes >= 0, a size such as
-            "2GB" (10^9 bytes each) or "512MiB" (2^20), nor a :class:`Paging`.
+        ValueError: the value is none of these.
     """
     if paged is False:
         return None

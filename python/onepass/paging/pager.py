@@ -1,4 +1,4 @@
-"""What an optimizer with paged states has: which states rest where, host memory, rings."""
+"""The pager of an optimizer: the placement of states, host memory and rings."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Owned = tuple[torch.Tensor, Mapping[str, Any]]
 
 @dataclass
 class Footprint:
-    """Bytes that paged states take for one device, beside parameters, gradients and tables.
+    """Bytes of memory for the states of one device, without parameters, gradients and tables.
 
     Attributes:
-        resident: of states that stay on the device, at most the budget.
-        ring: of the buffers there through which the others stream.
-        host: of the states on the host.
+        resident: bytes of states that stay on the device, at most the budget.
+        ring: bytes of the device buffers through which paged states are streamed.
+        host: bytes of states in host memory.
     """
 
     resident: int = 0
@@ -43,17 +43,28 @@ class Footprint:
 
 @dataclass
 class Places:
-    """Which parameters' states are paged, and what that takes of each device."""
+    """The placement of states.
+
+    Attributes:
+        paged: parameters whose states are paged.
+        footprints: memory by device.
+    """
 
     paged: set[torch.Tensor] = field(default_factory=set)
     footprints: dict[torch.device, Footprint] = field(default_factory=dict)
 
 
 def places_of(groups: Groups, rule: Rule, paging: Paging) -> Places:
-    """Decides by sizes alone: of each device the largest first, as long as they fit its budget; of
-    DTensors by those of this rank's shards.
+    """Decides which states are paged.
 
-    Large ones first leaves little of a budget unused. A parameter's states stay together.
+    The largest states of each device stay there while they fit the budget; this order leaves little
+    of the budget unused. All states of a parameter have the same placement. The size of a DTensor
+    is the size of this rank's shard.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        rule: the rule of the optimizer.
+        paging: the budget and the page size.
     """
     sizes = []
     for group in groups:
@@ -79,8 +90,11 @@ class Pager:
     """Host memory and rings of one optimizer.
 
     Attributes:
-        home: of states that are paged: see :class:`onepass.engine.state_layouts.Home`.
-        failed: why it cannot go on: a step ended on its way. Empty while it can.
+        paging: the budget and the page size.
+        rule: the rule of the optimizer.
+        slabs: host memory of paged states.
+        home: the storage location of paged states.
+        failed: the reason why an earlier step failed halfway; empty if none did.
     """
 
     def __init__(self, paging: Paging, rule: Rule) -> None:
@@ -94,7 +108,12 @@ class Pager:
         self._places = Places()
 
     def places(self, groups: Groups, anew: bool = True) -> Places:
-        """See :func:`places_of`; unless anew, only if an option that sizes depend on is another."""
+        """The placement of states; see :func:`places_of`.
+
+        Args:
+            groups: ``optimizer.param_groups``.
+            anew: whether to recompute the placement even if no option that affects sizes changed.
+        """
         flags = self.rule.flag_bits
         key = [
             (
@@ -116,17 +135,16 @@ class Pager:
         state: dict[Any, Any],
         later: Callable[[], Iterable[Owned]] | None = None,
     ) -> None:
-        """Reserves host memory for the paged states of parameters that have none yet.
+        """Reserves host memory for paged states that do not exist yet.
 
         Args:
-            params: with their groups.
-            state: ``optimizer.state``; only read, without waiting for states on their way.
-            later: all parameters that will have a plan of their own; where memory must be
-                allocated, it is one slab for the states of all of them. None where there are no
-                other plans.
+            params: parameters with their groups.
+            state: ``optimizer.state``; it is only read, without waiting for copies.
+            later: returns all parameters that will have their own plans. If memory must be
+                allocated, one slab is allocated for all of their states. None for a single plan.
 
         Raises:
-            MemoryError: the host lacks that memory.
+            MemoryError: the host has too little free memory.
         """
         needed = self._missing(params, state)
         if later is not None and needed > self.slabs.room:
@@ -134,18 +152,25 @@ class Pager:
         self.slabs.want(needed)
 
     def announce(self, groups: Groups) -> set[torch.Tensor]:
-        """Parameters whose states are to be paged, all of them new, with the options of groups.
+        """Reserves host memory for a full set of new states, as a state dict is loaded.
+
+        Args:
+            groups: the parameter groups with the loaded options.
+
+        Returns:
+            The parameters whose states are paged.
 
         Raises:
-            MemoryError: the host has not so much memory.
+            MemoryError: the host has too little free memory.
         """
         if not self.failed:
-            self.settle()  # what is loaded may be states of this very optimizer
+            self.settle()  # the loaded state dict may share tensors with this optimizer's states
         places = self.places(groups)
         self.slabs.want(sum(found.host for found in places.footprints.values()))
         return places.paged
 
     def _missing(self, params: Iterable[Owned], state: dict[Any, Any]) -> int:
+        """Bytes of paged states of these parameters that are not in a slab."""
         needed = 0
         for param, group in params:
             if param in self._places.paged:
@@ -156,7 +181,7 @@ class Pager:
         return needed
 
     def link(self, device: torch.device) -> Link:
-        """The link of a device."""
+        """The link of a device, created at first use."""
         if device not in self._links:
             self._links[device] = link_for(device)
             if device.type not in ("cpu", "cuda"):
@@ -169,11 +194,11 @@ class Pager:
 
     @property
     def rings(self) -> list[Ring]:
-        """Those that there are, of every device."""
+        """The existing rings of all devices."""
         return list(self._rings.values())
 
     def ring(self, device: torch.device) -> Ring:
-        """The ring of a device."""
+        """The ring of a device, created anew if its size changed."""
         buffers = self.paging.buffers
         nbytes = self._places.footprints[device].ring // buffers
         if device not in self._rings or self._rings[device].nbytes != nbytes:
@@ -182,13 +207,14 @@ class Pager:
         return self._rings[device]
 
     def _pin(self, address: int, nbytes: int) -> Any:
-        # Pinned once, for whichever devices: they share the memory.
+        """Pins host memory; see :meth:`Link.pin`."""
+        # Pin once for all devices: cudaHostRegisterPortable makes the memory pinned for each.
         devices = [d for d in self._places.footprints if d.type == "cuda"] or [torch.device("cpu")]
         return self.link(devices[0]).pin(address, nbytes)
 
     @contextmanager
     def going(self) -> Iterator[None]:
-        """What fails within it leaves a step half done, and the optimizer refuses to go on."""
+        """A context for a running step: an error in it makes the pager refuse further steps."""
         try:
             yield
         except Exception as error:
@@ -196,10 +222,10 @@ class Pager:
             raise
 
     def settle(self) -> None:
-        """Waits until all states are on the host, or where they stay.
+        """Waits until all paged states are back on the host.
 
         Raises:
-            RuntimeError: a step was left half taken.
+            RuntimeError: an earlier step failed halfway.
         """
         self.check()
         with self.going():
@@ -212,7 +238,7 @@ class Pager:
             ring.discard()
 
     def check(self) -> None:
-        """Raises RuntimeError when a step was left half taken."""
+        """Raises RuntimeError if an earlier step failed halfway."""
         if self.failed:
             raise RuntimeError(
                 "a paged step failed after it had changed some tensors, so weights and states are "
@@ -221,21 +247,23 @@ class Pager:
             )
 
     def forget(self) -> None:
-        """All states are about to be others: of a checkpoint."""
+        """Drops rings and placement before all states are replaced by those of a checkpoint."""
         self._rings = {}
         self._key = None
         self.failed = ""
 
 
 class Slabbed:
-    """In slabs on the host: see :class:`onepass.engine.state_layouts.Home`."""
+    """The location of states in host slabs; see :class:`onepass.engine.state_layouts.Home`."""
 
     def __init__(self, slabs: Slabs) -> None:
         self._slabs = slabs
 
     def fits(self, layout: Layout, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has this layout and is stored in a slab."""
         cpu = torch.device("cpu")
         return layout.fits(tensor, cpu) and self._slabs.find(tensor) is not None
 
     def empty(self, layout: Layout) -> torch.Tensor:
+        """A new zero-filled tensor of this layout in a slab."""
         return self._slabs.take(layout)

@@ -1,8 +1,8 @@
-"""Cuts entries into pages: pieces of large parameters, many small ones together.
+"""Splits entries into pages: a page holds a piece of a large parameter or many small parameters.
 
-What a backend is given of a page is an ordinary plan: entries whose states are views of a buffer,
-and whose parameters are the parameters, or pieces of them. Pieces begin where blocks do, and name
-their first element, so that codes and random bits are those of the whole.
+A backend prepares each page as an ordinary plan. The states of its entries are views of a ring
+buffer; its parameters are whole parameters or pieces of them. A piece begins at a block boundary
+and records the index of its first element, so codes and random bits are the same as without paging.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ UNIT = 256
 
 
 class Span(NamedTuple):
-    """Elements of an entry, in memory order; all of them where whole is set.
+    """A range of elements of an entry, in memory order.
 
     Attributes:
-        entry: its position in the list.
-        start, stop: of the elements.
+        entry: position of the entry in the list.
+        start, stop: the element range.
+        whole: whether the range covers the whole entry.
     """
 
     entry: int
@@ -35,17 +36,17 @@ class Span(NamedTuple):
     whole: bool
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These elements of the parameter or of its gradient."""
+        """The elements of this range in the parameter or its gradient, as a view."""
         if self.whole:
             return tensor
-        tensor = tensor.detach()  # a view of a parameter would keep torch from swapping it
+        tensor = tensor.detach()  # torch cannot swap a parameter that has an autograd view
         offset = tensor.storage_offset() + self.start
         return tensor.as_strided((self.stop - self.start,), (1,), offset)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of an entry: where it is named, and how many elements one of its items is for."""
+    """A state tensor of an entry: its field and slot, and the number of elements per item."""
 
     field: str
     slot: int
@@ -53,13 +54,13 @@ class _Stored:
     per: int
 
     def stretch(self, start: int, stop: int) -> tuple[int, int]:
-        """The bytes that belong to elements start to stop."""
+        """The byte range that stores elements start to stop."""
         size = self.tensor.element_size()
         return start // self.per * size, -(-stop // self.per) * size
 
 
 def _stored(entry: Entry) -> Iterator[_Stored]:
-    """In the order in which they are made, which is that of slabs."""
+    """The state tensors of an entry in allocation order, which is also their order in slabs."""
     for slot, codes in entry.states.items():
         yield _Stored("states", slot, codes, entry.format.packed)
         if slot in entry.scales:
@@ -71,13 +72,18 @@ def _stored(entry: Entry) -> Iterator[_Stored]:
 
 
 def entry_bytes(entry: Entry, start: int, stop: int) -> int:
-    """What elements start to stop of an entry take of a page at most."""
+    """The most bytes that elements start to stop of an entry can take in a page."""
     stretches = (stored.stretch(start, stop) for stored in _stored(entry))
     return sum(aligned(last - first) for first, last in stretches)
 
 
 def cut(entries: Sequence[Entry], room: int) -> list[list[Span]]:
-    """The spans of each page; only entries that no page holds are cut."""
+    """The spans of each page; only entries that are larger than a page are cut.
+
+    Args:
+        entries: the paged entries.
+        room: bytes of a page.
+    """
     pages: list[list[Span]] = [[]]
     left = room
     for i, entry in enumerate(entries):
@@ -91,7 +97,7 @@ def cut(entries: Sequence[Entry], room: int) -> list[list[Span]]:
             left -= size
             continue
         start = 0
-        # Bytes of a unit, and what alignment may add.
+        # Bytes of UNIT elements, and the most bytes that alignment can add.
         stretches = [stored.stretch(0, UNIT) for stored in _stored(entry)]
         unit = sum(last - first for first, last in stretches)
         slack = len(stretches) * (aligned(1) - 1)
@@ -108,19 +114,24 @@ def cut(entries: Sequence[Entry], room: int) -> list[list[Span]]:
 
 
 class _Layout:
-    """Where stretches of slabs lie in a buffer; neighbours on the host are neighbours there."""
+    """Assigns slab ranges to buffer offsets; ranges that are adjacent in a slab stay adjacent."""
 
     def __init__(self) -> None:
         self.end = 0
-        # Slab, first byte and last there, first byte in the buffer.
+        # Slab, start and end byte in the slab, start byte in the buffer.
         self.runs: list[tuple[Slab, int, int, int]] = []
         self._slab: Slab | None = None
         self._first = self._last = self._at = 0
         self._ended = False
 
     def place(self, slab: Slab, first: int, last: int, ends: bool) -> int:
-        """The byte of the buffer at which a stretch of a slab begins; ends: as its tensor does, so
-        that what is left before the next is nobody's."""
+        """Places a byte range of a slab and returns its start byte in the buffer.
+
+        Args:
+            slab: the slab.
+            first, last: start and end byte in the slab.
+            ends: whether the range ends with its tensor, so that only padding follows.
+        """
         if slab is not self._slab or first != (aligned(self._last) if self._ended else self._last):
             self.close()
             self._slab, self._first, self._at = slab, first, aligned(self.end)
@@ -129,6 +140,7 @@ class _Layout:
         return self._at + first - self._first
 
     def close(self) -> None:
+        """Ends the current run of adjacent ranges."""
         if self._slab is not None:
             self.runs.append((self._slab, self._first, self._last, self._at))
         self._slab = None
@@ -136,12 +148,12 @@ class _Layout:
 
 @dataclass
 class Cut:
-    """A page with what is done on it.
+    """A page with its entries.
 
     Attributes:
-        page: the bytes.
-        spans: the elements.
-        entries: of these elements, in the buffer: what a backend prepares.
+        page: the bytes to copy.
+        spans: the element ranges in the page.
+        entries: one entry for each span, with states in the buffer; a backend prepares them.
     """
 
     page: Page
@@ -150,11 +162,12 @@ class Cut:
 
 
 def make_pages(entries: Sequence[Entry], slabs: Slabs, ring: Ring) -> list[Cut]:
-    """Pages of entries whose states lie in slabs, in consecutive buffers of a ring."""
+    """Makes the pages of entries with states in slabs, in consecutive buffers of a ring."""
     return [_make(entries, spans, slabs, ring) for spans in cut(entries, ring.nbytes)]
 
 
 def _make(entries: Sequence[Entry], spans: list[Span], slabs: Slabs, ring: Ring) -> Cut:
+    """Makes one page in the next buffer of a ring."""
     number, buffer = ring.assign()
     layout, made = _Layout(), []
     for span in spans:

@@ -1,9 +1,8 @@
-"""The ring: a few buffers on a device, through which pages stream.
+"""The ring: a few buffers on a device through which pages are streamed.
 
-Copies in, work and copies out are each given to a stream of their own. What has to wait for what is
-said by events, so that the host waits for nothing, and the order in which streams get on does not
-matter: work on a page waits for its copy in, its copy out for the work, and the next copy into the
-same buffer for the copy out.
+Copies to the device, work, and copies back to the host run on three different streams. Events order
+the streams, so the host never waits: the work on a page waits for the page's copy to the device,
+the copy back waits for the work, and the next copy into the same buffer waits for the copy back.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from .links import Link
 
 
 class Page:
-    """Bytes that go to the device and back together.
+    """Bytes that are copied to the device and back together.
 
     Attributes:
-        number: of its buffer in the ring.
-        copies: pairs of stretches, uint8: on the host, in the buffer.
-        ready: the event after which the buffer holds it; None while it does not.
+        number: index of the page's buffer in the ring.
+        copies: pairs of uint8 tensors: a range of host memory, and its range in the buffer.
+        ready: a tuple with the event after which the buffer holds the page; None if the page is not
+            in the buffer.
     """
 
     __slots__ = ("copies", "number", "ready")
@@ -33,23 +33,26 @@ class Page:
 
 
 class _Buffer:
+    """A buffer of the ring and its current page."""
+
     __slots__ = ("bytes", "free", "page")
 
     def __init__(self, data: torch.Tensor) -> None:
         self.bytes = data
-        self.free: Any = None  # the event after which its last page is back on the host
-        self.page: Page | None = None  # that it holds, or will
+        self.free: Any = None  # the event after which the last page is back on the host
+        self.page: Page | None = None  # the page that was fetched into the buffer
 
 
 class Ring:
-    """Buffers on a device, and the order of what is done with them.
+    """Buffers on a device, and the order of copies and work.
 
-    The pages of one run have consecutive buffers, modulo their number. Two runs must not have the
-    same bytes in different buffers, unless :meth:`settle` was called between them.
+    The pages of one run use consecutive buffers, modulo the number of buffers. Two runs must use
+    the same buffer for the same bytes, unless :meth:`settle` is called between the runs.
 
     Args:
-        link: of the device.
-        count, nbytes: of the buffers.
+        link: the link of the device.
+        device: the device of the buffers.
+        count, nbytes: number of buffers, and size of each in bytes.
     """
 
     def __init__(self, link: Link, device: torch.device, count: int, nbytes: int) -> None:
@@ -62,22 +65,22 @@ class Ring:
 
     @property
     def memory(self) -> torch.Tensor:
-        """All buffers, one tensor."""
+        """All buffers as one uint8 tensor."""
         return self._memory
 
     def assign(self) -> tuple[int, torch.Tensor]:
-        """The buffer of the next page that is made: its number, its bytes."""
+        """Assigns a buffer to the next page; returns the buffer's index and its bytes."""
         number = self._next
         self._next = (number + 1) % self.count
         return number, self._buffers[number].bytes
 
     def fetch(self, page: Page) -> None:
-        """Starts to copy a page to its buffer, unless it is there, or on the way."""
+        """Starts to copy a page to its buffer, unless the page was already fetched."""
         buffer, link = self._buffers[page.number], self.link
         if buffer.page is page and page.ready is not None:
             return
         if buffer.page is not None:
-            buffer.page.ready = None  # fetched, and not used: nothing of it has changed
+            buffer.page.ready = None  # fetched but not used: the host copy is still valid
         buffer.page = page
         if buffer.free is not None:
             link.wait(link.incoming, buffer.free)
@@ -86,22 +89,23 @@ class Ring:
         page.ready = (link.record(link.incoming),)
 
     def start(self, pages: Sequence[Page]) -> None:
-        """Starts to copy the first pages of a run, as many as leave a buffer to spare."""
+        """Starts to copy the first pages of a run; one buffer stays free."""
         for page in pages[: self.count - 1]:
             self.fetch(page)
 
     def run(self, pages: Sequence[Page], work: Callable[[int], None]) -> None:
-        """Does work(i) on every page i while it is on the device."""
+        """Calls work(i) for each page i while the page is on the device."""
         ahead = self.count - 1
         self.start(pages)
         for i, page in enumerate(pages):
             if i + ahead < len(pages):
-                # Its buffer is that of the page before this one, which is on its way back.
+                # It reuses the buffer of the previous page, which is being copied back.
                 self.fetch(pages[i + ahead])
             self._work(page, i, work)
         self.link.finish()
 
     def _work(self, page: Page, i: int, work: Callable[[int], None]) -> None:
+        """Runs work(i) after the page's copy to the device, then starts the copy back."""
         buffer, link = self._buffers[page.number], self.link
         link.wait(link.current(), page.ready[0])
         link.launch(lambda: work(i))
@@ -112,14 +116,14 @@ class Ring:
         buffer.page, page.ready = None, None
 
     def discard(self) -> None:
-        """Forgets pages that were fetched and not used: what the host has may change."""
+        """Discards pages that were fetched but not used, because the host data may change."""
         for buffer in self._buffers:
             if buffer.page is not None:
                 buffer.page.ready = None
             buffer.page = None
 
     def settle(self) -> None:
-        """Waits until the host has every page back."""
+        """Waits until all pages are back on the host."""
         self.link.settle()
         for buffer in self._buffers:
             buffer.free = None

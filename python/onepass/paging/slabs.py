@@ -1,6 +1,6 @@
-"""Host memory of paged states: large slabs, pinned, with the states side by side in them.
+"""Host memory of paged states: large pinned slabs in which states are stored contiguously.
 
-Small states of consecutive parameters are then one copy.
+The small states of consecutive parameters then need only one copy.
 """
 
 from __future__ import annotations
@@ -18,27 +18,31 @@ from ..engine.state_layouts import Layout
 
 SLAB = 1 << 30
 """Bytes of a slab at most, unless a single tensor is larger."""
-ALIGNMENT = 256  # bytes, of every tensor, in slabs and on the device
-_PAGE = 4096  # bytes: what a host pins at a time
+ALIGNMENT = 256  # bytes: alignment of every tensor in slabs and on the device
+_PAGE = 4096  # bytes: granularity of pinning on the host
 
 Pin = Callable[[int, int], Callable[[], None]]
 _warned = False
 
 
 def aligned(nbytes: int, unit: int = ALIGNMENT) -> int:
-    """The bytes that a tensor takes in a slab or a page, or where it is aligned to units."""
+    """nbytes rounded up to a multiple of unit; by default, the space in a slab or a page."""
     return -(-nbytes // unit) * unit
 
 
 class Slab:
-    """One stretch of host memory, filled with zeros. Its tensors alone keep it.
+    """A zero-filled block of host memory, which its tensors keep alive.
+
+    Args:
+        nbytes: size in bytes, rounded up to 4096.
+        pin: see :meth:`Link.pin`.
 
     Attributes:
-        address, nbytes: of it.
+        address, nbytes: start address and size of the block.
     """
 
     def __init__(self, nbytes: int, pin: Pin) -> None:
-        self.nbytes = -(-nbytes // _PAGE) * _PAGE  # two slabs never share what is pinned at once
+        self.nbytes = -(-nbytes // _PAGE) * _PAGE  # two slabs never share a 4096-byte page
         whole = np.zeros(self.nbytes + _PAGE, np.uint8)
         self._start = -whole.ctypes.data % _PAGE
         self.address = whole.ctypes.data + self._start
@@ -49,26 +53,27 @@ class Slab:
         except RuntimeError as error:
             _warn(error)
         else:
-            # When the process ends, the driver does it.
+            # The driver unpins the memory when the process ends.
             weakref.finalize(whole, unpin).atexit = False
 
     @property
     def alive(self) -> bool:
-        """Whether any of its tensors is."""
+        """Whether the memory is still allocated."""
         return self._memory() is not None
 
     def bytes(self, start: int, stop: int) -> torch.Tensor:
-        """A stretch of it, uint8, whose storage is that alone."""
+        """A uint8 tensor over a byte range of the slab, with a storage of exactly that range."""
         memory = self._memory()
         assert memory is not None
         return torch.from_numpy(memory[self._start + start : self._start + stop])
 
     def release(self) -> None:
-        """Nothing more will be taken of it."""
+        """Drops the slab's own reference, so that the memory is freed with its last tensor."""
         self._kept = None
 
 
 def _warn(error: RuntimeError) -> None:
+    """Warns, once per process, that host memory cannot be pinned."""
     global _warned
     if not _warned:
         _warned = True
@@ -80,7 +85,7 @@ def _warn(error: RuntimeError) -> None:
 
 
 class Slabs:
-    """Hands out host memory for states.
+    """Allocates host memory for states.
 
     Args:
         pin: see :meth:`Link.pin`.
@@ -90,19 +95,22 @@ class Slabs:
         self._pin = pin
         self._slabs: list[Slab] = []
         self._open: Slab | None = None
-        self._used = 0  # bytes of that one
+        self._used = 0  # bytes used of the open slab
         self._wanted = 0
 
     @property
     def room(self) -> int:
-        """Bytes that can be taken without another slab."""
+        """Bytes left in the open slab."""
         return self._open.nbytes - self._used if self._open else 0
 
     def want(self, nbytes: int) -> None:
-        """Announces tensors that take this many bytes, each aligned.
+        """Reserves space for the tensors of the following :meth:`take` calls.
+
+        Args:
+            nbytes: sum of the aligned sizes of the tensors.
 
         Raises:
-            MemoryError: the machine has less free memory than that.
+            MemoryError: the machine has too little free memory.
         """
         free = free_memory()
         if free is not None and nbytes - self.room > free:
@@ -114,14 +122,14 @@ class Slabs:
         self._wanted = nbytes
 
     def take(self, layout: Layout) -> torch.Tensor:
-        """A tensor of this layout, filled with zeros, with a storage of its own."""
+        """A zero-filled tensor of this layout with its own storage."""
         size = layout.nbytes
         room = aligned(size)
         if room > self.room:
             opened = Slab(max(room, min(self._wanted, SLAB)), self._pin)
             if self._open:
                 self._open.release()
-            # Known before anything is taken of it: an interrupt may come at any line.
+            # Register the slab before it is used, because an interrupt may occur at any line.
             self._slabs = [slab for slab in self._slabs if slab.alive] + [opened]
             self._open, self._used = opened, 0
         assert self._open is not None
@@ -131,7 +139,7 @@ class Slabs:
         return data.view(layout.dtype).as_strided(layout.shape, layout.stride)
 
     def find(self, tensor: Any) -> tuple[Slab, int] | None:
-        """The slab in which a tensor lies, and at which of its bytes; None for any other."""
+        """The slab that contains a tensor, and the tensor's byte offset; None without a slab."""
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
             return None
         address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
@@ -143,7 +151,7 @@ class Slabs:
 
 
 def free_memory() -> int | None:
-    """Bytes of host memory that can still be had, within the container's limit; None if unknown."""
+    """Bytes of free host memory within the container's limit; None if unknown."""
     found = [
         int(line.split()[1]) * 1024
         for line in _lines("/proc/meminfo")
@@ -162,6 +170,7 @@ def free_memory() -> int | None:
 
 
 def _lines(path: str) -> list[str]:
+    """The lines of a file; empty if the file cannot be read."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:
