@@ -1,6 +1,6 @@
-"""onepass on torch.distributed: DTensor parameters, norms over ranks, numbers of parameters.
+"""Support for torch.distributed: DTensor parameters, norms over ranks, parameter numbers.
 
-torch.distributed is imported only once a model has been sharded with it.
+These modules do not import torch.distributed unless a model uses it.
 """
 
 from .param_ids import number_parameters

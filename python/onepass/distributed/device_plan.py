@@ -1,4 +1,4 @@
-"""The DTensors of a plan on one device."""
+"""The part of a plan on one device whose parameters are DTensors."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class ShardedDevicePlan(DevicePlan):
     """A :class:`DevicePlan` whose entries are the local tensors of DTensors.
 
     Args:
+        backend, entries, table: as for :class:`DevicePlan`.
         owners: the DTensors, in the order of entries.
         moved: see :data:`Moved`.
-        options: of the kind of part that this is beside.
+        options: keywords of the other base class, such as :class:`PagedDevicePlan`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ShardedDevicePlan(DevicePlan):
         return self._readable(params, grads)
 
     def _placed(self, whole: Any, grad: Any) -> torch.Tensor:
-        """The local tensor of a gradient as its parameter is placed."""
+        """The local tensor of a gradient after redistribution to its parameter's placements."""
         known = self._moved.get(whole)
         if known is None or known[0] is not grad:
             placed = grad.redistribute(whole.device_mesh, whole.placements)
@@ -77,5 +78,6 @@ class ShardedDevicePlan(DevicePlan):
         return known[1]
 
     def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
+        """See :meth:`DevicePlan.run`; afterwards drops the redistributed gradients."""
         super().run(verdict, switches)
         self._moved.clear()

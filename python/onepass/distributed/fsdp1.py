@@ -1,4 +1,4 @@
-"""The states that FSDP1's ``optim_state_dict`` cannot take."""
+"""Detects states that FSDP1's ``optim_state_dict`` does not support."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS
 from ..rules.group_options import option
 
-_ATTRIBUTE = "_fsdp_flattened"  # that FSDP1 sets on the parameters it manages
+_ATTRIBUTE = "_fsdp_flattened"  # FSDP1 sets this attribute on the parameters it manages
 _READERS = (
     "torch.distributed.fsdp.fully_sharded_data_parallel",
     "torch.distributed.checkpoint.state_dict",
@@ -17,7 +17,7 @@ _READERS = (
 
 
 def _reshapes(name: str) -> bool:
-    """Whether a format saves a tensor of another shape than the parameter's."""
+    """Whether a format saves a tensor whose shape differs from the parameter's."""
     states, weights = STATE_FORMATS.get(name), WEIGHT_FORMATS.get(name)
     if weights is not None and weights.saved_as_bytes:
         return True
@@ -25,15 +25,19 @@ def _reshapes(name: str) -> bool:
 
 
 def check_reader(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses a state dict that FSDP1 asks for and cannot use.
+    """Raises if FSDP1 requests a state dict that it does not support.
 
-    FSDP1 cuts and joins states by the shape of their parameter, which scales, packed codes and
-    companions that are saved as bytes do not have, and then fails with an error of sizes that names
-    none of them. A rank's own ``state_dict()`` is not cut and passes, so the caller is looked at.
+    FSDP1 splits and joins states by the shape of their parameter. Scales, packed codes and
+    companions that are saved as bytes have other shapes, on which FSDP1 fails with a size error
+    that names none of them. A rank may still call ``state_dict()`` itself, so this function
+    searches the call stack for FSDP1.
+
+    Args:
+        groups: ``optimizer.param_groups``.
 
     Raises:
-        ValueError: a group of FSDP1's parameters has such states, and FSDP1 or
-            torch.distributed.checkpoint is calling.
+        ValueError: a group with FSDP1 parameters has such states, and FSDP1 or
+            torch.distributed.checkpoint is on the call stack.
     """
     refused = sorted(
         name

@@ -1,4 +1,4 @@
-"""Numbers that key the random bits of parameters, where optimizers share a model."""
+"""Parameter numbers, which key the random bits, for optimizers that share a model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ ATTRIBUTE = "onepass_number"
 
 
 def number_parameters(parameters: torch.nn.Module | Iterable[torch.Tensor]) -> None:
-    """Gives each parameter the number that keys its random bits, whichever optimizer it comes to.
+    """Assigns each parameter a number that keys its random bits in any optimizer.
 
-    Without it the number is the position in the optimizer. So it is needed only where an optimizer
-    has some of a model's parameters and the bits are to be those of one that has all:
-    ``ZeroRedundancyOptimizer``, which deals them out to ranks, and stages of a pipeline. Call it on
-    every rank, after fully_shard and before the first step.
+    The default number is the position in the optimizer. Call this function if each optimizer has
+    only some of a model's parameters and the result bits must equal those of one optimizer with all
+    parameters. Examples are ``ZeroRedundancyOptimizer``, which distributes parameters over ranks,
+    and pipeline stages. Call it on every rank, after fully_shard and before the first step.
 
     Args:
-        parameters: a model, or parameters in the order of the optimizer that has all of them: they
-            get the numbers 0, 1, 2, ... as an attribute; nothing else is changed.
+        parameters: a model, or all parameters in the order of the single optimizer. They get the
+            numbers 0, 1, 2, ... as an attribute; nothing else is changed.
     """
     if isinstance(parameters, torch.nn.Module):
         parameters = parameters.parameters()
@@ -28,5 +28,5 @@ def number_parameters(parameters: torch.nn.Module | Iterable[torch.Tensor]) -> N
 
 
 def number_of(param: torch.Tensor, position: int) -> int:
-    """The number that a parameter was given, else its position in the optimizer."""
+    """The number of a parameter; its position in the optimizer if no number was assigned."""
     return int(getattr(param, ATTRIBUTE, position))

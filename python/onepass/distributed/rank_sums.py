@@ -1,4 +1,4 @@
-"""Sums over the ranks that have parts of an optimizer's parameters."""
+"""Sums over the ranks among which an optimizer's parameters are divided."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from .shards import Shard
 
 
 class Ranks:
-    """Which sums over parameters go over which ranks: the same on all of them.
+    """Sums norms and telemetry over the ranks of each parameter's process groups.
 
-    Every rank calls the same collectives at every step, whatever gradients it has: they follow from
-    all parameters of the optimizer. A parameter that several ranks have a copy of counts once.
+    The collectives depend on all parameters of the optimizer but not on the gradients, so every
+    rank calls the same collectives at every step. A replicated parameter counts once.
 
     Args:
-        params: of the optimizer.
-        shards: of those that are DTensors.
-        norm_group: of ranks that each have other parameters; True for all ranks; None for none.
+        params: all parameters of the optimizer.
+        shards: parameter -> its shard, for all DTensors.
+        norm_group: process group of ranks with different parameters; True for all ranks; None if
+            there is no such group.
+
+    Raises:
+        RuntimeError: ``norm_group`` is given but torch.distributed is not initialised.
     """
 
     def __init__(
@@ -40,13 +44,13 @@ class Ranks:
         self._device = _device_of(more) if local is None else local.device
 
     def norm(self, parts: list[tuple[ProcessGroups, torch.Tensor]], largest: bool) -> torch.Tensor:
-        """What :meth:`Backend.norm` finds, of the parameters of all ranks.
+        """Combines the results of :meth:`Backend.norm` on all ranks.
 
-        One all-reduce over each group, of a sum; where largest is set one more, of a maximum. The
-        largest magnitude is of this rank alone unless largest is set.
+        Calls one sum all-reduce for each group and, if largest is set, one maximum all-reduce.
+        Without largest, the returned largest magnitude covers only this rank.
 
         Args:
-            parts: of each kind of parameter here, float64 [3].
+            parts: process groups and float64 [3] of each part of the plan on this rank.
             largest: whether the norm is the largest magnitude.
         """
         from torch.distributed import ReduceOp
@@ -67,7 +71,7 @@ class Ranks:
     def sums(
         self, parts: list[tuple[ProcessGroups, torch.Tensor]], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """The sum of float64 tensors of a shape, of each kind of parameter here, over all ranks."""
+        """The sum of float64 tensors of one shape over the parts of the plan on all ranks."""
         from torch.distributed import ReduceOp
 
         device = parts[0][1].device if parts else self._device
@@ -77,7 +81,7 @@ class Ranks:
         return self._reduce(found, ReduceOp.SUM).sum(0)
 
     def _reduce(self, table: torch.Tensor, op: Any) -> torch.Tensor:
-        """Reduces each row of a table over the groups of its kind, in place."""
+        """All-reduces each row of a table over the row's process groups, in place."""
         from torch.distributed import all_reduce
 
         for group in self._groups:
@@ -92,6 +96,7 @@ class Ranks:
 
 
 def _resolved(group: Any) -> Any:
+    """The process group of a ``norm_group`` value."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -100,7 +105,7 @@ def _resolved(group: Any) -> Any:
 
 
 def _device_of(groups: ProcessGroups) -> torch.device:
-    """Where a rank without parameters has its zeros."""
+    """The device on which a rank without parameters takes part in collectives."""
     import torch.distributed as dist
 
     backends = {dist.get_backend(group) for group in groups}

@@ -1,12 +1,15 @@
-"""What a rank has of a DTensor: the local tensors of a parameter and of its states.
+"""Shards: the local tensors of a DTensor parameter and its states on one rank.
 
-A plan unwraps a parameter once and works on its local tensor. ``optimizer.state`` holds DTensors of
-the parameter's placements: those in its shape, and in formats with blocks the scales and packed
-codes where each shard begins a block, as tensors of the shape ``[*shape[:k], blocks or bytes]``,
-where ``shape[k:]`` is the fewest dimensions that are whole blocks and none of them is cut.
-Otherwise blocks are cut from the beginning of each shard, so that its scales and packed codes say
-nothing without it: they are plain local tensors, and are saved as the fp32 values that they stand
-for.
+A plan unwraps a parameter once and works on its local tensor. In ``optimizer.state``, states with
+the parameter's shape are DTensors with the parameter's placements. Scales and packed codes depend
+on whether shards begin at block boundaries:
+
+- If trailing dimensions ``shape[k:]`` are not sharded and consist of whole blocks, each shard
+  begins at a block boundary. Scales and packed codes are then DTensors of shape
+  ``[*shape[:k], blocks or bytes]``, with the largest such k.
+- Otherwise each rank counts blocks from the beginning of its shard, so scales and packed codes are
+  meaningless without that shard. They are plain local tensors, and state dicts contain the decoded
+  fp32 values instead.
 """
 
 from __future__ import annotations
@@ -28,29 +31,30 @@ _ROOM = 256  # elements; a multiple of every format's block
 
 
 def shards_of(params: Iterable[torch.Tensor]) -> dict[torch.Tensor, Shard]:
-    """What this rank has of those that are DTensors."""
+    """The shards of all parameters that are DTensors."""
     kind = dtensor_type()
     return {} if kind is None else {p: Shard(p) for p in params if isinstance(p, kind)}
 
 
 def shard_of(param: torch.Tensor) -> Shard | None:
-    """What this rank has of a parameter; None of one that is no DTensor."""
+    """The shard of a parameter; None if the parameter is not a DTensor."""
     return shards_of([param]).get(param)
 
 
 class Shard:
-    """A rank's part of a parameter.
+    """A rank's shard of a DTensor parameter.
 
     Attributes:
         whole: the parameter, a DTensor.
-        local: what the rank has of it, maybe nothing.
-        groups: process groups over which it is cut; ranks outside them have copies.
-        first: where its random bits begin: the index of its first element in the whole parameter,
-            in memory order, where it is a stretch of that; else an index beyond, which no other
-            shard comes to.
+        local: the local tensor, which may be empty.
+        groups: process groups over which the parameter is sharded; it is replicated over other
+            dimensions of the mesh.
+        first: the index at which the shard's random bits begin. If the shard is contiguous in the
+            whole parameter, this is the index of its first element there, in memory order.
+            Otherwise it is an index past the end of the parameter that no other shard uses.
 
     Raises:
-        ValueError: a partial placement, or local tensors of a type of their own.
+        ValueError: the parameter has a partial placement, or its local tensor is a subclass.
     """
 
     def __init__(self, whole: Any) -> None:
@@ -66,6 +70,7 @@ class Shard:
         self.first = self._first(cut)
 
     def _first(self, cut: list[int]) -> int:
+        """The value of ``first``; cut has the sharded dimensions of the mesh."""
         from torch.distributed.tensor import Shard as Cut
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -73,7 +78,7 @@ class Shard:
         mesh, placements = whole.device_mesh, whole.placements
         if not cut or not local.numel():
             return 0
-        # Sizes in the order of memory: all but the first above one must be there in full.
+        # In memory order, all dimensions after the shard's first one of size > 1 must be complete.
         order = sorted(range(whole.dim()), key=lambda d: -whole.stride(d))
         shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
         sizes, of = [local.shape[d] for d in order], [whole.shape[d] for d in order]
@@ -88,17 +93,20 @@ class Shard:
         return (1 + index) * -(-whole.numel() // _ROOM) * _ROOM
 
     def start(self, form: StateFormat) -> int:
-        """Where its random bits begin in a format: at the beginning of a block."""
+        """``first``, rounded down to the beginning of a block of a format."""
         return self.first - self.first % form.block
 
     def check(self, which: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The local tensors of the parameter and of its gradient.
+        """The local tensors of the parameter and its gradient.
 
-        The gradient's is the parameter's own where the two are placed differently: it is
-        redistributed when the step takes it.
+        If the gradient has other placements than the parameter, the second tensor is an
+        uninitialised stand-in with the right shape and dtype. The step redistributes the gradient.
+
+        Args:
+            which: name of the parameter, for error messages.
 
         Raises:
-            ValueError: the gradient is no DTensor, or of another shape.
+            ValueError: the gradient is not a DTensor, or has another shape or no memory.
         """
         whole = self.whole
         if not is_dtensor(whole.grad):
@@ -115,14 +123,17 @@ class Shard:
         return self.local, unwrapped(local_of(whole.grad), which)
 
     def version_holder(self) -> torch.Tensor:
-        """A plain tensor with the version counter of the parameter."""
+        """A plain tensor that shares the version counter of the parameter."""
         return version_holder(self.whole)
 
     # --- states ---
 
     def _tail(self, form: StateFormat) -> int | None:
-        """The first of the fewest dimensions that are whole blocks, none of them cut; 0 where the
-        rank has all; None where there are none."""
+        """The largest k for which dimensions k and up are unsharded and consist of whole blocks.
+
+        Returns:
+            0 if the parameter is not sharded; None if there is no such k.
+        """
         if not self._cut:
             return 0
         if not (self.whole.is_contiguous() and self.local.is_contiguous()):
@@ -133,9 +144,14 @@ class Shard:
         return None
 
     def inner(self, state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-        """The local tensors of a state, as those of an ordinary parameter.
+        """Unwraps a state to the local tensors that an ordinary parameter would have.
 
-        States of other placements are brought to the parameter's, which all ranks must do.
+        A state with other placements is redistributed to the parameter's placements, which is a
+        collective call.
+
+        Args:
+            state: the parameter's entry in ``optimizer.state`` or in a state dict.
+            rule: the rule of the optimizer.
         """
         kind, found = dtensor_type(), {}
         flat = set(map(scale_key, rule.keys))
@@ -156,7 +172,7 @@ class Shard:
         return found
 
     def wrapped(self, held: Mapping[str, Any], rule: Rule, form: StateFormat) -> dict[str, Any]:
-        """DTensors around the local tensors of a state, which they share memory with."""
+        """Wraps the local tensors of a state in DTensors that share their memory."""
         shape, local = self.whole.shape, self.local.shape
         units = {scale_key(key): form.block for key in rule.keys}
         if form.packed > 1:
@@ -181,12 +197,16 @@ class Shard:
     def like(
         self, local: torch.Tensor, shape: Any = None, stride: tuple[int, ...] | None = None
     ) -> torch.Tensor:
-        """A DTensor of the parameter's placements around a local tensor; None for its shape and
-        strides."""
+        """Wraps a local tensor in a DTensor with the parameter's placements.
+
+        Args:
+            local: the local tensor.
+            shape, stride: global shape and strides of the DTensor; None for the parameter's.
+        """
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        # DTensor.from_local would bring paged states to the device of the mesh.
+        # DTensor.from_local would copy paged states from the host to the device of the mesh.
         meta = TensorMeta(shape or self.whole.shape, stride or self.whole.stride(), local.dtype)
         spec = DTensorSpec(self.whole.device_mesh, self.whole.placements, tensor_meta=meta)
         made: Any = DTensor
@@ -194,10 +214,18 @@ class Shard:
         return result
 
     def saved(self, state: Mapping[str, Any], rule: Rule, which: str) -> dict[str, Any]:
-        """A state as it is saved: codes whose blocks are those of their shard alone as the fp32
-        values that they stand for, and a scale without dimensions that says so."""
+        """The entry of a state dict for this parameter.
+
+        Codes whose blocks are counted from the beginning of the shard are replaced by their decoded
+        fp32 values; a 0-dim scale marks the replacement.
+
+        Args:
+            state: the parameter's entry in ``optimizer.state``.
+            rule: the rule of the optimizer.
+            which: name of the parameter, for error messages.
+        """
         inner = self.inner(state, rule)
-        # Not the format of the group, which may have been given another since.
+        # Read the format from the tensors, because the group's option may have changed since.
         forms = [
             format_of(inner[key], inner[scale_key(key)], which)
             for key in rule.keys
@@ -213,8 +241,15 @@ class Shard:
 
 
 def full_weight(param: torch.Tensor, state: Mapping[str, Any]) -> torch.Tensor:
-    """A weight as the fp32 value that it and the companion in its state stand for; a DTensor of
-    one."""
+    """The fp32 value that a weight and the companion in its state represent together.
+
+    Args:
+        param: the weight.
+        state: the weight's entry in ``optimizer.state``.
+
+    Returns:
+        A DTensor if the weight is a DTensor, else a plain tensor.
+    """
     shard = shard_of(param)
     if shard is None:
         return full_precision(param, state)
