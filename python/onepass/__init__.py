@@ -1,6 +1,6 @@
-"""onepass: optimizers for PyTorch whose whole step is a single pass over memory.
+"""onepass: optimizers for PyTorch whose step is a single pass over memory.
 
-Names are imported when they are first used, so that ``onepass --help`` does not load torch.
+Names are imported at first use, so that ``onepass --help`` does not import torch.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ _HOMES = {
 
 
 def _version() -> str:
+    """The version of the installed package."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -66,11 +67,12 @@ def _version() -> str:
 
 
 def _classes() -> Any:
+    """The module with the optimizer classes."""
     return importlib.import_module(".optim", __name__)
 
 
 def __getattr__(name: str) -> Any:
-    """A name that has not been used yet: PEP 562."""
+    """Imports a name at its first use (PEP 562)."""
     value: Any
     if name == "__version__":
         value = _version()
