@@ -12,6 +12,8 @@ ONEPASS_HD void prefetch_lines(const void* from, int64_t bytes) {
     const char* at = static_cast<const char*>(from) + line;
 #if defined(__x86_64__) && !defined(__clang__)
     asm volatile("prefetcht0 %a0" : : "p"(at));
+#elif defined(__aarch64__) && !defined(__clang__)
+    asm volatile("prfm pldl1keep, [%0]" : : "r"(at));
 #else
     __builtin_prefetch(at);
 #endif

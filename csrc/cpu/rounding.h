@@ -1,6 +1,8 @@
 // The floating-point mode of the processor during a step.
 #pragma once
 
+#include <cstdint>
+
 #if defined(ONEPASS_X86)
 #include <xmmintrin.h>
 #endif
@@ -17,6 +19,17 @@ class DefaultRounding {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+ public:
+  // An FPCR of 0 rounds to nearest and keeps denormals.
+  DefaultRounding() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, xzr" : : : "memory");
+  }
+  ~DefaultRounding() { asm volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
+
+ private:
+  uint64_t saved_;
 #endif
 };
 
