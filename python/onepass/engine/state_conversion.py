@@ -297,13 +297,29 @@ def fit_companion(
         if home.fits(layout, value) and not copy:
             return value
         return home.empty(layout).copy_(value)
-    values = numpy_codec.to_array(full_precision(param, {key: value}))
     companion = home.empty(layout)
+    _encode_companion(full_precision(param, {key: value}), param, form, companion)
+    return companion
+
+
+def _encode_companion(
+    full: torch.Tensor, param: torch.Tensor, form: WeightFormat, companion: torch.Tensor
+) -> None:
+    """Fills a companion such that it and the weight, which stays as it is, represent fp32 values.
+
+    Formats round differently near the midpoint between two weights. A value there is moved towards
+    the weight by 1, then by 256 fp32 ulps. If it still rounds to another weight, it is stale, and
+    the companion represents the weight itself.
+
+    Args:
+        full: fp32 values of the weight's shape and strides.
+        param: the weight.
+        form: the weight format.
+        companion: changed in place.
+    """
+    values = numpy_codec.to_array(full)
     weight = torch.empty_like(param.detach())
     numpy_codec.write_weight(form, values, weight, companion)
-    # The stored weight must not change. Formats round differently near the midpoint between two
-    # weights: move such a value towards the weight by 1, then by 256 fp32 ulps. If the value still
-    # rounds to another weight, the companion is stale: use the weight itself.
     bits, kept = values.view(np.uint32), numpy_codec.to_array(param)
     for ulps in (1, 256, None):
         found = numpy_codec.to_array(weight)
@@ -316,7 +332,6 @@ def fit_companion(
             outwards = (kept & 0x7FFF) > (found & 0x7FFF)
             bits[off] += np.where(outwards, np.uint32(ulps), np.uint32(2**32 - ulps))[off]
         numpy_codec.write_weight(form, values, weight, companion)
-    return companion
 
 
 def fit_ema(
