@@ -22,9 +22,9 @@ from ..engine.tensor_access import (
 _placements, _mesh = attrgetter("placements"), attrgetter("device_mesh")
 
 Moved = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-"""Of parameters whose gradient had other placements: the gradient, and the local tensor of what was
-made of it. All parts of an optimizer share it until the step is done, so that each rank moves a
-gradient once in a step, however often it plans."""
+"""Parameter -> (gradient with other placements than the parameter's, local tensor of the
+redistributed gradient). All device plans of an optimizer share it until the step ends, so that each
+rank redistributes a gradient once per step, however often the plan is rebuilt."""
 
 
 class ShardedDevicePlan(DevicePlan):

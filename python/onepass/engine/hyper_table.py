@@ -20,8 +20,8 @@ from ..rules.group_options import option
 
 GRAD, WEIGHT, UPDATE, NONFINITE = range(4)
 TELEMETRY_WIDTH = 4
-"""Columns of telemetry: sums of squares of gradients as they came, of weights after the step, of
-the update; how many gradients are infinite or NaN."""
+"""The columns of telemetry: the sums of squares of the gradients before unscaling and clipping, of
+the weights after the step and of the updates, and the number of infinite or NaN gradients."""
 
 
 def step_number(step: float, which: str) -> int:

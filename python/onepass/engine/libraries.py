@@ -42,7 +42,7 @@ def _load() -> str:
 
 
 missing: str = _load()
-"""Why the compiled library is not there; empty when it is."""
+"""The reason why the CPU library is unavailable; empty if it is loaded."""
 
 
 @cache

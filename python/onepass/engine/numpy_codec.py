@@ -28,7 +28,8 @@ _RAW = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.int16: np.uin
 _RAW[torch.int8] = np.uint8
 
 NEAREST = np.uint32(0x8080)
-"""In place of 16 random bits: a stochastic encoder then rounds to nearest, or as good as."""
+"""Replaces the 16 random bits of an element: a stochastic encoder then rounds to nearest, except
+that ties may round either way."""
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

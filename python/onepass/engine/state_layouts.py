@@ -17,8 +17,8 @@ COMPANIONS = frozenset(form.key for form in WEIGHT_FORMATS.values() if form.key)
 STRIDE = "stride"
 EMA = "ema"
 CODES_STEP = "codes_step"
-"""Key of a second step counter, saved beside codes in blocks. A partial load that writes other
-values over the codes leaves it behind."""
+"""The key of a second step counter, saved beside codes in blocks. A partial load that overwrites
+the codes does not update it, which shows that codes and counter differ."""
 
 
 def same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-"""The types whose data pointer is that of their values."""
+"""The types whose data pointer is the address of their values."""
 
 
 def are_plain(tensors: Iterable[torch.Tensor]) -> bool:

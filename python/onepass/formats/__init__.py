@@ -64,7 +64,7 @@ STATE_FORMATS: dict[str, StateFormat] = {
         (form for form in _FOUND if isinstance(form, StateFormat)), key=lambda form: form.code
     )
 }
-"""By name, in the order of their numbers."""
+"""The state formats by name, in the order of their numbers."""
 
 WEIGHT_FORMATS: dict[str, WeightFormat] = {
     form.name: form
@@ -73,7 +73,7 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
         key=lambda form: min(form.codes.values()),
     )
 }
-"""By name, in the order of their numbers."""
+"""The weight formats by name, in the order of their numbers."""
 
 WEIGHT_FORMAT_OF_CODE: dict[int, WeightFormat] = {
     code: form for form in WEIGHT_FORMATS.values() for code in form.codes.values()

@@ -148,4 +148,4 @@ def _found() -> Iterator[OptimizerClass]:
 CLASSES: dict[str, OptimizerClass] = {
     f"{found.library.name}.{found.name}": found for found in _found()
 }
-"""By library and class: ``"bitsandbytes.AdamW8bit"``."""
+"""The classes by library and name: ``"bitsandbytes.AdamW8bit"``."""

@@ -16,8 +16,9 @@ from .variants import Variant, parse
 MOST_SHARDS = 1024
 TASKS = ("pretrain", "finetune", "lora", "qlora")
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Bits of a weight in QLoRA's NF4: an 8-bit scale for each 64, an fp32 one for each 256 of those.
-Source: Dettmers et al., "QLoRA" (2023), section 3, double quantisation."""
+"""Bits per weight in QLoRA's NF4, with an 8-bit scale for each 64 weights and an fp32 scale for
+each 256 of those scales. Source: Dettmers et al., "QLoRA" (2023), section 3, double
+quantisation."""
 
 
 @dataclass(frozen=True)

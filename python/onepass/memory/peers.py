@@ -18,7 +18,7 @@ LR = 1e-3
 _COMPILED = "its step is compiled when it first runs: what that has of temporaries is not predicted"
 _PLAIN = "on a CPU its step is plain torch within one operator: temporaries there are not predicted"
 _MANAGED = 100_000
-"""Elements from which bitsandbytes pages a state (Optimizer8bit.get_state_buffer)."""
+"""bitsandbytes pages a state with at least this many elements (Optimizer8bit.get_state_buffer)."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ PEERS: dict[str, Peer] = {
         _of(CLASSES["lion-pytorch.Lion"], "lion-pytorch"),
     )
 }
-"""By name. What is predicted of one that cannot run here has not been measured here."""
+"""The peers by name. A prediction for a peer that cannot run here was not compared with a
+measurement."""
 
 DEFAULT = (
     "torch-adamw-foreach",
@@ -166,4 +167,4 @@ DEFAULT = (
     "optimi-adamw",
     "lion-pytorch",
 )
-"""What ``--peers`` adds."""
+"""The peers that ``--peers`` adds."""

@@ -14,7 +14,8 @@ import torch
 from .storage_tracking import Entry, Ledger, plain_tensors
 
 CATEGORIES = ("weights", "gradients", "states", "activations", "temporary")
-"""In this order a storage is counted to the first that it ever was."""
+"""The categories in order of precedence: a storage is counted in the first category that it has
+ever belonged to."""
 
 _TITLES = {
     "weights": "weights and buffers",

@@ -26,7 +26,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "paged": {"paged": True},
 }
 WORDS = (*STATE_FORMATS, *WEIGHT_FORMATS, *_OPTIONS, "paged=SIZE")
-"""What may follow a name, after a plus."""
+"""The words that may follow a name and a plus sign."""
 
 
 @dataclass(frozen=True)

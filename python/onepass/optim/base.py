@@ -51,11 +51,11 @@ class Optimizer(Stepping):
     """
 
     decoupled: ClassVar[bool] = False
-    """The class's own kind of weight decay."""
+    """Whether weight decay is decoupled by default."""
     default_states: ClassVar[str] = "fp32"
-    """The class's own format of states."""
+    """The default format of the states."""
     default_paged: ClassVar[bool] = False
-    """Whether the class pages states unless told."""
+    """Whether the class pages states by default."""
     paging: Paging | None = None
     pager: Pager | None = None
 

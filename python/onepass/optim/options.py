@@ -96,7 +96,8 @@ ELSEWHERE = {
     "adam_w_mode": "onepass.AdamW or onepass.Adam",
     "set_grad_none": "zero_grad(set_to_none=...)",
 }
-"""Keywords of bitsandbytes, FlashOptim, torchao, optimi, apex and DeepSpeed; what does it here."""
+"""Keyword of bitsandbytes, FlashOptim, torchao, optimi, apex or DeepSpeed -> what to use in
+onepass."""
 
 
 def refuse(name: str, kind: str, known: set[str]) -> None:

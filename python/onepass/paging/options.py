@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SMALLEST_PAGE = 1 << 14
-"""Bytes: room for a block of 256 elements in every format, each tensor aligned."""
+"""Bytes of the smallest page: a block of 256 elements fits in every format, with each tensor
+aligned."""
 
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE | re.ASCII)

@@ -18,7 +18,8 @@ from .ring import Page, Ring
 from .slabs import Slab, Slabs, aligned
 
 UNIT = 256
-"""Elements: pieces begin at multiples of it, which those of every format's block are."""
+"""Pieces of a parameter begin at multiples of this many elements, a multiple of every format's
+block."""
 
 
 class Span(NamedTuple):

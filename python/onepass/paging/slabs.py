@@ -17,7 +17,7 @@ import torch
 from ..engine.state_layouts import Layout
 
 SLAB = 1 << 30
-"""Bytes of a slab at most, unless a single tensor is larger."""
+"""The largest size of a slab in bytes, unless a single tensor is larger."""
 ALIGNMENT = 256  # bytes: alignment of every tensor in slabs and on the device
 _PAGE = 4096  # bytes: granularity of pinning on the host
 

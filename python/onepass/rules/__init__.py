@@ -55,11 +55,13 @@ def _found() -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = _found()
-"""By name, in alphabetical order. Compiled libraries know a rule by its position here: its code."""
+"""The rules by name, in alphabetical order. A compiled library identifies a rule by its position
+here, its code."""
 
 CODES: dict[str, int] = {name: code for code, name in enumerate(RULES)}
 
 LAYOUT = " ".join(
     [*RULES, *(f"{name}={value}" for name, value in vars(limits).items() if name[:4] == "MAX_")]
 )
-"""What the numbers in a plan mean; a compiled library says the same (csrc/generate.py)."""
+"""Identifies the meaning of the numbers in a plan. A compiled library must have the same layout
+(csrc/generate.py)."""

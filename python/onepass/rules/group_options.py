@@ -56,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "eps_in_sqrt": False,
     "format_version": VERSION,
 }
-"""Options that a group need not name, with what a missing key stands for."""
+"""The value of each option that is missing in a parameter group."""
 
 
 def option(group: Mapping[str, Any], name: str) -> Any:

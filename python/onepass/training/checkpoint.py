@@ -22,7 +22,7 @@ CONTENT: dict[str, type | tuple[type, ...]] = {
     "random": dict,
     "position": (dict, type(None)),
 }
-"""What a checkpoint of version 1 has beside its version, and of which type."""
+"""The entries of a version-1 checkpoint besides its version, with their types."""
 
 
 def save_atomically(content: object, path: str | os.PathLike[str]) -> None:

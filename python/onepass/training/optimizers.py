@@ -13,7 +13,7 @@ OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
     "momentum": optim.SGD,
     "nesterov": optim.SGD,
 }
-"""Every class by its name in lower case, and SGD by two further names; see :func:`presets`."""
+"""Each class by its name in lower case, and two more names for SGD; see :func:`presets`."""
 
 
 def optimizer_class(optimizer_type: str | type[optim.Optimizer]) -> type[optim.Optimizer]:

@@ -20,29 +20,30 @@ from .cases import DTYPES, OPTIONS, Case, group_of
 Tensor = torch.Tensor
 
 SAMPLED = 1 << 20
-"""About how many elements of a list are compared; all of them if it has no more."""
+"""About this many elements of a list are compared, or all if the list has fewer."""
 STEPS = 2
 COARSE = {"mx8": 0.25, "dynamic8": 0.25, "mx4": 2.0}
-"""What coarse states may change of the way of a weight, as a fraction: a code of mx8 is an eighth
-of its value from the next, a code of mx4 a half, and both moments of an element are rounded."""
+"""The allowed error of a weight's change with coarse states, as a fraction of the change.
+Neighbouring codes of mx8 differ by an eighth of the value, those of mx4 by a half, and both moments
+of an element are rounded."""
 SECOND = -0.5
-"""The second gradient over the first, exact to form. With equal gradients Adam's update would not
-depend on its betas."""
+"""The second gradient divided by the first, an exact factor. With equal gradients Adam's update
+would not depend on its betas."""
 OTHER_CODES = 0.01
-"""Of the elements, those that a provider with 8- or 4-bit codes of its own may have outside of all
-limits: which of the small ones in a block are lost is a matter of the codes."""
+"""The fraction of elements that may exceed all limits for a provider with 8- or 4-bit codes of its
+own, because other codes lose other small elements of a block."""
 BLOCKS = {"dynamic8": 256, "mx8": 32}
-"""Elements that share a scale."""
+"""The number of elements that share a scale."""
 SMALL = 2**-7
-"""Below so much of the largest of its block a first moment has codes in mx8 that lie evenly, an
-eighth of EVEN of the largest from each other, whatever its own size."""
+"""Below this fraction of the block maximum, the mx8 codes of a first moment are evenly spaced, an
+eighth of EVEN times the block maximum apart."""
 EVEN = 2**-14
-"""Where those codes begin, over the largest of the block, at most."""
+"""An upper bound of the lowest power of two in the block, as a fraction of the block maximum."""
 FLOOR = 2**-29
-"""The lowest code of a second moment in mx8, over the largest of the block, at most."""
+"""An upper bound of the lowest mx8 code of a second moment, as a fraction of the block maximum."""
 LOWEST = 0.325e-6
-"""The lowest value above zero of dynamic8's map of second moments, over the largest of the block:
-the centre of the lower half of the lowest decade, 1e-7 to 1e-6."""
+"""The lowest positive value of dynamic8's map of second moments, as a fraction of the block
+maximum: the centre of the lower half of the lowest decade, 1e-7 to 1e-6."""
 
 
 def exact_step(

@@ -15,19 +15,22 @@ from onepass_tools.device_names import device_name
 Step = Callable[[], Any]
 
 SMALLEST_COPY = 64 << 20
-"""Bytes read and written by a limit at least: fewer take too little time to be a bandwidth."""
+"""The fewest bytes that a bandwidth measurement reads and writes: fewer take too little time to
+measure."""
 PAUSE = 0.03
-"""Seconds after a step on a foreign pool of threads: idle OpenMP threads spin for milliseconds
-before they sleep, and would take a core from the next provider."""
+"""Seconds to wait after a step on another thread pool: idle OpenMP threads spin for milliseconds
+before they sleep, and would occupy a core of the next provider."""
 REWARM = 0.003
-"""Seconds of untimed steps before a sample of a case that fits in a cache."""
+"""Seconds of untimed steps before a sample if the case fits in a cache."""
 HOST_STEPS = 50
 HOST_SECONDS = 0.25
-"""A host time is the median of so many steps, or of as many as fit into this time."""
+"""A host time is the median of a fixed number of steps, or of as many steps as fit in this many
+seconds."""
 CYCLES_PER_SECOND = 2.5e9
-"""Of the clock that a backlog counts in; no GPU of today runs faster, so it lasts long enough."""
+"""An upper bound of the GPU clock in Hz, used to convert the length of a backlog from seconds to
+cycles."""
 LONGEST_BACKLOG = 0.5
-"""Seconds of work, at most, that a step is queued behind."""
+"""The longest backlog in seconds that a step is queued behind."""
 
 
 class Device:

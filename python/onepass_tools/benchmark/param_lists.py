@@ -186,4 +186,4 @@ NAMED: dict[str, Callable[[], ParamList]] = {
     "20000x1": partial(many, 20_000, 1),
     "300x4096+1": partial(many, 300, 4096, 1),
 }
-"""What users can ask for by name."""
+"""The parameter lists that users can name."""
