@@ -131,7 +131,7 @@ class DevicePlan:
         backend, table = self.backend, self.table
         if len(self.grads) != len(self.owners):
             raise RuntimeError("onepass: run without refresh")
-        before, rule = table.kept[1:], table.rule
+        before, rule = table.history, table.rule
         if backend.launches and (rule.needs_first or rule.scalar_states):
             before = before.clone()
         self.changed = not backend.launches

@@ -108,6 +108,8 @@ class RowTable:
         kept: fp32 [2 + scalar states, rows]: steps, fresh, then the rule's scalar states.
         steps, fresh: fp32 [rows], views of kept.
         scalar_states: fp32 [scalar states, rows], a view of kept.
+        history: fp32 [1 + scalar states, rows], kept without steps. A view made once, because a
+            slice takes longer than the rest of the bookkeeping of a step.
         hyper: fp32 [rows, HYPER_WIDTH], hyperparameters of the next step.
         counters: int64 [rows, 2], seed and number of the next step, counted from 1; the number is 0
             if the step is skipped.
@@ -130,6 +132,7 @@ class RowTable:
         self.kept = torch.tensor(columns, dtype=torch.float32, device=device)
         self.kept = self.kept.reshape(count, width).t().contiguous()
         self.steps, self.fresh, self.scalar_states = self.kept[0], self.kept[1], self.kept[2:]
+        self.history = self.kept[1:]
         self.rows = [
             Row(
                 group,
@@ -186,10 +189,14 @@ class RowTable:
                     counters[i, 1] = 0
                     continue
                 options = rule.options(row.group)
-                advanced = rule.advance(options, number, tuple(scalar_states))
+                advanced: tuple[float, ...] = ()
+                if scalar_states:
+                    advanced = rule.advance(options, number, tuple(scalar_states))
                 hyper[i] = rule.hyper(options, StepOf(number, bool(first), advanced), factor)
                 counters[i] = int(option(row.group, "seed")), number
-                kept[:, i] = (number, 0, *advanced)
+                kept[0, i], kept[1, i] = number, 0
+                if advanced:
+                    kept[2:, i] = advanced
         return Staged(hyper, counters, kept)
 
     def write(self, staged: Staged) -> None:

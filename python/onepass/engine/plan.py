@@ -13,7 +13,6 @@ so torch can swap parameters and free replaced tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -207,7 +206,7 @@ class Plan:
         # that another sweep still reads.
         together = zero_grads and share_memory(grads)
         if together:
-            switches = replace(switches, zero_grads=False)
+            switches = switches._replace(zero_grads=False)
         for part in self._parts:
             try:
                 part.run(self._here(verdict, part), switches)

@@ -103,7 +103,9 @@ class Stepping(Findings):
 
     def _switches(self) -> backends.StepSwitches:
         """The booleans of the step, from the current options."""
-        return backends.StepSwitches(zero_grads=bool(self.zero_grads))
+        if not self.zero_grads:
+            return backends.NO_SWITCHES
+        return backends.StepSwitches(zero_grads=True)
 
     def take(
         self, plan: Plan, verdict: torch.Tensor | None, switches: backends.StepSwitches

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -78,8 +78,7 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(s == t for s, t, n in strides if n > 1)
 
 
-@dataclass(frozen=True)
-class StepSwitches:
+class StepSwitches(NamedTuple):
     """The booleans of a step: each is a bit of StepSwitch in csrc/entry.h and a Triton constexpr.
 
     Attributes:
@@ -97,8 +96,7 @@ class StepSwitches:
 NO_SWITCHES = StepSwitches()
 
 
-@dataclass(frozen=True)
-class StepArgs:
+class StepArgs(NamedTuple):
     """The arguments of a step besides the plan; csrc/entry.h has the same struct.
 
     Attributes:
