@@ -178,9 +178,10 @@ template <Kind>
 using Fp32State = Fp32;
 using Bf16 = Half<ToBf16>;
 
-// The loop of a rule with some flags; null where the flags do not go together or the tiles of
-// sweep.cpp serve. A loop that converts on the way takes two seconds to compile, so only what
-// kReducedPrecision names has these. They hold three states.
+// The fused loop of a rule and its flags for one combination of formats. Null if the flags are not
+// valid together, or if the generic tiles of sweep.cpp run instead: the loops other than kInFp32
+// hold at most three states, and the loops that convert exist only for flags in kReducedPrecision,
+// because each takes about two CPU-seconds to compile.
 enum Loop { kInFp32, kInBf16, kBf16Fp32, kFp32Mx8, kSplit8Mx8, kStochasticMx8, kStochasticMx4 };
 template <template <unsigned> class Rules, unsigned Flags, Loop L>
 constexpr RuleFn loop_of() {
@@ -207,7 +208,7 @@ constexpr RuleFn loop_of() {
     return apply_tiles<Rule, Half<DitherBf16>, Bf16, Mx4State>;
 }
 
-// Of a rule with every set of flags.
+// Fills the table entries of a rule, one for each combination of flags.
 template <template <unsigned> class Rule, Loop L, unsigned Flags = 0>
 constexpr void fill(RuleFn* of_flags) {
   if constexpr (Flags < kFlagSets) {
@@ -215,6 +216,7 @@ constexpr void fill(RuleFn* of_flags) {
     fill<Rule, L, Flags + 1>(of_flags);
   }
 }
+// The table of one combination of formats, for all rules.
 template <Loop L>
 constexpr Direct direct(Format weight, Format grad, Format state, int step) {
   Direct found{weight, grad, state, step, {}};

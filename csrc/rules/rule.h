@@ -1,10 +1,13 @@
-// What every rule is made of: what derive makes the scalars of a step from, float64 arithmetic that
-// is IEEE's on every target, and the call of an update.
+// The parts that all rules share: the arguments of derive, float64 arithmetic that is IEEE on every
+// target, and update_element, which calls the update of a rule.
 //
-// A rule is a struct template over its flags (bit f: flag f) with kValid, whether the flags go
-// together; kStates, how many states it has at most, and kSlots, a bit for each that these flags
-// have; kSecond and kRelative, a bit for each state of that kind (Kind in formats/table.h); Hyper,
-// its scalars; derive, which makes them; and update.
+// A rule is a struct template over its flags; bit f of the argument is flag f. Its members:
+//   kValid               whether this combination of flags is valid
+//   kStates              the number of states with all flags set
+//   kSlots               bit k: state k exists with these flags
+//   kSecond, kRelative   bit k: state k is of that kind (Kind in formats/blocks.h)
+//   Hyper, derive        the fp32 scalars of a step, and the function that computes them
+//   update               the step of one element
 #pragma once
 
 #include "../generated/limits.h"
@@ -12,7 +15,7 @@
 
 namespace onepass {
 
-// In the order of the columns of the options table (onepass/rules/base.py).
+// A row of the options table; the members are its columns in order (onepass/rules/base.py).
 struct Options {
   double sign, decoupled, lr, weight_decay;
   double own[kMaxOptions];  // of one rule
@@ -21,21 +24,21 @@ struct Options {
 constexpr int kOptionsWidth = 5 + kMaxOptions;
 static_assert(sizeof(Options) == kOptionsWidth * sizeof(double), "a row of doubles");
 
-// The step that derive makes scalars for.
+// The step for which derive computes scalars.
 struct StepOf {
-  int64_t number;  // from 1
-  bool first;      // no step has been taken with these states
+  int64_t number;  // counted from 1
+  bool first;      // whether this is the first step with these states
   double scalar_states[kMaxScalarStates];
 };
 
-// What a rule has unless it says otherwise.
+// Default values of the members of a rule.
 struct RuleDefaults {
-  // Numbers that a parameter keeps beside its step counter. A rule that has any also has
-  // advance(options, number, scalar_states), which brings them to this step.
+  // The number of scalar states, which a parameter stores beside its step counter. A rule with
+  // scalar states defines advance(options, number, scalar_states), which updates them to a step.
   static constexpr int kScalarStates = 0;
-  // Bit f: flags f have kernels of their own for formats of reduced precision, the fused tiles of
-  // cpu/kernels_impl.h and the combinations of cuda/combinations.h. Other flags run the kernels
-  // that serve every format.
+  // Bit f: with flags f the rule has specialised kernels for reduced-precision formats: the fused
+  // tiles of cpu/kernels_impl.h and the combinations of cuda/combinations.h. With other flags,
+  // these formats run the kernels that serve every format.
   static constexpr uint32_t kReducedPrecision = 0;
 };
 
@@ -55,7 +58,8 @@ ONEPASS_HD double div_rn(double x, double y) {
 #endif
 }
 
-// base to the exponent, by repeated squaring: pow() differs between C libraries and devices.
+// base to the power of exponent, by repeated squaring. pow() differs between C libraries and
+// devices.
 ONEPASS_HD double power(double base, int64_t exponent) {
   double result = 1.0;
   while (exponent) {
@@ -66,19 +70,21 @@ ONEPASS_HD double power(double base, int64_t exponent) {
   return result;
 }
 
+// The weight-decay coefficient: lr * weight_decay if decoupled, else weight_decay.
 ONEPASS_HD double decay_of(const Options& o, double lr) {
   return o.decoupled != 0.0 ? lr * o.weight_decay : o.weight_decay;
 }
 
-// The one rounding from float64.
+// Rounds a scalar from float64 to fp32.
 ONEPASS_HD float rounded(double value) { return static_cast<float>(value); }
 
-// Updates one element by a rule, with the first kStates of these states.
+// Updates one element. Passes the first kStates of the four states to the rule.
 template <class Rule, class Math = Exact>
 ONEPASS_HD void update_element(
     const typename Rule::Hyper& hyper, float& param, float grad, float& state0, float& state1,
     float& state2, float& state3, Math&& math = Math()) {
-  static_assert(Rule::kStates >= 1 && Rule::kStates <= kMaxStates, "as many states as fit");
+  static_assert(
+      Rule::kStates >= 1 && Rule::kStates <= kMaxStates, "a rule has 1 to kMaxStates states");
   if constexpr (Rule::kStates == 1) Rule::update(hyper, param, grad, state0, math);
   if constexpr (Rule::kStates == 2) Rule::update(hyper, param, grad, state0, state1, math);
   if constexpr (Rule::kStates == 3) Rule::update(hyper, param, grad, state0, state1, state2, math);

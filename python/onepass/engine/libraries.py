@@ -24,6 +24,14 @@ LIBRARY = Path(os.environ.get("ONEPASS_CPU_LIBRARY") or PACKAGE / "libonepass_cp
 CUDA_LIBRARY = Path(os.environ.get("ONEPASS_CUDA_LIBRARY") or PACKAGE / "libonepass_cuda.so")
 
 
+def _other_layout(library: Path, layout: str) -> str:
+    """The reason to refuse a library whose rules or limits differ from those in Python."""
+    return (
+        f"{library.name} was built for other rules or limits ({layout}) than this onepass has "
+        f"({LAYOUT}): build it again; a rule needs csrc/rules/<name>.h too"
+    )
+
+
 def _load() -> str:
     """Loads the CPU library; returns the reason if that fails, else an empty string."""
     if not LIBRARY.exists():
@@ -36,8 +44,10 @@ def _load() -> str:
     except OSError as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     ops = torch.ops.onepass
-    if not all(hasattr(ops, name) for name in OPS) or ops.layout() != LAYOUT:
+    if not all(hasattr(ops, name) for name in OPS):
         return f"{LIBRARY.name} is of another version of onepass: build it again"
+    if ops.layout() != LAYOUT:
+        return _other_layout(LIBRARY, ops.layout())
     return ""
 
 
@@ -66,8 +76,10 @@ def cuda_missing() -> str:
     except OSError as error:
         return f"{CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     ops = torch.ops.onepass
-    if not hasattr(ops, "cuda_layout") or ops.cuda_layout() != LAYOUT:
+    if not hasattr(ops, "cuda_layout"):
         return f"{CUDA_LIBRARY.name} is of another version of onepass: build it again"
+    if ops.cuda_layout() != LAYOUT:
+        return _other_layout(CUDA_LIBRARY, ops.cuda_layout())
     return ""
 
 

@@ -212,6 +212,10 @@ class Rule:
     def options(self, group: Group) -> tuple[float, ...]:
         """The group's row of the options table; reads the values of tensor options such as lr."""
         own = self.own(group)
+        if len(own) > MAX_OPTIONS:
+            raise ValueError(
+                f"rule {self.name!r} has {len(own)} options of its own; at most {MAX_OPTIONS} fit"
+            )
         return (
             -1.0 if option(group, "maximize") else 1.0,
             1.0 if option(group, "decoupled_weight_decay") else 0.0,
