@@ -205,10 +205,15 @@ class Optimizer(Stepping):
         # torch.no_grad() would take as long as the work on all groups.
         enabled = torch.is_grad_enabled()
         try:
-            torch.set_grad_enabled(False)
-            self.whole_step()
-        finally:
+            try:
+                torch.set_grad_enabled(False)
+                self.whole_step()
+            finally:
+                torch.set_grad_enabled(enabled)
+        except BaseException:
+            # Ctrl-C may interrupt the finally block before it has restored the mode.
             torch.set_grad_enabled(enabled)
+            raise
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
