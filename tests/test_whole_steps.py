@@ -124,6 +124,17 @@ def test_an_error_before_the_sweep_changes_nothing(backend, mistake, options):
     assert all(map(same_bits, params, others))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_scalar_state_that_is_not_finite_is_refused(backend, value):
+    params, optimizer = build(backend, onepass.NAdam)
+    optimizer.step()
+    optimizer.state[params[2]]["mu_product"] = torch.tensor(value)
+    before = snapshot(params, optimizer)
+    with pytest.raises(ValueError, match="mu_product"):
+        optimizer.step()
+    assert same(snapshot(params, optimizer), before)
+
+
 def test_a_mistake_in_the_first_step_leaves_no_state(backend):
     _params, optimizer = build(backend)
     optimizer.param_groups[1]["lr"] = -1.0
@@ -175,6 +186,7 @@ def interrupted(make, at, steps):
             optimizer.step()
     except KeyboardInterrupt:
         pass
+    assert torch.is_grad_enabled(), f"autograd is off after an interrupt at line {at}"
     return interrupt.left <= 0, before, params, optimizer
 
 

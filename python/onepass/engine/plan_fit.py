@@ -5,6 +5,7 @@ The entries of ``optimizer.state`` are not changed, so an error leaves the optim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,6 +85,9 @@ class _Fitter:
             self.read(state.get(scalar.key), which, scalar.key, scalar.starts_at)
             for scalar in rule.scalar_states
         )
+        for scalar, value in zip(rule.scalar_states, scalar_states, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"state[{scalar.key!r}] of {which} must be finite; got {value}")
         return Fitted(member, view, tensors, History(count, fresh, scalar_states))
 
     def _tensors(
