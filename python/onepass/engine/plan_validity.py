@@ -9,6 +9,7 @@ from typing import Any
 
 from ..rules import Rule
 from ..rules.group_options import option
+from ..rules.option_checks import is_immutable
 from .plan_request import PlanRequest
 from .state_tracking import Watch
 
@@ -44,7 +45,7 @@ class PlanValidity:
         if self._checked is None:
             for group in self._groups:
                 check(group)
-            if self._whole and all(map(_is_fixed, _options_of(self._groups))):
+            if self._whole and all(map(is_immutable, _options_of(self._groups))):
                 self._checked = list(_values_of(self._groups))
 
     def holds(self, groups: list[dict[str, Any]], state: Any) -> bool:
@@ -107,10 +108,3 @@ def _values_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
 def _options_of(groups: list[dict[str, Any]]) -> Iterable[Any]:
     """The values of all group keys except ``params``."""
     return (value for group in groups for key, value in group.items() if key != "params")
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether a value is immutable."""
-    if type(value) is tuple:
-        return all(map(_is_fixed, value))
-    return value is None or type(value) in (bool, int, float, str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from operator import attrgetter, is_
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,9 +21,12 @@ from ..engine.plan_request import Member, PlanRequest
 from ..engine.state_tracking import Watch
 from ..paging.pager import Pager
 from ..rules import Rule
+from ..rules.option_checks import is_immutable
 from .keywords import EACH_STEP
 from .plan_features import Features
 from .step_results import Findings
+
+_each_step = attrgetter(*(keyword.attribute for keyword in EACH_STEP))
 
 
 class Released(Protocol):
@@ -60,6 +64,7 @@ class Stepping(Findings):
     captured: list[Any]
     moved: Moved
     released: Released | None
+    _policy: tuple[tuple[Any, ...], backends.Policy] | None = None  # checked values, their policy
     _found: torch.Tensor | None  # the result of measure(), for the next step
     _failed: str  # the reason why the last step failed halfway, or an empty string
 
@@ -247,10 +252,17 @@ class Stepping(Findings):
         Raises:
             ValueError: an option of the step is out of range.
         """
-        for keyword in EACH_STEP:
-            keyword.check(keyword.name, getattr(self, keyword.attribute))
+        values = _each_step(self)
+        if self._policy is not None and all(map(is_, values, self._policy[0])):
+            return self._policy[1]
+        for keyword, value in zip(EACH_STEP, values, strict=True):
+            keyword.check(keyword.name, value)
         largest = math.isinf(self.norm_type)
-        return backends.Policy(self.max_grad_norm, largest, bool(self.skip_nonfinite))
+        policy = backends.Policy(self.max_grad_norm, largest, bool(self.skip_nonfinite))
+        # The checks take as long as the sweep of a small plan: keep the result while the attributes
+        # are the same immutable objects.
+        self._policy = (values, policy) if is_immutable(values) else None
+        return policy
 
     def measure(self) -> torch.Tensor | None:
         """Runs the norm pass over the gradients; the next step reuses the result.

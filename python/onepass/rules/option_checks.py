@@ -68,6 +68,14 @@ def check_pair(name: str, value: Any) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
+def is_immutable(value: Any) -> bool:
+    """Whether a value is None, a number, a string or a tuple of these, so that an object that was
+    checked once needs no further check."""
+    if type(value) is tuple:
+        return all(map(is_immutable, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def _is_number(value: Any) -> bool:
     """Whether a value is a number or a one-element tensor; strings and booleans are not."""
     if isinstance(value, torch.Tensor):
