@@ -1,5 +1,5 @@
-"""The benchmark: how long a step takes, beside other libraries and beside a copy.
+"""The benchmark: the time of an optimizer step, compared with other libraries and with a copy.
 
-``python -m bench`` measures and appends to bench/results, ``python -m bench.report`` writes
-docs/performance.md and its picture from what is there.
+``python -m bench`` measures and appends result lines to bench/results. ``python -m bench.report``
+writes docs/performance.md and its pictures from these lines.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench``: measures the steps on this machine's processor or GPU."""
+"""``python -m bench``: measures optimizer steps on the CPU or the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -24,36 +24,51 @@ Measured = tuple[str | None, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark; 0 done, 1 a step of ours is wrong, 2 wrong usage or no such device."""
+    """Runs the benchmark.
+
+    Returns:
+        0 on success; 1 if a step of onepass is wrong; 2 on wrong usage or if the device is missing.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Times optimizer steps, in turns."
+        prog="python -m bench",
+        description="Times optimizer steps of onepass and other libraries, interleaved.",
     )
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small sizes; writes no file")
-    parser.add_argument("--cases", metavar="PATTERN", help="only cases with this in their name")
     parser.add_argument(
-        "--providers", metavar="NAMES", help="only these, separated by commas; * and ? match"
+        "--device", choices=list(DEVICES), default="cpu", help="device to measure (default cpu)"
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="steps timed per provider")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes; write no file unless --out is given"
+    )
+    parser.add_argument(
+        "--cases", metavar="PATTERN", help="run the cases whose name contains or matches PATTERN"
+    )
+    parser.add_argument(
+        "--providers",
+        metavar="NAMES",
+        help="run these providers, separated by commas; * and ? are wildcards",
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="timed steps per provider")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="appended to (default cpu.jsonl or gpu.jsonl in bench/results)",
+        help="append result lines to FILE (default cpu.jsonl or gpu.jsonl in bench/results)",
     )
     parser.add_argument("--no-write", action="store_true", help="write no file")
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="only what has no line of this device, version and kernels' sources yet",
+        help="skip what has a result line for this device, version and kernel sources",
     )
-    parser.add_argument("--list", action="store_true", help="say what there is, measure nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="list cases and providers, measure nothing"
+    )
     args = parser.parse_args(argv)
     if args.samples is not None and args.samples < 1:
         parser.error(f"--samples must be at least 1; got {args.samples}")
     cases = select(CASES[args.device](args.quick), args.cases)
     if not cases:
-        parser.error(f"no case matches {args.cases!r}; --list names them")
+        parser.error(f"--cases: no case matches {args.cases!r}; --list prints the cases")
     try:
         chosen = find(all_providers(args.device), args.providers)
     except ValueError as error:
@@ -76,14 +91,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measured(line: Line) -> Measured:
-    """What a line is of, with the sources of its kernels where they are ours."""
+    """The key of a line: case, provider, version and, for onepass, the hash of the kernels."""
     backend = line["provider"].removeprefix("onepass-")
     kernels = (line.get("sources") or {}).get(backend) if "onepass" in line["provider"] else None
     return (*results.case_key(line), line["provider"], line["provider_version"], kernels)
 
 
 def _known(out: Path | None, device: Device) -> set[Measured]:
-    """What has lines of this device, in the committed file and in the one that is written."""
+    """Keys of the lines for this device, in the committed file and in the output file."""
     paths = {results.ROOT / "bench" / "results" / FILES[device.type], out}
     lines = [line for path in paths if path is not None for line in results.read(path)]
     return {_measured(line) for line in lines if line["device"] == device.name}
@@ -92,8 +107,11 @@ def _known(out: Path | None, device: Device) -> set[Measured]:
 def _lacking(
     case: Case, available: list[Provider], known: set[Measured], env: Line, device: Device
 ) -> list[Provider]:
-    """The providers that have a case and no line of it. Ours is measured beside them, even where
-    it has one, because ratios are of one run."""
+    """The providers to measure: those that support a case and have no line for it.
+
+    The preferred backend of onepass is measured together with them even if it has a line, because
+    ratios are computed within one run.
+    """
 
     def of(provider: Provider) -> Measured:
         key = (case.rule, case.dtype, case.weights, case.states, case.list.name)
@@ -111,7 +129,7 @@ def _lacking(
 def _list(cases: Sequence[Case], available: list[Provider], missing: Missing) -> None:
     print("cases")
     for case in cases:
-        print(f"  {case.name:<44} {case.bytes / 1e6:>10,.3f} MB a step")
+        print(f"  {case.name:<44} {case.bytes / 1e6:>10,.3f} MB per step")
     print("\nproviders")
     for provider in available:
         print(f"  {provider.name:<18} {provider.version}")
@@ -150,14 +168,14 @@ def _run(
             found += new
             wrong |= outcome.ours_failed
             progress.clear()
-            print(f"\n{case.name}: {case.bytes / 1e6:,.3f} MB a step")
+            print(f"\n{case.name}: {case.bytes / 1e6:,.3f} MB per step")
             print("\n".join(table.rows(outcome)), flush=True)
             if outcome.note:
-                print(f"checked: {outcome.note}")
+                print(f"check: {outcome.note}")
             for name, why in outcome.skipped:
                 if "memory" in why:
                     print(f"{name:<18} {why}")
-            # Nothing of a case is kept: its steps hold on to gigabytes.
+            # Free the tensors of the case, which can take gigabytes.
             outcome.timed.clear()
             del outcome
             device.release()
@@ -165,10 +183,10 @@ def _run(
         print("\nnot measured")
         for name, why in missing:
             print(f"{name:<18} {why}")
-    print("\nbars (AdamW)")
+    print("\ntargets (AdamW)")
     for verdict in bars.judge(found, device.type):
         bar = verdict.bar
-        print(f"{bar.text:<42} {verdict.shown:>7}  (needs {bar.needed:g})  {verdict.result}")
+        print(f"{bar.text:<42} {verdict.shown:>7}  (target {bar.needed:g})  {verdict.result}")
     if out is not None:
         print(f"\n{len(found)} lines appended to {out}")
     return int(wrong)

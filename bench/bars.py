@@ -1,4 +1,4 @@
-"""The bars: what a run has to show, computed from its own lines."""
+"""The performance targets ("bars"), computed from the result lines of one run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from .results import Line
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: the other provider's time over ours, or our share of the copy's bandwidth, has to be
-    at least this.
+    """One target: a lower limit for a ratio.
+
+    The ratio is the time of another provider divided by that of onepass. If ``other`` is "copy", it
+    is the bandwidth of onepass divided by that of the copy.
 
     Attributes:
-        other: a provider, or "copy".
-        field: what is compared, "ms" or "host_us".
+        text: the target in words.
+        rule, dtype, states, list, weights: the case.
+        other: name of the other provider, or "copy".
+        needed: the lower limit.
+        field: the time that is compared, "ms" or "host_us".
     """
 
     text: str
@@ -32,10 +37,10 @@ class Bar:
 BARS = [
     Bar("fp32 no slower than torch fused", "adamw", "fp32", "fp32", "50M", "torch-fused", 1.0),
     Bar("fp32 no slower than DeepSpeed", "adamw", "fp32", "fp32", "50M", "deepspeed-cpu", 1.0),
-    Bar("all bf16 1.6x torch fused", "adamw", "bf16", "bf16", "50M", "torch-fused", 1.6),
-    Bar("fp32 + mx8 1.3x torch fp32", "adamw", "fp32", "mx8", "50M", "torch-fused-fp32", 1.3),
+    Bar("all bf16: 1.6x torch fused", "adamw", "bf16", "bf16", "50M", "torch-fused", 1.6),
+    Bar("fp32 + mx8: 1.3x torch fp32", "adamw", "fp32", "mx8", "50M", "torch-fused-fp32", 1.3),
     Bar(
-        "bf16 + split8 + mx8 1.7x torch fp32",
+        "bf16 + split8 + mx8: 1.7x torch fp32",
         "adamw",
         "bf16",
         "mx8",
@@ -45,7 +50,7 @@ BARS = [
         "split8",
     ),
     Bar(
-        "bf16 + split8 + mx8 20x bitsandbytes",
+        "bf16 + split8 + mx8: 20x bitsandbytes",
         "adamw",
         "bf16",
         "mx8",
@@ -54,9 +59,9 @@ BARS = [
         20.0,
         "split8",
     ),
-    Bar("300 one-element 5x torch fused", "adamw", "fp32", "fp32", "300x1", "torch-fused", 5.0),
+    Bar("300 scalars: 5x torch fused", "adamw", "fp32", "fp32", "300x1", "torch-fused", 5.0),
     Bar(
-        "20,000 one-element 4x torch fused",
+        "20,000 scalars: 4x torch fused",
         "adamw",
         "fp32",
         "fp32",
@@ -64,19 +69,19 @@ BARS = [
         "torch-fused",
         4.0,
     ),
-    Bar("2,000 small 5x torch fused", "adamw", "fp32", "fp32", "2000x256", "torch-fused", 5.0),
-    Bar("20,000 small 4x torch fused", "adamw", "fp32", "fp32", "20000x256", "torch-fused", 4.0),
+    Bar("2,000 tensors: 5x torch fused", "adamw", "fp32", "fp32", "2000x256", "torch-fused", 5.0),
+    Bar("20,000 tensors: 4x torch fused", "adamw", "fp32", "fp32", "20000x256", "torch-fused", 4.0),
 ]
 
 
 _MODEL = "llama3-8B/16"
 GPU_BARS = [
-    Bar("fp32 0.97 of the copy", "adamw", "fp32", "fp32", _MODEL, "copy", 0.97),
+    Bar("fp32: 0.97 of the copy", "adamw", "fp32", "fp32", _MODEL, "copy", 0.97),
     Bar(
-        "bf16 + split16 0.95 of the copy", "adamw", "bf16", "bf16", _MODEL, "copy", 0.95, "split16"
+        "bf16 + split16: 0.95 of the copy", "adamw", "bf16", "bf16", _MODEL, "copy", 0.95, "split16"
     ),
     Bar(
-        "bf16 + split16 + mx8 0.90 of the copy",
+        "bf16 + split16 + mx8: 0.90 of the copy",
         "adamw",
         "bf16",
         "mx8",
@@ -86,7 +91,7 @@ GPU_BARS = [
         "split16",
     ),
     Bar(
-        "host: 300 tensors 5x torch fused",
+        "host time, 300 tensors: 5x torch fused",
         "adamw",
         "fp32",
         "fp32",
@@ -96,7 +101,7 @@ GPU_BARS = [
         field="host_us",
     ),
     Bar(
-        "host: 20,000 tensors 4x torch fused",
+        "host time, 20,000 tensors: 4x torch fused",
         "adamw",
         "fp32",
         "fp32",
@@ -111,7 +116,7 @@ BY_DEVICE = {"cpu": ("onepass-cpu", BARS), "cuda": ("onepass-cuda", GPU_BARS)}
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar and what was found of it; None where it was not measured."""
+    """A target with the measured ratio, which is None if it was not measured."""
 
     bar: Bar
     ratio: float | None
@@ -125,12 +130,12 @@ class Verdict:
 
     @property
     def shown(self) -> str:
-        """The ratio, rounded down, that no failure looks like a pass; nothing for None."""
+        """The ratio, rounded down so that a failure never looks like a pass; "" for None."""
         return "" if self.ratio is None else f"{math.floor(self.ratio * 1000) / 1000:.3f}"
 
 
 def judge(lines: list[Line], device: str = "cpu") -> list[Verdict]:
-    """Every bar of a type of device against the lines of one run."""
+    """Compares the lines of one run with every target of a device type, "cpu" or "cuda"."""
     provider, bars = BY_DEVICE[device]
 
     def of(bar: Bar, provider: str) -> Line | None:

@@ -1,4 +1,4 @@
-"""The tables of cases that are measured on each type of device."""
+"""The benchmark cases of each device type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onepass_tools.benchmark.param_lists import (
 
 
 def cpu_cases(quick: bool = False) -> list[Case]:
-    """Every case of a CPU; quick has most of them, small, to try the benchmark itself."""
+    """The cases of a CPU; quick: most of them with small lists, to try the benchmark itself."""
     big = one(1_000_000 if quick else 50_000_000)
     few, lots = (200, 500) if quick else (2000, 20_000)
     lists = [
@@ -43,7 +43,7 @@ def cpu_cases(quick: bool = False) -> list[Case]:
         *(Case(rule, "fp32", "fp32", big) for rule in OPTIONS if rule != "adamw"),
         *(Case("adamw", "fp32", "fp32", params) for params in lists),
     ]
-    if not quick:  # in bf16, for all providers have to fit beside each other
+    if not quick:  # in bf16, because the tensors of all providers must fit in memory together
         found += [Case("adamw", "bf16", "bf16", params) for params in (llama3(32), vit_l16())]
         found.append(Case("sgd", "fp32", "fp32", resnet50()))
     return found
@@ -61,11 +61,11 @@ REDUCED = (
     ("master", "fp32"),
     ("master", "mx8"),
 )
-"""(weights, states) of a GPU that no bar asks for."""
+"""(weights, states) that are measured on a GPU although no target needs them."""
 
 
 def gpu_cases(quick: bool = False) -> list[Case]:
-    """Every case of a GPU, those of the bars first."""
+    """The cases of a GPU, first those that the targets need."""
     big = one(1_000_000) if quick else llama3(16)
     rows = embedding(256 if quick else 128_000)
     small: list[ParamList] = [many(300, 256), many(200 if quick else 20_000, 256)]
@@ -100,7 +100,7 @@ CASES: dict[str, Callable[[bool], list[Case]]] = {"cpu": cpu_cases, "cuda": gpu_
 
 
 def select(cases: list[Case], pattern: str | None) -> list[Case]:
-    """The cases whose name contains the pattern, or matches it if it has wildcards."""
+    """The cases whose name contains the pattern, or matches it if it contains wildcards."""
     if pattern is None:
         return cases
     if not any(character in pattern for character in "*?["):

@@ -1,7 +1,8 @@
 """``python -m bench.coverage``: the tables of docs/gpu.md, from the stages and the committed lines.
 
-What has run on which GPU is said by result lines alone: a line of kind "part" for each command of
-bench/gpu.sh that ended, and the lines that a command wrote, also before there were such lines.
+The tables of what has run on which GPU are generated from result lines alone: a line of kind "part"
+for each command of bench/gpu.sh that ended, and the lines that the benchmarks wrote themselves.
+Some of the latter are older than the lines of kind "part".
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ WRITES = {
     "share": "share.jsonl",
     "ladder": "ladder.jsonl",
 }
-"""Parts that write lines -> their file."""
+"""Name of a part that writes result lines -> the file of these lines."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def on_gpus(lines: Sequence[Line]) -> list[Line]:
-    """The lines that were measured on a GPU, which alone has a driver."""
+    """The lines that were measured on a GPU: only those have a driver version."""
     return [line for line in lines if line.get("driver")]
 
 
 def stage_table() -> str:
-    """The stages and what each part shows."""
-    rows = ["| stage | part | what it shows | seconds at most |", "|---|---|---|---:|"]
+    """The table of the stages and of what each part tests or measures."""
+    rows = ["| stage | part | what it tests or measures | time limit (s) |", "|---|---|---|---:|"]
     for stage in STAGES:
         for part in stage.parts:
             name = f"{stage.number} {stage.name}"
@@ -51,13 +52,13 @@ def stage_table() -> str:
 
 
 def part_table(folder: Path = COMMITTED) -> str:
-    """What has run on which GPU."""
+    """The table of what has run on which GPU."""
     parts = on_gpus(results.read_lines(folder / FILES["part"]))
     written = {name: on_gpus(results.read_lines(folder / file)) for name, file in WRITES.items()}
     every = [*parts, *(line for lines in written.values() for line in lines)]
     devices = sorted({line["device"] for line in every})
     if not devices:
-        return "No line of a GPU is committed."
+        return "No result line of a GPU is committed."
     rows = [f"| part | {' | '.join(devices)} |", f"|---|{'---|' * len(devices)}"]
     for part in (part for stage in STAGES for part in stage.parts):
         cells = [_cell(part, device, parts, written.get(part.name, [])) for device in devices]
@@ -66,7 +67,7 @@ def part_table(folder: Path = COMMITTED) -> str:
 
 
 def _cell(part: Part, device: str, parts: Sequence[Line], written: Sequence[Line]) -> str:
-    """How a part last ended on a device, or of when the lines are that it has written."""
+    """The last result of a part on a device, or the date of the newest line that it wrote."""
     own = [x for x in parts if x["device"] == device and x["part"] == part.name]
     if own:
         last = max(own, key=lambda line: line["date"])
@@ -75,7 +76,7 @@ def _cell(part: Part, device: str, parts: Sequence[Line], written: Sequence[Line
     lines = [line for line in written if line["device"] == device]
     if lines:
         last = max(lines, key=lambda line: line["date"])
-        hashes = last.get("sources") or {}  # the first lines have none
+        hashes = last.get("sources") or {}  # the oldest lines have no hashes
         now = all(hashes.get(name) == of for name, of in evidence(part, device)["of"].items())
         return f"lines of {_when(last)}, {'these' if now else 'older'} sources"
     return "not yet"
@@ -86,11 +87,11 @@ def _when(line: Line) -> str:
 
 
 def format_table(folder: Path = COMMITTED) -> str:
-    """AdamW's formats and the other rules: the share of the copy bandwidth, the newest line."""
+    """The table of the share of the copy bandwidth by rule and format, from the newest lines."""
     lines = [x for x in on_gpus(results.read(folder / "gpu.jsonl")) if "onepass" in x["provider"]]
     devices = sorted({line["device"] for line in lines})
     if not devices:
-        return "No line of a GPU is committed."
+        return "No result line of a GPU is committed."
     head = ["rule", "weights", *(f"states {name}" for name in STATE_FORMATS)]
     text = []
     for device in devices:
@@ -109,7 +110,7 @@ def format_table(folder: Path = COMMITTED) -> str:
 
 
 def _kinds() -> list[tuple[str, str, str]]:
-    """(rule, format of weights, dtype), AdamW with each format first."""
+    """(rule, weight format, dtype): AdamW with each weight format, then the other rules."""
     found = [
         ("adamw", weights, NAMES[dtype])
         for weights, form in WEIGHT_FORMATS.items()
@@ -131,31 +132,33 @@ TABLES = {"stages": stage_table, "parts": part_table, "formats": format_table}
 
 
 def page(text: str) -> str:
-    """The text of docs/gpu.md with its tables made anew.
+    """The text of docs/gpu.md with its tables regenerated.
 
     Raises:
-        ValueError: a table's two marks are not there.
+        ValueError: the begin or the end mark of a table is missing.
     """
     for name, table in TABLES.items():
         begin, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
         if begin not in text or end not in text:
-            raise ValueError(f"docs/gpu.md has no {begin.strip()} or no {end}")
+            raise ValueError(f"docs/gpu.md must contain {begin.strip()} and {end}")
         head, rest = text.split(begin, 1)
         text = f"{head}{begin}{table()}\n{end}{rest.split(end, 1)[1]}"
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes docs/gpu.md; 1 where --check finds that it would change."""
+    """Writes docs/gpu.md; returns 1 if --check finds that the page is out of date, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.coverage", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if the page is out of date"
+    )
     args = parser.parse_args(argv)
     old = PAGE.read_text(encoding="utf-8")
     new = page(old)
     if not args.check:
         PAGE.write_text(new, encoding="utf-8")
     elif new != old:
-        print("docs/gpu.md: run python -m bench.coverage", file=sys.stderr)
+        print("docs/gpu.md is out of date: run python -m bench.coverage", file=sys.stderr)
     return int(args.check and new != old)
 
 

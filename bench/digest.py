@@ -1,9 +1,9 @@
-"""Whether a device returns the bits of the reference: SHA-256 of the results of a table of steps.
+"""Checks that a backend returns the bits of the reference, by SHA-256 digests of step results.
 
-``python -m bench.digest`` computes the digests of all cases and keeps them in
-bench/results/digests.jsonl. ``--check`` computes them on the device at hand, compares them with the
-committed ones of the reference, and exits with 1 where one differs. So bits are compared on a GPU
-without computing the reference there.
+``python -m bench.digest`` computes the digests of all cases and appends them to
+bench/results/digests.jsonl. ``--check`` computes them on the given device, compares them with the
+committed digests of the reference, and exits with 1 if one differs. So the results of a GPU can be
+checked without computing the reference on that machine.
 
 On a CPU the backend "cuda" is the stand-in of tests/cuda_shim, and "triton" needs
 TRITON_INTERPRET=1.
@@ -38,10 +38,11 @@ DEFAULT = {"cpu": "reference,cpu", "cuda": "cuda,triton"}
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Numbers that are the same on every machine and with every version of torch.
+    """Random numbers that are the same on every machine and with every version of torch.
 
-    Of magnitudes between 2^-20 and 2^3, an eighth of them zero: made of the random words of
-    NumPy's PCG64, whose stream is fixed, by exact operations, and rounded once to the dtype.
+    Magnitudes are between 2^-20 and 2^3, and an eighth of the numbers is zero. Exact operations
+    turn random words of NumPy's PCG64, whose stream is fixed, into fp32 numbers, which are then
+    rounded once to the dtype.
     """
     count = int(np.prod(shape, dtype=np.int64))
     words = np.random.PCG64(seed).random_raw(count)
@@ -54,7 +55,7 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tens
 
 
 def digest(case: DigestCase, backend: str, device: str = "cpu") -> str:
-    """SHA-256 over the parameters, states, gradients and norm that the steps of a case leave."""
+    """SHA-256 of the parameters, states, gradients and norm after the steps of a case."""
     groups = list(_groups(case, device))
     owned = [(p, g["grad_dtype"]) for g in groups for p in g["params"]]
     kept = [{key: value for key, value in g.items() if key != "grad_dtype"} for g in groups]
@@ -83,7 +84,7 @@ def digest(case: DigestCase, backend: str, device: str = "cpu") -> str:
 
 
 def _groups(case: DigestCase, device: str) -> Iterator[dict[str, Any]]:
-    """Groups of parameters, with the dtype of their gradients."""
+    """The parameter groups of a case; "grad_dtype" is the dtype of a group's gradients."""
     if case.states != "mixed":
         rows = [(case.param_dtype, case.weights, case.states, case.grad_dtype)]
     else:
@@ -91,7 +92,7 @@ def _groups(case: DigestCase, device: str) -> Iterator[dict[str, Any]]:
         rows = [(*stored, names[i % len(names)]) for i, stored in enumerate(STORED)]
     for number, (dtype, weights, states, grad_dtype) in enumerate(rows):
         shapes = LISTS[case.list]
-        if case.states == "mixed":  # two of the shapes, others in each group
+        if case.states == "mixed":  # two parameters per group, whose shapes vary between groups
             shapes = [shapes[number % len(shapes)], (1000 + number,)]
         params = []
         for i, shape in enumerate(shapes):
@@ -106,6 +107,7 @@ def _groups(case: DigestCase, device: str) -> Iterator[dict[str, Any]]:
 
 
 def _placed(case: DigestCase, value: torch.Tensor) -> torch.Tensor:
+    """The value in the memory format of the case's list: contiguous unless it is "strided"."""
     if case.list != "strided":
         return value
     if value.dim() == 4:
@@ -116,7 +118,7 @@ def _placed(case: DigestCase, value: torch.Tensor) -> torch.Tensor:
 def _set_gradient(
     case: DigestCase, param: torch.Tensor, dtype: torch.dtype, step: int, index: int
 ) -> None:
-    """A new gradient; of a graph, new values where the last one was."""
+    """Sets a new gradient; for a captured graph, writes new values into the existing tensor."""
     value = numbers(tuple(param.shape), dtype, 1_000_000 * (step + 1) + index)
     if case.list == "rows" and value.dim() == 2:
         value[torch.arange(len(value)) % 8 != step % 8] = 0
@@ -132,7 +134,7 @@ def _set_gradient(
 
 
 def _captured(optimizer: Any) -> Any:
-    """A graph of one step, which has not been taken yet."""
+    """Captures one step in a CUDA graph, without running it."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -141,7 +143,14 @@ def _captured(optimizer: Any) -> Any:
 
 
 def _add(found: Any, key: str, value: Any) -> None:
-    """Adds a tensor, in the order of its indices, all NaNs being one; or a tuple."""
+    """Adds a value to the digest.
+
+    Args:
+        found: the SHA-256 object.
+        key: name of the value, which is hashed too.
+        value: a tensor, hashed in index order with every NaN replaced by the same one; any other
+            value is hashed by its repr().
+    """
     if not isinstance(value, torch.Tensor):
         found.update(f"{key} {value!r}".encode())
         return
@@ -153,14 +162,14 @@ def _add(found: Any, key: str, value: Any) -> None:
 
 
 def why_not(case: DigestCase, backend: str) -> str:
-    """Why a backend does not run a case; empty where it does."""
+    """Why a backend cannot run a case; "" if it can."""
     if case.options.get("ema_decay") is not None and not BACKENDS[backend].extras:
-        return "no averages"
+        return "the backend does not support ema_decay"
     return ""
 
 
 def line_of(env: Line, case: DigestCase, backend: str, found: str) -> Line:
-    """The line of a digest."""
+    """The result line of a digest."""
     settings = {
         "rule": case.optimizer,
         "options": {k: str(v) if v == float("inf") else v for k, v in case.options.items()},
@@ -178,7 +187,7 @@ def line_of(env: Line, case: DigestCase, backend: str, found: str) -> Line:
 
 
 def known(path: Path) -> dict[tuple[str, str], str]:
-    """(case, backend) -> digest, of the lines of a file; the last line counts."""
+    """(case, backend) -> digest, from the lines of a file; the last line of a key counts."""
     return {
         (line["case"], line["backend"]): line["digest"]
         for line in results.read_lines(path)
@@ -187,7 +196,7 @@ def known(path: Path) -> dict[tuple[str, str], str]:
 
 
 def _there(env: Line, out: Path | None) -> dict[tuple[str, str], str]:
-    """(case, backend) -> digest, of the lines of this device and the present sources."""
+    """(case, backend) -> digest, from the lines of this device and the current sources."""
     found = {}
     for path in {FILE, GPU_FILE, out or FILE}:
         for line in results.read_lines(path):
@@ -200,28 +209,48 @@ def _there(env: Line, out: Path | None) -> dict[tuple[str, str], str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Computes digests; 1 where --check finds one that differs, 2 for wrong usage."""
+    """Computes digests.
+
+    Returns:
+        0 on success; 1 if a case fails, or differs from the reference, or has no reference with
+        --check; 2 on wrong usage or if the device or a backend is missing.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m bench.digest", description="Compares bits by SHA-256 of results."
+        prog="python -m bench.digest",
+        description="Compares the results of steps with those of the reference by SHA-256.",
     )
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
-    parser.add_argument("--backends", metavar="NAMES", help="separated by commas")
-    parser.add_argument("--cases", metavar="PATTERN", help="only cases with this in their name")
-    parser.add_argument("--check", action="store_true", help="compare with the committed lines")
     parser.add_argument(
-        "--against", type=Path, default=FILE, metavar="FILE", help="has the committed lines"
+        "--device", choices=list(DEVICES), default="cpu", help="device to run on (default cpu)"
+    )
+    parser.add_argument(
+        "--backends",
+        metavar="NAMES",
+        help="backends, separated by commas (default reference,cpu on a CPU, cuda,triton on a GPU)",
+    )
+    parser.add_argument(
+        "--cases", metavar="PATTERN", help="run only the cases whose name contains PATTERN"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the committed digests of the reference"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        default=FILE,
+        metavar="FILE",
+        help="file with the committed digests (default bench/results/digests.jsonl)",
     )
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="compute only what has no line of this device and the present sources yet",
+        help="skip cases that have a line for this device and the current sources",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append lines to this file")
-    parser.add_argument("--list", action="store_true", help="name the cases, compute nothing")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append result lines to FILE")
+    parser.add_argument("--list", action="store_true", help="print the cases, compute nothing")
     args = parser.parse_args(argv)
     chosen = [c for c in cases() if args.cases is None or fnmatch(c.name, f"*{args.cases}*")]
     if not chosen:
-        parser.error(f"no case matches {args.cases!r}; --list names them")
+        parser.error(f"--cases: no case matches {args.cases!r}; --list prints the cases")
     if args.list:
         print("\n".join(case.name for case in chosen))
         return 0
@@ -231,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = (args.backends or DEFAULT[args.device]).split(",")
     for name in names:
         if name not in BACKENDS:
-            parser.error(f"--backends must be of {', '.join(BACKENDS)}; got {name!r}")
+            parser.error(f"--backends must be among {', '.join(BACKENDS)}; got {name!r}")
         if name == "cuda" and args.device == "cpu":
             _stand_in()
         if why := BACKENDS[name].unavailable(torch.device(args.device)):
@@ -253,7 +282,7 @@ def _run(args: argparse.Namespace, chosen: list[DigestCase], names: list[str]) -
             kept = there.get((case.name, name))
             try:
                 found = kept or digest(case, name, args.device)
-            except Exception as error:  # the others are still to be compared
+            except Exception as error:  # continue with the other cases
                 found, verdict = f"{type(error).__name__}: {error}", "FAILED"
             else:
                 expected = committed.get(case.name, "")
@@ -266,7 +295,7 @@ def _run(args: argparse.Namespace, chosen: list[DigestCase], names: list[str]) -
         spent = time.perf_counter() - start
         print(f"{name} on {env['device']}: {len(taken)} cases in {spent:.0f} s", flush=True)
     print(
-        f"{counts['equal']} equal the reference's committed lines, {counts['DIFFERS']} differ, "
+        f"{counts['equal']} equal the committed digests, {counts['DIFFERS']} differ, "
         f"{counts['new']} have none, {counts['FAILED']} failed"
     )
     wrong = counts["DIFFERS"] or counts["FAILED"] or (args.check and counts["new"])
@@ -274,7 +303,7 @@ def _run(args: argparse.Namespace, chosen: list[DigestCase], names: list[str]) -
 
 
 def _stand_in() -> None:
-    """Has the CUDA sources, compiled for the CPU, serve as the backend "cuda"."""
+    """Registers the CUDA sources, compiled for the CPU, as the backend "cuda"."""
     shim = importlib.import_module("tests.cuda_shim")
     BACKENDS["cuda"] = shim.ShimBackend()
 

@@ -1,4 +1,4 @@
-"""The table of steps whose results are kept as digests: see :mod:`bench.digest`."""
+"""The table of steps whose results are stored as digests: see :mod:`bench.digest`."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ LISTS: dict[str, list[tuple[int, ...]]] = {
     "rows": [(300, 64), (64,)],
     "strided": [(37, 7), (2, 5, 3, 4), (64, 33)],
 }
-"""Shapes of the parameters. "strided" ones are not contiguous; 7 of 8 rows of "rows" have gradients
-of zeros, as those of an embedding do."""
+"""Name -> shapes of the parameters. Those of "strided" are not contiguous. In "rows", 7 of 8 rows
+have zero gradients, as in an embedding."""
 
 
 @dataclass(frozen=True)
 class DigestCase:
-    """Steps of one optimizer.
+    """Some steps of one optimizer.
 
     Attributes:
-        optimizer: class of onepass.
-        options: its keyword arguments, but for those below.
-        states, weights, param_dtype, grad_dtype: one format each; "mixed": a group for every format
-            and dtype, the dtype of the gradients changing with it.
-        list: of LISTS.
-        steps, seed: how many, and the optimizer's seed.
-        infinite: steps, from 0, whose gradients have an infinite element.
-        graph: where the device has graphs, the steps after the first are replays of one.
+        optimizer: name of the class in onepass.
+        options: keyword arguments of the class, except those below.
+        states, weights, param_dtype, grad_dtype: the formats and dtypes; "mixed" makes one group
+            for each entry of STORED, and the dtype of the gradients changes from group to group.
+        list: key of LISTS.
+        steps: number of steps.
+        seed: seed of the optimizer.
+        infinite: steps, counted from 0, whose gradients have an infinite element.
+        graph: on a GPU, capture the second step in a graph and replay the graph from then on.
     """
 
     optimizer: str
@@ -55,7 +56,7 @@ class DigestCase:
 
     @property
     def name(self) -> str:
-        """What tells it apart."""
+        """The name of the case, unique in the table."""
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         weight = f"{self.param_dtype}+{self.weights}"
         extra = "".join(f" infinite@{i}" for i in self.infinite) + " graph" * self.graph
@@ -89,7 +90,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "Lion": [{}],
     "NAdam": [{"momentum_decay": 0.1}],
 }
-"""Every combination of the options that choose what a kernel computes."""
+"""Optimizer -> every combination of the options that select the formula of a kernel."""
 
 STORED = [
     (NAMES[dtype], weights, states)
@@ -97,15 +98,15 @@ STORED = [
     for dtype in form.codes
     for states in STATE_FORMATS
 ]
-"""(dtype and format of the weights, format of the states), all there are."""
+"""All combinations of (dtype of the weights, format of the weights, format of the states)."""
 
 _BASE = {"lr": 0.01, "weight_decay": 0.1}
 _MOST = {"SGD": 1, "Adagrad": 1, "RMSprop": 4, "Adam": 1, "AdamW": 0, "Lion": 0, "NAdam": 0}
-"""Which of RULES a format is tried with: one that every format serves."""
+"""Optimizer -> index in RULES of the options for tests of formats; every format supports them."""
 
 
 def cases() -> list[DigestCase]:
-    """The whole table; no two have the same name."""
+    """The whole table; names are unique."""
     return [*_rules(), *_formats(), *_dtypes(), *_lists(), *_steps()]
 
 
@@ -163,7 +164,7 @@ def _lists() -> Iterator[DigestCase]:
 
 
 def _steps() -> Iterator[DigestCase]:
-    """What a step has besides its rule. The norm of clipped cases is exact: of order infinity."""
+    """The step-wide options. Clipped cases use the infinity norm, which is exact."""
     formats: list[dict[str, Any]] = [
         {},
         {"states": "mx8", "weights": "split8", "param_dtype": "bf16", "grad_dtype": "bf16"},

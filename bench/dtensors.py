@@ -1,9 +1,8 @@
-"""The host's time of a step over DTensors: ours, ours over plain tensors, torch's, in turns.
+"""Host time of a step over DTensors: onepass, onepass over plain tensors, and torch, interleaved.
 
-A step that is not timed goes before each sample.
-
-2,000 parameters of 16 elements, sharded over a mesh of one process as fully_shard leaves them: what
-a rank of a large model does between two kernels. One thread.
+The list has 2,000 parameters of 16 elements, sharded over a mesh of one process as fully_shard
+shards them, so that nearly all of a step is host time. An untimed step precedes each sample. One
+thread.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from onepass_tools.benchmark.timing import percentile
 from . import results
 
 SIZE = 16
-NEEDED = {"torch-fused": 10.0}  # their time over ours over DTensors
+NEEDED = {"torch-fused": 10.0}  # target: its time divided by that of onepass over DTensors
 
 
 def make(tensors: int, place: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-    """Parameters with gradients, each put in its place."""
+    """Parameters with gradients; ``place`` makes a DTensor of a tensor, or returns it unchanged."""
     params: list[torch.Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for _ in range(tensors):
@@ -43,10 +42,10 @@ def make(tensors: int, place: Callable[[torch.Tensor], torch.Tensor]) -> list[to
 
 
 def measure(tensors: int, samples: int) -> dict[str, list[float]]:
-    """Milliseconds of each provider's steps.
+    """The times of each provider's steps in milliseconds.
 
     Raises:
-        RuntimeError: weights came out different.
+        RuntimeError: the weights of the providers differ.
     """
     mesh = init_device_mesh("cpu", (1,))
 
@@ -67,7 +66,7 @@ def measure(tensors: int, samples: int) -> dict[str, list[float]]:
     shuffle = random.Random(0)
     for turn in range(-3, samples):
         for name in shuffle.sample(list(steps), len(steps)):
-            steps[name]()  # warm, as in a loop of steps
+            steps[name]()  # warms the caches, as in a loop of steps
             start = time.perf_counter_ns()
             steps[name]()
             if turn >= 0:
@@ -78,16 +77,28 @@ def measure(tensors: int, samples: int) -> dict[str, list[float]]:
                 for params in lists.values()
             )
             if not torch.equal(plain, ours) or not torch.allclose(ours, theirs, atol=1e-6):
-                raise RuntimeError("onepass over DTensors, over plain tensors, and torch differ")
+                raise RuntimeError(
+                    "onepass over DTensors, onepass over plain tensors and torch computed "
+                    "different weights"
+                )
     return taken
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs it; 0 done, 1 a wrong result, 2 wrong usage."""
+    """Runs the benchmark; returns 0 on success, 1 if a result is wrong, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m bench.dtensors", description=__doc__)
-    parser.add_argument("--tensors", type=int, default=2000)
-    parser.add_argument("--samples", type=int, default=40, help="timed steps of each")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="appended to")
+    parser.add_argument(
+        "--tensors", type=int, default=2000, help="number of parameters (default 2000)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=40, help="timed steps per provider (default 40)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="append result lines to FILE (default bench/results/dtensors.jsonl)",
+    )
     parser.add_argument("--no-write", action="store_true", help="write no file")
     args = parser.parse_args(argv)
     for name in ("tensors", "samples"):
@@ -107,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
     lines = []
     p50 = percentile(taken["onepass-dtensor"], 50)
-    print(f"a step over {args.tensors:,} tensors of {SIZE} elements, AdamW, fp32, one thread\n")
-    print("| provider | p20 us | p50 us | p80 us | its time / ours over DTensors | needs |")
+    print(f"step over {args.tensors:,} tensors of {SIZE} elements, AdamW, fp32, one thread\n")
+    print("| provider | p20 us | p50 us | p80 us | time / onepass-dtensor | target |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, samples in taken.items():
         p = {f"p{n}": round(percentile(samples, n), 5) for n in (20, 50, 80)}

@@ -1,11 +1,11 @@
-"""``python -m bench.gate FILE``: whether a new run moved against the committed ones, by ratios.
+"""``python -m bench.gate FILE``: compares the ratios of a new run with those of committed runs.
 
-For a case and another provider, or the copy, the ratio is its time over ours in the same run:
-times differ between machines and days, ratios far less. A ratio has moved where the range that the
-samples give it, from p20 over p80 to p80 over p20, has no point in common with the committed range.
-Only lines of one device are compared, its name to the letter.
+For a case and another provider (or the copy), the ratio is its time divided by that of onepass in
+the same run. Times differ between machines and days, ratios much less. The samples give each ratio
+a range, from p20 / p80 to p80 / p20. A ratio has changed if its range does not overlap the
+committed range. Only lines with exactly the same device name are compared.
 
-A command to run before a release, not a test: what it says depends on the machine.
+Run this command before a release. It is not a test, because the result depends on the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Range:
-    """What the samples of two providers make of the ratio of their times: theirs over ours."""
+    """The ratio of two providers' times: that of the other provider divided by that of onepass.
+
+    Attributes:
+        low, middle, high: the ratio p20 / p80, p50 / p50 and p80 / p20.
+        versions: the versions of both providers.
+    """
 
     low: float
     middle: float
@@ -37,7 +42,7 @@ class Range:
 
     @staticmethod
     def of(ours: Line, other: Line) -> Range:
-        """From the percentiles of two lines; the copy's time is that of as many bytes."""
+        """The ratio of two lines; the time of a copy is scaled to the bytes of our line."""
         scale = ours["bytes"] / other["bytes"] if other["provider"] in LIMITS else 1.0
         mine, theirs = ours["ms"], other["ms"]
         return Range(
@@ -50,7 +55,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Moved:
-    """A ratio before and now."""
+    """A ratio that has changed.
+
+    Attributes:
+        key: see :func:`ranges`.
+        before, now: the ratio in the committed run and in the new one.
+    """
 
     key: Key
     before: Range
@@ -58,14 +68,14 @@ class Moved:
 
     @property
     def worse(self) -> bool:
-        """Whether ours lost."""
+        """Whether onepass became slower relative to the other provider."""
         return self.now.middle < self.before.middle
 
 
 def ranges(lines: Iterable[Line]) -> dict[Key, Range]:
-    """(device, case..., ours, other) -> ratio, of the newest lines of each.
+    """(device, case..., onepass provider, other provider) -> ratio, from the newest lines.
 
-    A run's own providers are compared with each other, never those of two runs.
+    Both times of a ratio are from the same run.
     """
     groups: dict[Key, list[Line]] = {}
     for line in newest(list(lines)):
@@ -80,7 +90,7 @@ def ranges(lines: Iterable[Line]) -> dict[Key, Range]:
 
 
 def compare(committed: Iterable[Line], new: Iterable[Line]) -> tuple[int, list[Moved]]:
-    """(how many ratios are in both, those that moved)."""
+    """(number of ratios that both sets of lines have, the ratios that changed)."""
     before, now = ranges(committed), ranges(new)
     both = [key for key in now if key in before]
     moved = [
@@ -105,21 +115,31 @@ def _row(moved: Moved) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compares; 0 nothing lost, 1 a ratio is worse, 2 wrong usage or nothing to compare."""
+    """Compares two sets of lines.
+
+    Returns:
+        0 if no ratio is worse; 1 if a ratio is worse; 2 on wrong usage or if there is nothing to
+        compare.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gate", description="Says which ratios of a new run moved."
+        prog="python -m bench.gate",
+        description="Prints the ratios of a new run that differ from the committed ones.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="of python -m bench --out FILE")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="result lines of python -m bench --out FILE"
+    )
     parser.add_argument(
         "--against",
         type=Path,
         default=results.ROOT / "bench" / "results",
         metavar="DIR",
-        help="with the committed lines (default bench/results)",
+        help="folder of the committed lines (default bench/results)",
     )
     args = parser.parse_args(argv)
     if not args.file.is_file():
-        parser.error(f"no file {args.file}: python -m bench --out {args.file} makes one")
+        parser.error(
+            f"FILE {args.file} does not exist: write it with python -m bench --out {args.file}"
+        )
     try:
         new = results.read(args.file)
         committed = [
@@ -141,7 +161,10 @@ def main(argv: list[str] | None = None) -> int:
     for one in sorted(moved, key=lambda one: not one.worse):
         print(_row(one))
     worse = sum(one.worse for one in moved)
-    print(f"{both} ratios compared: {worse} worse, {len(moved) - worse} better, the others held")
+    print(
+        f"{both} ratios compared: {worse} worse, {len(moved) - worse} better, "
+        f"{both - len(moved)} unchanged"
+    )
     return int(worse > 0)
 
 

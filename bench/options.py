@@ -1,4 +1,4 @@
-"""What the commands beside ``python -m bench`` share: the device, samples, where lines go."""
+"""Command-line options that several benchmarks share: device, samples and output file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ def parser_of(
 
     Args:
         kind: the command is ``python -m bench.<kind>``, its file bench/results/<kind>.jsonl.
-        about: what --help says of it.
-        samples: unless it is told.
-        each: what a sample is; None for a command without --samples.
+        about: the description that --help prints.
+        samples: the default of --samples.
+        each: the help text of --samples; None for a command without --samples.
     """
     parser = argparse.ArgumentParser(prog=f"python -m bench.{kind}", description=about)
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument(
+        "--device", choices=list(DEVICES), default="cpu", help="device to measure (default cpu)"
+    )
     if each is not None:
         parser.add_argument("--samples", type=int, default=samples, metavar="N", help=each)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"default bench/results/{kind}.jsonl"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"append result lines to FILE (default bench/results/{kind}.jsonl)",
     )
     parser.add_argument("--no-write", action="store_true", help="write no file")
     return parser
@@ -38,9 +43,9 @@ def parser_of(
 def device_of(
     parser: argparse.ArgumentParser, args: argparse.Namespace, *counts: str
 ) -> Device | None:
-    """The device that is asked for; None, and a line on stderr, where it is not there.
+    """The device that --device selects; None, with a message on stderr, if it is missing.
 
-    Exits with 2 where one of counts, or the samples, is below 1.
+    Exits with code 2 if --samples or one of the options named in ``counts`` is below 1.
     """
     for name in ("samples", *counts):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
@@ -53,6 +58,6 @@ def device_of(
 
 
 def keep(args: argparse.Namespace, kind: str, lines: Iterable[Line]) -> None:
-    """Appends lines to the file that is asked for, unless none is."""
+    """Appends lines to the file that --out selects; does nothing with --no-write."""
     if not args.no_write:
         results.append(args.out or results.ROOT / "bench" / "results" / f"{kind}.jsonl", lines)

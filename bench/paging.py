@@ -1,9 +1,9 @@
-"""``python -m bench.paging``: what paged states cost; appends to results.
+"""``python -m bench.paging``: measures the cost of paged states; appends result lines.
 
-Everywhere: the host time of a page, beyond that of the unpaged step, from steps of two numbers of
-pages. On a GPU also: a step over states that all rest on the host, beside the time that the link
-needs to move as many bytes both ways at once, measured in the same turns; beside bitsandbytes'
-paged optimizers where they are installed; and the device memory of each.
+On every device: the additional host time per page, from steps with two different numbers of pages.
+On a GPU also: a step whose states are all in host memory, compared with the time in which the link
+moves as many bytes in both directions at once (measured before and after), and with the paged
+optimizers of bitsandbytes if it is installed; and the device memory of each.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from onepass_tools.benchmark.timing import percentile
 from . import results
 
 SHARE = 0.9
-"""Of the link's bandwidth: what a step over states of STATE_BYTES has to reach."""
+"""Target: the share of the link's bandwidth that a step reaches, with at least STATE_BYTES of
+states."""
 STATE_BYTES = 8 << 30
 TIMES_BITSANDBYTES = 3.0
+"""Target: the time of a step of bitsandbytes divided by that of onepass."""
 NUMELS = (1 << 16, 1 << 19)
 LINK_BYTES = 1 << 30
 
 
 def right(device: torch.device) -> bool:
-    """Whether three paged steps over many pages have the bits of unpaged ones."""
+    """Whether three paged steps over many pages return the same bits as three unpaged steps."""
     found = []
     for paged in (Paging(page_bytes=SMALLEST_PAGE), False):
         param = torch.nn.Parameter(torch.linspace(-1, 1, 1 << 16, device=device))
@@ -49,7 +51,7 @@ def right(device: torch.device) -> bool:
 
 
 def host_us_a_page(states: Any, device: torch.device, samples: int) -> float:
-    """Microseconds that the host spends on a page of one piece: the slope between two lists."""
+    """Additional host time per page in microseconds: the slope between two sizes of a tensor."""
     pages, spent = [], []
     for numel in NUMELS:
         param = torch.nn.Parameter(torch.zeros(numel, device=device))
@@ -63,6 +65,7 @@ def host_us_a_page(states: Any, device: torch.device, samples: int) -> float:
 
 
 def _host_us(step: Callable[[], Any], samples: int) -> list[float]:
+    """Host times of single steps in microseconds, after five untimed steps."""
     found = []
     for i in range(samples + 5):
         start = time.perf_counter_ns()
@@ -76,7 +79,7 @@ def _host_us(step: Callable[[], Any], samples: int) -> list[float]:
 
 
 def link_step() -> tuple[Callable[[], None], int]:
-    """Copies both ways at once, and the bytes of one way."""
+    """A function that copies in both directions at once, and its bytes per direction."""
     host = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     device = [torch.empty(LINK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
     streams: list[Any] = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -94,7 +97,7 @@ def link_step() -> tuple[Callable[[], None], int]:
 
 
 def providers() -> dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float]]:
-    """Optimizers, and the bytes of states of one parameter."""
+    """Name -> (function that makes the optimizer, bytes of states per element)."""
     found: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float]] = {
         "onepass-fp32": (lambda p: onepass.PagedAdamW(p), 8.0),
         "onepass-mx8": (lambda p: onepass.PagedAdamW8bit(p), 2 * (1 + 1 / 32)),
@@ -102,7 +105,7 @@ def providers() -> dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float
     try:
         theirs = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
-        print(f"bitsandbytes: {error}", file=sys.stderr)
+        print(f"bench.paging: bitsandbytes is not measured: {error}", file=sys.stderr)
     else:
         found["bitsandbytes-fp32"] = (theirs.PagedAdamW, 8.0)
         found["bitsandbytes-8bit"] = (theirs.PagedAdamW8bit, 2 * (1 + 4 / 256))
@@ -110,7 +113,10 @@ def providers() -> dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float
 
 
 def measure(samples: int, quick: bool) -> Iterator[dict[str, Any]]:
-    """Each provider alone, for all do not fit; the link before and after each."""
+    """Measures the providers one after the other, because they do not fit in memory together.
+
+    The link is measured before and after each provider.
+    """
     shapes = _shapes(64, 2, 1000) if quick else _shapes(2048, 19, 32_000)
     params = [
         torch.nn.Parameter(torch.zeros(s, dtype=torch.bfloat16, device="cuda")) for s in shapes
@@ -140,7 +146,7 @@ def measure(samples: int, quick: bool) -> Iterator[dict[str, Any]]:
             "gbps_each_way": round(gbps, 2),
             "link_gbps_each_way": round(rate, 2),
             "share": round(gbps / rate, 4),
-            # Managed memory is not torch's: what the device has left tells.
+            # torch does not track managed memory: use the free memory of the device.
             "device_bytes": before - torch.cuda.mem_get_info()[0],
         }
         if isinstance(optimizer, onepass.optim.Optimizer):
@@ -152,7 +158,7 @@ def measure(samples: int, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _shapes(width: int, layers: int, vocabulary: int) -> tuple[tuple[int, ...], ...]:
-    """Of a Llama 3 with tied embeddings."""
+    """Parameter shapes of a Llama 3 model with tied embeddings."""
     narrow, inner = width // 4, 4 * width
     attention = ((width, width), (narrow, width), (narrow, width), (width, width))
     block = (*attention, (inner, width), (inner, width), (width, inner), (width,), (width,))
@@ -160,11 +166,12 @@ def _shapes(width: int, layers: int, vocabulary: int) -> tuple[tuple[int, ...], 
 
 
 def _device_ms(step: Callable[[], Any], samples: int) -> list[float]:
+    """Device times of single calls in milliseconds."""
     return [DEVICES["cuda"].time(step) for _ in range(samples)]
 
 
 def _step_ms(optimizer: torch.optim.Optimizer, samples: int) -> list[float]:
-    """Of steps back to back, until the last copy is done: wall time over their number."""
+    """Wall time per step in milliseconds, each over three steps until their last copy is done."""
     found = []
     for _ in range(samples):
         torch.cuda.synchronize()
@@ -177,7 +184,7 @@ def _step_ms(optimizer: torch.optim.Optimizer, samples: int) -> list[float]:
 
 
 def judged(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """What the bars say of lines of providers."""
+    """Compares the result lines with the targets; one sentence per target."""
     by_name = {line["provider"]: line for line in lines}
     said = []
     for ours, theirs in (
@@ -186,20 +193,30 @@ def judged(lines: Sequence[dict[str, Any]]) -> list[str]:
     ):
         line = by_name[ours]
         if line["state_bytes"] >= STATE_BYTES:
-            said.append(f"{ours}: {line['share']:.3f} of the link (needs {SHARE})")
+            said.append(f"{ours}: {line['share']:.3f} of the link's bandwidth (target {SHARE})")
         if theirs in by_name:
             times = by_name[theirs]["ms"]["p50"] / line["ms"]["p50"]
-            said.append(f"{ours}: {times:.2f} times {theirs} (needs {TIMES_BITSANDBYTES})")
+            said.append(
+                f"{ours}: {times:.2f} times as fast as {theirs} (target {TIMES_BITSANDBYTES})"
+            )
     return said
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures; 0 done, 1 a wrong result."""
+    """Runs the benchmark; returns 0 on success, 1 if a result is wrong, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m bench.paging", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small lists; writes no file")
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="small lists; write no file")
+    parser.add_argument(
+        "--samples", type=int, default=20, help="timings per provider on a GPU (default 20)"
+    )
     default = results.ROOT / "bench" / "results" / "paging.jsonl"
-    parser.add_argument("--out", type=Path, default=default, metavar="FILE")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help="append result lines to FILE (default bench/results/paging.jsonl)",
+    )
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error(f"--samples must be at least 1; got {args.samples}")
@@ -207,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     env = results.environment(device.type)
     if not right(device):
-        print("bench.paging: paged and unpaged steps differ", file=sys.stderr)
+        print("bench.paging: paged and unpaged steps returned different bits", file=sys.stderr)
         return 1
     out = None if args.quick else args.out
 
@@ -218,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     for states in ("fp32", "mx8"):
         spent = host_us_a_page(states, device, 20 if args.quick else 200)
         keep("page", {"states": states, "host_us": round(spent, 2)})
-        print(f"{states}: {spent:.1f} us of the host a page")
+        print(f"{states}: {spent:.1f} us of host time per page")
     if gpu:
         found = []
         for line in measure(args.samples, args.quick):

@@ -1,17 +1,18 @@
-# The commands of bench/stages.py that are not one program. Sourced by bench/session.py, which sets
-# PYTHON, PYTHONPATH and SCRATCH, a folder that is thrown away.
+# Shell functions for the commands of bench/stages.py. bench/session.py sources this file and sets
+# PYTHON, PYTHONPATH and SCRATCH, a temporary folder.
 set -uo pipefail
 
 python() { "$PYTHON" "$@"; }
 
-tool() { # name, arguments...: of PATH or of the toolkit
+tool() { # NAME ARGUMENT...: runs a program from PATH or from the CUDA toolkit
   local found
   found=$(command -v "$1" || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/$1") ||
     { echo "not here: $1 is neither on PATH nor in ${CUDA_HOME:-/usr/local/cuda}/bin"; return 1; }
   "$found" "${@:2}"
 }
 
-# Tests in several processes where pytest can: the reference, on the CPU, is what takes the time.
+# Runs tests in several processes if pytest-xdist is installed, because the reference, which runs on
+# the CPU, takes most of the time.
 tests() {
   local workers=() cores
   cores=$(nproc)
@@ -22,20 +23,20 @@ tests() {
     --basetemp "$SCRATCH/pytest" ${workers[@]+"${workers[@]}"} "$@"
 }
 
-sanitize() { # --report-api-errors: torch asks the driver for functions that it may lack.
+sanitize() { # --report-api-errors no: torch queries driver functions that may not exist
   tool compute-sanitizer --error-exitcode 1 --report-api-errors no --tool "$1" \
     "$PYTHON" tests/cuda_sanitize.py
 }
 
-counters() { # Clocks as they are: a container may not set them.
+counters() { # --clock-control none: a container is not allowed to set the clocks
   tool ncu --clock-control none --section SpeedOfLight --section LaunchStats --section Occupancy \
     --kernel-name regex:sweep --launch-skip 2 "$PYTHON" -m bench.steps --steps 3
 }
 
-peers() { # Without their dependencies: torch is there, and stays as it is.
-  [ -n "${WHEELS:-}" ] || { echo "WHEELS names no folder of wheels: torch alone is measured"; return 0; }
+peers() { # --no-deps: keeps the installed torch
+  [ -n "${WHEELS:-}" ] || { echo "WHEELS is not set: only torch is measured"; return 0; }
   local found=("$WHEELS"/*.whl)
-  [ -e "${found[0]}" ] || { echo "$WHEELS has no wheel"; return 1; }
+  [ -e "${found[0]}" ] || { echo "WHEELS=$WHEELS contains no wheel"; return 1; }
   python -m pip install --quiet --no-index --no-deps --upgrade --target "$SCRATCH/peers" "${found[@]}"
 }
 

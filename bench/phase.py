@@ -1,11 +1,12 @@
-"""The optimizer phase of a training step: unscale, clip, step, zero; ours and torch's, in turns.
+"""The optimizer phase of a training step (unscale, clip, step, zero) of onepass and torch.
 
-torch reads or writes the gradients in each of its calls: unscale_ (read, write), the norm (read),
-clipping (read, write), step (read), zero_grad (write). onepass has the norm (read) and the sweep
-(read, write of the zeros). Both zero in place, as gradients that are accumulated into need.
+Each call of torch reads or writes the gradients: unscale_ (read, write), the norm (read), clipping
+(read, write), step (read), zero_grad (write). onepass runs the norm pass (read) and the sweep
+(read, write of zeros). Both set the gradients to zero in place, as gradient accumulation requires.
 
-A sample is all of these calls, on a GPU until it is done with them, since torch's loss scaler waits
-for it too. Gradients are filled before each, untimed.
+A sample is the time of all calls of one side; samples of the two sides are interleaved. On a GPU
+the time includes waiting for the GPU, because torch's loss scaler waits for it as well. The
+gradients are filled before each sample, untimed.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from . import results
 SCALE, MAX_NORM = 1024.0, 1.0
 LR = 1e-3
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-# Weight and two moments read and written; of the gradient, passes over it.
+# Bytes per element: the weight and two moments are read and written (6 accesses); the others are
+# reads and writes of the gradient.
 BYTES = {"onepass": 4 * (6 + 3), "torch": 4 * (6 + 7)}
-NEEDED = {"cpu": 1.3, "cuda": 1.5}
+NEEDED = {"cpu": 1.3, "cuda": 1.5}  # target: time of torch divided by that of onepass
 
 
 @dataclass
 class Side:
-    """One of the two.
+    """One of the two sides.
 
     Attributes:
-        provider: name.
+        provider: name of the provider.
         param: the weights, updated in place.
-        phase: the timed calls.
-        samples: milliseconds.
+        phase: runs the timed calls.
+        samples: measured times in milliseconds.
     """
 
     provider: str
@@ -52,10 +54,16 @@ class Side:
 
 
 def _backend(param: torch.nn.Parameter) -> Any:
-    """What serves the parameter, but for the reference: it is too slow to be measured."""
+    """The name of the backend that updates the parameter.
+
+    Raises:
+        RuntimeError: it is the reference, which is too slow to be measured.
+    """
     found = onepass.backends.choose(param.device).name
     if found == "reference":
-        raise RuntimeError(f"no compiled backend serves {param.device}: onepass info says why")
+        raise RuntimeError(
+            f"no compiled backend supports {param.device}: `onepass info` prints the reason"
+        )
     return found
 
 
@@ -89,10 +97,10 @@ def _torchs(param: torch.nn.Parameter) -> Callable[[], None]:
 
 
 def measure(numel: int, samples: int, device: str = "cpu") -> list[Side]:
-    """Both sides, checked against each other and timed.
+    """Compares the results of both sides, and times them.
 
     Raises:
-        RuntimeError: they do not come to the same weights.
+        RuntimeError: the sides compute different weights, or leave a gradient that is not zero.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(numel, generator=generator).mul_(0.02).to(device)
@@ -116,29 +124,47 @@ def measure(numel: int, samples: int, device: str = "cpu") -> list[Side]:
             wait()
             taken = (time.perf_counter_ns() - start) / 1e6
             if side.param.grad.any():
-                raise RuntimeError(f"{side.provider} left a gradient")
+                raise RuntimeError(f"{side.provider} left a gradient that is not zero")
             if turn >= 0:
                 side.samples.append(taken)
         if turn == -2:
-            # torch adds 50 M squares up in fp32, so that its norm, and with it a gradient near eps,
-            # is off by more than rounding: after two steps within a hundredth of a step.
+            # torch sums 50 M squares in fp32, so its norm has a larger error than one rounding, and
+            # so has an update whose gradient is near eps. After two steps the weights must agree to
+            # a hundredth of the learning rate.
             ours, theirs = (side.param.detach() for side in sides)
             furthest = float((ours - theirs).abs().max())
             if not furthest <= 0.01 * LR:
-                raise RuntimeError(f"onepass and torch come to weights {furthest:g} apart")
+                raise RuntimeError(
+                    f"the weights of onepass and torch differ by up to {furthest:g}; "
+                    f"at most {0.01 * LR:g} is allowed"
+                )
     return sides
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs it; 0 done, 1 a wrong result, 2 wrong usage or no such device."""
+    """Runs the benchmark.
+
+    Returns:
+        0 on success; 1 if a result is wrong; 2 on wrong usage or if the device is missing.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m bench.phase", description="Times unscale + clip + step + zero, in fp32."
+        prog="python -m bench.phase",
+        description="Times unscale + clip + step + zero of AdamW in fp32.",
     )
-    parser.add_argument("--numel", type=int, default=50_000_000, help="elements (default 50 M)")
-    parser.add_argument("--device", choices=list(NEEDED), default="cpu")
-    parser.add_argument("--samples", type=int, default=15, help="timed phases of each")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="appended to (default bench/results/phase.jsonl)"
+        "--numel", type=int, default=50_000_000, help="number of elements (default 50 million)"
+    )
+    parser.add_argument(
+        "--device", choices=list(NEEDED), default="cpu", help="device to measure (default cpu)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=15, help="timed phases per provider (default 15)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="append result lines to FILE (default bench/results/phase.jsonl)",
     )
     parser.add_argument("--no-write", action="store_true", help="write no file")
     args = parser.parse_args(argv)
@@ -146,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("bench.phase: there is no GPU here", file=sys.stderr)
+        print("bench.phase: --device cuda needs a GPU, and torch finds none", file=sys.stderr)
         return 2
     env = results.environment(args.device)
     try:
@@ -190,10 +216,10 @@ def table(lines: Sequence[results.Line]) -> list[str]:
         dirty = " with uncommitted changes" if run[0]["dirty"] else ""
         text += [
             f"{device}; {run[0]['date']}, commit {str(run[0]['commit'])[:12]}{dirty}, torch "
-            f"{run[0]['torch']}; {run[0]['numel']:,} elements. torch's time over ours: "
-            f"{theirs / ours:.2f} (needs {needed:g}).",
+            f"{run[0]['torch']}; {run[0]['numel']:,} elements. The time of torch is "
+            f"{theirs / ours:.2f} times that of onepass (target {needed:g}).",
             "",
-            "| provider | p20 ms | p50 ms | p80 ms | GB/s | MB a phase |",
+            "| provider | p20 ms | p50 ms | p80 ms | GB/s | MB per phase |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for line in run:

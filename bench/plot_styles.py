@@ -1,7 +1,7 @@
 """Colours and markers of providers in plots."""
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the shapes tell them apart in
-# black and white.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish. The marker shapes
+# distinguish providers in black and white.
 STYLES: dict[str, tuple[str, str]] = {
     "onepass-cpu": ("#0072B2", "o"),
     "onepass-cuda": ("#0072B2", "o"),

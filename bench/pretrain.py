@@ -53,10 +53,11 @@ class Size:
     """The amount of work in a run.
 
     Attributes:
-        vocabulary: rows of the embedding. Tokens are bytes and use the first 256; the others keep
-            the tensors those of the 124 M model.
+        shape: width, depth, heads and context of the model.
+        vocabulary: rows of the embedding. Tokens are bytes and use the first 256 rows; the other
+            rows give the embedding the size that it has in the 124 M model.
         batch: windows of ``shape.context`` tokens per step.
-        steps: None if they are to follow from a number of seconds.
+        steps: training steps; None to derive the number from a time budget.
     """
 
     shape: Shape
@@ -98,7 +99,7 @@ class Bf16Task(Task):
 
 
 def task_of(size: Size, corpus: Corpus, device: Device, seed: int, steps: int) -> Bf16Task:
-    """The initial weights and the batches of a seed; the text is on the device already."""
+    """The initial weights and the batches of a seed; the corpus must be on the device already."""
     torch.manual_seed(seed)
     context = size.shape.context
     return Bf16Task(
@@ -151,7 +152,11 @@ class Clock:
             self._host.append(time.perf_counter())
 
     def milliseconds(self, marks: int) -> list[list[float]]:
-        """For each step of so many marks, the ms from its first mark to each of the others."""
+        """For each step, the milliseconds from its first mark to each of its other marks.
+
+        Args:
+            marks: number of marks per step.
+        """
         self._device.synchronize()
         count = max(len(self._events), len(self._host))
         found = []
@@ -168,9 +173,11 @@ class Clock:
 def training_step(
     task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, index: int, clock: Clock
 ) -> torch.Tensor:
-    """Train on batch ``index`` and return its loss; marks: start, before and after the step, end.
+    """Train on batch ``index`` and return its loss.
 
-    Gradients are clipped by torch.nn.utils.clip_grad_norm_ for every optimizer, outside its step.
+    Makes four marks on the clock: at the start, before and after the optimizer's step, and at the
+    end. Gradients are clipped by torch.nn.utils.clip_grad_norm_ for every optimizer, outside its
+    step.
     """
     clock.mark()
     loss = backward(task, model, index)
@@ -183,13 +190,13 @@ def training_step(
 
 
 def free_memory(device: Device) -> None:
-    """Give back the memory of models that are no longer used."""
+    """Free the memory of models that are no longer used."""
     gc.collect()
     device.release()
 
 
 def train(config: Config, task: Bf16Task, seed: int, device: Device) -> Line:
-    """Train from the initial weights over all batches of the task; the measured part of a line."""
+    """Train on all batches of the task; return the measured fields of the result line."""
     began = time.perf_counter()
     free_memory(device)
     gpu = device.type == "cuda"
@@ -236,10 +243,10 @@ def train(config: Config, task: Bf16Task, seed: int, device: Device) -> Line:
 
 
 def steps_within(seconds: float, config: Config, task: Bf16Task, device: Device) -> int:
-    """How many steps of a configuration, with their validations, take so many seconds.
+    """The number of steps of a configuration that fit into a time budget, including validations.
 
-    Measured over at most PROBE steps, or a tenth of the time, after 5 untimed steps, on a model
-    that is thrown away.
+    The time per step is measured on a temporary model after 5 untimed steps. The measurement ends
+    after PROBE steps or a tenth of the budget.
     """
     free_memory(device)
     model = config.model(task)
@@ -264,7 +271,7 @@ def steps_within(seconds: float, config: Config, task: Bf16Task, device: Device)
 
 
 def run_missing(args: argparse.Namespace, size: Size, device: Device) -> None:
-    """Train every configuration and seed that the file has no line of; append each line at once."""
+    """Train every configuration and seed without a line in the file; append each line at once."""
     corpus = load(size.corpus_bytes)
     common = json.loads(json.dumps(settings(size, corpus)))  # JSON turns tuples into lists
     on_device = replace(
@@ -325,7 +332,7 @@ def run_missing(args: argparse.Namespace, size: Size, device: Device) -> None:
 
 
 def _steps_of(lines: Sequence[Line], device: str, common: Line, seconds: float) -> int | None:
-    """The steps that earlier runs of this benchmark chose for the same time, or None."""
+    """The number of steps that an earlier run chose for the same time budget, or None."""
     for line in reversed(lines):
         same = all(line["settings"].get(name) == value for name, value in common.items())
         if same and line["device"] == device and line["budget_seconds"] == seconds:
@@ -337,36 +344,57 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(KIND, __doc__)
     names = [config.name for config in CONFIGS]
     parser.add_argument(
-        "--configs", dest="names", metavar="NAME", nargs="+", choices=names, help=", ".join(names)
+        "--configs",
+        dest="names",
+        metavar="NAME",
+        nargs="+",
+        choices=names,
+        help=f"configurations to train (default all): {', '.join(names)}",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="of every configuration")
+    length.add_argument("--steps", type=int, metavar="N", help="steps of every configuration")
     length.add_argument(
         "--seconds",
         type=float,
         metavar="N",
-        help=f"time per configuration (default {SECONDS:g}). All configurations train for the same "
-        "number of steps: the seconds per step of the first one, measured after warm-up, give the "
-        "number that fits, and it holds for the others too, whether they are faster or slower. "
-        "Later runs into the same file with the same settings take the same number",
+        help=f"time budget per configuration (default {SECONDS:g}). The time per step of the first "
+        "configuration, measured after warm-up, gives the number of steps. All configurations "
+        "train for this number of steps, and so do later runs with the same settings into the same "
+        "file",
     )
     parser.add_argument(
         "--batch", type=int, metavar="N", help=f"windows per step (default {FULL.batch})"
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many (default 1)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default 0)")
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and a few steps; needs --out"
+        "--seeds", type=int, default=1, metavar="N", help="number of seeds (default 1)"
+    )
+    parser.add_argument(
+        "--first-seed", type=int, default=0, metavar="N", help="the first seed (default 0)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="train a tiny model for a few steps; needs --out or --no-write",
     )
     parser.add_argument(
         "--report", action="store_true", help="write the page from the lines and stop"
     )
-    parser.add_argument("--docs", type=Path, default=results.ROOT / "docs", metavar="DIR")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=results.ROOT / "docs",
+        metavar="DIR",
+        help="folder that --report writes to (default docs)",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train or write the page; 0 done, 2 wrong usage, no such device or nothing to report."""
+    """Train the missing runs, or write the page.
+
+    Returns:
+        0 on success; 2 on wrong usage, if the device is missing, or if there is nothing to report.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     if args.report:
@@ -377,7 +405,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--first-seed must be at least 0; got {args.first_seed}")
     default_file = args.out is None or args.out.resolve() == OUT.resolve()
     if args.quick and default_file and not args.no_write:
-        parser.error("--quick must not write to the default file: name another one with --out")
+        parser.error(
+            "--quick must not write to the default result file: select another file with --out"
+        )
     device = device_of(parser, args, "steps", "batch", "seeds")
     if device is None:
         return 2

@@ -27,15 +27,15 @@ WEIGHT_DECAY = 0.1  # on matrices and embeddings; none on biases and norms
 
 @dataclass(frozen=True)
 class Config:
-    """An AdamW and the formats it works on.
+    """An AdamW optimizer and its formats.
 
     Attributes:
-        name: as in ``--configs`` and in the result lines.
+        name: the name for ``--configs`` and in the result lines.
         library: torch, onepass or bitsandbytes.
-        dtype: of the model's weights, fp32 or bf16; norms stay in fp32.
-        weights: onepass's format of bf16 weights: ``split8`` keeps 8 more bits of each weight in
-            the optimizer, ``stochastic`` rounds each update to one of the two nearest bf16 values
-            at random, with the exact update as its mean.
+        dtype: dtype of the model's weights, fp32 or bf16; norms stay in fp32.
+        weights: weight format of onepass. ``split8`` stores 8 more bits of each bf16 weight in the
+            optimizer. ``stochastic`` rounds each update to one of the two nearest bf16 values at
+            random, so that the mean is exact.
         states: format of the two moments.
     """
 
@@ -55,25 +55,25 @@ class Config:
         return f"{kind}, {self.dtype}{how} weights, {self.states} states"
 
     def settings(self) -> Line:
-        """What of the configuration decides a result."""
+        """The fields of the configuration that determine a result."""
         return asdict(self)
 
     def unavailable(self, device: Device) -> str:
         """Why it cannot be measured on the device; empty if it can."""
         if self.library == "onepass" and self._backend(device) == "reference":
-            return "only the slow reference backend is available: onepass info says why"
+            return "only the slow reference backend is available: `onepass info` prints the reason"
         return self._provider(device).unavailable(device.type)
 
     def provider(self, device: Device) -> Line:
-        """The library, with onepass's backend, and its version; fields of a result line."""
+        """The provider fields of a result line: library (for onepass, with backend), version."""
         found = self._provider(device)
         return {"provider": found.name, "provider_version": found.version}
 
     def model(self, task: Task) -> GPT:
         """The task's model with weights of this configuration's dtype.
 
-        Under autocast, a model with bf16 weights computes what one with the same values in fp32
-        would: the residual stream is kept in fp32, as it is with an fp32 embedding.
+        Under autocast, a model with bf16 weights computes the same as a model with these values in
+        fp32: the residual stream stays in fp32, as with an fp32 embedding.
         """
         model = task.model()
         if self.dtype == "bf16":
@@ -82,10 +82,10 @@ class Config:
         return model
 
     def optimizer(self, model: nn.Module, seed: int) -> torch.optim.Optimizer:
-        """The optimizer over the model; the seed is for stochastic rounding."""
+        """The optimizer for the model; the seed is that of stochastic rounding."""
         options: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS}
         if self.dtype == "bf16":
-            # Formats for everything but norms, embeddings included.
+            # The formats apply to everything except norms, so also to embeddings.
             groups = decay_groups(model, WEIGHT_DECAY, fp32_states=onepass.NORMS)
         else:
             groups = decay_groups(model, WEIGHT_DECAY)
@@ -103,7 +103,7 @@ class Config:
         return onepass.backends.choose(torch.device(device.type)).name
 
     def _provider(self, device: Device) -> Provider:
-        """The same library in the table of ``python -m bench``."""
+        """The provider of the same library in ``python -m bench``."""
         names = {"torch": "torch-fused", "bitsandbytes": "bitsandbytes-8bit"}
         name = names.get(self.library) or f"onepass-{self._backend(device)}"
         return find(all_providers(device.type), name)[0]

@@ -17,8 +17,8 @@ from .results import Line
 from .training_report import by_config, newest
 
 GIB = 1 << 30
-# Okabe and Ito's colours, told apart by colour-blind readers too. Curves nearly coincide, so narrow
-# lines are drawn on top of wide ones.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish. The curves nearly
+# coincide, so narrow lines are drawn on top of wide ones.
 STYLES: dict[str, tuple[str, str, float]] = {
     "torch-fused": ("#E69F00", "-", 5.0),
     "onepass-fp32": ("#000000", "--", 1.1),
@@ -31,7 +31,7 @@ Runs = Mapping[str, Mapping[int, Line]]
 
 
 def sections(lines: Sequence[Line]) -> list[list[Line]]:
-    """The lines in groups that can be compared: of one machine and the same work.
+    """The lines in comparable groups: each from one machine and with the same work.
 
     The group with the newest line comes first; configurations are in the order of CONFIGS.
     """
@@ -48,9 +48,11 @@ def sections(lines: Sequence[Line]) -> list[list[Line]]:
 
 
 def difference(own: Mapping[int, Line], base: Mapping[int, Line]) -> tuple[float, float] | None:
-    """Final validation loss minus the baseline's of the same seeds: mean and half an interval.
+    """The final validation loss minus that of the baseline with the same seeds.
 
-    None without a common seed; the interval (95 %, paired t) is NaN with fewer than two.
+    Returns:
+        The mean and half the width of the 95 % interval (paired t), which is NaN with fewer than
+        two common seeds; None without a common seed.
     """
     seeds = sorted(own.keys() & base.keys())
     if not seeds:
@@ -59,7 +61,7 @@ def difference(own: Mapping[int, Line], base: Mapping[int, Line]) -> tuple[float
 
 
 def _mean(own: Mapping[int, Line], field: str, form: str, unit: float = 1.0) -> str:
-    """The mean over the seeds, formatted; a dash where the field was not measured."""
+    """The mean over the seeds, formatted; a dash if the field was not measured."""
     values = [line[field] for line in own.values()]
     if any(value is None for value in values):
         return "–"
@@ -78,7 +80,7 @@ def table(runs: Runs) -> list[str]:
         "peak memory, GiB",
         "held between steps, GiB",
         "optimizer step, ms",
-        "optimizer's share",
+        "optimizer share",
     )
     rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, own in runs.items():
@@ -112,18 +114,19 @@ def _setup(section: Sequence[Line]) -> str:
         f"A GPT-2 of {one['parameters']:,} parameters: {shape['depth']} layers, {shape['heads']} "
         f"heads, width {shape['width']}, context {shape['context']}, and an embedding of "
         f"{s['vocabulary']:,} rows that is also the output layer. Tokens are bytes, so the text "
-        f"uses 256 rows. {s['steps']:,} steps of {s['batch']} windows ({tokens / 1e6:.3g} M "
-        f"tokens, {tokens / s['train_bytes']:.2g} times the text) over the library of "
-        f"{s['text']}, validated on {s['validation_batches'] * s['batch']} windows of files that "
-        f"are not trained on. AdamW: lr {s['lr']:g}, betas {tuple(s['betas'])}, eps {s['eps']:g}, "
-        f"weight decay {s['weight_decay']:g} on matrices and embeddings; warm-up over a tenth of "
-        f"the steps, then a cosine to {s['final_lr']:g} of the peak; gradients clipped at norm "
-        f"{s['max_grad_norm']:g}."
+        f"uses 256 rows. Training takes {s['steps']:,} steps of {s['batch']} windows "
+        f"({tokens / 1e6:.3g} M tokens, {tokens / s['train_bytes']:.2g} times the text). The text "
+        f"is the standard library of {s['text']}; validation uses "
+        f"{s['validation_batches'] * s['batch']} windows of files that are not trained on. AdamW: "
+        f"lr {s['lr']:g}, betas {tuple(s['betas'])}, eps {s['eps']:g}, weight decay "
+        f"{s['weight_decay']:g} on matrices and embeddings. The learning rate warms up over a "
+        f"tenth of the steps, then follows a cosine to {s['final_lr']:g} of the peak. Gradients "
+        f"are clipped to a norm of {s['max_grad_norm']:g}."
     )
 
 
 def _origins(section: Sequence[Line]) -> str:
-    """When the lines were measured, and with which versions."""
+    """The dates and versions of the lines, in words."""
     dates = sorted(line["date"] for line in section)
     found = sorted({results.origin(line).partition(", ")[2] for line in section})
     libraries = sorted({f"{x['provider']} {x['provider_version']}" for x in section})
@@ -139,22 +142,22 @@ def _coverage(section: Sequence[Line], runs: Runs) -> str:
     missing = [f"`{config.name}`" for config in CONFIGS if config.name not in runs]
     text = [
         f"Measured: {', '.join(f'`{name}`' for name in runs)}, with "
-        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, on this one device."
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, on this device only."
     ]
     if len(seeds) == 1:
         text.append(
-            "One seed says nothing about the spread of the losses: a difference may be chance."
+            "One seed does not show the variation between seeds: a difference may be chance."
         )
     if section[0]["peak_bytes"] is None:
         text.append("Memory is measured on a GPU only.")
     else:
         text.append(
-            "The backward pass of attention on a GPU is not deterministic, so two runs of one "
-            "configuration differ as well."
+            "The backward pass of attention on a GPU is not deterministic, so two runs of the same "
+            "configuration differ too."
         )
     not_measured = [
         *missing,
-        "several GPUs, torch.compile, tokenized text, other sizes of model, longer runs, and rules "
+        "several GPUs, torch.compile, tokenized text, other model sizes, longer runs, and rules "
         "other than AdamW",
     ]
     text.append(f"Not measured: {', '.join(not_measured)}.")
@@ -173,37 +176,38 @@ def markdown(lines: Sequence[Line], source: str, picture: str) -> str:
         "",
         *[f"- `{config.name}`: {config.label}." for config in CONFIGS],
         "",
-        "`split8` keeps 8 more bits of each bf16 weight in the optimizer. `stochastic` rounds each "
-        "updated weight to one of its two bf16 neighbours at random, so that the mean is exact. "
-        "`mx8` and `mx4` store the moments as 8-bit or 4-bit codes with a scale per 32 values. "
-        "Norms keep fp32 weights and states; all other tensors, embeddings included, use the "
-        "formats.",
+        "`split8` stores 8 more bits of each bf16 weight in the optimizer. `stochastic` rounds "
+        "each updated weight to one of its two bf16 neighbours at random, so that the mean is "
+        "exact. `mx8` and `mx4` store the moments as 8-bit or 4-bit codes with one scale per 32 "
+        "values. Norms have fp32 weights and states; all other tensors, including embeddings, use "
+        "the formats.",
         "",
         "- **bytes per parameter**: the weight, its gradient, and everything the optimizer stores.",
         "- **final validation loss**: in nats per token after the last step, mean over the seeds. "
-        f"**minus `{BASELINE}`**: mean difference over the same seeds, with a 95 % interval "
-        "(paired t) if there are at least two.",
-        "- **tokens/s**: from the median time of a training step, after warm-up, validation "
-        "excluded.",
-        "- **peak memory**: `torch.cuda.max_memory_allocated()` over the run, activations "
-        "included. **held between steps**: `torch.cuda.memory_allocated()` after `zero_grad()`, "
-        "that is weights and optimizer states.",
-        "- **optimizer step**: median time of `optimizer.step()`; **optimizer's share**: that "
-        "over the median time of a training step. `torch.nn.utils.clip_grad_norm_` clips the "
-        "gradients of every configuration before the step; its time is not in the share.",
+        f"**minus `{BASELINE}`**: the mean difference over the same seeds, with a 95 % interval "
+        "(paired t) if there are at least two seeds.",
+        "- **tokens/s**: from the median time of a training step after warm-up, without "
+        "validation.",
+        "- **peak memory**: `torch.cuda.max_memory_allocated()` over the run, including "
+        "activations. **held between steps**: `torch.cuda.memory_allocated()` after "
+        "`zero_grad()`, that is, weights and optimizer states.",
+        "- **optimizer step**: the median time of `optimizer.step()`. **optimizer share**: this "
+        "time divided by the median time of a training step. `torch.nn.utils.clip_grad_norm_` "
+        "clips the gradients of every configuration before the step; the share does not include "
+        "its time.",
     ]
     for number, section in enumerate(sections(lines)):
         runs = by_config(section)
         text += ["", f"## {section[0]['device']}, {section[0]['settings']['steps']:,} steps", ""]
         text += [_setup(section), "", *table(runs), ""]
         if number == 0:
-            text += [f"![Validation loss over the tokens trained on]({picture})", ""]
+            text += [f"![Validation loss over training tokens]({picture})", ""]
         text += [_coverage(section, runs), "", _origins(section)]
     return "\n".join(text) + "\n"
 
 
 def _curve(own: Mapping[int, Line]) -> tuple[list[float], list[float]]:
-    """Millions of tokens and the validation loss there, mean over the seeds."""
+    """Training tokens in millions, and the mean validation loss over the seeds at each of them."""
     settings = next(iter(own.values()))["settings"]
     per_step = settings["batch"] * settings["shape"]["context"] / 1e6
     points = [line["validations"] for line in own.values()]
@@ -212,7 +216,7 @@ def _curve(own: Mapping[int, Line]) -> tuple[list[float], list[float]]:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Validation loss over the tokens, and below it the difference from the baseline."""
+    """Draws the validation loss over the tokens and, below it, its difference from the baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,7 +239,7 @@ def draw(runs: Runs, path: Path) -> None:
             lower.plot(x, apart, **style)
     upper.set_ylabel("validation loss (nats per token)")
     lower.set_ylabel(f"loss minus that of {BASELINE}")
-    lower.set_xlabel("tokens trained on (millions)")
+    lower.set_xlabel("training tokens (millions)")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9", linewidth=0.8)
@@ -252,11 +256,15 @@ def draw(runs: Runs, path: Path) -> None:
 
 
 def write(path: Path, docs: Path) -> int:
-    """Write the page and the picture into ``docs``; 0 done, 2 there are no lines in ``path``."""
+    """Write the page and the picture into ``docs``.
+
+    Returns:
+        0 on success; 2 if ``path`` has no result lines.
+    """
     lines = newest([x for x in results.read_lines(path) if x.get("kind") == "pretrain"])
     if not lines:
         print(
-            f"bench.pretrain: no result lines in {path}; run it without --report first",
+            f"bench.pretrain: no result lines in {path}; run python -m bench.pretrain first",
             file=sys.stderr,
         )
         return 2

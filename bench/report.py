@@ -1,6 +1,6 @@
-"""``python -m bench.report``: docs/performance.md and its pictures from the result lines.
+"""``python -m bench.report``: writes docs/performance.md and its pictures from the result lines.
 
-Of every case and provider on a device the newest line counts. No figure is written by hand.
+The newest line of each case and provider on a device counts. No figure is written by hand.
 """
 
 from __future__ import annotations
@@ -26,25 +26,38 @@ from .results import Line, case_key
 OURS = "onepass-"
 RULE_NAMES = {name: found.__name__ for name, found in classes().items()}
 RULE_NAMES["sgd"] = "SGD with momentum"
-# By the format of the states.
+# State format -> why onepass is slower than another provider.
 CPU_REASONS = {
-    "mx8": "With AVX2 arithmetic bounds it: an element takes about as long in a cache as in "
-    "memory. It is faster than fp32 where memory is slower than this, or with AVX-512.",
-    "mx4": "Arithmetic bounds it: an element takes as long in a cache as in memory. Its bytes are "
-    "less than a third of fp32's, and memory is what 4 bits save.",
-    "dynamic8": "bitsandbytes' map is a table without a formula: a code is a gather to decode and "
-    "three to encode. It is here for their checkpoints; mx8 is the fast 8-bit format.",
+    "mx8": "With AVX2 this format is limited by arithmetic: an element takes about as long with "
+    "data in a cache as with data in memory. It is faster than fp32 on machines with slower "
+    "memory, or with AVX-512.",
+    "mx4": "This format is limited by arithmetic: an element takes as long with data in a cache as "
+    "with data in memory. It saves memory, not time: it has less than a third of the bytes of "
+    "fp32.",
+    "dynamic8": "The codes of bitsandbytes are a table without a formula: decoding a code takes "
+    "one gather, encoding takes three. The format exists to exchange checkpoints with "
+    "bitsandbytes; mx8 is the fast 8-bit format.",
 }
 GPU_REASONS = {
-    "dynamic8": "Its map is searched for each code, in a kernel that serves every mix of formats: "
-    "it has none of its own. It is here for bitsandbytes' checkpoints.",
+    "dynamic8": "The format has no specialised kernel: it runs the kernel for mixed formats, which "
+    "searches the table for each code. It exists to exchange checkpoints with bitsandbytes.",
 }
-UNEXPLAINED = "Not explained yet."
+OUTDATED = {
+    ("0c4df720749c", "adamw", "bf16", "native", "fp32"): "This version (commit 0c4df72) has no "
+    "specialised kernel for bf16 weights with fp32 states and runs its generic tiles. Later "
+    "versions have one (docs/cpu.md), which has not been measured on this processor."
+}
+"""(commit, rule, dtype, format of the weights, format of the states) -> a reason that holds for
+this commit only."""
+OVERLAP = "The samples overlap, so they do not show which of these providers is faster."
+UNEXPLAINED = "The cause is unknown."
 
 
 def newest(lines: list[Line]) -> list[Line]:
-    """The newest line of each device, case and provider: of the device measured last first, then in
-    the order of first appearance."""
+    """The newest line of each device, case and provider.
+
+    The device that was measured last comes first; its lines are in the order of first appearance.
+    """
     found: dict[tuple[Any, ...], Line] = {}
     last: dict[str, str] = {}
     for line in lines:
@@ -56,7 +69,7 @@ def newest(lines: list[Line]) -> list[Line]:
 
 
 def _cases(lines: list[Line]) -> list[list[Line]]:
-    """The lines of each case, those of a known case in the order of cases.py."""
+    """The lines of each case; known cases are in the order of cases.py."""
     groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault(case_key(line), []).append(line)
@@ -76,13 +89,17 @@ def title(line: Line) -> str:
 
 
 def _steps(case: list[Line]) -> list[Line]:
+    """The lines of a case without the limits (copies), sorted by median time."""
     return sorted(
         (line for line in case if line["provider"] not in LIMITS), key=lambda x: x["ms"]["p50"]
     )
 
 
 def slower_cases(cases: list[list[Line]]) -> list[str]:
-    """A sentence for each case in which others' medians are below ours, with each of the others."""
+    """A list item for each case in which other providers have a smaller median time than onepass.
+
+    It names each of these providers, and the reason.
+    """
     found = []
     for case in cases:
         steps = _steps(case)
@@ -90,27 +107,37 @@ def slower_cases(cases: list[list[Line]]) -> list[str]:
         if ours is None or steps[0] is ours:
             continue
         mine = ours["ms"]
-        faster = []
+        faster, overlap = [], True
         for line in steps[: steps.index(ours)]:
             ms = line["ms"]
-            spread = ", within the spread of the samples" if ms["p80"] >= mine["p20"] else ""
+            within = ms["p80"] >= mine["p20"]
+            overlap = overlap and within
+            spread = ", within the spread of the samples" if within else ""
             more = f"{mine['p50'] / ms['p50'] - 1:.1%} more{spread}"
             faster.append(f"{line['provider']} {ms['p50']:.3f} ms ({more})")
         found.append(
             f"- {title(ours)}: {ours['provider']} {mine['p50']:.3f} ms, {', '.join(faster)}. "
-            f"{reason(ours)}"
+            f"{reason(ours, overlap)}"
         )
     return found
 
 
-def reason(line: Line) -> str:
-    """Why a case of ours may take longer than others', in a sentence."""
+def reason(line: Line, overlap: bool = False) -> str:
+    """Why a step of onepass takes longer than that of another provider.
+
+    Args:
+        line: the line of onepass.
+        overlap: whether its samples overlap with those of every faster provider.
+    """
+    formats = (line["rule"], line["param_dtype"], line["weights"], line["states"])
+    if found := OUTDATED.get((str(line["commit"])[:12], *formats)):
+        return found
     reasons = GPU_REASONS if line["cuda"] else CPU_REASONS
-    return reasons.get(line["states"], UNEXPLAINED)
+    return reasons.get(line["states"], OVERLAP if overlap else UNEXPLAINED)
 
 
 def unmeasured(lines: list[Line]) -> str:
-    """What no line is about."""
+    """What has no result line, in words."""
     found = [] if any(line["cuda"] for line in lines) else ["any GPU"]
     seen = {line["provider"] for line in lines}
     known = {p.name for device in ("cpu", "cuda") for p in all_providers(device)}
@@ -121,14 +148,14 @@ def unmeasured(lines: list[Line]) -> str:
     ):
         if missing := [name for name in names if name not in values]:
             found.append(f"{what} {', '.join(missing)}")
-    return "; ".join([*found, "gradients of another dtype than the weights"])
+    return "; ".join([*found, "gradients with another dtype than the weights"])
 
 
 def _table(case: list[Line]) -> list[str]:
     steps = _steps(case)
     limits = [line for line in case if line["provider"] in LIMITS]
     host = any(line["host_us"] is not None for line in case)
-    # On a CPU a step with a host time is host time and nothing else.
+    # On a CPU, a line has a host time only if the whole step is host time.
     speed = not host or case[0]["cuda"] is not None
     head = ["provider", "version", "p20 ms", "p50 ms", "p80 ms"]
     head += ["GB/s", "of copy"] * speed + ["host µs"] * host + ["extra MB"]
@@ -158,11 +185,11 @@ def _runs(lines: list[Line]) -> str:
 
 
 def _bar_table(lines: list[Line]) -> list[str]:
-    """Every bar by the newest run that has both of its sides."""
+    """The table of targets; each ratio is from the newest run that measured both of its sides."""
     device = "cuda" if lines[0]["cuda"] else "cpu"
     dates = sorted({line["date"] for line in lines}, reverse=True)
     runs = [bars.judge([x for x in lines if x["date"] == date], device) for date in dates]
-    rows = ["| bar (AdamW) | ratio | needed | result |", "|---|---:|---:|---|"]
+    rows = ["| target (AdamW) | ratio | needed | result |", "|---|---:|---:|---|"]
     for of_each_run in zip(*runs, strict=True):
         verdict = next((v for v in of_each_run if v.ratio is not None), of_each_run[0])
         bar = verdict.bar
@@ -171,18 +198,19 @@ def _bar_table(lines: list[Line]) -> list[str]:
 
 
 INTRODUCTION = """
-- **p20, p50, p80**: percentiles of the time of one `step()`, gradients in place: on the wall \
-for a CPU, between two events for a GPU.
-- **GB/s**: bytes of the written formula / p50, 1 GB = 10^9 bytes. Per element: weight read and \
-written, gradient read, each state read and written.
-- **of copy**: GB/s over those of `copy_` of as many bytes in the same turns. On a CPU a copy \
-also reads the lines that it is about to write, which no formula counts; a step and `in-place` \
-(`mul_` by one) do not, so they can be above 1.
-- **host µs**: what a step keeps the host; on a CPU p50 over tensors of one element, where a \
-step is host time.
-- **extra MB**: what a step needs at most beyond what was there before it (resident set, below \
-0.5 MB it is noise; on a GPU torch's allocator).
-- Lists are named by tensors x elements; `+1`: one element off the start of the storage.
+- **p20, p50, p80**: percentiles of the time of one `step()` with unchanged gradients: wall-clock \
+time on a CPU, the time between two events on a GPU.
+- **GB/s**: the bytes of a step divided by p50; 1 GB = 10^9 bytes. The bytes are those of a \
+formula: the weight is read and written, the gradient is read, and each state is read and written.
+- **of copy**: this bandwidth divided by that of `copy_` of as many bytes, interleaved with the \
+steps. On a CPU, a copy also reads the cache lines that it is about to write, which the formula \
+does not count. A step and `in-place` (`mul_` by one) do not, so their values can be above 1.
+- **host µs**: the time for which a step occupies the host. On a CPU it is given for tensors of \
+one element only, where it is the p50 of the whole step.
+- **extra MB**: the largest additional memory during a step: resident set on a CPU (values below \
+0.5 MB are noise), memory of torch's allocator on a GPU.
+- Lists are named by tensors x elements per tensor; `+1`: each tensor starts one element after the \
+start of its storage.
 """
 
 
@@ -192,13 +220,19 @@ def markdown(
     pictures: Mapping[str, str],
     more: Sequence[str] = (),
 ) -> str:
-    """The page. lines: those of :func:`newest`; sources: the files that they are from; pictures: by
-    device; more: sections of other benchmarks."""
+    """The page.
+
+    Args:
+        lines: the result of :func:`newest`.
+        sources: names of the files that the lines are from.
+        pictures: device -> file name of its picture.
+        more: lines of text of the sections of other benchmarks.
+    """
     text = [
         "# Performance",
         "",
         f"Generated by `python -m bench.report` from {', '.join(sources)}: do not edit.",
-        "Measured by `python -m bench` (bench/README.md says how).",
+        "Measured by `python -m bench`; bench/README.md describes the method.",
         INTRODUCTION,
         f"Not measured: {unmeasured(lines)}.",
     ]
@@ -207,55 +241,72 @@ def markdown(
         cases = _cases(own)
         text += ["", f"## {device}", "", f"Runs: {_runs(own)}.", "", *_bar_table(own), ""]
         text += ["### Where onepass is not the fastest", ""]
-        text += slower_cases(cases) or ["Nowhere among these cases."]
+        text += slower_cases(cases) or ["onepass is the fastest provider in all of these cases."]
         if device in pictures:
             text += ["", f"![Share of the copy bandwidth per case]({pictures[device]})"]
         for case in cases:
             size = next((x["bytes"] for x in case if x["provider"] not in LIMITS), case[0]["bytes"])
-            text += ["", f"### {title(case[0])}", "", f"{size / 1e6:,.3f} MB a step.", ""]
+            text += ["", f"### {title(case[0])}", "", f"{size / 1e6:,.3f} MB per step.", ""]
             text += _table(case)
     return "\n".join([*text, *more]) + "\n"
 
 
 def sections(folder: Path, docs: Path) -> list[str]:
-    """What the other benchmarks have, each under a heading of its own; draws their pictures."""
+    """The sections of the other benchmarks, as lines of text; also draws their pictures.
+
+    Args:
+        folder: folder of the result lines.
+        docs: folder that the pictures are written to.
+    """
     text: list[str] = []
     if lines := results.read_lines(folder / "sizes.jsonl"):
         sizes.draw(lines, docs / "performance-sizes.png")
         text += ["", "## Time against size", ""]
         text += [
-            "AdamW, fp32, one tensor, by `python -m bench.sizes`. A constant, and a slope for "
-            "lists that stay in the caches and one for longer ones, by least squares of the "
-            "relative error; the times themselves say where the one ends. "
-            "No copy is shown where it would be too small to time.",
+            "AdamW in fp32 on one tensor, measured by `python -m bench.sizes`. The fit is a "
+            "constant plus a slope: one slope for sizes that stay in the caches and one for "
+            "larger sizes. It minimises the squared relative error, which also determines the "
+            "size at which the slope changes. The column *time / fit* is the measured time divided "
+            "by that of the fit. The time of a copy is left out for sizes that are too small to "
+            "time it.",
             "",
         ]
         text += ["![Time against size](performance-sizes.png)", "", *sizes.table(lines)]
     if lines := results.read_lines(folder / "share.jsonl"):
-        text += ["", "## The optimizer's part of a training step", ""]
-        text += ["The demo's model, by `python -m bench.share`.", "", *share.table(lines)]
+        text += ["", "## The optimizer's share of a training step", ""]
+        text += [
+            "The model of `onepass demo`, measured by `python -m bench.share`.",
+            "",
+            *share.table(lines),
+        ]
     if lines := results.read_lines(folder / "ladder.jsonl"):
         text += ["", "## The kernel ladder", ""]
         text += [
-            "By `python -m bench.ladder`: each rung differs from the one above in what it says.",
+            "Measured by `python -m bench.ladder`. Each rung is a version of the step that differs "
+            "from the rung above it in the optimization that it names.",
             "",
         ]
         text += rungs.table(lines)
     if lines := results.read_lines(folder / "phase.jsonl"):
         text += ["", "## The optimizer phase: unscale, clip, step, zero", ""]
-        text += ["AdamW, fp32, by `python -m bench.phase`, which says what is timed.", ""]
+        text += [
+            "AdamW in fp32, measured by `python -m bench.phase`: the time to unscale the "
+            "gradients, clip them, take a step and set them to zero.",
+            "",
+        ]
         text += phase.table(lines)
     return text
 
 
 def draw(lines: list[Line], path: Path) -> bool:
-    """The share of the copy bandwidth per case of a device; False if there is none."""
+    """Draws the share of the copy bandwidth of each case of a device; returns False for no case."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    # Where everything stays in a cache, or nothing but the host works, bandwidth says little.
+    # Cases that stay in a cache, or consist of host time only, are left out: their bandwidth means
+    # little.
     cases = [
         case for case in _cases(lines) if any(x["bytes"] >= BEYOND_CACHE for x in _steps(case))
     ]
@@ -289,16 +340,28 @@ def draw(lines: list[Line], path: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the page and the picture; 0 done, 2 nothing to read."""
+    """Writes the page and the pictures; returns 0 on success, 2 if there are no result lines."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description="Writes docs/performance.md from bench/results."
     )
     root = results.ROOT
-    parser.add_argument("--results", type=Path, default=root / "bench" / "results", metavar="DIR")
-    parser.add_argument("--docs", type=Path, default=root / "docs", metavar="DIR")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=root / "bench" / "results",
+        metavar="DIR",
+        help="folder of the result lines (default bench/results)",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=root / "docs",
+        metavar="DIR",
+        help="folder that the page is written to (default docs)",
+    )
     args = parser.parse_args(argv)
     files = sorted(args.results.glob("*.jsonl"))
-    files = [file for file in files if results.read(file)]  # others are of other benchmarks
+    files = [file for file in files if results.read(file)]  # not those of other benchmarks
     lines = newest([line for file in files for line in results.read(file)])
     if not lines:
         print(f"bench.report: no result lines in {args.results}; run python -m bench first")

@@ -1,4 +1,4 @@
-"""Result lines: one JSON object per case and provider."""
+"""Result lines: files with one JSON object per case and provider."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Line = dict[str, Any]
 FIELDS = (
     "date",  # of the run, UTC
     "commit",
-    "dirty",  # files differ from the commit; None where nothing tells
+    "dirty",  # whether files differ from the commit; None if unknown
     "sources",  # hashes of the kernels' sources by backend: sources.py
     "library",  # hash of the built library
     "device",
-    "clock_mhz",  # of a GPU's multiprocessors, when the run began
+    "clock_mhz",  # clock of a GPU's multiprocessors at the start of the run
     "driver",
     "cuda",
     "torch",
@@ -45,18 +45,22 @@ FIELDS = (
     "numel",
     "tensors",
     "bytes",  # read and written by one step
-    "ms",  # p20, p50, p80
-    "samples",  # milliseconds
-    "gbps",  # bytes / p50, 1e9 bytes per second
-    "copy_gbps",  # of the copy in the same turns
+    "ms",  # percentiles p20, p50, p80 of the samples
+    "samples",  # step times in milliseconds
+    "gbps",  # bytes / p50, in 1e9 bytes per second
+    "copy_gbps",  # of the copy, interleaved with the steps
     "share",  # gbps / copy_gbps
-    "host_us",  # p50, microseconds: of any list on a GPU; on a CPU of one-element tensors
-    "peak_bytes",  # beyond what was there before the step
+    "host_us",  # p50 of the host time in microseconds; on a CPU only for one-element tensors
+    "peak_bytes",  # largest additional memory during a step
 )
 
 
 def environment(device: str = "cpu") -> Line:
-    """What all lines of a run share; device: "cpu" or "cuda", the current one."""
+    """The fields that all lines of a run share.
+
+    Args:
+        device: "cpu", or "cuda" for the current GPU.
+    """
     gpu = device == "cuda"
     found = DEVICES[device]
     commit, dirty = sources.commit_and_dirty()
@@ -77,7 +81,12 @@ def environment(device: str = "cpu") -> Line:
 
 
 def lines(env: Line, outcome: Outcome) -> list[Line]:
-    """The lines of a case."""
+    """The result lines of a case: one per provider and limit.
+
+    Args:
+        env: the result of :func:`environment`.
+        outcome: the measurements of the case.
+    """
     copy = next(one for one in outcome.timed if one.provider == "copy")
     return [_line(env, outcome.case, one, copy.gbps) for one in outcome.timed]
 
@@ -108,17 +117,17 @@ def _line(env: Line, case: Case, one: Timed, copy_gbps: float) -> Line:
 
 
 def append(path: Path, new: Iterable[Line]) -> None:
-    """Appends lines to a file, which is made if it is not there."""
+    """Appends lines to a file; creates the file and its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in new)
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Every line of a file, of any kind; none where there is no file.
+    """All lines of a file, of any kind; an empty list if the file does not exist.
 
     Raises:
-        ValueError: a line that is not JSON; names it.
+        ValueError: a line is not JSON; the message names it.
     """
     found: list[Line] = []
     if not path.exists():
@@ -127,22 +136,19 @@ def read_lines(path: Path) -> list[Line]:
         try:
             found.append(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+            raise ValueError(f"{path}:{number} is not a JSON object: {error}") from None
     return found
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of the speed benchmark in a file; those of another kind are left out."""
-    needed = set(FIELDS) - {
-        "sources",
-        "library",
-        "clock_mhz",
-    }  # lines before December 2026 lack them
+    """The lines of ``python -m bench`` in a file, without lines of other benchmarks."""
+    # Lines from before December 2026 lack these fields.
+    needed = set(FIELDS) - {"sources", "library", "clock_mhz"}
     return [x for x in read_lines(path) if x.keys() >= needed and "kind" not in x]
 
 
 def case_key(line: Line) -> tuple[str, str, str, str, str]:
-    """What tells cases apart: rule, dtype and format of the weights, states, list."""
+    """The key of a case: rule, dtype and format of the weights, format of the states, list."""
     return line["rule"], line["param_dtype"], line["weights"], line["states"], line["list"]
 
 
@@ -154,7 +160,11 @@ def _version(distribution: str) -> str | None:
 
 
 class Progress:
-    """A bar on standard error, where that is a terminal and tqdm is there."""
+    """A progress bar on stderr if stderr is a terminal and tqdm is installed; otherwise nothing.
+
+    Args:
+        total: number of turns.
+    """
 
     def __init__(self, total: int) -> None:
         self._bar: Any = None
@@ -171,18 +181,18 @@ class Progress:
             self._bar.close()
 
     def tick(self, text: str, done: bool) -> None:
-        """Shows what goes on; done: one more of the total."""
+        """Shows the current activity; done: also counts one turn as finished."""
         if self._bar is not None:
             self._bar.set_description(text, refresh=False)
             self._bar.update(done)
 
     def clear(self) -> None:
-        """Makes room for a line of output."""
+        """Removes the bar so that a line of output can be printed."""
         if self._bar is not None:
             self._bar.clear()
 
 
 def origin(line: Line) -> str:
-    """When and of what a line is, in words."""
+    """The date, commit and torch version of a line, in words."""
     dirty = " with uncommitted changes" if line["dirty"] else ""
     return f"{line['date']}, commit {str(line['commit'])[:12]}{dirty}, torch {line['torch']}"

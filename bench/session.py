@@ -1,8 +1,8 @@
-"""``bash bench/gpu.sh``: runs the stages of :mod:`bench.stages` on the GPU at hand.
+"""``bash bench/gpu.sh``: runs the stages of :mod:`bench.stages` on the GPU of this machine.
 
-Each part appends its own lines to one file, and the session appends a line of kind "part" when a
-part is over. A part is left out where a line says that it has passed with the present sources, here
-or among the committed ones: so a session that is interrupted goes on with the next call.
+Each part appends its own lines to one file, and the session appends a line of kind "part" when the
+part has ended. A part is skipped if a line, in this file or among the committed ones, says that it
+has passed with the current sources. So the next call continues an interrupted session.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .stages import STAGES, Part, Stage
 
 COMMITTED = results.ROOT / "bench" / "results"
 KEPT = results.ROOT / "build" / "gpu" / "results.jsonl"
-"""Where the lines are besides, from part to part: a copy of the checkout keeps it between calls."""
+"""A copy of the lines, updated after each part; it stays on the machine between calls."""
 NOT_HERE = (
     "not here: ",
     "Device not supported",
@@ -35,7 +35,7 @@ NOT_HERE = (
     "ERR_NVGPUCTRPERM",
     "driver version is insufficient",
 )
-"""What a part prints that cannot run on this machine."""
+"""Texts in the output of a part that cannot run on this machine."""
 FILES = {
     None: "gpu.jsonl",
     "page": "paging.jsonl",
@@ -43,17 +43,17 @@ FILES = {
     "part": "gpu-parts.jsonl",
     "tuning-winner": "tuning.jsonl",
 }
-"""Kind of a line -> its file in bench/results, where that is not named after the kind."""
+"""Kind of a line -> its file in bench/results, if the file is not named after the kind."""
 
 
 def evidence(part: Part, device: str) -> Line:
-    """What the line of a part must say to be evidence for the present sources."""
+    """The fields that a line must have to show that a part passed with the current sources."""
     hashes = sources.kernel_hashes()
     return {"part": part.name, "device": device, "of": {name: hashes[name] for name in part.needs}}
 
 
 def passed(part: Part, device: str, known: Sequence[Line]) -> bool:
-    """Whether a line says that a part has passed on this device with the present sources."""
+    """Whether a line says that a part has passed on this device with the current sources."""
     wanted = evidence(part, device)
     return any(
         line.get("kind") == "part"
@@ -64,14 +64,22 @@ def passed(part: Part, device: str, known: Sequence[Line]) -> bool:
 
 
 class Session:
-    """A call of the script.
+    """One call of the script.
 
     Args:
         out: folder of the result lines and the log.
-        kept: file that has the lines between calls.
-        dry: whether the commands are those of a dry run.
-        limit: seconds that the call may take; a part that does not fit is left for the next.
-        repeat: whether parts run that have passed before.
+        kept: file that keeps the lines between calls.
+        dry: whether to run the commands of the dry run.
+        limit: time limit of the call in seconds; a part that does not fit is left for the next
+            call.
+        repeat: whether to run parts that have passed before.
+
+    Attributes:
+        lines: the file of the result lines.
+        log: the file of the output.
+        device: "cpu" in a dry run, else "cuda".
+        begin: start time.
+        ended: name of a part -> its result.
     """
 
     def __init__(self, out: Path, kept: Path, dry: bool, limit: float, repeat: bool) -> None:
@@ -86,13 +94,13 @@ class Session:
         self.ended: dict[str, str] = {}
 
     def say(self, text: str) -> None:
-        """Prints a line, and keeps it in the log."""
+        """Prints a line and appends it to the log."""
         print(text, flush=True)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def run(self, stages: Sequence[Stage]) -> int:
-        """Runs what has not passed yet; 0 where nothing failed."""
+        """Runs the parts that have not passed yet; returns 0 if none failed, else 1."""
         env = results.environment(self.device)
         known = results.read_lines(self.lines) + results.read_lines(COMMITTED / FILES["part"])
         with tempfile.TemporaryDirectory(prefix="onepass-") as scratch:
@@ -107,14 +115,14 @@ class Session:
         self.say("\n".join(f"{name:<16} {how}" for name, how in self.ended.items()))
         failed = [name for name, how in self.ended.items() if how in ("failed", "timed out")]
         if failed:
-            self.say(f"failed: {', '.join(failed)} (see {self.log})")
+            self.say(f"failed: {', '.join(failed)}; the output is in {self.log}")
         return int(bool(failed))
 
     def part(self, stage: Stage, part: Part, env: Line, scratch: str) -> str:
-        """Runs a part; how it ended."""
+        """Runs a part, appends its line, and returns its result ("passed", "failed" and so on)."""
         out = shlex.quote(str(self.lines.resolve()))
         command = (part.dry if self.dry else part.command).format(out=out)
-        self.say(f"=== {stage.number} {stage.name}: {part.name}, at most {part.seconds} s")
+        self.say(f"=== {stage.number} {stage.name}: {part.name}, time limit {part.seconds} s")
         self.say(f"    {command}")
         start = time.monotonic()
         with self.log.open("ab") as log:
@@ -129,7 +137,7 @@ class Session:
             how = "not here"
         said = (lacking or (tail or [""])[-1])[:200]
         if how == "passed" and command.startswith("tests ") and " passed" not in said:
-            how = "skipped"  # every test: that shows nothing
+            how = "skipped"  # all tests were skipped, which is no evidence
         spent = round(time.monotonic() - start, 1)
         self.say(f"=== {part.name}: {how} after {spent:g} s")
         line = {**env, "kind": "part", "stage": stage.name, **evidence(part, env["device"])}
@@ -142,7 +150,7 @@ class Session:
 
 
 def _run(command: str, seconds: float, log: int, scratch: str) -> int | None:
-    """The exit status of a shell command; None where it was killed for its time."""
+    """The exit status of a shell command; None if it was killed at its time limit."""
     script = Path(__file__).with_name("parts.sh")
     environment = {
         **os.environ,
@@ -174,7 +182,12 @@ def _run(command: str, seconds: float, log: int, scratch: str) -> int | None:
 
 
 def collect(source: Path, target: Path = COMMITTED) -> int:
-    """Brings the lines of a session to the files of their kinds; those that are there stay."""
+    """Appends the lines of a session to the files of their kinds; returns the number of new lines.
+
+    Args:
+        source: the result lines of a session.
+        target: folder of the files.
+    """
     known: dict[Path, set[str]] = {}
     count = 0
     for line in results.read_lines(source):
@@ -191,36 +204,63 @@ def collect(source: Path, target: Path = COMMITTED) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs stages; 0 nothing failed, 1 a part failed, 2 wrong usage or no GPU."""
+    """Runs stages.
+
+    Returns:
+        0 if no part failed; 1 if a part failed; 2 on wrong usage or without a GPU.
+    """
     parser = argparse.ArgumentParser(
-        prog="bench/gpu.sh", description="Runs what is worth doing with a borrowed GPU."
+        prog="bench/gpu.sh",
+        description="Runs the tests and benchmarks that need a GPU, in order of importance.",
     )
     parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help="numbers or names; default: all, in their order"
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help="numbers or names of the stages to run (default all, in order)",
     )
-    parser.add_argument("--list", action="store_true", help="name the stages and their parts")
-    parser.add_argument("--dry", action="store_true", help="tiny commands on the CPU")
-    parser.add_argument("--again", action="store_true", help="run what has passed before, too")
+    parser.add_argument("--list", action="store_true", help="list the stages and their parts")
+    parser.add_argument("--dry", action="store_true", help="run small commands on the CPU")
     parser.add_argument(
-        "--limit", type=float, default=570.0, metavar="SECONDS", help="of the call (default 570)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("gpu-out"), metavar="FOLDER")
-    parser.add_argument(
-        "--kept", type=Path, default=KEPT, metavar="FILE", help="the lines between calls"
+        "--again", action="store_true", help="also run the parts that have passed before"
     )
     parser.add_argument(
-        "--collect", type=Path, metavar="FILE", help="bring its lines to bench/results, and stop"
+        "--limit",
+        type=float,
+        default=570.0,
+        metavar="SECONDS",
+        help="time limit of this call (default 570)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gpu-out"),
+        metavar="FOLDER",
+        help="folder of results.jsonl and gpu.log (default gpu-out)",
+    )
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        default=KEPT,
+        metavar="FILE",
+        help="file that keeps the lines between calls (default build/gpu/results.jsonl)",
+    )
+    parser.add_argument(
+        "--collect",
+        type=Path,
+        metavar="FILE",
+        help="append the lines of FILE to the files in bench/results, and stop",
     )
     args = parser.parse_args(argv)
     if args.collect is not None:
         if not args.collect.exists():
-            parser.error(f"{args.collect} is not there")
+            parser.error(f"--collect: {args.collect} does not exist")
         print(f"{collect(args.collect)} new lines in {COMMITTED}")
         return 0
     names = {str(stage.number): stage for stage in STAGES} | {stage.name: stage for stage in STAGES}
     unknown = [name for name in args.stages if name not in names]
     if unknown:
-        parser.error(f"no stage {unknown[0]!r}; there are {', '.join(names)}")
+        parser.error(f"STAGE must be among {', '.join(names)}; got {unknown[0]!r}")
     chosen = [s for s in STAGES if not args.stages or s in [names[n] for n in args.stages]]
     if args.list:
         for stage in chosen:

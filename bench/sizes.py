@@ -1,8 +1,8 @@
-"""``python -m bench.sizes``: the time of a step against its size, and a constant plus a line.
+"""``python -m bench.sizes``: the time of a step against its size, and a linear fit of it.
 
-One tensor of 1 K elements to as many as fit, AdamW in fp32, ours and torch's fused step in turns.
-The time should be a constant, what a step costs whatever its size, plus a line: that of the caches
-for lists that stay in them, the memory's for others.
+Times AdamW in fp32 on one tensor of 1 K elements and more, as far as memory allows: onepass and
+torch's fused step, interleaved. The fit is a constant, the cost of a step of any size, plus a slope
+per element: one slope for sizes that stay in the caches, another for larger sizes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ PROVIDERS = "onepass-cpu,onepass-cuda,torch-fused"
 
 
 class Fit(NamedTuple):
-    """Milliseconds: the constant, and for each element within the caches and beyond them.
+    """The fit, in milliseconds.
 
     Attributes:
-        last: the largest size within the caches.
+        constant: time of a step of size zero.
+        cached: time per element for sizes up to ``last``, which stay in the caches.
+        beyond: time per element for larger sizes.
+        last: the largest size that stays in the caches.
     """
 
     constant: float
@@ -41,13 +44,15 @@ class Fit(NamedTuple):
     last: float
 
     def at(self, numel: float) -> float:
-        """The time of a step of that size."""
+        """The time of a step with ``numel`` elements, according to the fit."""
         return self.constant + numel * (self.cached if numel <= self.last else self.beyond)
 
 
 def straight(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(constant, slope) of the line through (size, time) by least squares of the relative error, so
-    that a small step weighs as much as a large one; neither is negative."""
+    """(constant, slope) of a line through points (size, time); neither is negative.
+
+    Minimises the squared relative error, so that small and large steps have the same weight.
+    """
     weights = [(1 / t**2, n, t) for n, t in points]
     s0 = sum(w for w, _, _ in weights)
     s1 = sum(w * n for w, n, _ in weights)
@@ -65,9 +70,11 @@ def straight(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Fit:
-    """A constant and two slopes, of caches and of memory, by least squares of the relative error;
-    the times themselves say between which sizes the one ends. One slope where that leaves fewer
-    than two sizes on a side."""
+    """Fits a constant and two slopes to points (size, time): one in the caches, one in memory.
+
+    The size at which the slope changes is the one with the smallest squared relative error. Each
+    slope covers at least two sizes; with too few points there is only one slope.
+    """
     points = sorted(points)
 
     def error(found: Fit) -> float:
@@ -85,7 +92,13 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit:
 
 
 def measure(device: Device, most: int, samples: int | None) -> Iterator[list[Line]]:
-    """The lines of each size up to most that fits."""
+    """Measures each size; yields its result lines.
+
+    Args:
+        device: the device to measure.
+        most: the largest number of elements; sizes that do not fit in memory are left out.
+        samples: timed steps per provider; None for the default of the case.
+    """
     chosen = [p for p in find(all_providers(device.type), None) if p.name in PROVIDERS.split(",")]
     available = [p for p in chosen if not p.unavailable(device.type)]
     env = results.environment(device.type)
@@ -93,7 +106,7 @@ def measure(device: Device, most: int, samples: int | None) -> Iterator[list[Lin
         case = Case("adamw", "fp32", "fp32", one(numel))
         free = device.free()
         if free is not None and memory_of(case, device) > free:
-            print(f"{in_words(numel)} does not fit")
+            print(f"{in_words(numel)} elements do not fit in the free memory of {device.name}")
             break
         outcome = run_case(case, available, samples, device=device)
         new = [line | {"kind": KIND} for line in results.lines(env, outcome)]
@@ -108,7 +121,7 @@ def measure(device: Device, most: int, samples: int | None) -> Iterator[list[Lin
 
 
 def table(lines: Sequence[Line]) -> list[str]:
-    """The newest run of each device, as Markdown: times, the fit, and how far it is off."""
+    """The newest run of each device, as Markdown: the fit, and the times divided by the fit."""
     text: list[str] = []
     for device in dict.fromkeys(line["device"] for line in lines):
         run = newest_run(lines, device)
@@ -126,7 +139,7 @@ def table(lines: Sequence[Line]) -> list[str]:
             text.append(f"- {name}: {', '.join(words)}")
         text += [
             "",
-            f"| elements | {' | '.join(f'{n} ms | of the fit' for n in names)} | copy ms |",
+            f"| elements | {' | '.join(f'{n}, ms | time / fit' for n in names)} | copy, ms |",
         ]
         text.append("|---:|" + "---:|---:|" * len(names) + "---:|")
         for numel in dict.fromkeys(line["numel"] for line in run):
@@ -135,7 +148,7 @@ def table(lines: Sequence[Line]) -> list[str]:
                 time = _time(run, name, numel)
                 part = "" if time is None else f"{time / fits[name].at(numel):.2f}"
                 row += ["" if time is None else f"{time:.4f}", part]
-            # The copy of a small step is of more bytes than the step's: a time of its own.
+            # For small steps, the copy moves more bytes than the step, so its time is not shown.
             copy = next(x for x in run if x["provider"] == "copy" and x["numel"] == numel)
             moved = next(
                 x["bytes"] for x in run if x["numel"] == numel and x["provider"] not in LIMITS
@@ -161,7 +174,7 @@ def _time(run: Sequence[Line], provider: str, numel: int) -> float | None:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Time against size on logarithmic axes with the fits, a panel for each device."""
+    """Draws time against size on logarithmic axes, with the fits; one panel per device."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,13 +195,13 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, marker, color=colour, label=name)
             axes.plot(x, [found.at(n) for n in x], color=colour, linewidth=1)
-        axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ms a step (p50)")
+        axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="time per step, ms (p50)")
         axes.set_title(device, fontsize=9)
         axes.grid(color="0.9")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        "AdamW, fp32, one tensor; lines: a constant plus a slope, within caches and beyond",
+        "AdamW, fp32, one tensor; lines: fits of a constant plus a slope, in caches and in memory",
         fontsize=10,
     )
     figure.savefig(path, dpi=150)
@@ -196,9 +209,14 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures; 0 done, 2 wrong usage or no such device."""
-    parser = parser_of(KIND, __doc__, None, "steps timed per size")
-    parser.add_argument("--most", type=int, help="elements (default: 100 M on a CPU, else 1 B)")
+    """Runs the benchmark; returns 0 on success, 2 on wrong usage or if the device is missing."""
+    parser = parser_of(KIND, __doc__, None, "timed steps per size and provider")
+    parser.add_argument(
+        "--most",
+        type=int,
+        metavar="N",
+        help="the largest number of elements (default 1e8 on a CPU, 1e9 on a GPU)",
+    )
     args = parser.parse_args(argv)
     device = device_of(parser, args, "most")
     if device is None:

@@ -1,6 +1,6 @@
-"""What a result was measured with: hashes of the kernels' sources and of the library, the commit.
+"""The sources that a result was measured with: hashes of kernels and library, and the commit.
 
-A hash of sources leaves out comments, docstrings and formatting, so that a result stays valid where
+The hash of a source ignores comments, docstrings and formatting, so that a result stays valid if
 only those have changed.
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ORIGIN = ROOT / "build" / "origin.json"
-"""What a copy without git is of: written by ``python -m bench.sources``, carried with the copy."""
+"""The commit and the file hashes of a checkout, for a copy of it without git. ``python -m
+bench.sources`` writes this file; copy it with the checkout."""
 
 _SHARED = ("csrc/*.*", "csrc/rules/*", "csrc/formats/*", "python/onepass/rules/limits.py")
 KERNELS = {
@@ -28,7 +29,7 @@ KERNELS = {
     "cuda": (*_SHARED, "csrc/cuda/*"),
     "triton": ("triton_kernels/*.py",),
 }
-"""The files that each backend's kernels are made of."""
+"""Backend -> the source files of its kernels."""
 
 _C_PART = re.compile(
     r"""(?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
@@ -39,7 +40,7 @@ _C_PART = re.compile(
 
 @cache
 def kernel_hashes() -> dict[str, str]:
-    """Backend -> hash of its kernels' sources, without comments and formatting."""
+    """Backend -> hash of the sources of its kernels, ignoring comments and formatting."""
     found = {}
     for backend, patterns in KERNELS.items():
         whole = hashlib.sha256()
@@ -50,13 +51,13 @@ def kernel_hashes() -> dict[str, str]:
 
 
 def essence(path: Path) -> str:
-    """A source without comments, docstrings and formatting."""
+    """The text of a source file without comments, docstrings and formatting."""
     text = path.read_text(encoding="utf-8")
     return _python(text) if path.suffix == ".py" else _c(text)
 
 
 def _c(text: str) -> str:
-    """C++ without comments; white space only between two words, and at the end of directives."""
+    """C++ without comments, with white space only between words and at the end of directives."""
 
     def shortened(match: re.Match[str]) -> str:
         return match["string"] or " "
@@ -70,7 +71,7 @@ def _c(text: str) -> str:
 
 
 def _python(text: str) -> str:
-    """Python as its syntax tree is written out, without docstrings."""
+    """Python without docstrings, printed from its syntax tree."""
     tree = ast.parse(text)
     documented = (ast.Module, ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
@@ -80,13 +81,15 @@ def _python(text: str) -> str:
 
 
 def library_hash(path: Path) -> str | None:
-    """Hash of a built library; None where it is not there."""
+    """Hash of a built library; None if the file does not exist."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def commit_and_dirty() -> tuple[str | None, bool | None]:
-    """The commit, and whether files differ from it; of a copy without git by what was written when
-    it was made; None where nothing tells."""
+    """The commit, and whether files differ from it.
+
+    A copy without git reads them from ORIGIN; without this file both are None.
+    """
     commit = _git("rev-parse", "HEAD")
     if commit is not None:
         return commit, bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs"))
@@ -98,15 +101,15 @@ def commit_and_dirty() -> tuple[str | None, bool | None]:
 
 
 def write_origin(path: Path = ORIGIN) -> None:
-    """Writes what this checkout is, for a copy of it without git.
+    """Writes the commit and the file hashes of this checkout, for a copy without git.
 
     Raises:
-        RuntimeError: there is no git repository here.
+        RuntimeError: this checkout is not a git repository.
     """
     commit = _git("rev-parse", "HEAD")
     listed = _git("ls-files", "--", ".", ":!bench/results", ":!docs")
     if commit is None or listed is None:
-        raise RuntimeError(f"{ROOT} is no git repository")
+        raise RuntimeError(f"{ROOT} is not a git repository")
     origin: dict[str, Any] = {"commit": commit, "dirty": commit_and_dirty()[1]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(origin | {"files": _file_hashes(listed.splitlines())}))
@@ -117,7 +120,7 @@ def _file_hashes(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints; None where there is no repository."""
+    """The output of a git command; None if it fails, for example without a repository."""
     command = ["git", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -127,10 +130,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes build/origin.json and prints the hashes; 1 where there is no repository."""
-    argparse.ArgumentParser(prog="python -m bench.sources", description=main.__doc__).parse_args(
-        argv
-    )
+    """Prints the hashes and writes build/origin.json; returns 1 without a git repository."""
+    argparse.ArgumentParser(
+        prog="python -m bench.sources",
+        description="Prints the hashes of the kernels' sources and writes build/origin.json.",
+    ).parse_args(argv)
     for backend, found in kernel_hashes().items():
         print(f"{backend:<8} {found}")
     try:
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"bench.sources: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {ORIGIN.relative_to(ROOT)}: it travels with a copy of this checkout")
+    print(f"wrote {ORIGIN.relative_to(ROOT)}: include it in a copy of this checkout")
     return 0
 
 

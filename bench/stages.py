@@ -1,7 +1,7 @@
-"""What is worth doing with a borrowed GPU: numbered stages, the most valuable first.
+"""The stages of ``bench/gpu.sh``: tests and benchmarks for a GPU, the most important first.
 
 Each part of a stage is one command, in which ``{out}`` stands for the file of result lines. The
-command of a dry run does the same on a CPU, on tiny sizes.
+command of a dry run does the same on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Part:
 
     Attributes:
         name: unique among all parts.
-        shows: what it is evidence of, for docs/gpu.md.
-        seconds: after which it is killed; about twice what it is expected to take.
-        command: of the shell.
-        dry: the command of a dry run.
-        needs: the backends whose sources its evidence is of; it is left out where that of the
-            present sources is there already.
+        shows: what the part tests or measures, for docs/gpu.md.
+        seconds: time limit, about twice the expected time.
+        command: the shell command.
+        dry: the shell command of a dry run.
+        needs: the backends that the part tests. The part is skipped if it has passed with their
+            current sources.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stage:
-    """Parts that fit a call of five minutes."""
+    """A group of parts."""
 
     number: int
     name: str
@@ -44,12 +44,12 @@ class Stage:
 
 
 def _tests(name: str, shows: str, seconds: int, files: str, needs: tuple[str, ...] = CUDA) -> Part:
-    """A part that runs tests; without a GPU each is skipped, or runs on the CPU."""
+    """A part that runs tests; without a GPU, the tests are skipped or run on the CPU."""
     return Part(name, shows, seconds, f"tests {files}", f"tests {files} --maxfail 1", needs)
 
 
 def _tool(name: str, shows: str, seconds: int, command: str) -> Part:
-    """A part that is a tool of the CUDA toolkit; it says so where that is not here."""
+    """A part that runs a tool of the CUDA toolkit; its result is "not here" without the tool."""
     return Part(name, shows, seconds, command, command)
 
 
@@ -62,15 +62,20 @@ STAGES = (
         (
             Part(
                 "digests",
-                "the bits of 179 steps in CUDA",
+                "digests of 179 steps with the CUDA kernels",
                 60,
                 "python -m bench.digest --device cuda --backends cuda --check --missing "
                 "--out {out}",
                 "python -m bench.digest --check --backends cpu --cases SGD --out {out}",
             ),
             _tests("paging-tests", "paged states", 150, "tests/test_paging_gpu.py"),
-            _tests("cuda-tests", "every rule and format, streams", 150, "tests/test_cuda_gpu.py"),
-            _tests("step-tests", "clipping, scaling, graphs", 60, "tests/test_cuda_gpu_step.py"),
+            _tests("cuda-tests", "all rules and formats; streams", 150, "tests/test_cuda_gpu.py"),
+            _tests(
+                "step-tests",
+                "clipping, loss scaling, CUDA graphs",
+                60,
+                "tests/test_cuda_gpu_step.py",
+            ),
         ),
     ),
     Stage(
@@ -79,27 +84,29 @@ STAGES = (
         (
             _tests(
                 "graph-tests",
-                "captured steps of Triton",
+                "CUDA graphs of steps with the Triton kernels",
                 150,
                 "tests/test_triton_graph.py",
                 ("triton",),
             ),
             _tests(
                 "feature-tests",
-                "averages, telemetry, release_gradients, torch.compile, FSDP2 with NCCL",
+                "averaged weights, telemetry, release_gradients, torch.compile, FSDP2 with NCCL",
                 200,
                 "tests/test_gpu_*.py -m gpu",
                 BOTH,
             ),
             Part(
                 "phase",
-                "unscale, clip, step and zero against torch",
+                "time to unscale, clip, step and zero, compared with torch",
                 40,
                 "python -m bench.phase --device cuda --numel 500000000 --out {out}",
                 "python -m bench.phase --numel 100000 --samples 2 --out {out}",
             ),
-            _tool("memcheck", "no access out of bounds", 60, "sanitize memcheck"),
-            _tool("racecheck", "no race", 60, "sanitize racecheck"),
+            _tool(
+                "memcheck", "out-of-bounds accesses (compute-sanitizer)", 60, "sanitize memcheck"
+            ),
+            _tool("racecheck", "data races (compute-sanitizer)", 60, "sanitize racecheck"),
         ),
     ),
     Stage(
@@ -108,16 +115,16 @@ STAGES = (
         (
             Part(
                 "bench",
-                "each case, beside torch",
+                "time of each benchmark case, compared with torch",
                 200,
                 "python -m bench --device cuda --missing --out {out} "
                 "--providers 'onepass-cuda,torch-fused*,torch-foreach'",
                 f"python -m bench --missing --out {{out}} {_QUICK}",
             ),
-            _tool("counters", "what bounds the kernels", 60, "counters"),
+            _tool("counters", "hardware counters of the kernels (ncu)", 60, "counters"),
             Part(
                 "paging",
-                "the link's bandwidth in paged steps",
+                "paged steps, compared with the bandwidth of the link",
                 150,
                 "python -m bench.paging --out {out}",
                 "python -m bench.paging --quick --samples 1",
@@ -130,7 +137,7 @@ STAGES = (
         (
             Part(
                 "tuning",
-                "launch shape, chunk and prefetch for five formats",
+                "launch shape, chunk length and prefetch for five formats",
                 280,
                 "python -m bench.tuning --device cuda --out {out}",
                 "python -m bench.tuning --dry --out {out}",
@@ -143,7 +150,7 @@ STAGES = (
         (
             Part(
                 "pretrain",
-                "GPT-2 of 124 M: loss, tokens a second, memory",
+                "GPT-2 124 M: loss, tokens per second, memory",
                 290,
                 "python -m bench.pretrain --device cuda --seconds 50 --out {out}",
                 "python -m bench.pretrain --quick --out {out}",
@@ -156,7 +163,7 @@ STAGES = (
         (
             Part(
                 "peers",
-                "bitsandbytes, torchao, FlashOptim, apex, TransformerEngine",
+                "time of bitsandbytes, torchao, FlashOptim, apex, TransformerEngine",
                 290,
                 "peers && python -m bench --device cuda --missing --out {out}",
                 f"python -m bench --missing --out {{out}} {_QUICK}",
@@ -169,7 +176,7 @@ STAGES = (
         (
             Part(
                 "triton-digests",
-                "the bits of 179 steps in Triton, which compiles long",
+                "digests of 179 steps with the Triton kernels; most of the time is compilation",
                 290,
                 "python -m bench.digest --device cuda --backends triton --check --missing "
                 "--out {out}",
@@ -178,7 +185,7 @@ STAGES = (
             ),
             _tests(
                 "triton-tests",
-                "every rule and format in Triton",
+                "all rules and formats with the Triton kernels",
                 290,
                 "tests/test_triton_gpu.py",
                 ("triton",),
@@ -189,24 +196,24 @@ STAGES = (
         8,
         "rest",
         (
-            _tool("quick", "the kernels' roots and quotients, exhaustively", 90, "quick"),
+            _tool("quick", "square roots and quotients of the kernels, exhaustively", 90, "quick"),
             Part(
                 "sizes",
-                "time against size",
+                "time of a step against its size",
                 80,
                 "python -m bench.sizes --device cuda --out {out}",
                 "python -m bench.sizes --most 10000 --samples 1 --out {out}",
             ),
             Part(
                 "share",
-                "the optimizer's part of a training step",
+                "the optimizer's share of a training step",
                 60,
                 "python -m bench.share --device cuda --out {out}",
                 "python -m bench.share --quick --samples 1 --out {out}",
             ),
             Part(
                 "ladder",
-                "what each step of the kernels' making gained",
+                "the gain of each optimization of the kernels",
                 120,
                 "python -m bench.ladder --device cuda --out {out}",
                 "python -m bench.ladder --help",

@@ -1,7 +1,7 @@
-"""``python -m bench.steps``: steps on the GPU for a profiler, which times nothing itself.
+"""``python -m bench.steps``: runs steps on the GPU for a profiler, without timing them.
 
-A profiler may save and restore all that a kernel writes, so the list is large for a cache and small
-for that.
+The list is larger than the caches, but still small, because a profiler may save and restore all
+memory that a kernel writes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ CASES = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Takes the steps; 0 done, 2 wrong usage or no GPU."""
+    """Runs the steps; returns 0 on success, 2 on wrong usage or without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__)
-    parser.add_argument("--steps", type=int, default=3, help="of each case")
-    parser.add_argument("--provider", default="onepass-cuda")
+    parser.add_argument("--steps", type=int, default=3, help="steps per case (default 3)")
+    parser.add_argument(
+        "--provider", default="onepass-cuda", help="provider to run (default onepass-cuda)"
+    )
     args = parser.parse_args(argv)
     if why := DEVICES["cuda"].unavailable():
         print(f"bench.steps: {why}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""``python -m bench.training``: a small GPT trained with each format, from the same seeds.
+"""``python -m bench.training``: trains a small GPT with each format, from the same seeds.
 
-Loss alone rewards a broken format that steps too far, so the size of the step is measured as well:
-beside every run go exact fp32 averages of the gradients that the run itself sees, and the step that
-was taken is compared with the one that they would have given.
+A broken format whose steps are too large can have a lower loss, so the size of the steps is
+measured as well: every run also computes exact fp32 averages (moments) of its own gradients, and
+each step is compared with the step that the exact averages give.
 
-One line per finished run goes to bench/results/training.jsonl; runs that are there already are left
-out, so that this can be stopped and started again. ``--report`` writes docs/training.md.
+Each finished run appends one line to bench/results/training.jsonl. Runs that already have a line
+are skipped, so an interrupted benchmark can be continued. ``--report`` writes docs/training.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .runs import Run, add_arguments, check_arguments, run_missing
 
 OUT = results.ROOT / "bench" / "results" / "training.jsonl"
 EPS = 1e-8
-# Of the demo, but for beta2: 0.999 is torch's default, and the harder case for a format.
+# The options of the demo, except beta2: 0.999 is torch's default and harder for a format.
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 3e-3, "betas": (0.9, 0.999), "weight_decay": 0.1},
     "lion": {"lr": 5e-4, "betas": (0.9, 0.99), "weight_decay": 0.5},
@@ -43,10 +43,15 @@ RULES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained: a rule, its formats, and the run that it is compared with.
+    """A configuration: a rule and its formats.
 
     Attributes:
-        perturbed: every initial weight is moved to one of its two neighbours in fp32.
+        name: the name for ``--configs``, in the result lines and on the page.
+        rule: key of RULES.
+        dtype: dtype of the weights.
+        weights, states: formats of the weights and the states.
+        baseline: name of the configuration that it is compared with; "" for none.
+        perturbed: whether every initial weight is moved to one of its two neighbours in fp32.
     """
 
     name: str
@@ -66,14 +71,23 @@ CONFIGS = (
     Config("bf16 + stochastic + mx4", "adamw", "bf16", "stochastic", "mx4", "fp32"),
     Config("Lion fp32", "lion", "fp32", "native", "fp32", ""),
     Config("Lion mx8", "lion", "fp32", "native", "mx8", "Lion fp32"),
-    # What the stochastic formats are for: the same states, weights rounded to nearest.
+    # Shows why the stochastic formats exist: the same states, but weights rounded to nearest.
     Config("bf16 + native + mx8", "adamw", "bf16", "native", "mx8", "fp32"),
 )
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a run is; ``sampled``: every so many steps, the step is looked at."""
+    """The amount of work in a run.
+
+    Attributes:
+        shape: the shape of the model.
+        batch: windows per step.
+        steps: training steps.
+        validation_batches: batches of the validation.
+        corpus_bytes: bytes of text.
+        sampled: every how many steps a step is compared with that of exact averages.
+    """
 
     shape: Shape
     batch: int
@@ -88,7 +102,7 @@ QUICK = Size(Shape(16, 16, 1, 2), 4, 6, 2, 400_000, 2)
 
 
 def settings(config: Config, size: Size) -> Line:
-    """What decides a run's result beside its seed and the machine."""
+    """Everything that the result of a run depends on except the seed and the machine."""
     return {**asdict(config), **RULES[config.rule], "max_grad_norm": MAX_GRAD_NORM, **asdict(size)}
 
 
@@ -107,7 +121,11 @@ def initial(config: Config, shape: Shape, seed: int) -> dict[str, Tensor]:
 def step_of(
     rule: str, averages: Sequence[Tensor], grad: Tensor, t: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """(step over lr without decay, new averages) of the t-th step, in fp32; changes nothing."""
+    """Computes the t-th step in fp32, without changing its arguments.
+
+    Returns:
+        (step without weight decay divided by the learning rate, new averages).
+    """
     (first, second), (beta1, beta2) = averages, RULES[rule]["betas"]
     if rule == "lion":
         u = torch.sign(beta1 * first + (1 - beta1) * grad)
@@ -119,22 +137,29 @@ def step_of(
 
 
 class Compared:
-    """Steps over lr beside those that exact averages of the same gradients would take."""
+    """Statistics of steps, compared with the steps that exact averages of the gradients give.
+
+    All steps are divided by the learning rate.
+    """
 
     def __init__(self) -> None:
         self._sums = torch.zeros(5, dtype=torch.float64)
         self._largest = 0.0
 
     def add(self, taken: Tensor, exact: Tensor) -> None:
-        """One step of both."""
+        """Adds one step, as taken and as exact averages give it."""
         u, v = taken.double(), exact.double()
         terms = (u @ u, v @ v, u @ v, (u.sign() != v.sign()).sum().double())
         self._sums += torch.stack([*terms, torch.tensor(u.numel(), dtype=torch.float64)])
         self._largest = max(self._largest, float(u.abs().max()))
 
     def line(self) -> Line:
-        """rms of the step; of the step that exact averages would take; the first projected on the
-        second; the share of signs that differ; the largest."""
+        """The statistics as fields of a result line.
+
+        rms_u and rms_u_exact: root mean square of the steps taken and of the exact steps;
+        projection: the step taken projected on the exact step, as a fraction of it; signs_differ:
+        the share of elements whose signs differ; max_u: the largest magnitude of a step.
+        """
         own, exact, product, signs, count = self._sums.tolist()
         return {
             "rms_u": (own / count) ** 0.5,
@@ -148,7 +173,7 @@ class Compared:
 class Watch:
     """Compares the steps of an optimizer with those of exact averages of the same gradients.
 
-    A step is divided by the learning rate; decay is no part of it.
+    A step is divided by the learning rate and does not include weight decay.
     """
 
     def __init__(self, config: Config, optimizer: onepass.Optimizer) -> None:
@@ -162,7 +187,7 @@ class Watch:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _stored(self) -> list[Tensor]:
-        """The averages as the optimizer holds them, decoded."""
+        """The averages that the optimizer stores, decoded."""
         rule, form = self._optimizer.rule, STATE_FORMATS[self._config.states]
         parts: list[list[Tensor]] = [[], []]
         for param in self._params():
@@ -177,7 +202,11 @@ class Watch:
         return [torch.cat(part) for part in parts]
 
     def before_step(self, look: bool) -> None:
-        """Follows the gradients that are in place; look: compare the coming step."""
+        """Updates the exact averages with the current gradients.
+
+        Args:
+            look: whether to compare the coming step.
+        """
         self._steps += 1
         grads = [p.grad for p in self._params()]
         grad = torch.cat([numpy_codec.flat(g).float() for g in grads if g is not None])
@@ -188,10 +217,10 @@ class Watch:
 
 
 def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
-    """One run: the final validation loss and what :class:`Watch` saw.
+    """Trains one run; returns the final validation loss and the statistics of :class:`Watch`.
 
-    The model computes in fp32 with the values that the weights hold, so that formats of the
-    optimizer are all that differs; 16-bit weights get gradients of 16 bits.
+    The model computes in fp32 with the values of the weights, so that runs differ only in the
+    formats of the optimizer. 16-bit weights get 16-bit gradients.
     """
     began = time.perf_counter()
     context = size.shape.context
@@ -249,13 +278,23 @@ def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains what is missing, or writes the page; 0 done, 2 wrong usage or nothing to report."""
+    """Trains the missing runs, or writes the page.
+
+    Returns:
+        0 on success; 2 on wrong usage or if there is nothing to report.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m bench.training", description="Trains a small GPT with each format."
     )
     names = [config.name for config in CONFIGS]
     parser.add_argument("--report", action="store_true", help="write docs/training.md and stop")
-    parser.add_argument("--docs", type=Path, default=results.ROOT / "docs", metavar="DIR")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=results.ROOT / "docs",
+        metavar="DIR",
+        help="folder that --report writes to (default docs)",
+    )
     add_arguments(parser, "--configs", names, OUT, seeds=5)
     args = parser.parse_args(argv)
     if args.report:

@@ -17,21 +17,23 @@ from onepass_tools.compare.stats import interval
 from . import results
 from .results import Line
 
-RMS_LIMITS = {"mx4": 0.20}  # how far the rms of the step may be from the baseline's
-RMS_LIMIT = 0.03  # of any other state format
+RMS_LIMITS = {"mx4": 0.20}  # largest relative difference of the rms step from the baseline
+RMS_LIMIT = 0.03  # the same for all other state formats
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight, and of its gradient
 COMMON = ("shape", "batch", "steps", "validation_batches", "corpus_bytes", "max_grad_norm")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A configuration beside the baseline of the same seeds.
+    """The comparison of a configuration with its baseline over the same seeds.
 
     Attributes:
-        difference, interval: of the final validation losses, mean and half a 95 % interval.
-        spread: standard deviation over the seeds of the baseline's final losses.
-        rms: of the step, over that of the baseline, minus 1.
-        pairs: the differences by themselves.
+        settings: the settings of the configuration.
+        difference: mean of the final validation loss minus that of the baseline.
+        interval: half the width of the 95 % interval of the difference.
+        spread: standard deviation of the final losses of the baseline over the seeds.
+        rms: rms of the step divided by that of the baseline, minus 1.
+        pairs: the difference of each seed.
     """
 
     settings: Line
@@ -43,29 +45,34 @@ class Verdict:
 
     @property
     def rms_limit(self) -> float:
+        """The largest magnitude of ``rms`` at parity."""
         return RMS_LIMITS.get(self.settings["states"], RMS_LIMIT)
 
     @property
     def loss_inside(self) -> bool:
+        """Whether the difference is at most the spread of seeds."""
         return abs(self.difference) <= self.spread
 
     @property
     def parity(self) -> bool:
+        """Whether the loss and the rms of the step are both within their limits."""
         return self.loss_inside and abs(self.rms) <= self.rms_limit
 
     def sentence(self) -> str:
-        """The verdict in words, with what it rests on."""
+        """The verdict in words, with the numbers that it is based on."""
         is_lion = self.settings["rule"] == "lion"
-        size = f"rms of the step {self.rms:+.1%} (limit {self.rms_limit:.0%})"
+        size = f"the rms of the step differs by {self.rms:+.1%} (limit {self.rms_limit:.0%})"
         reach = abs(self.difference) + self.interval
-        where = f"{'inside' if self.loss_inside else 'outside'} the spread of seeds "
-        where += f"({self.spread:.4f})"
-        if self.loss_inside:
-            where += ", as is" if reach <= self.spread else "; not so"
-            where += " the whole interval"
+        spread = f"the spread of seeds ({self.spread:.4f})"
+        if not self.loss_inside:
+            where = f"the difference is outside {spread}"
+        elif reach <= self.spread:
+            where = f"the whole interval is within {spread}"
+        else:
+            where = f"the difference is within {spread}, but not its whole interval"
         return (
-            f"- **{self.settings['name']}**: {'parity' if self.parity else 'no parity'}. Loss "
-            f"{self.difference:+.4f} ± {self.interval:.4f}, {where}; "
+            f"- **{self.settings['name']}**: {'parity' if self.parity else 'no parity'}. The loss "
+            f"differs by {self.difference:+.4f} ± {self.interval:.4f}; {where}; "
             + ("every step of Lion has the same size." if is_lion else f"{size}.")
         )
 
@@ -117,8 +124,8 @@ def _mean(own: dict[int, Line], name: str) -> float:
 def table(runs: dict[str, dict[int, Line]]) -> list[str]:
     """One row per configuration."""
     verdicts = {verdict.settings["name"]: verdict for verdict in judge(runs)}
-    head = "configuration|bytes|seeds|loss|minus the baseline's|rms u|over the baseline's"
-    head += "|over the exact|projection|signs differ|max u"
+    head = "configuration|bytes|seeds|loss|loss - baseline|rms u|rms u / baseline"
+    head += "|rms u / exact|projection|signs differ|max u"
     rows = [f"| {head.replace('|', ' | ')} |", "|---|" + "---:|" * head.count("|")]
     for name, own in runs.items():
         verdict = verdicts.get(name)
@@ -146,31 +153,33 @@ def table(runs: dict[str, dict[int, Line]]) -> list[str]:
 
 
 def _setup(lines: list[Line]) -> str:
-    """What was trained, in words."""
+    """The description of the training runs."""
     one = lines[0]
     s, shape = one["settings"], one["settings"]["shape"]
     rules = {}
     for line in lines:
         own = line["settings"]
         rules[own["rule"]] = (
-            f"{own['rule']}: lr {own['lr']:g}, betas {tuple(own['betas'])}, decay "
+            f"{own['rule']}: lr {own['lr']:g}, betas {tuple(own['betas'])}, weight decay "
             f"{own['weight_decay']:g} on matrices"
         )
     return (
         f"A byte-level GPT of {one['parameters']:,} parameters (width {shape['width']}, depth "
-        f"{shape['depth']}, context {shape['context']}), {s['steps']} steps of {s['batch']} "
-        f"windows, trained on Python {one['python']}'s standard library, validated on "
-        f"{s['validation_batches'] * s['batch']} windows of other files of it. "
+        f"{shape['depth']}, context {shape['context']}) is trained for {s['steps']} steps of "
+        f"{s['batch']} windows of the standard library of Python {one['python']}, and validated "
+        f"on {s['validation_batches'] * s['batch']} windows of other files of the library. "
         + "; ".join(rules.values())
-        + f"; gradients clipped at {s['max_grad_norm']:g}, warm-up and cosine."
+        + f". Gradients are clipped to a norm of {s['max_grad_norm']:g}; the learning rate has a "
+        "warm-up and a cosine decay."
     )
 
 
 def _spread(verdicts: list[Verdict], runs: dict[str, dict[int, Line]]) -> list[str]:
     bases = dict.fromkeys(verdict.settings["baseline"] for verdict in verdicts)
     return [
-        f"- {base}: {statistics.mean(losses):.4f}, spread over {len(losses)} seeds "
-        f"{statistics.stdev(losses):.4f} (lowest {min(losses):.4f}, highest {max(losses):.4f})"
+        f"- {base}: mean loss {statistics.mean(losses):.4f}, standard deviation over "
+        f"{len(losses)} seeds {statistics.stdev(losses):.4f}, lowest {min(losses):.4f}, highest "
+        f"{max(losses):.4f}"
         for base in bases
         if len(losses := [line["validation_loss"] for line in runs[base].values()]) > 1
     ]
@@ -186,7 +195,7 @@ def _runs(lines: list[Line]) -> str:
 
 
 def sections(lines: list[Line]) -> list[list[Line]]:
-    """The lines that can be compared: of one machine and one size of run."""
+    """The lines in comparable groups: each from one machine and with the same amount of work."""
     groups: dict[str, list[Line]] = {}
     for line in lines:
         common = [line["settings"][name] for name in COMMON]
@@ -195,33 +204,42 @@ def sections(lines: list[Line]) -> list[list[Line]]:
 
 
 def markdown(lines: list[Line], source: str, order: Sequence[str], picture: str | None) -> str:
-    """The page. lines: those of :func:`newest`; order: names of configurations, first to last."""
+    """The page.
+
+    Args:
+        lines: the result of :func:`newest`.
+        source: name of the file that the lines are from.
+        order: names of the configurations in the order of the rows.
+        picture: file name of the picture, or None.
+    """
     text = [
         "# Training with each format",
         "",
         f"Generated by `python -m bench.training --report` from {source}: do not edit.",
         "Measured by `python -m bench.training`, one thread per run.",
         "",
-        "- **loss**: validation loss after the last step, nats per byte, mean over the seeds. "
-        "**minus the baseline's**: of the same seeds (initial weights and batches), mean and 95 % "
-        "interval of the paired t.",
-        "- **u**: the step over the learning rate, without decay, as it was taken: from the "
-        "averages as stored, decoded, and the gradient. Beside each run go exact fp32 averages of "
-        "the gradients that the run itself sees; **over the exact** is the rms of u over that of "
-        "theirs, **projection** the part of their step that was taken, **signs differ** the share "
-        "of elements that went the other way or stood still.",
-        "- **parity**: the mean difference is within one spread of seeds (standard deviation of "
-        "the baseline's losses) *and* the rms of u within 3 % of the baseline's with 8-bit states, "
-        "20 % with 4-bit ones. Loss alone rewards a format that steps too far.",
-        "- **bytes**: per parameter, of the weight, its gradient and everything the optimizer "
-        "holds, as measured.",
-        "- *last bits changed*: each initial weight moved to a neighbour in fp32: how far runs "
-        "part with no format at all.",
+        "- **loss**: validation loss after the last step in nats per byte, mean over the seeds. "
+        "**loss - baseline**: the difference from the baseline with the same seeds (initial "
+        "weights and batches), mean and 95 % interval (paired t).",
+        "- **u**: the step without weight decay, divided by the learning rate, computed from the "
+        "gradient and the averages (moments) as the optimizer stores them. Each run also computes "
+        "exact fp32 averages of its own gradients. **rms u / exact** is the root mean square of u "
+        "divided by that of the step from the exact averages. **projection** is u projected on "
+        "that step, as a fraction of it. **signs differ** is the share of elements that moved in "
+        "the other direction, or not at all.",
+        "- **parity**: the mean difference of the loss is at most the spread of seeds (standard "
+        "deviation of the baseline's losses), *and* the rms of u is within 3 % of that of the "
+        "baseline for 8-bit states, or 20 % for 4-bit states. The loss is not enough: a format "
+        "whose steps are too large can have a lower loss.",
+        "- **bytes**: measured bytes per parameter of the weight, its gradient and everything that "
+        "the optimizer stores.",
+        "- *last bits changed*: each initial weight is moved to a neighbour in fp32. This shows "
+        "how much runs differ without any change of format.",
         "",
-        "The model computes in fp32 with the values that the weights hold, on a CPU, so formats "
-        "are all that differs; bf16 weights, norms and embeddings included, get bf16 gradients.",
+        "The model computes in fp32 on a CPU with the values of the weights, so that runs differ "
+        "only in the formats. bf16 weights, including norms and embeddings, get bf16 gradients.",
         "",
-        "Not measured: a GPU, larger models, long runs, beta2 above 0.999, rules other than AdamW "
+        "Not measured: GPUs, larger models, long runs, beta2 above 0.999, rules other than AdamW "
         "and Lion.",
     ]
     for section in sections(lines):
@@ -231,18 +249,20 @@ def markdown(lines: list[Line], source: str, order: Sequence[str], picture: str 
         verdicts = judge(runs)
         text += ["", f"## {section[0]['device']}", "", _setup(section), ""]
         text += [f"Runs: {_runs(section)}.", "", *table(runs), "", "### Spread of seeds", ""]
-        text += _spread(verdicts, runs) or ["One seed: none."]
+        text += _spread(verdicts, runs) or ["Not known: there is only one seed."]
         text += ["", "### Which formats reach parity", ""]
         formats = [verdict for verdict in verdicts if not verdict.settings["perturbed"]]
-        text += [verdict.sentence() for verdict in formats] or ["Not enough seeds to say."]
+        text += [verdict.sentence() for verdict in formats] or [
+            "Not known: a comparison needs at least two seeds."
+        ]
         if picture is not None:
             text += ["", f"![Difference of the final loss by format]({picture})"]
-        picture = None  # one picture, beside the section that it shows
+        picture = None  # the picture belongs to the first section only
     return "\n".join(text) + "\n"
 
 
 def draw(verdicts: list[Verdict], path: Path) -> None:
-    """Differences by seed, their mean and interval, on one spread of seeds as a band."""
+    """Draws the differences by seed with their mean and interval, and the spread of seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -275,11 +295,15 @@ def draw(verdicts: list[Verdict], path: Path) -> None:
 
 
 def write(path: Path, docs: Path, order: Sequence[str]) -> int:
-    """Writes the page and the picture; 0 done, 2 nothing to read."""
+    """Writes the page and the picture into ``docs``.
+
+    Returns:
+        0 on success; 2 if ``path`` has no result lines.
+    """
     lines = [x for x in results.read_lines(path) if x.get("kind") == "training"]
     lines = newest(lines)
     if not lines:
-        print(f"bench.training: no result lines in {path}; run it without --report first")
+        print(f"bench.training: no result lines in {path}; run python -m bench.training first")
         return 2
     docs.mkdir(parents=True, exist_ok=True)
     found = by_config(sections(lines)[0])

@@ -1,9 +1,10 @@
-"""``python -m bench.training_study``: why 4-bit states train as they do, one thing at a time.
+"""``python -m bench.training_study``: how each part of a 4-bit format affects training.
 
-The model, data and seeds of :mod:`bench.training`, with fp32 weights and gradients. AdamW is
-written out, its averages exact between steps or put through a codec: one of onepass.formats, or one
-that was tried. One line per finished run goes to bench/results/training_study.jsonl; runs that are
-there already are left out. ``--report`` writes docs/training-mx4.md.
+Uses the model, data and seeds of :mod:`bench.training`, with fp32 weights and gradients. AdamW is
+implemented here. Between steps, its averages (moments) are exact, or encoded and decoded by a
+codec: one of onepass.formats, or an alternative to it. Each finished run appends one line to
+bench/results/training_study.jsonl; runs that already have a line are skipped. ``--report`` writes
+docs/training-mx4.md.
 """
 
 from __future__ import annotations
@@ -36,34 +37,38 @@ TINY = Size(Shape(16, 32, 1, 2), 4, 6, 2, 400_000, 2)
 
 
 class Nearest:
-    """In place of a generator's 16 bits: the middle, which rounds to nearest."""
+    """Replaces a random generator: always returns the middle, which rounds to nearest."""
 
     def integers(self, low: int, high: int, count: int, dtype: type) -> U32:
+        """``count`` times half of ``high``."""
         return np.full(count, high // 2, np.uint32)
 
 
 class Even:
-    """In place of a generator's 16 bits: each element's own start, then evenly over the steps.
+    """Replaces a random generator: 16-bit numbers that are spread evenly over the steps.
 
-    A Weyl sequence by the golden ratio. Any one step sees uniform bits, but the bits of an element
-    over a few steps are spread more evenly than chance would, and the errors of rounding cancel.
+    The numbers of an element are a Weyl sequence of the golden ratio with a random start. In each
+    step the numbers are uniform over the elements. Over a few steps, those of one element are
+    spread more evenly than random ones, so that rounding errors cancel.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed, self._steps = seed, 0
 
     def integers(self, low: int, high: int, count: int, dtype: type) -> U32:
+        """The numbers of the next step; ``low`` and ``high`` must be 0 and 65536."""
         start = np.random.default_rng(self._seed).integers(low, high, count, dtype=np.uint32)
         self._steps += 1
         found: U32 = (start + np.uint32(self._steps * 40503 & 0xFFFF)) & np.uint32(0xFFFF)
         return found
 
 
-Random = Any  # np.random.Generator, or one of these where only 16 bits are taken
+Random = Any  # np.random.Generator, or one of the classes above for codecs that use 16-bit numbers
 Code = Callable[[F32, Random], F32]
-"""(values, random) -> what is decoded of them."""
+"""(values, random) -> the values, encoded and decoded."""
 FirstCode = Callable[[F32, F32, Random], F32]
-"""(first moment, root of the decoded second, random) -> what is decoded of it."""
+"""(first moment, square root of the decoded second moment, random) -> the first moment, encoded and
+decoded."""
 
 
 def _bits(random: Random, count: int) -> U32:
@@ -72,14 +77,14 @@ def _bits(random: Random, count: int) -> U32:
 
 
 def root_e3m1(v: F32, random: Random) -> F32:
-    """The second moment in version 1 of mx4: its root, rounded stochastically."""
+    """The second moment in version 1 of mx4: its square root in E3M1, rounded stochastically."""
     codes, scale = mx4.encode_positive(np.sqrt(v), _bits(random, len(v)))
     root = mx4.decode_positive(codes, scale)
     return root * root
 
 
 def root_e2m2(v: F32, random: Random) -> F32:
-    """The second moment as mx4 has it now: E2M2 where all of a block is within its range."""
+    """The second moment in the current mx4: E2M2 for blocks whose values fit its range."""
     root = mx4.decode_root(*mx4.encode_root(np.sqrt(v), _bits(random, len(v))))
     return root * root
 
@@ -96,16 +101,21 @@ def first_mx8(m: F32, root: F32, random: Random) -> F32:
 
 
 def floored(v: F32, random: Random) -> F32:
-    """Exact, but for what is below the lowest code of mx4, which becomes it."""
+    """The exact second moment, but at least the lowest code of mx4 in the block."""
     codes, scale = mx4.encode_positive(np.sqrt(v), np.zeros(len(v), np.uint32))
     lowest = mx4.decode_positive(np.zeros_like(codes), scale)
     return np.maximum(v, lowest * lowest)
 
 
 def powers_of_two(v: F32, random: Random, log: bool) -> F32:
-    """The second moment as one of the 16 powers of two up to the block's largest.
+    """The second moment as one of the 16 powers of two up to the largest of the block.
 
-    Rounded up with the probability that makes v (or log v) right on average."""
+    Args:
+        v: the second moment.
+        random: the generator.
+        log: whether the probability of rounding up makes the mean of log v exact, instead of that
+            of v.
+    """
     grid = np.pad(v, (0, -len(v) % MX_BLOCK)).reshape(-1, MX_BLOCK)
     top = np.ceil(np.log2(np.maximum(grid.max(1, keepdims=True), 1e-37)))
     held = np.maximum(grid, np.exp2(top - 15))
@@ -117,7 +127,8 @@ def powers_of_two(v: F32, random: Random, log: bool) -> F32:
 
 
 def root_log(v: F32, random: Random) -> F32:
-    """Those codes, rounded up with the probability that makes log v right on average."""
+    """The codes of :func:`root_e3m1`, rounded up with a probability that makes the mean of log v
+    exact."""
     root = np.sqrt(v)
     nothing = np.zeros(len(v), np.uint32)
     codes, scale = mx4.encode_positive(root, nothing)
@@ -131,19 +142,25 @@ def root_log(v: F32, random: Random) -> F32:
 
 
 def ratio_e2m1(m: F32, root: F32, random: Random) -> F32:
-    """The first moment in version 1 of mx4."""
+    """The first moment in version 1 of mx4: its ratio to the root of the second, in E2M1."""
     divisor = np.where(root == 0, np.float32(1), root)
     codes, scale = encode_signed(mx4.ratio(m, divisor), _bits(random, len(m)), mx4.E2M1)
     return decode_signed(codes, scale, mx4.E2M1) * divisor
 
 
 def ratio_even(m: F32, root: F32, random: Random, size: int = 32, dithered: bool = False) -> F32:
-    """The first moment as a ratio in 15 even codes up to the block's largest, a scale in fp32.
+    """The first moment as a ratio in 15 evenly spaced codes, with a scale in fp32 for each block.
 
-    dithered: what is added before rounding is subtracted again from what is decoded, which a
-    generator without a state allows. The error then is uniform whatever the value, of half the
-    variance on average (Schuchman, "Dither signals and their effect on quantization noise", 1964);
-    zero stays zero, by the sixteenth code.
+    Args:
+        m: the first moment.
+        root: square root of the decoded second moment.
+        random: the generator.
+        size: elements per block.
+        dithered: whether the random number that is added before rounding is subtracted again after
+            decoding, which is possible because the random bits can be recomputed. The error is then
+            uniform for every value, and has half the variance on average (Schuchman, "Dither
+            signals and their effect on quantization noise", 1964). Zero stays zero: it has the
+            sixteenth code.
     """
     divisor = np.where(root == 0, np.float32(1), root)
     unit = mx4.ratio(m, divisor)
@@ -177,14 +194,15 @@ FIRST: dict[str, FirstCode] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What a run does otherwise than fp32.
+    """The differences of a run from fp32 training.
 
     Attributes:
+        name: the name for ``--variants``, in the result lines and on the page.
         lr: factor of the learning rate.
-        noise: rms of normal noise that is added to each step, over the rms of the step.
-        memory: correlation of that noise from step to step.
-        even: random bits that are spread evenly over the steps of an element.
-        first, second: codec of the averages between steps, empty for none.
+        noise: rms of normal noise that is added to each step, divided by the rms of the step.
+        memory: correlation of this noise from one step to the next.
+        even: whether the random bits of an element are spread evenly over the steps.
+        first, second: codec of the first and second moment between steps; "" for none.
     """
 
     name: str
@@ -228,12 +246,12 @@ VARIANTS = (
 
 
 def settings(variant: Variant, size: Size) -> Line:
-    """What decides a run's result beside its seed and the machine."""
+    """Everything that the result of a run depends on except the seed and the machine."""
     return {"variant": asdict(variant), "adamw": RULES["adamw"], **asdict(size)}
 
 
 def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
-    """One run: the validation loss, and its steps beside those of exact averages."""
+    """Trains one run; returns the validation loss and the comparison with exact averages."""
     began = time.perf_counter()
     context = size.shape.context
     task = Task(
@@ -246,13 +264,16 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
     model = task.model()
     options = RULES["adamw"]
     groups = parameter_groups(model, options["weight_decay"])
-    # It holds the schedule alone; the steps are taken here.
+    # This optimizer only holds the learning rate schedule; the steps are computed below.
     schedules = torch.optim.SGD(groups, lr=options["lr"] * variant.lr)
     scheduler = schedule(schedules, size.steps)
     params: list[Tensor] = [p for group in schedules.param_groups for p in group["params"]]
     sizes = [p.numel() for p in params]
     if any(count % MX_BLOCK for count in sizes):
-        raise ValueError(f"a block must not span parameters; got parameters of {sizes} elements")
+        raise ValueError(
+            f"the size of every parameter must be a multiple of {MX_BLOCK}, so that no block spans "
+            f"two parameters; got {sizes}"
+        )
     decay = torch.cat(
         [
             torch.full((p.numel(),), float(group["weight_decay"]))
@@ -295,7 +316,7 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
             root = held[1].sqrt().numpy()
             held[0] = torch.from_numpy(FIRST[variant.first](held[0].numpy(), root, randoms[0]))
         model.zero_grad()
-        schedules.step()  # without gradients: keeps the scheduler's order
+        schedules.step()  # has no gradients: the scheduler requires a step() before its own
         scheduler.step()
     return {
         "validation_loss": validate(task, model),
@@ -305,9 +326,14 @@ def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains what is missing, or writes the page; 0 done, 2 wrong usage or nothing to report."""
+    """Trains the missing runs, or writes the page.
+
+    Returns:
+        0 on success; 2 on wrong usage or if there is nothing to report.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m bench.training_study", description="Finds out why mx4 trains as it does."
+        prog="python -m bench.training_study",
+        description="Trains a small GPT with parts and variants of the 4-bit state format.",
     )
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--report", action="store_true", help="write docs/training-mx4.md and stop")

@@ -1,12 +1,12 @@
-"""``python -m bench.tuning``: the launch shape, the chunk and the prefetch of the CUDA kernels.
+"""``python -m bench.tuning``: measures launch shape, chunk length and prefetch of the CUDA kernels.
 
-``--build`` compiles the variants of tuning_variants.py into build/tuning/, which needs nvcc and no
-GPU. Without it each variant is measured in a process of its own, in two rounds of different orders;
-a line is written as soon as a format is measured, and a second call measures what has no line yet.
-Then the bits of the fastest variant of each format are compared with bench/results/digests.jsonl.
+``--build`` compiles the variants of tuning_variants.py into build/tuning/, which needs nvcc but no
+GPU. Without it, each variant is measured in its own process, in two rounds with different orders. A
+line is written as soon as a format is measured; a second call measures what has no line yet. Then
+the bits of the fastest variant of each format are compared with bench/results/digests.jsonl.
 ``--report`` writes the tables of docs/cuda.md.
 
-``--dry`` does all of it on a CPU, tiny: copies of the CPU library stand for the variants.
+``--dry`` does all of this on a CPU with tiny sizes; copies of the CPU library replace the variants.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ from .tuning_variants import (
 
 ROUNDS = 2
 AHEAD = 2
-"""Processes that import torch while another one measures."""
+"""Number of processes that are started in advance, to import torch while another one measures."""
 SECONDS = 120
-"""After which a process that measures, or compares bits, is ended."""
+"""Time limit of a process that measures, or compares bits."""
 DRY_VARIANTS, DRY_FORMATS = 2, ("fp32", "split8+mx8")
 VARIABLES = {"cuda": "ONEPASS_CUDA_LIBRARY", "cpu": "ONEPASS_CPU_LIBRARY"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all parts of a run share.
+    """The settings of a run.
 
     Attributes:
         device: "cuda", or "cpu" for a dry run.
-        numel: elements of the list.
-        samples: of a format in a round.
+        numel: elements of the tensor.
+        samples: samples per format and round.
         formats: names of FORMATS.
-        variants: what is measured.
-        folder: where their libraries are.
-        out: the file of the lines.
-        digests: the file of the reference's digests.
-        built_of: the hash of what the libraries were built of.
+        variants: the variants to measure.
+        folder: folder of their libraries.
+        out: file of the result lines.
+        digests: file of the digests of the reference.
+        built_of: hash of the sources that the libraries were built from.
     """
 
     device: str
@@ -78,11 +78,11 @@ class Setting:
     built_of: str
 
     def library(self, variant: Variant) -> Path:
-        """The library of a variant."""
+        """Path of the library of a variant."""
         return library_of(variant, self.folder, self.built_of)
 
     def environ(self, variant: Variant) -> dict[str, str]:
-        """In which a process loads the library of a variant, and the sources that run here."""
+        """The environment of a process that loads a variant, with the sources of this process."""
         here = [str(Path(onepass.__file__).resolve().parents[1]), str(results.ROOT)]
         paths = [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         library = str(self.library(variant).resolve())
@@ -93,7 +93,7 @@ class Setting:
         }
 
     def lines(self, kind: str) -> list[Line]:
-        """The lines that are there already of these sources, this device and this size."""
+        """The existing lines of a kind with the same sources, device and size."""
         same = {"kind": kind, "built_of": self.built_of, "numel": self.numel}
         same["device"] = DEVICES[self.device].name
         return [x for x in results.read_lines(self.out) if same.items() <= x.items()]
@@ -101,7 +101,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A variant in a round, with the formats that have no line."""
+    """A variant in a round, with the formats that have no line yet."""
 
     variant: Variant
     round: int
@@ -109,7 +109,7 @@ class Task:
 
 
 def tasks(setting: Setting) -> list[Task]:
-    """What is left to measure; each round has an order of its own."""
+    """The measurements without a line; each round has its own order."""
     done = {(x["variant"], x["round"], x["format"]) for x in setting.lines("tuning")}
     found = []
     for number in range(ROUNDS):
@@ -122,6 +122,7 @@ def tasks(setting: Setting) -> list[Task]:
 
 
 def _start(setting: Setting, task: Task) -> subprocess.Popen[str]:
+    """Starts the process of a task; it imports its modules and waits for a line on stdin."""
     command = [sys.executable, "-m", "bench.tuning_step", "--device", setting.device]
     command += ["--formats", ",".join(task.formats), "--numel", str(setting.numel)]
     command += ["--samples", str(setting.samples)]
@@ -136,7 +137,7 @@ def _start(setting: Setting, task: Task) -> subprocess.Popen[str]:
 
 
 def _measured(process: subprocess.Popen[str]) -> Iterator[Line]:
-    """What a process that waits for it measures, as it comes."""
+    """Tells a waiting process to measure, and yields each result as the process prints it."""
     assert process.stdin is not None
     assert process.stdout is not None
     timer = threading.Timer(SECONDS, process.kill)
@@ -148,7 +149,7 @@ def _measured(process: subprocess.Popen[str]) -> Iterator[Line]:
             if text.startswith("{"):
                 yield json.loads(text)
         process.wait()
-    except BrokenPipeError:  # it ended before it was told to start
+    except BrokenPipeError:  # the process has already ended
         process.wait()
     finally:
         timer.cancel()
@@ -184,7 +185,11 @@ def _line(env: Line, setting: Setting, task: Task, found: Line) -> Line:
 
 
 def measure(env: Line, setting: Setting, plan: Sequence[Task]) -> int:
-    """Measures one process after the other, writing each line as it comes; how many failed."""
+    """Runs the processes one after the other and appends each line at once.
+
+    Returns:
+        The number of processes that failed.
+    """
     failed = 0
     started: list[subprocess.Popen[str]] = []
     try:
@@ -211,9 +216,11 @@ def measure(env: Line, setting: Setting, plan: Sequence[Task]) -> int:
 
 
 def check(setting: Setting, variant: Variant, name: str) -> tuple[str, str]:
-    """(whether the bits of a variant are those of the reference, what bench.digest printed).
+    """Compares the bits of a variant with those of the reference.
 
-    The first is "equal", "differ", "failed" or, without lines of the reference, "not compared".
+    Returns:
+        (verdict, output of bench.digest). The verdict is "equal", "differ", "failed", or "not
+        compared" if the reference has no digests for the format.
     """
     command = [sys.executable, "-m", "bench.digest", "--device", setting.device, "--check"]
     command += ["--backends", setting.device, "--cases", digest_cases(name)]
@@ -229,7 +236,7 @@ def check(setting: Setting, variant: Variant, name: str) -> tuple[str, str]:
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return "failed", f"no answer after {SECONDS} s"
+        return "failed", f"bench.digest did not finish within {SECONDS} s"
     counts = re.search(r"(\d+) differ, (\d+) have none, (\d+) failed", done.stdout)
     if counts is None or int(counts[3]):
         return "failed", done.stdout
@@ -241,7 +248,11 @@ def check(setting: Setting, variant: Variant, name: str) -> tuple[str, str]:
 
 
 def check_winners(env: Line, setting: Setting) -> int:
-    """Compares the bits of the fastest variant of each format; how many are not equal."""
+    """Compares the bits of the fastest variant of each format with the reference.
+
+    Returns:
+        The number of formats whose verdict is not "equal".
+    """
     lines, wrong = setting.lines("tuning"), 0
     known = [x for x in setting.lines("tuning-winner") if x["verdict"] == "equal"]
     equal = {(x["format"], x["variant"]) for x in known}
@@ -253,7 +264,7 @@ def check_winners(env: Line, setting: Setting) -> int:
         (variant,) = (v for v in setting.variants if v.name == best)
         told = f"{name}: {best} is the fastest, {fastest[best]:.3f} ms"
         if (name, best) in equal:
-            print(f"{told}: bits equal, as compared before", flush=True)
+            print(f"{told}: bits equal (compared in an earlier run)", flush=True)
             continue
         verdict, output = check(setting, variant, name)
         wrong += verdict != "equal"
@@ -282,44 +293,74 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.tuning",
         description="Measures variants of the CUDA kernels' launch shape, chunk and prefetch.",
     )
-    parser.add_argument("--build", action="store_true", help="compile the variants, measure none")
-    parser.add_argument("--report", action="store_true", help="write docs/cuda.md, measure none")
-    parser.add_argument("--list", action="store_true", help="name the variants, measure none")
-    parser.add_argument("--device", choices=["cuda"], default="cuda", help="what is measured")
-    parser.add_argument("--dry", action="store_true", help="a tiny run, on the CPU all the same")
-    parser.add_argument("--variants", metavar="PATTERN", help="only those, such as '128x*-16K'")
-    parser.add_argument("--formats", metavar="NAMES", help=f"default: {','.join(FORMATS)}")
-    parser.add_argument("--numel", type=int, help="elements (default 1e9; dry: 4096)")
-    parser.add_argument("--samples", type=int, help="of each format and round (default 15; dry: 2)")
-    parser.add_argument("--libraries", type=Path, metavar="DIR", help="default build/tuning")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="of the lines (default bench/results/tuning.jsonl)"
+        "--build", action="store_true", help="compile the variants, measure nothing"
     )
     parser.add_argument(
-        "--digests", type=Path, default=digest.FILE, metavar="FILE", help="of the reference"
+        "--report", action="store_true", help="write the tables of docs/cuda.md, measure nothing"
+    )
+    parser.add_argument("--list", action="store_true", help="print the variants, measure nothing")
+    parser.add_argument(
+        "--device", choices=["cuda"], default="cuda", help="device to measure (default cuda)"
+    )
+    parser.add_argument("--dry", action="store_true", help="do a tiny run on the CPU")
+    parser.add_argument(
+        "--variants", metavar="PATTERN", help="measure only these, for example '128x*-16K'"
+    )
+    parser.add_argument(
+        "--formats",
+        metavar="NAMES",
+        help=f"formats to measure, separated by commas (default {','.join(FORMATS)})",
+    )
+    parser.add_argument(
+        "--numel", type=int, metavar="N", help="number of elements (default 1e9; dry run 4096)"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="per format and round (default 15; dry run 2)"
+    )
+    parser.add_argument(
+        "--libraries",
+        type=Path,
+        metavar="DIR",
+        help="folder of the variants' libraries (default build/tuning)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file of the result lines (default bench/results/tuning.jsonl)",
+    )
+    parser.add_argument(
+        "--digests",
+        type=Path,
+        default=digest.FILE,
+        metavar="FILE",
+        help="file of the digests of the reference (default bench/results/digests.jsonl)",
     )
     parser.add_argument(
         "--docs",
         type=Path,
         default=results.ROOT / "docs" / "cuda.md",
         metavar="FILE",
-        help="what --report rewrites (default docs/cuda.md)",
+        help="page that --report updates (default docs/cuda.md)",
     )
     return parser
 
 
 def _setting(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Setting:
-    """Exits with 2 where an argument is wrong."""
+    """The settings that the arguments select; exits with code 2 if an argument is invalid."""
     every = DRY_FORMATS if args.dry else tuple(FORMATS)
     formats = tuple(args.formats.split(",")) if args.formats else every
     if unknown := set(formats) - set(FORMATS):
-        parser.error(f"--formats must be of {', '.join(FORMATS)}; got {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--formats must be among {', '.join(FORMATS)}; got {', '.join(sorted(unknown))}"
+        )
     for name in ("numel", "samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
     chosen = [v for v in VARIANTS if args.variants is None or fnmatch(v.name, args.variants)]
     if not chosen:
-        parser.error(f"no variant matches {args.variants!r}; --list names them")
+        parser.error(f"--variants: no variant matches {args.variants!r}; --list prints them")
     dry = results.ROOT / "build" / "tuning-dry"
     kept = results.ROOT / "bench" / "results"
     return Setting(
@@ -336,11 +377,11 @@ def _setting(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Setti
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs it.
+    """Runs the benchmark.
 
     Returns:
-        0 done; 1 a build or a measurement failed, or bits are not those of the reference; 2 wrong
-        usage, no GPU, or variants that are not built.
+        0 on success; 1 if a build or a measurement failed, or the bits of a fastest variant are not
+        known to equal the reference; 2 on wrong usage, without a GPU, or if variants are not built.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -351,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report:
         return tuning_report.write(setting.out, args.docs)
     if args.build or args.dry:
-        # All of the table: a part of it would remove the others as stale.
+        # Build all variants: building some would delete the others as stale.
         every = setting.variants if args.dry else VARIANTS
         failed = build(every, setting.folder, copy_cpu_library if args.dry else compile_variant)
         if failed or args.build:
@@ -361,17 +402,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if missing := [v for v in setting.variants if not setting.library(v).exists()]:
         print(
-            f"bench.tuning: {len(missing)} of {len(setting.variants)} variants are not built of "
-            f"the sources {setting.built_of} in {setting.folder}: python -m bench.tuning --build",
+            f"bench.tuning: {len(missing)} of {len(setting.variants)} variants with the sources "
+            f"{setting.built_of} are missing in {setting.folder}: run python -m bench.tuning "
+            "--build",
             file=sys.stderr,
         )
         return 2
     env = results.environment(setting.device)
     plan = tasks(setting)
-    print(f"{len(plan)} processes to run; lines go to {setting.out}", flush=True)
+    print(f"{len(plan)} processes to run; lines are appended to {setting.out}", flush=True)
     failed = measure(env, setting, plan)
     wrong = check_winners(env, setting)
-    print(f"{failed} processes failed; the bits of {wrong} winners are not known to be equal")
+    print(
+        f"{failed} processes failed; the bits of {wrong} fastest variants are not known to equal "
+        "those of the reference"
+    )
     return int(failed > 0 or wrong > 0)
 
 

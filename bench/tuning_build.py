@@ -1,4 +1,4 @@
-"""Builds the variants of :mod:`bench.tuning`, each by a setup.py of its own, side by side."""
+"""Builds the variants of :mod:`bench.tuning` in parallel, each with its own call of setup.py."""
 
 from __future__ import annotations
 
@@ -20,11 +20,19 @@ from .tuning_variants import Variant, architecture, library_of, source_hash
 
 NAME = re.compile(r"\d+x\d+-\d+K(-no-prefetch)?-[0-9a-f]{12}\.so")
 Compile = Callable[[Variant, Path], str]
-"""(variant, file to write) -> what went wrong, or an empty string."""
+"""(variant, file to write) -> error message, or "" on success."""
 
 
 def compile_variant(variant: Variant, target: Path) -> str:
-    """By setup.py, with its flags; the objects go to a temporary folder."""
+    """Compiles a variant with setup.py and its flags.
+
+    Args:
+        variant: the variant.
+        target: the library to write.
+
+    Returns:
+        The error message, or "" on success.
+    """
     settings = {
         "ONEPASS_CUDA": "1",
         "ONEPASS_CUDA_ARCH": architecture(),
@@ -43,7 +51,9 @@ def compile_variant(variant: Variant, target: Path) -> str:
         )
         made = Path(folder, "onepass", "libonepass_cuda.so")
         if done.returncode or not made.exists():
-            return done.stdout[-4000:] or f"exit status {done.returncode}, and no library"
+            return done.stdout[-4000:] or (
+                f"setup.py ended with exit status {done.returncode} and wrote no library"
+            )
         part = target.with_suffix(".part")
         shutil.move(made, part)
         os.replace(part, target)
@@ -51,7 +61,7 @@ def compile_variant(variant: Variant, target: Path) -> str:
 
 
 def copy_cpu_library(variant: Variant, target: Path) -> str:
-    """What a dry run has in place of a variant."""
+    """Copies the CPU library in place of a variant, for a dry run; see :func:`compile_variant`."""
     if libraries.missing:
         return libraries.missing
     shutil.copyfile(libraries.LIBRARY, target)
@@ -59,7 +69,16 @@ def copy_cpu_library(variant: Variant, target: Path) -> str:
 
 
 def build(variants: Sequence[Variant], folder: Path, compile_one: Compile) -> int:
-    """Builds those that are missing, removes those of other sources; how many failed."""
+    """Builds the missing variants and deletes those of other sources.
+
+    Args:
+        variants: all variants.
+        folder: folder of the libraries.
+        compile_one: :func:`compile_variant` or :func:`copy_cpu_library`.
+
+    Returns:
+        The number of variants whose build failed.
+    """
     # Absolute: setup.py runs in the root of the repository.
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +97,7 @@ def build(variants: Sequence[Variant], folder: Path, compile_one: Compile) -> in
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failed = sum(pool.map(one, wanted))
     print(
-        f"{len(wanted) - failed} built, {failed} failed, {len(variants) - len(wanted)} there "
-        f"already, in {time.perf_counter() - start:.0f} s; sources {built_of}"
+        f"{len(wanted) - failed} built, {failed} failed, {len(variants) - len(wanted)} up to date, "
+        f"in {time.perf_counter() - start:.0f} s; sources {built_of}"
     )
     return failed

@@ -25,10 +25,10 @@ def medians(lines: Iterable[Line], name: str, variants: Sequence[str]) -> dict[s
 
 
 def text(lines: Sequence[Line]) -> list[str]:
-    """The tables of the newest sources, device and size, as Markdown."""
+    """The tables as Markdown, from the lines with the newest sources, device and size."""
     measured = [x for x in lines if x.get("kind") == "tuning"]
     if not measured:
-        return ["Not measured yet: there are no lines of `python -m bench.tuning`."]
+        return ["Not measured yet: there are no result lines of `python -m bench.tuning`."]
     last = measured[-1]
     keys = ("device", "built_of", "numel")
     lines = [x for x in lines if all(x.get(key) == last[key] for key in keys)]
@@ -45,11 +45,12 @@ def text(lines: Sequence[Line]) -> list[str]:
         f"{last['device']}; {'; '.join(dates)}; sources {last['built_of']}.",
         "",
         f"AdamW on one tensor of {last['numel']:,} elements, "
-        f"{len(last['samples'])} samples in each of {rounds} rounds. A copy in the same turns: "
-        f"{min(copies):,.0f} to {max(copies):,.0f} GB/s, median {copy:,.0f}. Each cell is the "
-        "bandwidth of a step's bytes over that median; the fastest of a column is bold. A variant "
-        "is threads x blocks per multiprocessor, then elements of a chunk, of which a list with "
-        f"fp32 states has half. `tuning.h` has {TODAY.name}.",
+        f"{len(last['samples'])} samples in each of {rounds} rounds. Copies, interleaved with the "
+        f"steps, reached {min(copies):,.0f} to {max(copies):,.0f} GB/s, median {copy:,.0f}. Each "
+        "cell is the bandwidth of a step's bytes divided by this median; the fastest variant of a "
+        "column is bold. The name of a variant is threads x thread blocks per multiprocessor, then "
+        "the elements of a chunk; a list with fp32 states has half as many elements per chunk. "
+        f"The values in `tuning.h` are those of {TODAY.name}.",
         "",
         f"| variant | {' | '.join(times)} |",
         "|---|" + "---:|" * len(times),
@@ -67,7 +68,7 @@ def text(lines: Sequence[Line]) -> list[str]:
 
 
 def _winners(lines: Sequence[Line], times: dict[str, dict[str, float]]) -> list[str]:
-    """The fastest variant of each format beside the values of tuning.h, and its bits."""
+    """The table of the fastest variant of each format, compared with the values of tuning.h."""
     found = [
         f"| weights+states | fastest | ms | {TODAY.name}, ms | time saved | bits |",
         "|---|---|---:|---:|---:|---|",
@@ -88,10 +89,18 @@ def _winners(lines: Sequence[Line], times: dict[str, dict[str, float]]) -> list[
 
 
 def write(path: Path, docs: Path) -> int:
-    """Rewrites what is between the two markers of a page; 0 done, 2 where it has no markers."""
+    """Replaces the text between the two markers of a page.
+
+    Args:
+        path: file of the result lines.
+        docs: the page.
+
+    Returns:
+        0 on success; 2 if the page does not have each marker once, in order.
+    """
     page = docs.read_text(encoding="utf-8")
     if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
-        print(f"bench.tuning: {docs} must have each of these lines once: {START} {END}")
+        print(f"bench.tuning: {docs} must contain each of these lines once: {START} {END}")
         return 2
     before, after = page.split(START)[0], page.split(END)[1]
     body = "\n".join([START, "", *text(results.read_lines(path)), "", END])

@@ -1,7 +1,7 @@
-"""Times the steps of one library in a process of its own, for :mod:`bench.tuning`.
+"""Times the steps of one library in its own process, for :mod:`bench.tuning`.
 
-``python -m bench.tuning_step`` imports everything, waits for a line on stdin, so that imports go on
-while another process measures, and then prints a JSON object for each format.
+``python -m bench.tuning_step`` imports everything and then waits for a line on stdin, so that
+several processes can import while one measures. Then it prints a JSON object for each format.
 """
 
 from __future__ import annotations
@@ -24,11 +24,23 @@ from onepass_tools.benchmark.timing import WARM_UP
 from .tuning_variants import FORMATS, case_of
 
 HOST_US = 300.0
-"""Microseconds that a step keeps the host at most: a sample is queued behind work for longer."""
+"""Upper limit of the host time of a step in microseconds. Each sample is queued behind work that
+takes longer, so that the host time is not measured."""
 
 
 def measure(name: str, numel: int, samples: int, provider: Provider, device: Device) -> Any:
-    """Milliseconds of steps and of copies of 8 bytes an element, in turns of a shuffled order."""
+    """Times steps and copies, interleaved in shuffled order.
+
+    Args:
+        name: key of FORMATS.
+        numel: elements of the tensor; a copy moves 8 bytes per element.
+        samples: samples of each.
+        provider: makes the step.
+        device: the device to time on.
+
+    Returns:
+        The samples in milliseconds, and the bytes of a step and of a copy.
+    """
     case = case_of(name, numel)
     params = []
     weights = case.list.normal(0.02, DTYPES[case.dtype], 1, device.type)
@@ -57,20 +69,22 @@ def measure(name: str, numel: int, samples: int, provider: Provider, device: Dev
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures; 0 done, 2 no such device or library."""
+    """Runs the measurement; returns 0 on success, 2 if the device or the library is missing."""
     parser = argparse.ArgumentParser(prog="python -m bench.tuning_step", description=__doc__)
-    parser.add_argument("--device", choices=list(DEVICES), required=True)
-    parser.add_argument("--formats", required=True, help="of FORMATS, separated by commas")
-    parser.add_argument("--numel", type=int, required=True)
-    parser.add_argument("--samples", type=int, required=True)
+    parser.add_argument("--device", choices=list(DEVICES), required=True, help="device to measure")
+    parser.add_argument(
+        "--formats", required=True, help=f"among {', '.join(FORMATS)}, separated by commas"
+    )
+    parser.add_argument("--numel", type=int, required=True, help="number of elements")
+    parser.add_argument("--samples", type=int, required=True, help="samples per format")
     args = parser.parse_args(argv)
     names = args.formats.split(",")
     if unknown := set(names) - set(FORMATS):
-        parser.error(f"--formats must be of {', '.join(FORMATS)}; got {', '.join(unknown)}")
+        parser.error(f"--formats must be among {', '.join(FORMATS)}; got {', '.join(unknown)}")
     device = DEVICES[args.device]
     (provider,) = find(all_providers(args.device), f"onepass-{args.device}")
     if not sys.stdin.readline():
-        return 0  # the process that asked has ended
+        return 0  # the parent process has ended
     if why := device.unavailable() or provider.unavailable(args.device):
         print(f"bench.tuning_step: {why}", file=sys.stderr)
         return 2

@@ -279,7 +279,7 @@ def test_what_does_not_fit_beside_the_others_is_left_out():
     chosen = [BY_NAME["torch-fused"], BY_NAME["torch-foreach"]]
     found = timing.run_case(TINY, chosen, samples=1, device=Full())
     assert [one.provider for one in found.timed] == ["torch-fused", "copy", "in-place"]
-    assert found.skipped == [("torch-foreach", "does not fit in memory beside the others")]
+    assert found.skipped == [("torch-foreach", "does not fit in memory together with the others")]
     assert found.failed == []
 
 
@@ -332,7 +332,7 @@ def test_end_to_end(tmp_path, capsys):
         assert line["cuda"] is None
         assert line["tensors"] == 300
     table = capsys.readouterr().out
-    assert "bars" in table
+    assert "targets (AdamW)" in table
     assert "torch-fused" in table
 
     assert report.main(["--results", str(out.parent), "--docs", str(tmp_path)]) == 0

@@ -108,8 +108,8 @@ def test_sizes_and_share_end_to_end(tmp_path, monkeypatch):
     assert "| torch-forloop |" in "\n".join(share.table(lines))
     times = {"onepass": 2.0, "torch-fused": 1.5}
     timed = [{**line, "step_ms": times.get(line["provider"], 3.0)} for line in lines]
-    slower = [x for x in share.table(timed) if x.startswith("Not the fastest")]
-    assert slower == ["Not the fastest here: torch-fused takes 25.0% less."]
+    slower = [x for x in share.table(timed) if x.endswith("less time per step than onepass.")]
+    assert slower == ["torch-fused takes 25.0% less time per step than onepass."]
 
 
 @pytest.mark.parametrize("name", ["bench.sizes", "bench.share"])

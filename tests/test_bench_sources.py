@@ -83,7 +83,7 @@ def test_a_copy_without_git_knows_its_commit_and_changes(tmp_path, monkeypatch):
     assert sources.commit_and_dirty() == ("abc", True)
     (tmp_path / "a.py").unlink()
     assert sources.commit_and_dirty() == ("abc", True)
-    with pytest.raises(RuntimeError, match="no git repository"):
+    with pytest.raises(RuntimeError, match="is not a git repository"):
         sources.write_origin(tmp_path / "build" / "origin.json")
 
 

@@ -1,5 +1,6 @@
-"""The kernel ladder: what each step of the fastest kernel's making gained, kept to be run.
+"""The kernel ladder: how much each optimization of the fastest kernel gains.
 
-``python -m bench.ladder`` times the rungs of each ladder in turns. A rung differs from the one
-before it in one thing. Its code is here where the product has none of the kind.
+``python -m bench.ladder`` times the rungs of each ladder, interleaved. A rung is a version of the
+step that differs from the rung before it in one optimization. This package holds the versions that
+onepass itself does not contain.
 """

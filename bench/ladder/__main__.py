@@ -1,4 +1,4 @@
-"""``python -m bench.ladder``: checks the rungs against each other, then times them in turns."""
+"""``python -m bench.ladder``: compares the results of the rungs, then times them, interleaved."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from . import rungs
 from .rungs import Rung
 
 ODD = ParamList("odd", ((3, 5), (1,), (9000,), (256,), (17_000,)))
-"""What rungs are checked on: chunks and tiles, whole and not."""
+"""The list on which rungs are checked: it has full and partial chunks and tiles."""
 
 Ladder = tuple[str, Case, Callable[[ParamList], list[Rung]]]
 
 
 def _ladders(device: str) -> list[Ladder]:
-    """(name, what is timed, how to make its rungs)."""
+    """The ladders of a device: (name, case that is timed, function that makes the rungs)."""
     if device == "cuda":
         from . import gpu
 
@@ -45,10 +45,11 @@ def _ladders(device: str) -> list[Ladder]:
 
 
 def run(ladder: Ladder, device: Device, samples: int) -> list[Line]:
-    """Checks a ladder and times it.
+    """Checks a ladder, times it and returns its result lines.
 
     Raises:
-        RuntimeError: rungs do not come to the same weights, or one cannot be built here.
+        RuntimeError: the rungs compute different weights, or a rung cannot be built on this
+            machine.
     """
     name, case, make = ladder
     small = ODD if case.dtype == "fp32" else one(3 * 65536)
@@ -60,10 +61,15 @@ def run(ladder: Ladder, device: Device, samples: int) -> list[Line]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures; 0 done, 1 rungs that differ, 2 wrong usage or no such device."""
-    parser = parser_of("ladder", __doc__, 9, "steps timed of each")
+    """Runs the ladders.
+
+    Returns:
+        0 on success; 1 if the rungs of a ladder differ or cannot be built; 2 on wrong usage or if
+        the device is missing.
+    """
+    parser = parser_of("ladder", __doc__, 9, "timed steps per rung (default 9)")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="ladders with this in their name"
+        "--only", default="", metavar="TEXT", help="run only the ladders whose name contains TEXT"
     )
     args = parser.parse_args(argv)
     device = device_of(parser, args)
@@ -71,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     chosen = [ladder for ladder in _ladders(device.type) if args.only in ladder[0]]
     if not chosen:
-        parser.error(f"no ladder has {args.only!r} in its name")
+        parser.error(f"--only: no ladder has {args.only!r} in its name")
     status = 0
     for ladder in chosen:
         try:

@@ -1,4 +1,8 @@
-"""The CPU's ladders: from torch's loop to one call on all threads, and from whole walks to none."""
+"""The ladders of the CPU.
+
+One goes from torch's loop over the tensors to one call on all threads. The other goes from separate
+passes over the whole tensor to a kernel that decodes, updates and encodes in registers.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from onepass_tools.benchmark.param_lists import ParamList
 from .rungs import Rung
 
 CPU = Path(__file__).parents[2] / "csrc" / "cpu"
-# Those of setup.py: the same bits.
+# The same flags as in setup.py, so that the bits are the same.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 ISA_FLAGS = {
@@ -37,16 +41,16 @@ ISA_FLAGS = {
 }
 UNIT = 65536
 TILES = {
-    "walks of the whole tensor: decode, rule, encode": 1 << 62,
+    "passes over the whole tensor: decode, rule, encode": 1 << 62,
     "tiles of 65,536 elements, in L2": 65536,
     "tiles of 256 elements, in L1": 256,
     "no tiles: decoded, updated and encoded in registers": 0,
 }
-THREADS = torch.get_num_threads()  # as it was before any rung changed it
+THREADS = torch.get_num_threads()  # before a rung changes it
 
 
 def isas() -> list[str]:
-    """The instruction sets of this machine and build, the narrowest first."""
+    """The instruction sets that this machine and build support, the narrowest first."""
     found = []
     kept = libraries.cpu_isa()
     for name in ISA_FLAGS:
@@ -60,12 +64,13 @@ def isas() -> list[str]:
 
 
 def _use(threads: int, isa: str) -> None:
+    """Sets the number of threads and the instruction set."""
     torch.set_num_threads(threads)
     libraries.cpu_isa(isa)
 
 
 def list_rungs(params: ParamList) -> list[Rung]:
-    """The step of AdamW in fp32 over a list, from torch's loop to ours."""
+    """The rungs of AdamW in fp32 over a list, from torch's loop to onepass."""
     weights = params.normal(0.02, torch.float32, 1)
     grads = params.normal(0.01, torch.float32, 2)
 
@@ -107,15 +112,15 @@ def list_rungs(params: ParamList) -> list[Rung]:
 
 
 def restore() -> None:
-    """Threads and instruction set as onepass chooses them."""
+    """Sets the threads and the instruction set back to those that onepass selects."""
     _use(THREADS, os.environ.get("ONEPASS_CPU_ISA") or "auto")
 
 
 def tile_rungs(numel: int) -> list[Rung]:
-    """The step of AdamW all in bf16, over one tensor, by the size of the tiles.
+    """The rungs of AdamW all in bf16 over one tensor; they differ in the size of the tiles.
 
     Raises:
-        RuntimeError: there is no g++, or numel is no multiple of 65,536.
+        RuntimeError: g++ is not installed, or numel is not a multiple of 65,536.
     """
     step = _library().onepass_ladder_step
     isa = isas()[-1].encode()
@@ -158,9 +163,9 @@ def tile_rungs(numel: int) -> list[Rung]:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """tiles.cpp with the product's kernels, built again only when a source has changed."""
+    """tiles.cpp compiled with the kernels of onepass; rebuilt only if a source has changed."""
     if not shutil.which("g++"):
-        raise RuntimeError("there is no g++ on PATH")
+        raise RuntimeError("building tiles.cpp needs g++, which is not on PATH")
     here = Path(__file__).parent
     key = hashlib.sha256(repr((FLAGS, ISA_FLAGS)).encode())
     for path in sorted([*CPU.parent.rglob("*.h"), *CPU.glob("kernels_*.cpp"), here / "tiles.cpp"]):

@@ -1,7 +1,7 @@
-"""The GPU's ladder in Triton: from a launch for each tensor to the product's kernels.
+"""The ladder of the GPU, in Triton: from one launch per tensor to the kernels of onepass.
 
-Every rung has the product's rule and its bits. With TRITON_INTERPRET=1 they run on CPU tensors, to
-be checked, not timed.
+Every rung uses the rule of onepass and returns its bits. With TRITON_INTERPRET=1 the rungs run on
+CPU tensors, to check them; their times then mean nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ from onepass_tools.benchmark.param_lists import ParamList
 from .kernels import one_tensor, whole_list
 from .rungs import Rung
 
-CHUNK = 8192  # elements that a program takes of a list
+CHUNK = 8192  # elements per program
 COLUMNS = 5  # of the chunk table: four addresses and a count
-NO_FUSION = {"enable_fp_fusion": False}  # the numerics contract
+NO_FUSION = {"enable_fp_fusion": False}  # the numerics contract: no fused multiply-add
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A launch of whole_list; 256 threads, so that block / 256 elements are in flight in each."""
+    """The arguments of a launch of whole_list.
+
+    Attributes:
+        name: name of the rung.
+        block: elements that a program loads at once. A program has 256 threads, so each thread
+            loads block / 256 elements of a tensor at once.
+        vectors: whether loads and stores of full chunks are 16 bytes wide.
+        evict: the eviction policy of loads and stores.
+        persistent: whether each program processes several chunks, on a grid that depends on the
+            number of multiprocessors.
+    """
 
     name: str
     block: int
@@ -37,17 +47,20 @@ class Variant:
 
 VARIANTS = [
     Variant("one launch for the list", 256, vectors=False),
-    Variant("vector loads: 16 bytes of each tensor in flight in a thread", 1024),
-    Variant("more in flight: 32 bytes", 2048),
-    Variant("more in flight: 64 bytes", 4096),
-    Variant("32 bytes, lines marked to leave the cache first", 2048, evict="evict_first"),
-    Variant("32 bytes, a persistent grid", 2048, persistent=True),
+    Variant("vector loads: 16 bytes per thread and tensor in flight", 1024),
+    Variant("32 bytes per thread and tensor in flight", 2048),
+    Variant("64 bytes per thread and tensor in flight", 4096),
+    Variant("32 bytes, cache lines marked evict_first", 2048, evict="evict_first"),
+    Variant("32 bytes, persistent grid", 2048, persistent=True),
 ]
 
 
 def rungs(params: ParamList, device: str = "cuda") -> list[Rung]:
-    """The step of AdamW in fp32 over a list. Those of this file share their tensors and stay at the
-    first step's numbers; the product's have their own."""
+    """The rungs of AdamW in fp32 over a list.
+
+    The rungs of this file share their tensors and always use the hyperparameters of the first step.
+    The rungs of onepass have tensors of their own.
+    """
     options = OPTIONS["adamw"]
     beta1, beta2 = options["betas"]
     root = math.sqrt(1 - beta2)
@@ -77,21 +90,22 @@ def rungs(params: ParamList, device: str = "cuda") -> list[Rung]:
             numel = own[0].numel()
             one_tensor[(-(-numel // 256),)](*own, row, numel, 256, num_warps=warps, **NO_FUSION)
 
-    def launch(variant: Variant, kept: Any = tensors) -> None:  # the table has but addresses
+    # kept: holds references to the tensors, because the table has only their addresses.
+    def launch(variant: Variant, kept: Any = tensors) -> None:
         grid = min(chunks, 2 * processors) if variant.persistent else chunks
         whole_list[(grid,)](
             table, row, chunks, variant.block, variant.vectors, variant.evict, variant.persistent,
             CHUNK, COLUMNS, num_warps=8, **NO_FUSION,
         )  # fmt: skip
 
-    found = [Rung("a launch for each tensor, an element a thread", each, weights)]
+    found = [Rung("one launch per tensor, one element per thread", each, weights)]
     for variant in VARIANTS:
         found.append(Rung(variant.name, lambda v=variant: launch(v), weights))  # type: ignore[misc]
     return found + _product(params, grads, device)
 
 
 def _product(params: ParamList, grads: list[torch.Tensor], device: str) -> list[Rung]:
-    """What onepass itself does here."""
+    """The rungs of onepass itself: each GPU backend that is available."""
     found = []
     for backend in ("triton", "cuda"):
         if onepass.backends.BACKENDS[backend].unavailable(torch.device(device)):

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The kernels of the GPU's ladder: the update of AdamW in fp32, with the product's rule."""
+"""The kernels of the GPU ladder: AdamW in fp32, with the rule of onepass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DECOUPLED = tl.constexpr(1)
 def update(
     param, grad, exp_avg, exp_avg_sq, offsets, mask, h, MASKED: tl.constexpr, EVICT: tl.constexpr
 ):
-    """Elements at these offsets of four tensors."""
+    """Updates the elements at the given offsets of the four tensors."""
     if MASKED:
         w = tl.load(param + offsets, mask=mask, other=0.0, eviction_policy=EVICT)
         g = tl.load(grad + offsets, mask=mask, other=0.0, eviction_policy=EVICT)
@@ -38,7 +38,7 @@ def update(
 
 @triton.jit
 def numbers(row):
-    """Hyper of csrc/rules/adam.h."""
+    """Reads the row of hyperparameters, in the order of Hyper in csrc/rules/adam.h."""
     return (
         tl.load(row),
         tl.load(row + 1),
@@ -50,9 +50,10 @@ def numbers(row):
     )
 
 
-# Not specialised on alignment, or the compiler would use vectors from the first rung on.
+# Not specialised on alignment: otherwise the compiler would use vector loads in this rung already.
 @triton.jit(do_not_specialize=["param", "grad", "exp_avg", "exp_avg_sq", "numel"])
 def one_tensor(param, grad, exp_avg, exp_avg_sq, row, numel, BLOCK: tl.constexpr):
+    """Updates one tensor; each program takes BLOCK elements."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     update(
         param, grad, exp_avg, exp_avg_sq, offsets, offsets < numel, numbers(row), True, ""
@@ -64,6 +65,7 @@ def chunk(
     table, index, h, BLOCK: tl.constexpr, VECTORS: tl.constexpr, EVICT: tl.constexpr,
     WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Updates one chunk: row ``index`` of the chunk table."""
     at = table + index * COLUMNS
     param = tl.load(at).to(tl.pointer_type(tl.float32))
     grad = tl.load(at + 1).to(tl.pointer_type(tl.float32))
@@ -73,7 +75,7 @@ def chunk(
     lanes = tl.arange(0, BLOCK)
     if VECTORS:
         if count == WHOLE:
-            # On the pointer: on the integer the hint is lost.
+            # The hint is given for the pointer: given for the integer address, it is lost.
             param = tl.multiple_of(param, 16)
             grad = tl.multiple_of(grad, 16)
             exp_avg = tl.multiple_of(exp_avg, 16)
@@ -97,6 +99,7 @@ def whole_list(
     table, row, chunks, BLOCK: tl.constexpr, VECTORS: tl.constexpr, EVICT: tl.constexpr,
     PERSISTENT: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Updates the whole list: one chunk per program, or several if PERSISTENT."""
     h = numbers(row)
     if PERSISTENT:
         for index in range(tl.program_id(0), chunks, tl.num_programs(0)):

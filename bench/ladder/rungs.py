@@ -1,4 +1,4 @@
-"""Rungs: timed in turns, written as lines, shown as a table."""
+"""Rungs of a ladder: checks, interleaved timing, result lines and the table of the report."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def _nothing() -> None:
 
 @dataclass
 class Rung:
-    """One way to take the step.
+    """One version of the step.
 
     Attributes:
-        name: what is new in it.
-        step: what is timed.
-        weights: what a step changes.
-        before: untimed, before each step.
-        exact: whether it has the bits of the other exact ones.
-        samples: milliseconds.
+        name: what it changes compared with the rung before it.
+        step: the function that is timed.
+        weights: the tensors that a step updates.
+        before: called before each step, untimed.
+        exact: whether its results must have the same bits as those of the other exact rungs.
+        samples: measured times in milliseconds.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Rung:
     samples: list[float] = field(default_factory=list)
 
     def take(self) -> None:
-        """A step, untimed."""
+        """Runs one step without timing it."""
         self.before()
         self.step()
 
 
 def check(make: Callable[[], list[Rung]], steps: int = 2) -> None:
-    """Takes a few steps of every rung, each on tensors of its own, and compares the weights.
+    """Runs a few steps of every rung, each on its own tensors, and compares the weights.
 
     Raises:
-        RuntimeError: exact rungs whose bits are not one another's, or others further away than a
-            thousandth of the largest change.
+        RuntimeError: exact rungs returned different bits, or another rung differs from them by more
+            than a thousandth of the largest change of a weight.
     """
     import torch
 
@@ -68,11 +68,20 @@ def check(make: Callable[[], list[Rung]], steps: int = 2) -> None:
     for rung, weights in found:
         off = max(float((a - b).abs().max()) for a, b in zip(weights, exact, strict=True))
         if not way > 0 or not off <= (0.0 if rung.exact else 1e-3 * way):
-            raise RuntimeError(f"{rung.name}: weights are {off:g} from those of the others")
+            raise RuntimeError(
+                f"{rung.name}: weights are up to {off:g} away from those of the exact rungs"
+            )
 
 
 def measure(rungs: Sequence[Rung], device: Device, samples: int, warm: bool = False) -> None:
-    """Fills the samples of all, in turns; warm: untimed steps go before each."""
+    """Times all rungs, interleaved, and fills their samples.
+
+    Args:
+        rungs: the rungs.
+        device: the device to time on.
+        samples: number of samples per rung.
+        warm: whether untimed steps precede each sample, so that the caches are warm.
+    """
     for rung in rungs:
         for _ in range(WARM_UP):
             rung.take()
@@ -90,8 +99,14 @@ def measure(rungs: Sequence[Rung], device: Device, samples: int, warm: bool = Fa
 
 
 def lines(env: Line, rungs: Sequence[Rung], ladder: str, moved: int) -> list[Line]:
-    """One line for each rung, in order; env: taken before a rung changed the instruction set;
-    moved: bytes of a step by the formula."""
+    """One result line per rung, in the given order.
+
+    Args:
+        env: see :func:`bench.results.environment`; taken before a rung changes the instruction set.
+        rungs: the measured rungs.
+        ladder: name of the ladder.
+        moved: bytes that a step reads and writes, by the formula of the case.
+    """
     found = []
     for rung in rungs:
         ms = {f"p{p}": round(percentile(rung.samples, p), 5) for p in (20, 50, 80)}
@@ -117,7 +132,7 @@ def table(all_lines: Sequence[Line]) -> list[str]:
         own = [x for x in all_lines if (x["device"], x["ladder"]) == (device, ladder)]
         run = [line for line in own if line["date"] == max(line["date"] for line in own)]
         text += [f"{ladder}. {device}; {results.origin(run[0])}.", ""]
-        text += ["| rung | p20 ms | p50 ms | p80 ms | GB/s | over the one above |"]
+        text += ["| rung | p20 ms | p50 ms | p80 ms | GB/s | speed-up over the rung above |"]
         text += ["|---|---:|---:|---:|---:|---:|"]
         above = None
         for line in run:

@@ -1,6 +1,6 @@
-// The sweep of one bf16 AdamW tensor, with the size of its tiles to choose: what the product's
-// sweep gains by tiles that stay in L1, and by working on the tensors as they are. Rules and
-// formats are the product's own kernels.
+// The sweep of one bf16 AdamW tensor with a selectable tile size. It shows how much tiles that stay
+// in the L1 cache gain, and how much updating the tensors in place gains. The rules and formats are
+// the kernels of onepass.
 #include <algorithm>
 #include <cstring>
 #include <thread>
@@ -11,13 +11,14 @@
 namespace onepass::cpu {
 namespace {
 
-// kAdam: the rule's code.
+// Defines kAdam and so on: the numbers of the rules.
 #define ONEPASS_CODE(CODE, RULE, ARG) [[maybe_unused]] constexpr int k##RULE = CODE;
 ONEPASS_FOR_EACH_RULE(ONEPASS_CODE, )
 #undef ONEPASS_CODE
 constexpr int kDecoupled = 1;
 constexpr Format kWeight = Format::kBf16, kState = Format::kBf16Stochastic;
-// Threads take pieces of whole tiles and of whole rows of a direct kernel.
+// The elements are divided among the threads in units of this many elements, so that a thread has
+// whole tiles, or whole rows of a direct kernel.
 constexpr int64_t kUnit = 65536;
 
 struct Step {
@@ -52,7 +53,7 @@ void in_place(const Step& step, int64_t begin, int64_t end) {
 }
 
 void in_tiles(const Step& step, int64_t begin, int64_t end) {
-  // One allocation a thread, kept: what is measured is the walk.
+  // Allocated once per thread and reused, so that the time of the allocation is not measured.
   thread_local std::vector<float> tiles;
   const size_t length = static_cast<size_t>(std::min(step.tile, end - begin));
   if (tiles.size() < 5 * length) tiles.resize(5 * length);
@@ -85,8 +86,9 @@ const Kernels* kernels_of(const char* isa) {
 
 }  // namespace
 
-// A step over n elements, n a multiple of 65536. tile: elements of a tile, 0 for none. row: of the
-// hyperparameter table. 0 done, 1 such an n or instruction set is not known.
+// Runs one step over n elements, a multiple of 65536. tile: elements per tile; 0 for no tiles.
+// row: a row of the hyperparameter table. Returns 1 if n, threads, tile or isa is unsupported,
+// else 0.
 extern "C" __attribute__((visibility("default"))) int onepass_ladder_step(
     const char* isa, int64_t tile, int threads, int64_t n, void* param, void* grad, void* exp_avg,
     void* exp_avg_sq, const float* row, int64_t seed, int64_t number) {

@@ -123,7 +123,9 @@ def run_case(
             outcome.failed.append((provider.name, problem))
             outcome.ours_failed |= provider.ours
         else:
-            outcome.skipped.append((provider.name, "does not fit in memory beside the others"))
+            outcome.skipped.append(
+                (provider.name, "does not fit in memory together with the others")
+            )
             device.release()
     del weights
     outcome.timed += limits
