@@ -53,23 +53,23 @@ def _small(claims: dict[str, Any]) -> list[Verdict]:
     same, also = (decay[f"adamw, gradients of {g}"] for g in ("0.1", "10"))
     return [
         Verdict(
-            "SGD with momentum overshoots and oscillates where AdamW lands smoothly (the line, lr "
-            "0.1 for both)",
+            "SGD with momentum overshoots and oscillates, AdamW does not (line fit, lr 0.1 for "
+            "both)",
             _truth(momentum["line crossings"] > 2 * max(1, adamw["line crossings"])),
-            f"the slope crosses its goal {momentum['line crossings']} times and overshoots by "
-            f"{momentum['line overshoot']:.0%}; AdamW {adamw['line crossings']} and "
-            f"{adamw['line overshoot']:.0%}",
+            "how often the slope crosses its final value, and its overshoot: momentum "
+            f"{momentum['line crossings']} and {momentum['line overshoot']:.0%}, AdamW "
+            f"{adamw['line crossings']} and {adamw['line overshoot']:.0%}",
         ),
         Verdict(
-            "the same in the ravine, each at its best rate",
+            "the same in the ravine, each at its best learning rate",
             _truth(
                 momentum["ravine crossings"] > 2 * max(1, adamw["ravine crossings"])
                 and adamw["ravine crossings"] <= 2
             ),
-            f"momentum (lr {momentum['ravine lr']:.2g}) crosses the floor "
-            f"{momentum['ravine crossings']} times, AdamW (lr {adamw['ravine lr']:.2g}) "
-            f"{adamw['ravine crossings']} times, overshooting by {adamw['ravine overshoot']:.0%}: "
-            "its first moment is momentum too",
+            "how often the path crosses the floor: momentum "
+            f"{momentum['ravine crossings']} (lr {momentum['ravine lr']:.2g}), AdamW "
+            f"{adamw['ravine crossings']} (lr {adamw['ravine lr']:.2g}). AdamW overshoots by "
+            f"{adamw['ravine overshoot']:.0%}, because its first moment acts as momentum",
         ),
         Verdict(
             "the same in the ravine, lr 0.01 for both",
@@ -77,38 +77,41 @@ def _small(claims: dict[str, Any]) -> list[Verdict]:
                 momentum["ravine crossings at lr 0.01"]
                 > 2 * max(1, adamw["ravine crossings at lr 0.01"])
             ),
-            f"{momentum['ravine crossings at lr 0.01']} crossings against "
-            f"{adamw['ravine crossings at lr 0.01']}; but after 200 steps the loss is "
-            f"{momentum['ravine loss at lr 0.01']:.1e} against "
-            f"{adamw['ravine loss at lr 0.01']:.1e}: one rate does not mean one speed",
+            "how often the path crosses the floor: momentum "
+            f"{momentum['ravine crossings at lr 0.01']}, AdamW "
+            f"{adamw['ravine crossings at lr 0.01']}. But after 200 steps, the loss is "
+            f"{momentum['ravine loss at lr 0.01']:.1e} with momentum and "
+            f"{adamw['ravine loss at lr 0.01']:.1e} with AdamW: at the same learning rate, they "
+            "do not have the same speed",
         ),
         Verdict(
-            "Adagrad's steps die out",
+            "the steps of Adagrad decrease to zero",
             _truth(abs(p["adagrad"] + 0.5) < 0.1),
-            f"under constant gradient noise their size falls as t^{p['adagrad']:.2f}",
+            f"with gradients of constant variance, the step size decreases as t^{p['adagrad']:.2f}",
         ),
         Verdict(
-            "RMSprop's do not",
+            "the steps of RMSprop do not",
             _truth(abs(p["rmsprop"]) < 0.1),
-            f"t^{p['rmsprop']:.2f} (AdamW's: t^{p['adamw']:.2f})",
+            f"the step size changes as t^{p['rmsprop']:.2f}, that of AdamW as t^{p['adamw']:.2f}",
         ),
         Verdict(
-            "L2 in Adam is not decoupled decay",
+            "L2 regularization in Adam is not decoupled weight decay",
             _truth(small > 2 * large and abs(same - also) < 0.01),
-            f"of a weight under gradients of 0.1 Adam's L2 takes off {small:.0%}, under gradients "
-            f"of 10 {large:.0%}; AdamW's decay {same:.0%} and {also:.0%}",
+            f"L2 in Adam reduces a weight by {small:.0%} with gradients of 0.1, and by "
+            f"{large:.0%} with gradients of 10; the decay of AdamW reduces it by {same:.0%} and "
+            f"{also:.0%}",
         ),
         Verdict(
-            "Lion's step has constant size",
+            "the step of Lion has a constant size",
             _truth(lion["smallest"] == lion["largest"] == 1.0),
-            f"{lion['smallest']:g} to {lion['largest']:g} lr, for gradients of 1e-6 to 1e6",
+            f"{lion['smallest']:g} to {lion['largest']:g} times lr, for gradients of 1e-6 to 1e6",
         ),
         Verdict(
-            "clipping tames a cliff",
+            "clipping limits the jump at a cliff of the loss",
             _truth(clipped["highest after it"] < clipped["first"] < free["highest after it"]),
-            f"from a loss of {free['first']:.1f}, SGD is thrown up to "
-            f"{free['highest after it']:.3g}; clipped at norm 1 it never rises above "
-            f"{clipped['highest after it']:.3g}",
+            f"SGD starts at a loss of {free['first']:.1f} and reaches up to "
+            f"{free['highest after it']:.3g}; with gradients clipped to norm 1, the loss is at "
+            f"most {clipped['highest after it']:.3g} after the first step",
         ),
     ]
 
@@ -130,15 +133,16 @@ def _of_task(name: str, task: dict[str, Any]) -> list[Verdict]:
         pair("AdamW converges sooner than SGD with momentum", "adamw", "momentum", "reached"),
         pair("momentum converges sooner than SGD", "momentum", "sgd", "reached"),
         pair("Lion converges as fast as AdamW or faster", "lion", "adamw", "reached"),
-        pair("SGD with momentum generalises best: a lower validation loss than AdamW's",
+        pair("SGD with momentum has a lower validation loss than AdamW",
              "momentum", "adamw", "validation"),
-        pair("its gap is narrower than AdamW's", "momentum", "adamw", "gap"),
-        pair("its minimum is flatter than AdamW's", "momentum", "adamw", "sharpness", 1),
-        pair("SGD's minimum is flatter than AdamW's", "sgd", "adamw", "sharpness", 1),
+        pair("SGD with momentum has a smaller gap than AdamW", "momentum", "adamw", "gap"),
+        pair("SGD with momentum ends in a flatter minimum than AdamW",
+             "momentum", "adamw", "sharpness", 1),
+        pair("SGD ends in a flatter minimum than AdamW", "sgd", "adamw", "sharpness", 1),
         Verdict(
-            f"{name}: warm-up narrows AdamW's gap",
+            f"{name}: warm-up reduces the gap of AdamW",
             compare(warm, cold),
-            f"with {shown(warm)}, without {shown(cold)}",
+            f"with warm-up {shown(warm)}, without {shown(cold)}",
         ),
         Verdict(
             f"{name}: AdamW is the least sensitive to lr, SGD the most",
@@ -149,8 +153,8 @@ def _of_task(name: str, task: dict[str, Any]) -> list[Verdict]:
             + ", ".join(f"{BY_KEY[key].label} {value:.1f}" for key, value in wide.items()),
         ),
         Verdict(
-            f"{name}: Lion holds half of AdamW's state",
+            f"{name}: Lion stores half as many bytes of states as AdamW",
             _truth(abs(memory["lion"] / memory["adamw"] - 0.5) < 0.05),
-            f"{memory['lion']:.2f} and {memory['adamw']:.2f} bytes a parameter",
+            f"{memory['lion']:.2f} and {memory['adamw']:.2f} bytes per parameter",
         ),
     ]  # fmt: skip
