@@ -1,10 +1,10 @@
-# One command for each thing to do here; the first one that needs it does the set-up as well.
-# A fresh machine needs Python >= 3.10, a C++ compiler and make.
+# One target per task. Targets that need .venv and the compiled libraries build them first.
+# Requirements: Python >= 3.10, a C++ compiler and make.
 #
-#   PYTHON=...  the Python that makes .venv (default python3)
+#   PYTHON=...  the Python that creates .venv (default python3)
 #   CXX=...     the C++ compiler (default: the first of g++, c++, clang++)
-#   SANITIZE_SECONDS=...  how long `make sanitize` runs (default 600)
-#   ONEPASS_CUDA_ARCH=...  what the CUDA library is built for, where nvcc is (default 9.0; wheels have more)
+#   SANITIZE_SECONDS=...  duration of `make sanitize` in seconds (default 600)
+#   ONEPASS_CUDA_ARCH=...  architectures of the CUDA library (default 9.0; wheels have more)
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,16 +14,17 @@ LIBRARY := python/onepass/libonepass_cpu.so
 CUDA_LIBRARY := python/onepass/libonepass_cuda.so
 SANITIZED := build/sanitize/onepass/libonepass_cpu.so
 SANITIZE_SECONDS ?= 600
-# The folders too: their times change when a file comes or goes.
+# With folders, because their modification times change when a file is added or removed.
 CSRC := $(shell find csrc)
 CXX_FILES := $(shell find csrc -name generated -prune -o \( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) -print)
 
-# make's own default for CXX is g++, there or not; setup.py chooses unless a person does.
+# make sets CXX to g++ by default, even if there is no g++. Export CXX only if the user set it;
+# otherwise setup.py selects the compiler.
 ifneq ($(origin CXX),default)
 export CXX
 endif
 
-# One architecture, which is quick; setup.py's own list is for wheels.
+# One architecture, because that builds fast; the longer default of setup.py is for wheels.
 ONEPASS_CUDA_ARCH ?= 9.0
 export ONEPASS_CUDA_ARCH
 
@@ -31,10 +32,10 @@ export ONEPASS_CUDA_ARCH
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-frameworks sanitize bench gpu lint format wheel clean
 
-help: ## say what there is
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.built ## make .venv, install the pinned tools into it and build the library
+setup: $(VENV)/.built ## create .venv, install the pinned tools into it and build the libraries
 
 demo: $(VENV)/.built ## train a small text model with onepass and with torch.optim, and compare them
 	$(RUN) -m onepass demo
@@ -55,14 +56,14 @@ sanitize: $(SANITIZED) ## run the random test under AddressSanitizer and Undefin
 	ONEPASS_CPU_LIBRARY=$(abspath $(SANITIZED)) ONEPASS_RANDOM_SECONDS=$(SANITIZE_SECONDS) \
 	$(RUN) -m pytest tests/test_random_steps.py -s -p no:cacheprovider
 
-bench: $(VENV)/.built ## measure the steps on this machine
+bench: $(VENV)/.built ## measure optimizer steps on this machine
 	$(RUN) -m bench
 	$(RUN) -m bench.phase
 
-gpu: ## build, check and measure the CUDA kernels on the GPU at hand
+gpu: ## build, test and measure the CUDA kernels on the GPU of this machine
 	PYTHON="$(PYTHON)" bash bench/gpu.sh
 
-lint: $(VENV)/.built ## check style and types, changing nothing
+lint: $(VENV)/.built ## check style and types, without changing files
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
@@ -78,30 +79,30 @@ wheel: $(VENV)/.built ## build the wheel into dist/
 	rm -rf build
 	$(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
 
-clean: ## delete .venv and everything that was built
+clean: ## delete .venv and all build outputs
 	rm -rf $(VENV) build dist python/*.egg-info $(LIBRARY) $(CUDA_LIBRARY) gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.tools: requirements/dev.txt
-	@command -v "$(PYTHON)" >/dev/null || { echo "make: PYTHON=$(PYTHON): no such program; onepass needs Python 3.10 or later"; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: PYTHON must be Python 3.10 or later; $(PYTHON) is not on PATH"; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: PYTHON=$(PYTHON) is Python %d.%d; onepass needs 3.10 or later: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	"$(PYTHON)" -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install -r requirements/dev.txt
 	@touch $@
 
-# The frameworks ask for versions of their own, and take gigabytes.
+# A separate environment, because the frameworks need other versions and take gigabytes.
 $(FRAMEWORKS)/.tools: requirements/frameworks.txt $(VENV)/.built
 	"$(PYTHON)" -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet -r requirements/frameworks.txt
 	@touch $@
 
-# Beside the package, whose own library stays as it is.
+# Built in build/sanitize, so that the library in the package does not change.
 $(SANITIZED): $(VENV)/.built
 	ONEPASS_SANITIZE=1 ONEPASS_CUDA=0 $(RUN) setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 
-# Not stamped as built when there was no compiler to build with: the next call tries again.
+# Without a compiler, .built is not touched, so that the next call tries again.
 $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
 	@rm -f $(LIBRARY) $(CUDA_LIBRARY)
 	$(RUN) -m pip install --quiet --no-build-isolation -e .
-	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found: only the slow reference backend is there"; fi
+	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found (g++, c++ or clang++): only the slow reference backend is available"; fi

@@ -1,17 +1,18 @@
-"""Builds csrc/ into shared libraries against the LibTorch stable ABI: for the CPU, and for CUDA.
+"""Builds csrc/ into two shared libraries, for the CPU and for CUDA, on LibTorch's stable ABI.
 
-They hold no Python symbol and only stable torch symbols, so one build serves every torch >= 2.10
-and every CPython >= 3.10: the wheel is tagged py3-none-<platform>.
+The libraries use no Python symbols and only stable torch symbols, so one build works with every
+torch >= 2.10 and every CPython >= 3.10. The wheel is therefore tagged py3-none-<platform>.
 
-ONEPASS_CUDA=0 leaves the CUDA library out, ONEPASS_CUDA=1 makes a missing toolkit an error; unset,
-a toolkit is used if there is one. Whether there is a GPU plays no part. ONEPASS_CUDA_ARCH, else
-TORCH_CUDA_ARCH_LIST, names the architectures: "9.0", or "8.0;9.0;10.0+PTX", the default.
+The CUDA library is built if there is a CUDA toolkit, whether or not there is a GPU. ONEPASS_CUDA=0
+skips it; ONEPASS_CUDA=1 makes a missing toolkit an error. ONEPASS_CUDA_ARCH, or else
+TORCH_CUDA_ARCH_LIST, lists the architectures, for example "9.0". The default is
+"8.0;9.0;10.0+PTX".
 
-ONEPASS_CUDA_DEFINES="ONEPASS_TUNING ONEPASS_THREADS=256" defines these macros and builds the CUDA
-library alone: a variant of csrc/cuda/tuning.h, as `python -m bench.tuning --build` does.
+ONEPASS_CUDA_DEFINES="ONEPASS_TUNING ONEPASS_THREADS=256" builds only the CUDA library, with these
+macros defined: a variant of csrc/cuda/tuning.h, for `python -m bench.tuning --build`.
 
-ONEPASS_SANITIZE=1 builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, as
-`make sanitize` does: such a library loads only into a process that preloads their run times.
+ONEPASS_SANITIZE=1 builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, for
+`make sanitize`. This library loads only into a process that preloads the sanitizers' run times.
 """
 
 import os
@@ -29,7 +30,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-TORCH_TARGET = 2 << 56 | 10 << 48  # torch 2.10: the oldest whose stable ABI has what csrc/ uses
+TORCH_TARGET = 2 << 56 | 10 << 48  # torch 2.10, the first whose stable ABI has all that csrc/ uses
 
 FLAGS = [
     "-std=c++17",
@@ -39,16 +40,16 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-fopenmp-simd",
-    # The numerics contract: no fused multiply-add. The other two only allow vectorisation of
-    # roots and selections; they change no value.
+    # The numerics contract: no fused multiply-add. The other two flags change no value; they allow
+    # the compiler to vectorise square roots and selections.
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}ULL",
 ]
-# -O1 overrides the -O3 before it and changes no result. The checks that are left out look at every
-# address before it is used, as AddressSanitizer does: with them the vector kernels take g++ 12 more
-# than four minutes each, and without them one.
+# -O1 overrides the -O3 before it and changes no result. The disabled checks test every address
+# before its use, which AddressSanitizer does as well. With these checks, g++ 12 takes more than
+# four minutes instead of one for each file of vector kernels.
 SANITIZE_FLAGS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize=null,object-size,pointer-overflow,vptr",
@@ -57,7 +58,7 @@ SANITIZE_FLAGS = [
     "-O1",
     "-g1",
 ]
-# -mtune: by default GCC builds gathers, which dynamic8's map needs, out of single loads.
+# -mtune: by default, GCC replaces gathers, which dynamic8 needs, by single loads.
 X86_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mtune=haswell"],
     "kernels_avx512.cpp": [
@@ -67,7 +68,7 @@ X86_FLAGS = {
         "-mavx512vl",
         "-mprefer-vector-width=512",
         "-mtune=skylake-avx512",
-        # GCC's: constants come from memory, and not through the unit that permutes.
+        # GCC only: loads constants from memory instead of through the shuffle port.
         "-mtune-ctrl=^inter_unit_moves_to_vec",
     ],
 }
@@ -76,13 +77,13 @@ X86_FLAGS = {
 CUDA_FLAGS = [
     "-std=c++17",
     "-O3",
-    # The numerics contract: no fused multiply-add. Roots and divisions are correctly rounded and
-    # denormals kept unless --use_fast_math says otherwise.
+    # The numerics contract: no fused multiply-add. Without --use_fast_math, square roots and
+    # divisions are correctly rounded, and denormals are kept.
     "--fmad=false",
-    # csrc/formats has constexpr functions that kernels call with constants.
+    # Kernels call constexpr functions of csrc/formats.
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
-    "-DUSE_CUDA",  # torch's header then declares the C function for the current stream
+    "-DUSE_CUDA",  # makes torch's header declare the C function for the current stream
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}ULL",
 ]
 CUDA_LIBRARY = "onepass.libonepass_cuda"
@@ -92,17 +93,20 @@ CUDA_DEFINES = [f"-D{name}" for name in os.environ.get("ONEPASS_CUDA_DEFINES", "
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: $CXX if set (it must exist), else the first of the usual names."""
+    """The C++ compiler: $CXX if it is set, else the first of g++, c++ and clang++ on PATH.
+
+    Exits with an error if $CXX does not exist.
+    """
     asked = os.environ.get("CXX")
     if asked:
         if not shutil.which(asked.split()[0]):
-            sys.exit(f"onepass: CXX={asked}: no such compiler")
+            sys.exit(f"onepass: CXX must be a C++ compiler; {asked} is not on PATH")
         return asked
     return next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
 def takes_flag(compiler: str, flag: str) -> bool:
-    """Only GCC has -mtune-ctrl; any other flag has to be known."""
+    """Whether the compiler accepts a flag; only tested for -mtune-ctrl, which only GCC has."""
     if not flag.startswith("-mtune-ctrl"):
         return True
     command = [compiler, flag, "-fsyntax-only", "-x", "c++", os.devnull]
@@ -110,22 +114,33 @@ def takes_flag(compiler: str, flag: str) -> bool:
 
 
 def find_nvcc() -> tuple[str | None, str]:
-    """(nvcc, why there is none): of CUDA_HOME if that is set, else the first on PATH."""
+    """Finds nvcc: that of CUDA_HOME if it is set, else the first on PATH.
+
+    Returns:
+        (path or None, the reason for None).
+    """
     home = os.environ.get("CUDA_HOME")
     if home:
         nvcc = Path(home, "bin", "nvcc")
         return (str(nvcc), "") if nvcc.exists() else (None, f"CUDA_HOME={home} has no bin/nvcc")
     found = shutil.which("nvcc")
-    return found, "" if found else "there is no nvcc on PATH, and CUDA_HOME is not set"
+    return found, "" if found else "nvcc is not on PATH, and CUDA_HOME is not set"
 
 
 def architecture_flags(listed: str) -> list[str]:
-    """nvcc's flags for a list like "8.0;9.0+PTX", separated by semicolons, commas or spaces."""
+    """The flags of nvcc for a list of architectures such as "8.0;9.0+PTX".
+
+    Args:
+        listed: the architectures, separated by semicolons, commas or spaces.
+    """
     flags = []
     for name in listed.replace(";", " ").replace(",", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
         if not match:
-            sys.exit(f'onepass: no architecture {name!r} in {listed!r}; write "9.0" or "9.0+PTX"')
+            sys.exit(
+                "onepass: ONEPASS_CUDA_ARCH or TORCH_CUDA_ARCH_LIST must list architectures such "
+                f"as 9.0 or 9.0+PTX; got {name!r} in {listed!r}"
+            )
         number = match[1] + match[2]
         codes = [f"sm_{number}", f"compute_{number}"] if match[3] else [f"sm_{number}"]
         flags += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
@@ -133,35 +148,46 @@ def architecture_flags(listed: str) -> list[str]:
 
 
 class BuildLibrary(build_ext):
-    """Compiles every source with the flags of its instruction set and links them; the two libraries
-    side by side, for each has a few files that take longest."""
+    """Compiles each source with the flags of its instruction set, and links the libraries.
 
-    # Variants are built side by side, each by one thread.
+    The two libraries are built in parallel, because each has a few files that take much longer than
+    the others.
+    """
+
+    # Variants of bench.tuning are built in parallel, so each of them uses one thread.
     compiling = ThreadPoolExecutor(1 if CUDA_DEFINES else os.cpu_count())
 
     def finalize_options(self) -> None:
+        """Builds both libraries in parallel by default."""
         super().finalize_options()
         self.parallel = self.parallel or 2
 
     def get_ext_filename(self, fullname: str) -> str:
+        """The file name of a library, without the tag of the Python version."""
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        """Builds one of the two libraries."""
         if ext.name == CUDA_LIBRARY:
             self.build_cuda(ext)
         elif not CUDA_DEFINES:
             self.build_cpu(ext)
 
     def objects(self, sources: list[Path]) -> list[Path]:
+        """Paths of the object files of the sources; creates their folders."""
         found = [Path(self.build_temp, *s.with_suffix(s.suffix + ".o").parts) for s in sources]
         for path in found:
             path.parent.mkdir(parents=True, exist_ok=True)
         return found
 
     def build_cpu(self, ext: Extension) -> None:
+        """Builds the CPU library; does nothing if there is no C++ compiler."""
         compiler = find_compiler()
         if compiler is None:
-            print("onepass: no C++ compiler found: only the slow reference backend is installed")
+            print(
+                "onepass: no C++ compiler found (g++, c++ or clang++): only the slow reference "
+                "backend is installed"
+            )
             return
         torch_root = find_torch()
         sanitize = SANITIZE_FLAGS if os.environ.get("ONEPASS_SANITIZE") == "1" else []
@@ -181,22 +207,26 @@ class BuildLibrary(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [compiler, *sanitize, "-shared", *map(str, objects), "-o", str(output)]
         link += [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-        # torch loads its libraries before ours; a run path would only record where this one was.
+        # No run path: torch loads its libraries before this one, and a run path would only record
+        # the location of torch on this machine.
         call(link)
 
     def build_cuda(self, ext: Extension) -> None:
+        """Builds the CUDA library; does nothing without a toolkit, unless ONEPASS_CUDA=1."""
         wanted = os.environ.get("ONEPASS_CUDA", "")
         compiler = find_compiler()
         nvcc, missing = find_nvcc()
         if wanted == "0":
             missing = "ONEPASS_CUDA=0"
         elif compiler is None:
-            missing = "there is no C++ compiler"
+            missing = "no C++ compiler found"
         if missing:
             if wanted == "1":
-                sys.exit(f"onepass: ONEPASS_CUDA=1, but there can be no CUDA library: {missing}")
-            if compiler is not None:  # the other library has said so
-                print(f"onepass: the CUDA library is left out: {missing}")
+                sys.exit(
+                    f"onepass: ONEPASS_CUDA=1, but the CUDA library cannot be built: {missing}"
+                )
+            if compiler is not None:  # otherwise build_cpu prints a message
+                print(f"onepass: the CUDA library is not built: {missing}")
             return
         assert compiler is not None
         assert nvcc is not None
@@ -205,56 +235,61 @@ class BuildLibrary(build_ext):
         host = [nvcc, f"-ccbin={compiler}", *CUDA_DEFINES]
         device = [*CUDA_FLAGS, *architecture_flags(listed or CUDA_ARCHITECTURES)]
         include = f"-isystem={torch_root / 'include'}"
-        # The slowest first, so that the last to end are short.
+        # Compile the slowest files first, so that no long compilation remains at the end.
         sources = sorted(map(Path, ext.sources), key=lambda s: -CUDA_SECONDS.get(s.stem, 0))
         objects = self.objects(sources)
 
         def compile_one(source: Path, target: Path) -> None:
-            # Kernels do not see torch's headers, which nvcc takes long over.
+            # Kernels do not include torch's headers, which nvcc compiles slowly.
             flags = device if source.suffix == ".cu" else [*CUDA_FLAGS, include]
             call([*host, *flags, "-c", str(source), "-o", str(target)])
 
         list(self.compiling.map(compile_one, sources, objects))
-        # A torch without CUDA lacks the library with the current stream's function. Ours is linked
-        # against an empty one of that name, and finds the real one that torch has loaded.
+        # The installed torch may lack libtorch_cuda.so, which has the function for the current
+        # stream. Link with an empty library of this name; at run time the loader uses the real one,
+        # which torch has loaded.
         stub = Path(self.build_temp, "libtorch_cuda.so")
         soname = f"-Wl,-soname,{stub.name}"
         call([compiler, "-shared", "-xc++", os.devnull, soname, "-o", str(stub)])
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*host, "-shared", "-cudart=static", *map(str, objects), "-o", str(output)]
-        link += ["-Xlinker=-s"] * bool(CUDA_DEFINES)  # many variants travel together
+        link += ["-Xlinker=-s"] * bool(CUDA_DEFINES)  # small files, because there are many variants
         link += [f"-L{stub.parent}", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
         call([*link, f"-L{torch_root / 'lib'}", "-ltorch_cpu"])
 
 
 def find_torch() -> Path:
-    """The folder of the torch that is built against."""
+    """The folder of the installed torch; exits with an error if torch is not installed."""
     try:
         import torch
     except ImportError:
         sys.exit(
-            "onepass: the build needs the torch it will run with: install torch first, then "
-            "pip install --no-build-isolation onepass"
+            "onepass: the build needs torch: install torch first, then run pip install "
+            "--no-build-isolation onepass"
         )
     return Path(torch.__file__).parent
 
 
 def call(command: list[str]) -> None:
-    """Runs one compiler call; its own message is the best one there is when it fails."""
+    """Runs a command of the compiler; exits with an error if it fails."""
     if subprocess.run(command, cwd=ROOT).returncode:
         sys.exit("onepass: this command failed: " + " ".join(command))
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel by platform only: the library does not know Python."""
+    """A wheel that is tagged by platform only, because the libraries do not depend on Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """The tag py3-none-<platform>."""
         return "py3", "none", super().get_tag()[2]
 
 
 class BinaryDistribution(Distribution):
+    """A distribution that always counts as platform-specific."""
+
     def has_ext_modules(self) -> bool:
+        """True, also if no library is built."""
         return True
 
 
@@ -262,17 +297,21 @@ runpy.run_path(str(ROOT / "csrc" / "generate.py"))["write"]()
 
 
 def sources(cuda: bool) -> list[str]:
-    """The files of one library: those in a folder named cuda are the CUDA library's; only
-    csrc/ops.cpp, with the schemas, cannot be in both."""
+    """The source files of one library, relative to the root.
+
+    Args:
+        cuda: True for the CUDA library, which has the files in folders named cuda; False for the
+            CPU library, which has all others. csrc/ops.cpp defines the schemas of both.
+    """
     files = [p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")]
     return sorted(str(p) for p in files if ("cuda" in p.parts) == cuda)
 
 
 setup(
-    # Here and not in pyproject.toml, which cannot add a package to those it finds.
+    # Not in pyproject.toml, which cannot add a package to those that it finds.
     packages=[*find_packages("python"), "onepass.triton_kernels"],
     package_dir={"": "python", "onepass.triton_kernels": "triton_kernels"},
-    # Optional: without a compiler there is no file to copy.
+    # Optional, because no library is built without a compiler.
     ext_modules=[
         Extension("onepass.libonepass_cpu", sources(cuda=False), optional=True),
         Extension(CUDA_LIBRARY, sources(cuda=True), optional=True),

@@ -23,7 +23,7 @@ NOTE = "// Written by csrc/generate.py.\n"
 
 
 def rules() -> list[str]:
-    """The names of the rules, sorted."""
+    """The names of the rules in alphabetical order: headers that define a struct of their name."""
     found = []
     for path in sorted((CSRC / "rules").glob("*.h")):
         if re.search(rf"^struct {path.stem.capitalize()}\b", path.read_text(), re.MULTILINE):
@@ -32,7 +32,7 @@ def rules() -> list[str]:
 
 
 def limits() -> dict[str, int]:
-    """Name -> limit."""
+    """Name -> value of each limit in onepass/rules/limits.py."""
     return {k: v for k, v in runpy.run_path(str(LIMITS)).items() if k.startswith("MAX_")}
 
 
@@ -42,7 +42,7 @@ def layout() -> str:
 
 
 def files() -> dict[str, str]:
-    """Path below csrc/generated -> text of the file."""
+    """Path in csrc/generated -> text of the file."""
     names = rules()
     constants = "".join(
         f"constexpr int k{name.title().replace('_', '')} = {value};\n"
@@ -68,7 +68,7 @@ def files() -> dict[str, str]:
 
 
 def write() -> None:
-    """Brings csrc/generated up to date."""
+    """Writes the files of csrc/generated that have changed, and deletes stale ones."""
     made = files()
     for path in GENERATED.rglob("*.*"):
         if path.relative_to(GENERATED).as_posix() not in made:

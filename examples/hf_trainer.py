@@ -1,4 +1,4 @@
-"""An optimizer of onepass in Hugging Face's Trainer, on a GPT-2 built from a config."""
+"""Uses an optimizer of onepass in Hugging Face's Trainer, with a small GPT-2."""
 
 import tempfile
 
@@ -14,7 +14,7 @@ config = GPT2Config(
 )
 model = GPT2LMHeadModel(config)
 
-# Counting: each sequence goes up by one from anywhere.
+# The task is counting: each sequence starts at a random number and increases by one.
 starts = torch.arange(256) % 64
 sequences = (starts[:, None] + torch.arange(16)) % 64
 dataset = [{"input_ids": row, "labels": row} for row in sequences]

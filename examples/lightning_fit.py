@@ -1,4 +1,4 @@
-"""An optimizer of onepass in Lightning."""
+"""Uses an optimizer of onepass, with clipping in its step, in a Lightning module."""
 
 import logging
 import warnings
@@ -16,18 +16,21 @@ warnings.filterwarnings("ignore", module="lightning")
 
 
 class Regression(lightning.LightningModule):
-    """sin(x y) by a small network."""
+    """A small network that learns sin(x y)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(2, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 1))
 
     def training_step(self, batch, index):
+        """The loss of one batch."""
         x, target = batch
         return nn.functional.mse_loss(self.net(x), target)
 
     def configure_optimizers(self):
-        # Clipping in the step: leave Lightning's gradient_clip_val alone, it would clip too.
+        """The optimizer and its learning rate schedule."""
+        # The step clips the gradients: do not set Lightning's gradient_clip_val, which would clip
+        # them a second time.
         optimizer = onepass.AdamW(decay_groups(self, 0.01), lr=1e-2, max_grad_norm=1.0)
         cosine = schedule(optimizer, "cosine", warmup_steps=10, total_steps=320)
         return {

@@ -1,7 +1,7 @@
-"""Fine-tuning low-rank additions to frozen layers (LoRA) with an optimizer in 8 bits.
+"""Fine-tunes low-rank additions to frozen layers (LoRA) with 8-bit, paged optimizer states.
 
-Hu et al., "LoRA: low-rank adaptation of large language models" (2022); Dettmers et al., "QLoRA"
-(2023), which pages the states of the optimizer.
+Source: Hu et al., "LoRA: low-rank adaptation of large language models" (2022). Paged states are
+those of Dettmers et al., "QLoRA" (2023).
 """
 
 import torch
@@ -20,13 +20,14 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the frozen layer plus that of the low-rank addition."""
         return self.layer(x) + x @ self.down.T @ self.up.T
 
 
 torch.manual_seed(0)
 size = 64
 base = nn.Sequential(nn.Linear(size, 128), nn.ReLU(), nn.Linear(128, size))
-# The task: the base model with a change of rank two in its last layer.
+# The task: learn a change of rank two in the last layer of the base model.
 x = torch.randn(512, size)
 with torch.no_grad():
     change = torch.randn(size, 2) @ torch.randn(2, 128) / 128**0.5
@@ -35,14 +36,14 @@ with torch.no_grad():
 tuned = nn.Sequential(LowRank(base[0]), base[1], LowRank(base[2]))
 frozen = [p.clone() for p in tuned.parameters() if not p.requires_grad]
 
-# Paged states rest in host memory, where a GPU has none to spare.
+# Paged states are kept in host memory, for GPUs that do not have enough memory for them.
 trainer = Trainer(tuned, "pagedadamw8bit", lr=1e-2, schedule="constant")
 for _ in range(400):
     trainer.train_step(x, target)
 
 assert all(
     map(torch.equal, frozen, (p for p in tuned.parameters() if not p.requires_grad))
-)  # the base is as it was
+)  # the frozen layers have not changed
 count = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 print(f"{count:,} of {sum(p.numel() for p in tuned.parameters()):,} parameters trained")
 print(f"loss {trainer.losses[0]:.4f} at first")

@@ -1,4 +1,4 @@
-"""A training loop of one's own: groups, clipping inside the step, a schedule of torch's."""
+"""A plain PyTorch training loop: parameter groups, clipping in the step, a torch scheduler."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The trainer: mini-batches, checkpoints, and a second process that goes on from one."""
+"""Uses onepass's Trainer: mini-batches, checkpoints, and resuming from a checkpoint."""
 
 import sys
 import tempfile
@@ -12,6 +12,7 @@ from onepass.training import Trainer, loader
 
 
 def trainer() -> Trainer:
+    """A new Trainer with a new model; every call returns the same initial weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 1))
     return Trainer(
@@ -29,10 +30,10 @@ x = torch.rand(2048, 2, generator=generator) * 4 - 2
 data = TensorDataset(x, torch.sin(x[:, :1] * x[:, 1:]))
 path = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()) / "run.pt"
 
-# As if the process had been stopped after two of ten epochs ...
+# This run ends after two of ten epochs and writes a checkpoint.
 trainer().fit(loader(data, batch_size=64), epochs=2, checkpoint=path)
 
-# ... and started again: it goes on where the checkpoint was written.
+# This run loads the checkpoint and continues with the third epoch.
 resumed = trainer()
 resumed.load(path)
 resumed.fit(loader(data, batch_size=64), epochs=10, checkpoint=path, save_every=50)

@@ -101,7 +101,7 @@ def test_architectures_of_the_cuda_library():
 
     assert "arch=compute_90,code=[sm_90]" in flags("9.0").stdout
     assert "arch=compute_100,code=[sm_100,compute_100]" in flags("8.0;10.0+PTX").stdout
-    assert "no architecture 'Hopper'" in flags("9.0 Hopper").stderr
+    assert "got 'Hopper' in '9.0 Hopper'" in flags("9.0 Hopper").stderr
 
 
 # --- the package -----------------------------------------------------------------------------
