@@ -87,9 +87,9 @@ def test_a_capture_needs_a_step_before_it(capture):
     optimizer = onepass.SGD(params, backend=SHIM)
     optimizer.step()
     optimizer.max_grad_norm = 1.0
-    with capture, pytest.raises(RuntimeError, match="needs one before it that judges"):
+    with capture, pytest.raises(RuntimeError, match="needs a step before it with the same option"):
         optimizer.step()
     optimizer.max_grad_norm = None
     gradients(params, 0, torch.bfloat16)
-    with capture, pytest.raises(RuntimeError, match="gradients of these dtypes before"):
+    with capture, pytest.raises(RuntimeError, match="before it with gradients of these dtypes"):
         optimizer.step()

@@ -214,7 +214,7 @@ def test_a_capture_needs_a_step_before_it():
     (param,) = on_gpu(make_params([(5,)], torch.float32, seed=1))
     param.grad = torch.ones_like(param)
     optimizer = onepass.AdamW([param], backend="cuda")
-    with pytest.raises(RuntimeError, match="needs one before it"):
+    with pytest.raises(RuntimeError, match="needs a step before it"):
         captured(optimizer.step)
     optimizer.step()
 

@@ -40,7 +40,8 @@ Tensor norm_of_plan(Tensor handle) {
 std::string cpu_isa(std::string name) {
   STD_TORCH_CHECK(
       name.empty() || select_isa(name.c_str()), "onepass: no instruction set '", name,
-      "' here: 'auto', 'plain', 'avx2' or 'avx512', as far as this machine and build go");
+      "'; it must be 'auto', 'plain', 'avx2' or 'avx512', and this machine and this build must "
+      "support it");
   return isa_name();
 }
 

@@ -110,7 +110,8 @@ struct CudaPlan : Plan {
   // Launches the sweep.
   void run(const StepArgs& step) {
     STD_TORCH_CHECK(
-        !step.telemetry, "onepass: the cuda backend measures no telemetry, triton does");
+        !step.telemetry,
+        "onepass: the cuda backend does not support telemetry; use the triton backend");
     if (chunks.empty()) return;
     const OnDevice guard(device.index);
     const cudaStream_t stream = stream_of(device.index);
@@ -154,12 +155,13 @@ struct CudaPlan : Plan {
       const Entry& entry = entries[e];
       const Format held = state_format(entry);
       STD_TORCH_CHECK(
-          !entry.ema, "onepass: the cuda backend averages no weights, triton does", at(e));
+          !entry.ema,
+          "onepass: the cuda backend does not support ema_decay; use the triton backend", at(e));
       const int64_t block = block_of(held);
       for (int k = 0; k < kMaxStates; ++k)
         STD_TORCH_CHECK(
             !entry.has(k) || entry.state_formats[k] == held,
-            "onepass: states of one parameter in two formats", at(e));
+            "onepass: the states of a parameter must have the same format", at(e));
       const int64_t most = held == Format::kFp32 ? kTuning.wide_chunk : kTuning.chunk;
       const std::vector<int64_t> cuts = cut_chunks(entry.numel, entry.first, most);
       for (size_t c = 0; c + 1 < cuts.size(); ++c) {
@@ -185,9 +187,12 @@ struct CudaPlan : Plan {
         chunks.push_back(chunk);
       }
       STD_TORCH_CHECK(
-          entry.rule == entries[0].rule, "onepass: one launch has one rule; another", at(e));
+          entry.rule == entries[0].rule,
+          "onepass: all parameters of a launch must have the same rule", at(e));
     }
-    STD_TORCH_CHECK(chunks.size() < 1u << 31, "onepass: more chunks than a launch has blocks");
+    STD_TORCH_CHECK(
+        chunks.size() < 1u << 31, "onepass: the list has ", chunks.size(),
+        " chunks; a launch has at most 2147483647 blocks");
   }
 
   // Returns null if freeing the plan need not wait for launches on the stream. That is the case on
@@ -205,7 +210,7 @@ struct CudaPlan : Plan {
     if (now) {
       STD_TORCH_CHECK(
           same_grad_formats(),
-          "onepass: take a step with gradients of these dtypes before one is captured");
+          "onepass: a captured step needs a step before it with gradients of these dtypes");
       chunks_captured = true;
       if (now != capture) captured = {};
       capture = now;
@@ -266,8 +271,8 @@ struct CudaPlan : Plan {
     if (!found) found = kernels.any;
     STD_TORCH_CHECK(
         found,
-        "onepass: this CUDA library is a variant built for bench.tuning, which has AdamW in five "
-        "combinations of formats alone and no kernel for this list");
+        "onepass: this CUDA library is a variant built for bench.tuning. It has kernels only for "
+        "AdamW in five combinations of formats, and none for this list");
     const Relaxed mode;  // loading may allocate while another thread captures a graph
     ONEPASS_CUDA(verify(found));
     return found;

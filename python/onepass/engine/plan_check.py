@@ -35,8 +35,8 @@ def check_plan(request: PlanRequest) -> Checked:
     """
     if capturing() and any(member.param.is_cuda for member in request.members):
         raise RuntimeError(
-            "a step that is captured needs one before it with the same parameters, states and "
-            "gradients: making its plan waits for the device"
+            "a captured step needs a step before it with the same parameters, states and "
+            "gradients: building a plan waits for the device, which a capture does not allow"
         )
     request.features.place_states()
     for group in request.groups:

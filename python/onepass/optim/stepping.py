@@ -86,7 +86,10 @@ class Stepping(Findings):
             policy = self.policy()
             if self.released is not None:
                 if scaled:
-                    raise RuntimeError("a GradScaler comes too late: the gradients were released")
+                    raise RuntimeError(
+                        "a GradScaler cannot be used with gradient release: the gradients have "
+                        "been used and freed before its step()"
+                    )
                 # Only parameters of other models have gradients now.
                 found = plan.norm(policy.largest) if self.max_grad_norm is not None else None
                 with Uninterrupted():
@@ -139,8 +142,8 @@ class Stepping(Findings):
         if self._failed:
             raise RuntimeError(
                 "an earlier step failed after it had changed some tensors, so weights and states "
-                "are not of one step: load a checkpoint of model and optimizer (load_state_dict), "
-                f"or make the optimizer anew ({self._failed})"
+                "are inconsistent: load a checkpoint of model and optimizer (load_state_dict), or "
+                f"create a new optimizer. The error was: {self._failed}"
             )
 
     def judge(self, plan: Plan, found: torch.Tensor | None) -> None:
@@ -159,7 +162,10 @@ class Stepping(Findings):
         known = self.verdict
         if capturing():
             if known is None:
-                raise RuntimeError("a step that is captured needs one before it that judges as it")
+                raise RuntimeError(
+                    "a captured step with clipping, unscaling or skipping needs a step before it "
+                    "with the same option"
+                )
             self.captured.append(known)
         return plan.judge(known, found, scale, inf, policy=policy, backend=self.backend)
 
@@ -174,7 +180,7 @@ class Stepping(Findings):
             self._plan = None
             plan = self.new_plan([m for m in self.members() if m.param.grad is not None])
             if not plan.refresh(self.param_groups, self.state):
-                raise RuntimeError("onepass: a tensor changed while the step was planned")
+                raise RuntimeError("onepass: a tensor changed while the plan was built")
         plan.check_options(self.check_options)
         if capturing():
             self.captured += [plan, plan.memory()]
