@@ -86,7 +86,7 @@ def test_info_markdown_is_only_the_matrix(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("steps", ["0", "-3"])
 def test_demo_rejects_steps(steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--steps", steps, "--out", str(tmp_path / "out")]) == EXIT_USAGE
-    assert capsys.readouterr().err == f"onepass: --steps must be at least 1, not {steps}\n"
+    assert capsys.readouterr().err == f"onepass: --steps must be at least 1; got {steps}\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -113,7 +113,8 @@ def test_demo_names_the_extra_it_needs(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == EXIT_USAGE
     err = capsys.readouterr().err
-    assert err == "onepass: matplotlib not installed: pip install 'onepass[cli]'\n"
+    install = "install them with pip install 'onepass[cli]'"
+    assert err == f"onepass: missing packages: matplotlib; {install}\n"
 
 
 def test_demo_runs_every_optimizer_and_writes_its_results(

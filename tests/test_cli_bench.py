@@ -48,7 +48,7 @@ def test_sizes(text, number):
         (["--dtype", "fp64"], "fp32, bf16, fp16"),
         (["--list", "resnet5"], "did you mean 'resnet50'?"),
         (["--device", "cpuu"], "did you mean 'cpu"),
-        (["--numel", "ten"], "such as 2500, 100M or 1.5B, not 'ten'"),
+        (["--numel", "ten"], "such as 2500, 100M or 1.5B; got 'ten'"),
         (["--samples", "0"], "--samples must be"),
         (["--weights", "split8", "--dtype", "fp32"], "needs --dtype bf16"),
         (["--providers", "nobody", "--device", "cpu"], "no provider nobody"),
@@ -74,7 +74,7 @@ def test_a_table_for_a_pipe(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     first, rows = out.split("\n\n")[0], out.split("\n\n")[1].splitlines()
-    assert first.startswith("adamw/bf16-split8/states-mx8/1K: 1,000 elements, 0.012 MB a step\n")
+    assert first.startswith("adamw/bf16-split8/states-mx8/1K: 1,000 elements, 0.012 MB per step\n")
     names = [row.split()[0] for row in rows]
     assert names == ["provider", *dict.fromkeys([ours, "torch-fused-fp32"]), "copy", "in-place"]
     assert len({len(row.split()) for row in rows[1:3]}) == 1

@@ -153,7 +153,7 @@ def test_profile_leaves_an_optimizer_alone():
 def test_profile_says_what_is_wrong():
     with pytest.raises(ValueError, match="params must be given"):
         memory.profile(lambda p: onepass.AdamW(p))
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one parameter"):
         memory.profile(lambda p: onepass.AdamW(p), [])
     with pytest.raises(ValueError, match="every parameter of the optimizer"):
         memory.profile(onepass.AdamW(meta(torch.float32)), meta(torch.float32))

@@ -48,11 +48,11 @@ def test_what_does_not_fit_is_marked_and_what_would_is_named(capsys):
     out = call(capsys, *argv, "50GB").out
     assert re.search(r"^adamw .*no: 46.4 GB over$", out, re.M)
     assert re.search(r"^lion8bit .*9.6\d GB left$", out, re.M)
-    assert "adamw does not fit; +mx8 would: 48.7 GB" in out
+    assert "adamw does not fit; +mx8 would fit: 48.7 GB" in out
     assert "adamw does not fit; +mx8+paged would" in call(capsys, *argv, "40GB").out
     assert "adamw does not fit; --shards 8 would" in call(capsys, *argv, "24GB").out
     zero1 = [*argv, "24GB", "--shards", "8", "--sharding", "zero1"]
-    assert "adamw does not fit; --sharding fsdp2 would: 12." in call(capsys, *zero1).out
+    assert "adamw does not fit; --sharding fsdp2 would fit: 12." in call(capsys, *zero1).out
     # Which holds of what it names.
     assert "does not fit" not in call(capsys, *argv, "24GB", "--shards", "8").out
     assert "+mx4 would" in call(capsys, *argv, "50GB", "--reserve", "2GB").out
@@ -130,26 +130,26 @@ def test_names_in_a_page_are_escaped():
         (["--model", "bert-bass"], "did you mean 'bert-base'"),
         ([*SMALL, "--optimizers", "adamx"], "did you mean 'adam"),
         ([*SMALL, "--optimizers", "adamw+mx9"], "did you mean 'mx8'"),
-        ([*SMALL, "--optimizers", "adamw+paged=24GX"], "is no size"),
+        ([*SMALL, "--optimizers", "adamw+paged=24GX"], "a size must be"),
         ([*SMALL, "--optimizers", ","], "--optimizers is empty"),
         ([*SMALL, "--optimizers", "rmsprop8bit+centered"], "centered=True needs"),
         ([*SMALL, "--optimizers", "adamw+split8", "--dtype", "fp32"], "split8"),
-        ([*SMALL, "--gpu", "24GX"], "'24GX' is no size"),
-        ([*SMALL, "--shards", "0"], "--shards 0: a whole number of at least 1 is accepted"),
-        ([*SMALL, "--shards", "many"], "--shards many: a whole number"),
-        ([*SMALL, "--scale", "0"], "--scale 0: a number above 0"),
-        ([*SMALL, "--sharding", "zero3"], "Accepted are fsdp2, zero1"),
-        ([*SMALL, "--dtype", "fp8"], "Accepted are fp32"),
-        ([*SMALL, "--task", "sleep"], "Accepted are pretrain"),
-        ([*SMALL, "--recommend"], "needs the memory to fit in"),
-        ([*SMALL, "--reserve", "1GB"], "it needs --gpu"),
-        ([*SMALL, "--gpu", "1GB", "--reserve", "1GB"], "leaves nothing"),
-        ([*SMALL, "--json", "--csv"], "one of them is accepted"),
-        ([*SMALL, "--measure", "--shards", "2"], "of one device"),
-        ([*SMALL, "--snapshot", "x"], "needs --measure on CUDA"),
+        ([*SMALL, "--gpu", "24GX"], "got '24GX'"),
+        ([*SMALL, "--shards", "0"], "--shards must be a whole number of at least 1; got 0"),
+        ([*SMALL, "--shards", "many"], "--shards must be a whole number"),
+        ([*SMALL, "--scale", "0"], "--scale must be a number above 0"),
+        ([*SMALL, "--sharding", "zero3"], "must be one of fsdp2, zero1"),
+        ([*SMALL, "--dtype", "fp8"], "must be one of fp32"),
+        ([*SMALL, "--task", "sleep"], "must be one of pretrain"),
+        ([*SMALL, "--recommend"], "--recommend needs --gpu"),
+        ([*SMALL, "--reserve", "1GB"], "--reserve needs --gpu"),
+        ([*SMALL, "--gpu", "1GB", "--reserve", "1GB"], "--reserve must be below --gpu 1GB"),
+        ([*SMALL, "--json", "--csv"], "--json and --csv cannot be combined"),
+        ([*SMALL, "--measure", "--shards", "2"], "uses one device"),
+        ([*SMALL, "--snapshot", "x"], "needs --measure on a CUDA device"),
         ([*SMALL, "--plot", "/nonexistent/a.png"], "cannot be written"),
         ([*SMALL, "--plot", "a.word"], "not supported"),
-        (["--model", __file__], "is no transformers configuration"),
+        (["--model", __file__], "must be a transformers configuration"),
         (["--model", "llama-3.1-405b", "--measure"], "--scale"),
         ([], "--model is missing"),
     ],
@@ -257,7 +257,7 @@ def test_less_memory_takes_smaller_formats_then_pages():
 def test_nothing_fits(capsys):
     found = advice("llama-3-8b", 24)
     assert found.chosen is None
-    assert any("--task lora would: adamw: 16.6 GB" in reason for reason in found.reasons)
+    assert any("--task lora would fit: adamw: 16.6 GB" in reason for reason in found.reasons)
     assert any("--shards 2 would" in reason for reason in found.reasons)
     argv = ["--model", "llama-3-8b", "--gpu", "24GB", "--recommend"]
     assert "nothing fits in 24.0 GB" in call(capsys, *argv, code=1).out

@@ -71,12 +71,12 @@ def test_a_name_in_the_hubs_cache(tmp_path, monkeypatch):
     [
         ("{", "not JSON"),
         ("[]", "no model_type"),
-        ('{"hidden_size": 3}', "no model_type; one of bert"),
+        ('{"hidden_size": 3}', "no model_type; it must be one of bert"),
         ('{"model_type": "lama"}', "did you mean 'llama'"),
         ('{"model_type": "llama", "hidden_size": 8}', "needs 'intermediate_size'"),
-        (json.dumps({**CONFIG, "hidden_size": "8"}), "not a configuration of llama"),
+        (json.dumps({**CONFIG, "hidden_size": "8"}), "not a valid configuration of llama"),
         (json.dumps({**CONFIG, "hidden_size": -64}), "integers > 0"),
-        (json.dumps({**CONFIG, "num_attention_heads": 0}), "not a configuration of llama"),
+        (json.dumps({**CONFIG, "num_attention_heads": 0}), "not a valid configuration of llama"),
     ],
 )
 def test_what_is_no_configuration(content, says, tmp_path):
@@ -101,11 +101,11 @@ def test_factories(tmp_path, monkeypatch):
     assert model.numel == 10**11 + 16
     assert [s.kind for s in model.shapes] == [EMBEDDING, NORM, NORM]
     for name, says in {
-        "my_model_for_memory:none": "makes a int, not a torch.nn.Module",
+        "my_model_for_memory:none": "must return a torch.nn.Module; got a int",
         "my_model_for_memory:broken": "RuntimeError: not today",
         "my_model_for_memory:bigg": "did you mean 'big'",
         "my_model_for_memorx:big": "cannot be imported",
-        "my_model_for_memory:torch": "is no function",
+        "my_model_for_memory:torch": "must be callable; got a module",
     }.items():
         with pytest.raises(ValueError, match=says):
             find(name)
@@ -150,7 +150,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["24GX", "", "GB", "-1GB", "0", "1e9", "24 GB left", "nan"])
 def test_what_is_no_size(text):
-    with pytest.raises(ValueError, match="is no size: a number with B, KB"):
+    with pytest.raises(ValueError, match="a size must be a number with B, KB"):
         parse_size(text)
 
 

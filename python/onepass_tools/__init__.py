@@ -29,11 +29,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("bench", "time one optimizer step beside other libraries", "onepass_tools.bench"),
-    Command("compare", "the algorithms on surfaces and models, drawn", "onepass_tools.compare"),
+    Command("bench", "time an optimizer step, also of other libraries", "onepass_tools.bench"),
+    Command("compare", "plot the algorithms on surfaces and models", "onepass_tools.compare"),
     Command("demo", "train a small text model with several optimizers", "onepass_tools.demo"),
-    Command("info", "versions, backends and what each of them supports", "onepass_tools.info"),
-    Command("memory", "what training takes of memory with each optimizer", "onepass_tools.memory"),
+    Command("info", "print versions, backends and the support matrix", "onepass_tools.info"),
+    Command("memory", "predict the training memory of each optimizer", "onepass_tools.memory"),
 )
 
 
@@ -52,7 +52,7 @@ def package_version(name: str) -> str | None:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
     """Parse `argv`; return (arguments, 0), or (None, exit code) if there is no command to run."""
     parser = argparse.ArgumentParser(
-        prog="onepass", description="Optimizers whose whole step is one pass over memory."
+        prog="onepass", description="Optimizers whose step is one pass over memory."
     )
     version = package_version("onepass") or "(not installed)"
     parser.add_argument("--version", action="version", version=f"onepass {version}")

@@ -22,29 +22,38 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `onepass bench`."""
-    parser.add_argument("--rule", default="adamw", help="default: adamw")
+    parser.add_argument("--rule", default="adamw", help="the algorithm (default: adamw)")
     parser.add_argument("--states", default="fp32", help="format of the states (default: fp32)")
     parser.add_argument(
-        "--weights", default="native", help="how weights keep their precision (default: native)"
+        "--weights", default="native", help="format of the weights (default: native)"
     )
     parser.add_argument(
         "--dtype",
         metavar="NAME",
-        help="of weights and gradients: fp32, bf16 or fp16 (default: fp32, or bf16 where --weights "
-        "is not native)",
+        help="dtype of weights and gradients: fp32, bf16 or fp16 (default: fp32 if --weights is "
+        "native, else bf16)",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--numel", metavar="SIZE", help="elements of one tensor, such as 100M or 1.5B (default 50M)"
+        "--numel",
+        metavar="SIZE",
+        help="step over one tensor with this number of elements, for example 100M or 1.5B "
+        "(default: 50M)",
     )
     size.add_argument(
-        "--list", metavar="NAME", help="the parameters of a model instead, such as gpt2 or resnet50"
+        "--list",
+        metavar="NAME",
+        help="step over the parameters of this model, for example gpt2 or resnet50",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
-        "--providers", metavar="NAMES", help="only these, separated by commas; * and ? match"
+        "--device", default="auto", help="auto, cpu or cuda (default: auto, a GPU if there is one)"
     )
-    parser.add_argument("--samples", metavar="N", help="steps timed per provider")
+    parser.add_argument(
+        "--providers",
+        metavar="NAMES",
+        help="run only these providers, separated by commas; * and ? are wildcards",
+    )
+    parser.add_argument("--samples", metavar="N", help="timed steps per provider")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         available = [p for p in chosen if p.name not in dict(missing)]
         _check_memory(case, device)
         outcome = timing.run_case(case, available, samples, device=device)
-    print(f"{case.name}: {case.list.numel:,} elements, {case.bytes / 1e6:,.3f} MB a step")
+    print(f"{case.name}: {case.list.numel:,} elements, {case.bytes / 1e6:,.3f} MB per step")
     print(f"{device.name}\n{table.LEGEND}\n\n{table.HEADER}")
     print("\n".join(table.rows(outcome)))
     reasons = [*outcome.skipped, *missing]
@@ -87,12 +96,12 @@ def size(text: str, option: str) -> int:
     """
     found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)", text.lower())
     if found is None:
-        raise UsageError(f"{option} must be a size such as 2500, 100M or 1.5B, not {text!r}")
+        raise UsageError(f"{option} must be a size such as 2500, 100M or 1.5B; got {text!r}")
     from decimal import Decimal
 
     number = Decimal(re.sub("[_,]", "", found[1])) * UNITS[found[2]]
     if number != int(number) or number < 1:
-        raise UsageError(f"{option} must be a whole number of at least 1, not {text!r}")
+        raise UsageError(f"{option} must be a whole number of at least 1; got {text!r}")
     return int(number)
 
 
@@ -100,7 +109,7 @@ def _one_of(value: str, names: Iterable[str], option: str) -> str:
     known = list(names)
     if value not in known:
         meant = did_you_mean(value, known)
-        raise UsageError(f"{option} must be one of {', '.join(known)}, not {value!r}{meant}")
+        raise UsageError(f"{option} must be one of {', '.join(known)}; got {value!r}{meant}")
     return value
 
 
@@ -116,7 +125,7 @@ def _case(args: argparse.Namespace) -> Case:
     codes = WEIGHT_FORMATS[weights].codes
     if DTYPES[dtype] not in codes:
         served = [name for name, found in DTYPES.items() if found in codes]
-        raise UsageError(f"--weights {weights} needs --dtype {' or '.join(served)}, not {dtype}")
+        raise UsageError(f"--weights {weights} needs --dtype {' or '.join(served)}; got {dtype}")
     return Case(rule, dtype, states, _params(args), weights)
 
 
@@ -146,6 +155,6 @@ def _check_memory(case: Case, device: Device) -> None:
     free, needed = device.free(), memory_of(case, device)
     if free is not None and needed > free:
         raise UsageError(
-            f"{case.list.name} needs about {needed / 1e9:,.1f} GB for one optimizer and the copy "
-            f"beside it; {free / 1e9:,.1f} GB are free on {device.type}"
+            f"{case.list.name} needs about {needed / 1e9:,.1f} GB for one optimizer and the copy; "
+            f"{free / 1e9:,.1f} GB are free on {device.type}"
         )

@@ -13,7 +13,9 @@ def check_extra() -> None:
     """Raises UsageError unless the packages of the extra "cli" are installed."""
     missing = [n for n in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(n) is None]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install 'onepass[cli]'")
+        raise UsageError(
+            f"missing packages: {', '.join(missing)}; install them with pip install 'onepass[cli]'"
+        )
 
 
 def check_out(out: Path) -> None:

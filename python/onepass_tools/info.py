@@ -68,8 +68,8 @@ def _print_plain(facts: list[tuple[str, str]], status: list[tuple[str, str]], ma
     print("\nbackends")
     width = max((len(name) for name, _ in status), default=0)
     for name, reason in status:
-        print(f"  {name:<{width}}  {'no: ' + reason if reason else 'available'}")
-    print(f"\nsupport\n\n{matrix}")
+        print(f"  {name:<{width}}  {'not available: ' + reason if reason else 'available'}")
+    print(f"\nsupport matrix\n\n{matrix}")
 
 
 def _print_rich(facts: list[tuple[str, str]], status: list[tuple[str, str]], matrix: str) -> None:
@@ -87,8 +87,8 @@ def _print_rich(facts: list[tuple[str, str]], status: list[tuple[str, str]], mat
     console.print("\n[bold]backends[/bold]")
     available = Table.grid(padding=(0, 2))
     for name, reason in status:
-        state = Text(f"no: {reason}", "yellow") if reason else Text("available", "green")
+        state = Text(f"not available: {reason}", "yellow") if reason else Text("available", "green")
         available.add_row(Text(f"  {name}"), state)
     console.print(available)
-    console.print("\n[bold]support[/bold]")
+    console.print("\n[bold]support matrix[/bold]")
     console.print(Markdown(matrix))

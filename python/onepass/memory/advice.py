@@ -36,7 +36,7 @@ class Change:
 
     def __str__(self) -> str:
         away = f", {show(self.host)} on the host" if self.host else ""
-        return f"{self.words} would: {show(self.peak)}{away}"
+        return f"{self.words} would fit: {show(self.peak)}{away}"
 
 
 def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
@@ -226,7 +226,9 @@ def recommend(
         refused = [f"{r.name} takes {show(r.predicted.peak)}" for r in before if r.predicted]
         advice.reasons = [first, *why]
         if refused:
-            advice.reasons.insert(1, f"preferred, but above {show(room)}: {', '.join(refused)}")
+            advice.reasons.insert(
+                1, f"preferred, but larger than {show(room)}: {', '.join(refused)}"
+            )
         return advice
     advice.reasons = [f"nothing fits in {show(room)} for this task", *why]
     change = cheapest_change(candidate(names[-1]), model, terms, room)
@@ -236,6 +238,6 @@ def recommend(
     for other in [t for t in later if t in ("lora", "qlora")]:
         smaller = recommend(whole, terms, limit, reserve, other, rank)
         if smaller.chosen is not None and not model.convolutional:
-            advice.reasons.insert(1, f"--task {other} would: {smaller.reasons[0]}")
+            advice.reasons.insert(1, f"--task {other} would fit: {smaller.reasons[0]}")
             break
     return advice

@@ -86,13 +86,17 @@ def _listed(
     """The parameters as a list; None selects the parameters of the optimizer."""
     if params is None:
         if optimizer is None:
-            raise ValueError("params must be given with a factory: a module, or tensors")
+            raise ValueError(
+                "params must be given if optimizer is a factory: a module or a list of tensors"
+            )
         params = [p for group in optimizer.param_groups for p in group["params"]]
     elif isinstance(params, torch.nn.Module):
         params = params.parameters()
     like = list(params)
     if not like or not all(isinstance(p, torch.Tensor) for p in like):
-        raise ValueError("params must be a module or tensors, at least one")
+        raise ValueError(
+            "params must be a module or an iterable of tensors, with at least one parameter"
+        )
     return like
 
 
@@ -110,7 +114,7 @@ def _copies(optimizer: Any, known: list[Any]) -> Callable[[list[Any]], Any]:
     """Returns a function that copies the optimizer without states onto replacement parameters."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not own <= {id(p) for p in known}:
-        raise ValueError("params must hold every parameter of the optimizer, or be None")
+        raise ValueError("params must contain every parameter of the optimizer, or be None")
 
     def make(params: list[Any]) -> Any:
         state = OptimizerState() if isinstance(optimizer, Optimizer) else defaultdict(dict)

@@ -94,8 +94,8 @@ def candidate(name: str) -> Candidate:
     ours = classes()
     meant = did_you_mean(name, [*ours, *PEERS]) or "."
     raise ValueError(
-        f"no optimizer {name!r}{meant} It takes {', '.join(ours)} with "
-        "options such as adamw+mx8+split8, a peer of --list-optimizers, or module:factory"
+        f"no optimizer {name!r}{meant} An optimizer must be {', '.join(ours)}, with options as in "
+        "adamw+mx8+split8, a peer of --list-optimizers, or module:factory"
     )
 
 

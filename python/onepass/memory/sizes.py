@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(match[2].upper() or "B") if match else None
     size = round(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise ValueError(f"{text!r} is no size: {ACCEPTED} is, such as 24GB")
+        raise ValueError(f"a size must be {ACCEPTED}, for example 24GB; got {text!r}")
     return size
 
 

@@ -64,7 +64,7 @@ class Timeline:
             RuntimeError: the tracking block has ended.
         """
         if self._ledger is None:
-            raise RuntimeError("mark: tracking has ended")
+            raise RuntimeError("mark() must be called within track(): tracking has ended")
         self.marks.append((self._ledger.now, word))
 
     def as_dict(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _option(word: str, name: str) -> dict[str, Any]:
 
         return {"paged": parse_size(word.removeprefix("paged="))}
     meant = did_you_mean(word, WORDS) or "."
-    raise ValueError(f"{name}+{word}: no option {word!r}{meant} Accepted are {', '.join(WORDS)}")
+    raise ValueError(f"{name}+{word}: no option {word!r}{meant} The options are {', '.join(WORDS)}")
 
 
 def groups_of(

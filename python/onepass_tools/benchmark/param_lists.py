@@ -128,7 +128,7 @@ def llama3(part: int = 1) -> ParamList:
         ValueError: ``part`` is not one of LLAMA_PARTS.
     """
     if part not in LLAMA_PARTS:
-        raise ValueError(f"part must be one of {LLAMA_PARTS}; got {part}")
+        raise ValueError(f"part must be one of {', '.join(map(str, LLAMA_PARTS))}; got {part}")
     width, inner, heads = 4096, 14336, 1024
     attention = ((width, width), (heads, width), (heads, width), (width, width))
     block = (*attention, (inner, width), (inner, width), (width, inner), (width,), (width,))

@@ -69,7 +69,7 @@ class Provider:
     def unavailable(self, device: str = "cpu") -> str:
         """The reason why the provider cannot be measured on a device here; empty if it can."""
         if device not in self.devices:
-            return f"not for {device}"
+            return f"does not support {device}"
         if not self.ours:
             return self.library.unavailable()
         from onepass.engine.backends import BACKENDS
@@ -84,12 +84,12 @@ class Provider:
     def skips(self, case: Case, device: str = "cpu") -> str:
         """The reason why the provider does not support a case; empty if it does."""
         if device not in self.devices:
-            return f"not for {device}"
+            return f"does not support {device}"
         if case.rule not in self.rules:
             return f"has no {case.rule}" + (" of this kind" if self.library == TORCH else "")
         most = (self.most_tensors or {}).get(device)
         if most is not None and len(case.list.shapes) > most:
-            return f"measured on lists of up to {most}"
+            return f"is measured only on lists of up to {most} tensors"
         if case.states in self.compared:
             return ""
         if case.weights != "native" and not self.ours and case.weights not in self.kept:

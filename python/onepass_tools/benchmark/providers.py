@@ -95,5 +95,5 @@ def find(providers: list[Provider], patterns: str | None) -> list[Provider]:
     names = [provider.name for provider in providers]
     for pattern in wanted:
         if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"no provider {pattern}; there are {', '.join(names)}")
+            raise ValueError(f"no provider {pattern}; the providers are {', '.join(names)}")
     return [p for p in providers if any(fnmatch(p.name, pattern) for pattern in wanted)]

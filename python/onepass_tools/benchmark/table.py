@@ -5,8 +5,8 @@ from __future__ import annotations
 from .timing import Outcome, Timed, percentile
 
 LEGEND = (
-    "ms: one step; GB/s: bytes of the formula / p50; of copy: over GB/s of copy_ in the same turn; "
-    "extra: memory beyond what was there"
+    "ms: time of one step; GB/s: bytes of a step by the formula / p50; of copy: GB/s / that of "
+    "copy_; extra: additional memory during a step"
 )
 HEADER = (
     f"{'provider':<18} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'GB/s':>8} "

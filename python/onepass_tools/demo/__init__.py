@@ -14,15 +14,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        help="steps per optimizer (default: 500 on a CPU, fewer where all would take over 130 s)",
+        metavar="N",
+        help="steps per optimizer (default on a CPU: 500, or fewer if all would take over 130 s)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: demo-out"
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        metavar="DIR",
+        help="output folder (default: demo-out)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quiet", action="store_true", help="only the table and the files written")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the weights and the batches (default: 0)",
+    )
+    parser.add_argument("--quick", action="store_true", help="train a tiny model for a few steps")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device to train on (default: auto, a GPU if there is one)",
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="print only the table and the files written"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     Raises UsageError for an invalid option, an unwritable directory or a missing package.
     """
     if args.steps is not None and args.steps < 1:
-        raise UsageError(f"--steps must be at least 1, not {args.steps}")
+        raise UsageError(f"--steps must be at least 1; got {args.steps}")
     check_extra()
     check_out(args.out)
 

@@ -66,7 +66,11 @@ def load(max_bytes: int, validation_share: float = 0.1) -> Corpus:
         validation_files=tuple(files["validation"]),
     )
     if min(corpus.train.numel(), corpus.validation.numel()) < 10_000:
-        raise UsageError(f"{root} holds too little Python source to train on")
+        smallest = min(corpus.train.numel(), corpus.validation.numel())
+        raise UsageError(
+            f"{root} must contain at least 10,000 bytes of Python source each for training and for "
+            f"validation; got {smallest:,} bytes"
+        )
     return corpus
 
 

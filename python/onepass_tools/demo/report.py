@@ -97,7 +97,7 @@ def print_deviation(runs: list[Run], replay: Replay | None) -> None:
                 f"{many:.1e} = {replay.relative_difference:.1e} of the largest update",
             ),
         ]
-    print("\nonepass AdamW against torch AdamW, both in fp32, largest differences")
+    print("\nlargest differences between onepass AdamW and torch AdamW, both in fp32")
     for what, value in lines:
         print(f"  {what:<40} {value}")
 

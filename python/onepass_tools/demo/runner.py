@@ -79,9 +79,9 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
         print(
             f"byte-level GPT, {parameters:,} parameters, context {size.shape.context}, batch "
             f"{size.batch}, on {device_name(device)}\n"
-            f"text: {corpus.train.numel():,} bytes of {len(corpus.train_files)} files of Python "
-            f"{platform.python_version()}'s library, validation on {len(corpus.validation_files)} "
-            f"other files\n"
+            f"text: {corpus.train.numel():,} bytes from {len(corpus.train_files)} files of the "
+            f"standard library of Python {platform.python_version()}; validation on "
+            f"{len(corpus.validation_files)} other files\n"
             f"{steps} steps for each of {len(chosen)} optimizers ({reason})\n",
             flush=True,
         )
@@ -160,7 +160,7 @@ def _task(size: Size, corpus: Corpus, device: torch.device, seed: int, steps: in
 def _steps(asked: int | None, size: Size, probe: Task, chosen: list[Recipe]) -> tuple[int, str]:
     """Return the number of steps per optimizer, and the reason for this number."""
     if asked is not None:
-        return asked, "as asked with --steps"
+        return asked, "set with --steps"
     if math.isinf(size.budget):
         return size.steps, "--quick"
     began = time.perf_counter()
@@ -170,12 +170,13 @@ def _steps(asked: int | None, size: Size, probe: Task, chosen: list[Recipe]) -> 
     if fitting >= size.steps:
         return size.steps, "the default"
     return max(50, fitting // 10 * 10), (
-        f"not {size.steps}: at {1e3 * step:.0f} ms a step, this fits {size.budget:.0f} s"
+        f"not {size.steps}: at {1e3 * step:.0f} ms per step, this number fits into "
+        f"{size.budget:.0f} s"
     )
 
 
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UsageError("--device cuda: torch finds no CUDA device here")
+        raise UsageError("--device cuda needs a GPU: torch finds no CUDA device")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")

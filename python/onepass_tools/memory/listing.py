@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         ours = [(name, f"onepass.{made.__name__}", "") for name, made in classes().items()]
         peers = [(name, p.made.library.module, _note(p)) for name, p in PEERS.items()]
         print_rows([("optimizer", "of", "note"), *ours, *peers], left=(0, 1, 2))
-        print(f"\noptions, after a plus: {', '.join(WORDS)}")
+        print(f"\noptions, to be added with a plus: {', '.join(WORDS)}")
     return 0
 
 
@@ -35,4 +35,4 @@ def _note(peer: Peer) -> str:
     import torch
 
     why = peer.unavailable("cuda" if torch.cuda.is_available() else "cpu")
-    return f"cannot run here: {why}" if why else ""
+    return f"not available: {why}" if why else ""

@@ -39,8 +39,8 @@ _DTYPES = {
     **dict.fromkeys(("fp16", "float16"), torch.float16),
 }
 _UNCOUNTED = (
-    "not counted: activations, and what the CUDA runtime takes for itself; gradients are those of "
-    "a whole step (onepass.release_gradients frees each as it is used)"
+    "not counted: activations and the memory of the CUDA runtime; all gradients of a step are "
+    "counted (onepass.release_gradients frees each of them at once)"
 )
 
 
@@ -112,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
     off = [r for r in reports if r.ours and abs(r.difference() or 0.0) > TOLERANCE]
     for found in off:
         print(
-            f"onepass: {found.name}: measured {show(found.measured.peak) if found.measured else ''}"
-            f", more than {100 * TOLERANCE:g} % off its prediction",
+            f"onepass: {found.name}: the measured peak "
+            f"{show(found.measured.peak) if found.measured else ''} differs from the prediction by "
+            f"more than {100 * TOLERANCE:g} %",
             file=sys.stderr,
         )
     return 1 if off else 0
@@ -126,7 +127,7 @@ def _say(tick: Callable[[str, int], None], name: str, words: str) -> None:
 def _checked(args: argparse.Namespace) -> Asked:
     if not args.model:
         raise UsageError(
-            "--model is missing: a name of --list-models, a config.json or module:factory"
+            "--model is missing: give a name of --list-models, a config.json or module:factory"
         )
     shards = _number("--shards", args.shards, int)
     scale = _number("--scale", args.scale, float)
@@ -135,26 +136,34 @@ def _checked(args: argparse.Namespace) -> Asked:
     _choice("--device", args.device, ("auto", "cpu", "cuda"))
     has_cuda = torch.cuda.is_available()
     if args.device == "cuda" and args.measure and not has_cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device here")
+        raise UsageError("--device cuda needs a GPU: torch finds no CUDA device")
     # Predictions without a measurement are for a GPU, because users choose the GPU.
     real = args.measure and (args.device == "cpu" or not has_cuda)
     device = "cpu" if real or args.device == "cpu" else "cuda"
     if args.snapshot is not None:
         if not args.measure or device != "cuda":
-            raise UsageError("--snapshot is of the CUDA allocator: it needs --measure on CUDA")
+            raise UsageError(
+                "--snapshot records the CUDA allocator, so it needs --measure on a CUDA device"
+            )
         args.snapshot.mkdir(parents=True, exist_ok=True)
     limit = parse_size(args.gpu) if args.gpu else None
     reserve = parse_size(args.reserve) if args.reserve else 0
     if args.reserve and limit is None:
-        raise UsageError("--reserve is of what --gpu has: it needs --gpu")
+        raise UsageError("--reserve needs --gpu: it is a part of the memory of the GPU")
     if limit is not None and reserve >= limit:
-        raise UsageError(f"--reserve {args.reserve} leaves nothing of --gpu {args.gpu}")
+        raise UsageError(f"--reserve must be below --gpu {args.gpu}; got {args.reserve}")
     if args.recommend and limit is None:
-        raise UsageError("--recommend needs the memory to fit in: --gpu 24GB")
+        raise UsageError("--recommend needs --gpu, for example --gpu 24GB")
     if args.measure and shards > 1:
-        raise UsageError("--measure is of one device: it needs --shards 1 (--scale divides too)")
+        raise UsageError(
+            f"--measure uses one device, so it needs --shards 1; got {shards} (--scale also makes "
+            "the model smaller)"
+        )
     if args.measure and args.recommend:
-        raise UsageError("--recommend predicts; measure what it names with --optimizers")
+        raise UsageError(
+            "--recommend and --measure cannot be combined: --recommend predicts; measure the "
+            "recommended optimizer with --optimizers"
+        )
     terms = Terms(
         _dtype("--dtype", args.dtype),
         _dtype("--grad-dtype", args.grad_dtype) if args.grad_dtype else None,
@@ -170,7 +179,7 @@ def _checked(args: argparse.Namespace) -> Asked:
         names += [name for name in DEFAULT_PEERS if name not in names]
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not names:
-        raise UsageError("--optimizers is empty: names separated by commas are accepted")
+        raise UsageError("--optimizers is empty: give names separated by commas")
     choices = [candidate(name) for name in names]
     model = find(args.model).scaled(scale)
     return Asked(model, choices, terms, limit, reserve, _number("--rank", args.rank, int))
@@ -181,16 +190,18 @@ def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
     try:
         value = kind(text)
     except ValueError:
-        raise UsageError(f"{option} {text}: {wanted} is accepted") from None
+        raise UsageError(f"{option} must be {wanted}; got {text}") from None
     if not value > 0 or (kind is float and value > 1):
-        raise UsageError(f"{option} {text}: {wanted} is accepted")
+        raise UsageError(f"{option} must be {wanted}; got {text}")
     return value
 
 
 def _choice(option: str, value: str, accepted: Sequence[str]) -> None:
     if value not in accepted:
         meant = did_you_mean(value, accepted) or "."
-        raise UsageError(f"{option} {value}{meant} Accepted are {', '.join(accepted)}")
+        raise UsageError(
+            f"{option} has no choice {value}{meant} It must be one of {', '.join(accepted)}"
+        )
 
 
 def _dtype(option: str, name: str) -> torch.dtype:
@@ -212,8 +223,8 @@ def _check_room(asked: Asked) -> None:
     if free is not None and worst > free:
         scale = float(f"{0.8 * free / worst:.1g}")
         raise UsageError(
-            f"--measure needs {show(worst)}, and {show(free)} are free: "
-            f"--scale {scale:g} measures a part of it"
+            f"--measure needs {show(worst)}, but only {show(free)} are free: measure a smaller "
+            f"model with --scale {scale:g}"
         )
 
 
@@ -247,12 +258,13 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
                 continue
             change = cheapest_change(choice, asked.model, asked.terms, room)
             notes.append(
-                f"{found.name} does not fit; " + (str(change) if change else "no change would")
+                f"{found.name} does not fit; "
+                + (str(change) if change else "no change of its options would fit")
             )
     if asked.terms.shards > 1 and asked.terms.sharding == "fsdp2":
         uneven = check_shards(asked.model, asked.terms.shards)
         notes += [uneven] if uneven else []
-        notes.append("not counted under shards: layers gathered for the time of their use")
+        notes.append("not counted with shards: the layers that are gathered while they are used")
     return [*notes, _UNCOUNTED]
 
 

@@ -45,8 +45,9 @@ def find(name: str) -> Model:
         return of_config(cached, name)
     meant = did_you_mean(name, KNOWN) or "."
     raise ValueError(
-        f"no model {name!r}{meant} It takes a name of --list-models, a transformers config.json or "
-        "its folder, owner/name that is in the cache of Hugging Face's hub, or module:factory"
+        f"no model {name!r}{meant} A model must be a name of --list-models, a transformers "
+        "config.json or its folder, an owner/name in the cache of the Hugging Face hub, or "
+        "module:factory"
     )
 
 
@@ -61,27 +62,32 @@ def of_config(path: Path, name: str) -> Model:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no transformers configuration: not JSON ({error})") from error
+        raise ValueError(
+            f"{path} must be a transformers configuration, but is not JSON: {error}"
+        ) from error
     families = ", ".join(FAMILIES)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(
-            f"{path} is no transformers configuration: it has no model_type; one of {families} is "
-            "accepted"
+            f"{path} must be a transformers configuration, but has no model_type; it must be one "
+            f"of {families}"
         )
     family = config["model_type"]
     if family not in FAMILIES:
         raise ValueError(
-            f"{path}: model_type {family!r} is not known{did_you_mean(family, FAMILIES) or '.'} "
-            f"Accepted are {families}; any other model goes as module:factory"
+            f"{path}: model_type {family!r} is not supported"
+            f"{did_you_mean(family, FAMILIES) or '.'} Supported are {families}; give any other "
+            "model as module:factory"
         )
     try:
         shapes = tuple(FAMILIES[family](config))
     except KeyError as error:
         raise ValueError(f"{path}: a configuration of {family} needs {error}") from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: not a configuration of {family}: {error}") from error
+        raise ValueError(f"{path} is not a valid configuration of {family}: {error}") from error
     if any(type(n) is not int or n < 1 for shape in shapes for n in shape.shape):
-        raise ValueError(f"{path}: not a configuration of {family}: its sizes must be integers > 0")
+        raise ValueError(
+            f"{path} is not a valid configuration of {family}: sizes must be integers > 0"
+        )
     return Model(name, shapes, str(path))
 
 
@@ -97,12 +103,15 @@ def of_factory(name: str) -> Model:
         with torch.device("meta"):
             model = made()
     except Exception as error:  # user code can raise anything
-        raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"{name} makes a {type(model).__name__}, not a torch.nn.Module")
+        raise ValueError(f"{name} must return a torch.nn.Module; got a {type(model).__name__}")
     lazy = [key for key, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
     if lazy:
-        raise ValueError(f"{name}: parameter {lazy[0]!r} has no shape yet")
+        raise ValueError(
+            f"{name}: parameter {lazy[0]!r} is lazy and has no shape yet: run the model once in "
+            "the factory"
+        )
     return of_module(model, name)
 
 
@@ -127,7 +136,7 @@ def load(name: str) -> Callable[..., Any]:
             raise ValueError(f"{name}: {module!r} has no {attribute!r}{meant}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"{name} is no function: {type(found).__name__}")
+        raise ValueError(f"{name} must be callable; got a {type(found).__name__}")
     return found
 
 
