@@ -194,7 +194,7 @@ def test_state_dicts_of_others_are_refused_before_anything_changes():
         (another_kind.state_dict(), "no exp_avg_sq for parameter 0"),
         (lost, "no exp_avg_sq for parameter 1"),
         (bad_option, "eps must be"),
-        (newer, f"has fp32 states of version {VERSION + 1}; this onepass knows version {VERSION}"),
+        (newer, f"version {VERSION + 1}; this version of onepass reads version {VERSION}"),
         (bare, "exp_avg of parameter 1 .* is torch.uint8 without a scale"),
         (fewer, "parameter group 0 has 1 parameters in the state dict, 2 in the optimizer"),
         (two_groups, "has 2 parameter groups, the optimizer 1"),

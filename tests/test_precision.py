@@ -159,7 +159,7 @@ def test_gradients_strides_and_copies_of_a_cast_model():
     ("arguments", "message"),
     [
         ({"dtype": torch.float32}, "dtype must be torch.bfloat16 or torch.float16; got torch.fl"),
-        ({"keep": ("norms",)}, "keep names 'norms': the model has no module, parameter or buffer"),
+        ({"keep": ("norms",)}, "keep names 'norms', but the model has no module, parameter or bu"),
         ({"keep": (3,)}, "keep must hold types of modules and names; got 3"),
     ],
 )

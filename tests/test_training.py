@@ -177,7 +177,7 @@ def test_an_unknown_option_is_not_swallowed():
 def test_an_empty_loader_is_an_error():
     trainer = Trainer(model())
     for method in (trainer.fit, trainer.evaluate):
-        with pytest.raises(ValueError, match="the loader gave no batch"):
+        with pytest.raises(ValueError, match="loader must give at least one batch"):
             method([])
     once = iter([data()])
     with pytest.raises(ValueError, match="an iterator can be used once"):

@@ -246,7 +246,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
         (torch.ones(3), "it holds an object of type Tensor"),
         ([1, 2], "it holds an object of type list"),
         ({"version": 1, "model": {}}, "it has no valid optimizer, scheduler, scaler, losses"),
-        ({"version": 99}, "has version 99; this onepass reads 1"),
+        ({"version": 99}, "has version 99; this version of onepass reads version 1"),
     ],
     ids=["weights", "another trainer's", "tensor", "list", "version alone", "newer"],
 )
@@ -272,9 +272,9 @@ def test_a_path_that_is_no_file(tmp_path):
 def test_a_checkpoint_of_another_schedule_or_loss_scale(tmp_path):
     path = tmp_path / "run.pt"
     Trainer(model(), warmup_steps=0).save(path)
-    refused(path, r"run\.pt is of another schedule")
+    refused(path, r"run\.pt was saved with another schedule")
     Trainer(model(), warmup_steps=3, schedule="constant").save(path)
-    refused(path, r"run\.pt is of another schedule")
+    refused(path, r"run\.pt was saved with another schedule")
     Trainer(model(), warmup_steps=3).save(path)
     scaled = Trainer(model(), warmup_steps=3, amp=torch.float16)
     refused(path, r"run\.pt has no loss scale, which amp=torch.float16 needs", scaled)

@@ -114,7 +114,7 @@ def test_an_unsupported_dtype_names_what_is_needed():
 
     strange = replace(STATE_FORMATS["mx4"], name="strange", code=99)
     entry = backends.Entry(torch.ones(3), {0: torch.ones(3)}, strange, 0, RULES["lion"], 1, 0, 0)
-    with pytest.raises(ValueError, match=r"code=99.*backend='reference' serves every format"):
+    with pytest.raises(ValueError, match=r"code=99.*backend='reference' supports every format"):
         backends.BACKENDS["triton"].prepare([entry])
 
 

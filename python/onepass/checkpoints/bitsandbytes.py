@@ -108,7 +108,10 @@ def _counterpart(rule: Rule) -> BitsAndBytes:
         ValueError: bitsandbytes has no such optimizer.
     """
     if rule.bitsandbytes is None:
-        raise ValueError(f"bitsandbytes has no optimizer with the states of {rule.name}")
+        raise ValueError(
+            f"bitsandbytes has no optimizer with the states of {rule.name}: the state dict cannot "
+            "be exchanged"
+        )
     return rule.bitsandbytes
 
 
@@ -121,13 +124,13 @@ def _imported_state(rule: Rule, number: Any, saved: Mapping[str, Any]) -> dict[s
         if not saved:
             return {}
         raise ValueError(
-            f"parameter {number} has {', '.join(map(str, saved))} but no state1: it is not a state "
-            "dict of bitsandbytes"
+            f"parameter {number} has {', '.join(map(str, saved))} but no state1: this is not a "
+            "state dict of bitsandbytes"
         )
     if len(found) != len(names):
         raise ValueError(
             f"parameter {number} has {' and '.join(found)}: {rule.name} has {len(names)} state(s), "
-            "so this is of another kind of optimizer"
+            "so the state dict is of another kind of optimizer"
         )
     held: dict[str, Any] = {"step": saved["step"]}
     for i, key in enumerate(names, 1):
@@ -135,8 +138,9 @@ def _imported_state(rule: Rule, number: Any, saved: Mapping[str, Any]) -> dict[s
         held[key] = saved[f"state{i}"]
         if not held[key].is_contiguous():
             raise ValueError(
-                f"{which} must be contiguous; got strides {held[key].stride()}: bitsandbytes reads "
-                "such a state in the order of its indices on a CPU, of its memory on a GPU"
+                f"{which} must be contiguous; got strides {held[key].stride()}. bitsandbytes reads "
+                "such a state in index order on a CPU and in memory order on a GPU, so its values "
+                "are ambiguous"
             )
         if held[key].dtype == torch.uint8:
             held[scale_key(key)] = _imported_scales(saved, i, which)
@@ -149,18 +153,21 @@ def _imported_scales(saved: Mapping[str, Any], i: int, which: str) -> torch.Tens
     """The scales of state i for blocks of 256 elements, after a check of its code map."""
     codes, scales, qmap = saved[f"state{i}"], saved.get(f"absmax{i}"), saved.get(f"qmap{i}")
     if scales is None or qmap is None:
-        raise ValueError(f"{which} is in 8 bits but without absmax{i} or qmap{i}: not in blocks")
+        raise ValueError(
+            f"{which} is uint8, so absmax{i} and qmap{i} are needed (block-wise quantization); got "
+            f"{', '.join(map(str, saved))}"
+        )
     ours = torch.from_numpy(dynamic_map(signed=i == 1))
     if qmap.shape != ours.shape or (qmap.cpu().float() - ours).abs().max() > _MAP_ERROR:
-        raise ValueError(f"{which}: qmap{i} must be bitsandbytes' dynamic map")
+        raise ValueError(f"qmap{i} of {which} must be the dynamic map of bitsandbytes")
     blocks = -(-codes.numel() // DYNAMIC_BLOCK)
     if scales.shape == (blocks,):
         return scales
     if scales.shape == (-(-codes.numel() // OLD_BLOCK),):
         return scales.repeat_interleave(OLD_BLOCK // DYNAMIC_BLOCK)[:blocks].clone()
     raise ValueError(
-        f"absmax{i} of {which} must be ({blocks},), of blocks of {DYNAMIC_BLOCK} (or "
-        f"{OLD_BLOCK}); got {tuple(scales.shape)}"
+        f"absmax{i} of {which} must have the shape ({blocks},), one scale per {DYNAMIC_BLOCK} "
+        f"elements (or per {OLD_BLOCK} elements); got {tuple(scales.shape)}"
     )
 
 
@@ -169,16 +176,16 @@ def _check_exportable(theirs: BitsAndBytes, i: int, group: Mapping[str, Any]) ->
     for name, needed in {**theirs.lacking, "maximize": False}.items():
         if group.get(name, DEFAULTS.get(name)) != needed:
             raise ValueError(
-                f"{name} of parameter group {i} must be {needed} for bitsandbytes, which has "
-                f"nothing else; got {group[name]}"
+                f"{name} of parameter group {i} must be {needed}, because bitsandbytes supports "
+                f"no other value; got {group[name]}"
             )
     if theirs.betas == "momentum" and not group["momentum"]:
         raise ValueError(f"momentum of parameter group {i} must be > 0 for bitsandbytes; got 0")
     decoupled = theirs.decoupled
     if group["weight_decay"] and option(group, "decoupled_weight_decay") != decoupled:
         raise ValueError(
-            f"decoupled_weight_decay of parameter group {i} must be {decoupled} for bitsandbytes, "
-            f"which decays so; got {group['decoupled_weight_decay']}"
+            f"decoupled_weight_decay of parameter group {i} must be {decoupled}, as in "
+            f"bitsandbytes; got {group['decoupled_weight_decay']}"
         )
 
 

@@ -58,8 +58,8 @@ def loaded_groups(
         if not readable(version, saved.get("states", "fp32")):
             raise ValueError(
                 f"parameter group {i} of the state dict has {saved.get('states', 'fp32')} states "
-                f"of version {version}; this onepass knows version {VERSION}: load it with the "
-                "onepass that saved it"
+                f"of version {version}; this version of onepass reads version {VERSION}: load the "
+                "state dict with the version of onepass that saved it"
             )
         merged = {**group, **copied}
         # A missing seed means 0. A missing eps_in_sqrt or decoupled_weight_decay keeps the
@@ -140,7 +140,7 @@ def _check_complete(saved: Mapping[str, Any], rule: Rule, which: str, kind: str)
     if saved and missing:
         raise ValueError(
             f"the state dict has no {', '.join(missing)} for {which}, only "
-            f"{', '.join(map(str, saved)) or 'nothing'}: it is of another kind of optimizer "
+            f"{', '.join(map(str, saved)) or 'no state'}: it is of another kind of optimizer "
             f"than {kind}"
         )
 
@@ -150,9 +150,9 @@ def _check_codes(saved: Mapping[str, Any], which: str) -> None:
     beside = saved.get(CODES_STEP)
     if beside is not None and "step" in saved and float(beside) != float(saved["step"]):
         raise ValueError(
-            f"the codes of {which} are of step {float(beside):g}, its counter of step "
+            f"the codes of {which} are of step {float(beside):g}, but its step counter is "
             f"{float(saved['step']):g}: a checkpoint in another format was loaded over them. "
-            "Load it into an optimizer of its own format, or convert it by "
+            "Load it into an optimizer with its own format, or convert it with "
             "onepass.convert_state_dict"
         )
 

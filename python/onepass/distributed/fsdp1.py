@@ -50,8 +50,8 @@ def check_reader(groups: Sequence[Mapping[str, Any]]) -> None:
     while frame is not None:
         if frame.f_globals.get("__name__") in _READERS:
             raise ValueError(
-                f"FSDP1's optim_state_dict cannot take {refused[0]}: it cuts states by the shape "
-                "of their parameter, and scales and packed values have another. Use FSDP2 "
+                f"FSDP1's optim_state_dict cannot take {refused[0]}: it splits states by the shape "
+                "of their parameter, but scales and packed values have another shape. Use FSDP2 "
                 "(fully_shard), or save the optimizer.state_dict() of each rank"
             )
         frame = frame.f_back

@@ -100,7 +100,10 @@ def _resolved(group: Any) -> Any:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        raise RuntimeError("norm_group needs torch.distributed.init_process_group() first")
+        raise RuntimeError(
+            "norm_group needs an initialized process group: call "
+            "torch.distributed.init_process_group() first"
+        )
     return dist.group.WORLD if group is True else group
 
 

@@ -61,9 +61,12 @@ class Shard:
         self.whole, self.local = whole, local_of(whole)
         mesh, placements = whole.device_mesh, whole.placements
         if any(p.is_partial() for p in placements):
-            raise ValueError(f"a parameter cannot be a partial sum; it has {placements}")
+            raise ValueError(f"a parameter must not have a Partial placement; got {placements}")
         if type(self.local) not in (torch.Tensor, torch.nn.Parameter):
-            raise ValueError(f"the local tensor of a parameter is a {type(self.local).__name__}")
+            raise ValueError(
+                "the local tensor of a parameter must be a torch.Tensor; got a "
+                f"{type(self.local).__name__}"
+            )
         cut = [i for i, p in enumerate(placements) if not p.is_replicate()]
         self._cut = [placements[i].dim for i in cut]
         self.groups = tuple(mesh.get_group(i) for i in cut if mesh.size(i) > 1)
@@ -111,11 +114,14 @@ class Shard:
         whole = self.whole
         if not is_dtensor(whole.grad):
             raise ValueError(
-                f"{which} is a DTensor, but its gradient is a {type(whole.grad).__name__}: "
-                "distribute_tensor makes one"
+                f"{which} is a DTensor, but its gradient is a {type(whole.grad).__name__}: make it "
+                "a DTensor with distribute_tensor()"
             )
         if whole.grad.shape != whole.shape:
-            raise ValueError(f"{which}: its gradient has another shape, {tuple(whole.grad.shape)}")
+            raise ValueError(
+                f"{which}: its gradient has another shape than the parameter, "
+                f"{tuple(whole.grad.shape)}"
+            )
         placed = whole.grad.placements == whole.placements
         if not placed or whole.grad.device_mesh != whole.device_mesh:
             check_memory(local_of(whole.grad), f"{which}: its gradient")

@@ -162,6 +162,6 @@ class Reader:
                 self._known[key] = float(tensor)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"state[{name!r}] of {which} must be a tensor of one number; got {tensor!r}"
+                    f"state[{name!r}] of {which} must be a tensor with one element; got {tensor!r}"
                 ) from error
         return self._known[key]

@@ -52,10 +52,14 @@ class ParamView(Protocol):
     """
 
     @property
-    def local(self) -> torch.Tensor: ...
+    def local(self) -> torch.Tensor:
+        """The plain tensor that the step updates."""
+        ...
 
     @property
-    def groups(self) -> ProcessGroups | None: ...
+    def groups(self) -> ProcessGroups | None:
+        """Process groups over which a DTensor is sharded; None for an ordinary parameter."""
+        ...
 
     def check(self, which: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The plain tensors of the parameter and its gradient.

@@ -68,7 +68,9 @@ def stale_keys(state: Mapping[str, Any], held: Mapping[str, Any], rule: Rule) ->
 def _tensor(value: Any, which: str) -> torch.Tensor:
     """The value, or ValueError if it is not a tensor with memory."""
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{which} is {type(value).__name__}: it is the state of another parameter")
+        raise ValueError(
+            f"{which} is a {type(value).__name__}: it is the state of another parameter"
+        )
     check_memory(value, which)
     return value
 
@@ -81,8 +83,8 @@ def format_of(data: torch.Tensor, scale: torch.Tensor | None, which: str) -> Sta
     """
     if (scale is None) != data.is_floating_point():
         raise ValueError(
-            f"{which} is {data.dtype} {'without' if scale is None else 'with'} a scale: codes have "
-            "one, numbers have none"
+            f"{which} is {data.dtype} {'without' if scale is None else 'with'} a scale: uint8 "
+            "codes need a scale, floating-point values have none"
         )
     scales = None if scale is None else scale.dtype
     for form in STATE_FORMATS.values():
@@ -90,7 +92,9 @@ def format_of(data: torch.Tensor, scale: torch.Tensor | None, which: str) -> Sta
             return form
     if scale is None:
         return STATE_FORMATS["fp32"]  # torch.optim's states of an fp16 weight are fp16
-    raise ValueError(f"{which} is {data.dtype} with {scales} scales: no format has these")
+    raise ValueError(
+        f"{which} is {data.dtype} with {scales} scales: no state format has this combination"
+    )
 
 
 def fit_states(
@@ -168,8 +172,8 @@ def _checked_states(
                 value = value.reshape(-1)  # scales of a DTensor have several dimensions
             if tuple(value.shape) != layout.shape:
                 raise ValueError(
-                    f"{layout.key} of {which} is {tuple(value.shape)}: it is the state of another "
-                    "parameter"
+                    f"{layout.key} of {which} is {tuple(value.shape)}, but must be "
+                    f"{tuple(layout.shape)}: it is the state of another parameter"
                 )
             found[layout.key] = value if is_dense(value) else value.contiguous()
         if source.scale is None:
@@ -191,7 +195,10 @@ def _saved_stride(saved: Mapping[str, Any], param: torch.Tensor, which: str) -> 
     if len(stride) != param.dim() or not is_dense(
         torch.empty_strided(param.shape, stride, device="meta")
     ):
-        raise ValueError(f"{STRIDE} of {which} is {stride}: it is the state of another parameter")
+        raise ValueError(
+            f"{STRIDE} of {which} is {stride}, which does not fit its shape: it is the state of "
+            "another parameter"
+        )
     return stride
 
 
@@ -291,7 +298,8 @@ def fit_companion(
         value = from_bytes(value)
     if tuple(value.shape) != layout.shape:
         raise ValueError(
-            f"{key} of {which} is {tuple(value.shape)}: it is the state of another parameter"
+            f"{key} of {which} is {tuple(value.shape)}, but must be {tuple(layout.shape)}: it is "
+            "the state of another parameter"
         )
     if key == form.key and value.dtype == layout.dtype:
         if home.fits(layout, value) and not copy:
@@ -363,7 +371,8 @@ def fit_ema(
     value = _tensor(saved[EMA], f"{EMA} of {which}")
     if tuple(value.shape) != layout.shape:
         raise ValueError(
-            f"{EMA} of {which} is {tuple(value.shape)}: it is the state of another parameter"
+            f"{EMA} of {which} is {tuple(value.shape)}, but must be {tuple(layout.shape)}: it is "
+            "the state of another parameter"
         )
     if home.fits(layout, value) and not copy:
         return value

@@ -108,12 +108,14 @@ def unwrapped(grad: torch.Tensor, which: str) -> torch.Tensor:
     if kind in PLAIN:
         return grad
     if is_dtensor(grad):
-        raise ValueError(f"{which} is no DTensor, but its gradient is: call grad.to_local()")
+        raise ValueError(
+            f"{which} is not a DTensor, but its gradient is: convert it with grad.to_local()"
+        )
     if not has_own_operations(kind) and not _overrides_functions(kind):
         with torch._C.DisableTorchFunctionSubclass():
             return grad.as_subclass(torch.Tensor)
     if not all(map(has_memory, _inner(grad))):
-        raise ValueError(f"{which}: its gradient, a {kind.__name__}, has no memory")
+        raise ValueError(f"{which}: its gradient has no memory; it is a {kind.__name__}")
     try:
         plain = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         plain.copy_(grad)

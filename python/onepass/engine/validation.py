@@ -28,8 +28,8 @@ def check_memory(tensor: torch.Tensor, which: str) -> None:
     """Raises ValueError if a tensor is on the meta device or has no memory for its elements."""
     if tensor.device.type == "meta" or not has_memory(tensor):
         raise ValueError(
-            f"{which} has no memory for its {tensor.numel()} elements: its storage was freed or "
-            "shrunk, or never had any"
+            f"{which} has no memory for its {tensor.numel()} elements: its storage was freed, "
+            "resized or never allocated"
         )
 
 
@@ -50,8 +50,8 @@ def check_distinct(tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
         if start < end:
             first, second = sorted((listed[i][1], listed[j][1]))
             raise ValueError(
-                f"{first} and {second} share memory: one parameter listed twice, or two tensors on "
-                "one storage, cannot be written by one step"
+                f"{first} and {second} share memory: a step cannot update a parameter that is "
+                "listed twice, or two tensors with overlapping memory"
             )
 
 
@@ -74,13 +74,15 @@ def check_tensors(param: torch.Tensor, grad: torch.Tensor, which: str) -> None:
     check_param(param, which)
     if has_own_operations(type(param)):
         raise ValueError(
-            f"{which} is a {type(param).__name__}, a tensor subclass with operations of its own: "
-            "onepass steps plain tensors and DTensors"
+            f"{which} is a {type(param).__name__}, a tensor subclass with its own operations; "
+            "onepass supports plain tensors and DTensors"
         )
     if grad.dtype not in NATIVE:
         raise ValueError(f"{which}: its gradient must be {_dtypes()}; got {grad.dtype}")
     if grad.shape != param.shape:
-        raise ValueError(f"{which}: its gradient has another shape, {tuple(grad.shape)}")
+        raise ValueError(
+            f"{which}: its gradient has another shape than the parameter, {tuple(grad.shape)}"
+        )
     if grad.device != param.device:
         raise ValueError(f"{which} is on {param.device}, its gradient on {grad.device}")
     check_dense(param, which)
@@ -92,8 +94,8 @@ def check_dense(param: torch.Tensor, which: str) -> None:
     """Raises ValueError if the strides of a parameter leave gaps or overlap."""
     if not is_dense(param):
         raise ValueError(
-            f"{which}: its strides {param.stride()} leave gaps or overlap; onepass walks memory in "
-            "order: make it dense, for example with .contiguous()"
+            f"{which}: its strides {param.stride()} leave gaps or overlap; onepass needs dense "
+            "memory: make the tensor dense, for example with .contiguous()"
         )
 
 
@@ -101,8 +103,8 @@ def check_param(param: torch.Tensor, which: str) -> None:
     """Raises ValueError if the parameter's dtype is not supported."""
     if param.is_complex():
         raise ValueError(
-            f"{which} is complex ({param.dtype}): onepass has no rule for complex numbers; "
-            "use torch.view_as_real(param)"
+            f"{which} is complex ({param.dtype}); onepass does not support complex numbers: use "
+            "torch.view_as_real(param)"
         )
     if param.dtype not in NATIVE:
         raise ValueError(f"{which} must be {_dtypes()}; got {param.dtype}")
@@ -117,8 +119,8 @@ def check_weight_format(param: torch.Tensor, weights: str, which: str) -> None:
         if param.dtype == torch.float32:
             helper = " (onepass.parameter_groups makes such groups)"
         raise ValueError(
-            f"weights={weights!r} is for {_dtypes(served)} weights; {which} is {param.dtype}: give "
-            f"it a group with weights={' or '.join(map(repr, known))}{helper}"
+            f"weights={weights!r} is for {_dtypes(served)} weights; {which} is {param.dtype}: put "
+            f"it in a group with weights={' or '.join(map(repr, known))}{helper}"
         )
 
 

@@ -338,5 +338,5 @@ def own_optimizer(optimizer: Any) -> Optimizer:
         inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
         if not isinstance(inner, torch.optim.Optimizer):
             kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-            raise TypeError(f"an optimizer of onepass is needed; got {kind}")
+            raise TypeError(f"optimizer must be an optimizer of onepass; got {kind}")
     return inner

@@ -50,7 +50,10 @@ def _step(params: list[torch.Tensor], grads: list[torch.Tensor], number: int) ->
     at = {p.data_ptr(): p for p in own if p.numel()}
     active = [p for p in own if p.grad is not None]
     if len(active) != len(params):
-        raise RuntimeError("onepass: compiled for other parameters with gradients than there are")
+        raise RuntimeError(
+            f"onepass: the step was compiled for {len(params)} parameters with gradients, but "
+            f"{len(active)} have gradients now"
+        )
     moved = [(p, q) for p, q in zip(active, params, strict=True) if at.get(q.data_ptr()) is not p]
     kept = [p.grad for p in active]
     with torch.no_grad():

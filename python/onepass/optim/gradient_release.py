@@ -55,8 +55,8 @@ def release_gradients(
     optimizer = own_optimizer(optimizer)
     if optimizer.max_grad_norm is not None and not clip_by_previous_norm:
         raise ValueError(
-            "max_grad_norm needs the gradients of a whole step, and release frees each at once: "
-            "clip_by_previous_norm=True clips by the norm of the step before"
+            "max_grad_norm needs all gradients of a step, but gradient release frees each gradient "
+            "at once: use clip_by_previous_norm=True to clip by the norm of the previous step"
         )
     if optimizer.max_grad_norm is None and clip_by_previous_norm:
         raise ValueError("clip_by_previous_norm=True needs an optimizer with max_grad_norm")
@@ -65,11 +65,19 @@ def release_gradients(
         ("telemetry", optimizer.measures),
     ):
         if value:
-            raise ValueError(f"{name} needs the gradients of a whole step: it cannot be released")
+            raise ValueError(
+                f"{name} needs all gradients of a step, so it cannot be combined with gradient "
+                "release: turn it off"
+            )
     if shards_of(p for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("gradients of DTensors cannot be released: FSDP2 frees them by itself")
+        raise ValueError(
+            "gradient release does not support DTensor parameters: FSDP2 frees their gradients "
+            "itself"
+        )
     if optimizer.released is not None:
-        raise ValueError("the gradients of this optimizer are released already: remove() first")
+        raise ValueError(
+            "optimizer already releases its gradients: call remove() on its handle first"
+        )
     return ReleasedGradients(model, optimizer)
 
 
@@ -90,7 +98,7 @@ class ReleasedGradients:
         own = set(model.parameters())
         self._members = {m.param: m for m in optimizer.members() if m.param in own}
         if not self._members:
-            raise ValueError("the optimizer has no parameter of this model")
+            raise ValueError("model must have a parameter of the optimizer; it has none")
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
             for param in self._members
@@ -190,4 +198,7 @@ class ReleasedGradients:
         self._found = []
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("released gradients hold hooks, which cannot be copied: remove() first")
+        raise TypeError(
+            "an optimizer with gradient release cannot be copied or pickled, because it holds "
+            "hooks: call remove() on its handle first"
+        )

@@ -32,18 +32,19 @@ def check_names(
     for name in STEP_WIDE & group.keys():
         if name not in given:
             raise ValueError(
-                f"{name} is an option of the whole step, not of one parameter group: give it to "
-                f"{kind}(...), or set the optimizer's attribute"
+                f"{name} is an option of the whole step, not of a parameter group: pass it to "
+                f"{kind}(...), or set the attribute of the optimizer"
             )
         # ZeroRedundancyOptimizer copies constructor keywords and loaded options into the groups.
         if group[name] is not given[name] and group[name] != given[name]:
             warnings.warn(
-                f"{name} of a parameter group is ignored: it is an option of the whole step",
+                f"{name} in a parameter group is ignored, because it is an option of the whole "
+                "step: set the attribute of the optimizer",
                 stacklevel=3,
             )
     for name in group.keys() - known:
         for meant in nearest(name, known, 1, 0.85) if isinstance(name, str) else ():
-            raise ValueError(f"a parameter group has {name!r}; did you mean {meant!r}?")
+            raise ValueError(f"a parameter group has the key {name!r}; did you mean {meant!r}?")
 
 
 def check_values(group: Mapping[str, Any]) -> None:

@@ -50,7 +50,8 @@ def _check_differentiable(name: str, value: Any) -> None:
     """Raises ValueError unless the value is False."""
     if value:
         raise ValueError(
-            "differentiable must be False: autograd does not see the step, which is one kernel"
+            "differentiable must be False, because autograd does not record the step; got "
+            f"{value!r}"
         )
     check_flag(name, value)
 

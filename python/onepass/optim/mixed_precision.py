@@ -66,7 +66,9 @@ def cast_model(
     roots, kept = select(model, keep, "keep")
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
-        raise ValueError(f"parameter {lazy[0]!r} has no shape yet: run the model once first")
+        raise ValueError(
+            f"parameter {lazy[0]!r} has no shape yet, because it is lazy: run the model once first"
+        )
     for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
         wanted = torch.float32 if tensor in kept else dtype
         if tensor.is_floating_point() and tensor.dtype != wanted:
@@ -146,8 +148,8 @@ def select(
     for name in names:
         if name not in modules and name not in tensors:
             raise ValueError(
-                f"{argument} names {name!r}: the model has no module, parameter or buffer of that "
-                "name (see named_modules(), named_parameters() and named_buffers())"
+                f"{argument} names {name!r}, but the model has no module, parameter or buffer with "
+                "this name (see named_modules(), named_parameters() and named_buffers())"
             )
     chosen = {m for name, m in modules.items() if name in names or isinstance(m, tuple(types))}
     held = {tensor for module in chosen for tensor in _tensors(module)}

@@ -110,7 +110,7 @@ def refuse(name: str, kind: str, known: set[str]) -> None:
     """
     hint = ELSEWHERE.get(name)
     if hint is not None:
-        raise TypeError(f"{kind} has no keyword {name!r}; in onepass: {hint}")
+        raise TypeError(f"{kind} has no keyword {name!r}; the equivalent in onepass: {hint}")
     meant = did_you_mean(name, known, 0.6) or f". Its keywords: {', '.join(sorted(known))}"
     raise TypeError(f"{kind} has no keyword {name!r}{meant}")
 

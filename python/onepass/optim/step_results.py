@@ -61,7 +61,10 @@ class Findings(torch.optim.Optimizer):
             RuntimeError: ``telemetry=True`` is not set, or no step has been taken.
         """
         if not self.measures or self._plan is None:
-            raise RuntimeError("telemetry needs telemetry=True and a step with these parameters")
+            raise RuntimeError(
+                "telemetry needs an optimizer with telemetry=True, and a step with the current "
+                "parameters"
+            )
         scale = 1.0 if self.verdict is None else self.verdict[SCALE]
         found = []
         for sums in self._plan.telemetry(self.param_groups):
@@ -103,4 +106,6 @@ class Findings(torch.optim.Optimizer):
     def check_swapped(self) -> None:
         """Raises RuntimeError inside :meth:`averaged_weights`."""
         if self._swapped:
-            raise RuntimeError("the weights are their averages: leave averaged_weights() first")
+            raise RuntimeError(
+                "the weights are replaced by their averages: leave averaged_weights() first"
+            )

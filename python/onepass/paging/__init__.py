@@ -26,7 +26,9 @@ class PagedOptimizer(Protocol):
     paging: Paging | None
 
     @property
-    def rule(self) -> Rule: ...
+    def rule(self) -> Rule:
+        """The rule of the optimizer."""
+        ...
 
 
 def footprints(optimizer: PagedOptimizer) -> dict[torch.device, Footprint]:
@@ -43,5 +45,7 @@ def footprints(optimizer: PagedOptimizer) -> dict[torch.device, Footprint]:
         ValueError: the optimizer is not paged.
     """
     if optimizer.paging is None:
-        raise ValueError("footprints needs an optimizer with paged states: paged=True, or a budget")
+        raise ValueError(
+            "footprints() needs an optimizer with paged states: set paged=True or a budget"
+        )
     return places_of(optimizer.param_groups, optimizer.rule, optimizer.paging).footprints

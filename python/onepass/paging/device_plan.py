@@ -74,7 +74,7 @@ class PagedDevicePlan(DevicePlan):
         if capturing():
             raise RuntimeError(
                 "a step with paged states cannot be captured in a CUDA graph: its copies wait for "
-                "those of the step before"
+                "the copies of the previous step"
             )
         return super().refresh()
 

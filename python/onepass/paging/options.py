@@ -40,7 +40,7 @@ class Paging:
         if 0 < self.budget < self.page_bytes:
             raise ValueError(
                 f"paged: a budget of {self.budget} bytes is below one page, {self.page_bytes} "
-                "bytes; 0, or True, keeps no states on the device"
+                "bytes; use 0 or True to keep no states on the device"
             )
 
 

@@ -186,8 +186,8 @@ class Pager:
             self._links[device] = link_for(device)
             if device.type not in ("cpu", "cuda"):
                 warnings.warn(
-                    f"paged states: there are no asynchronous copies for {device} here, so a step "
-                    "waits for each of them",
+                    f"paged states: asynchronous copies are not available for {device}, so a step "
+                    "waits for each copy",
                     stacklevel=2,
                 )
         return self._links[device]
@@ -242,8 +242,8 @@ class Pager:
         if self.failed:
             raise RuntimeError(
                 "a paged step failed after it had changed some tensors, so weights and states are "
-                "not of one step: load a checkpoint of both, or make the optimizer anew "
-                f"({self.failed})"
+                "inconsistent: load a checkpoint of model and optimizer (load_state_dict), or "
+                f"create a new optimizer. The error was: {self.failed}"
             )
 
     def forget(self) -> None:

@@ -78,8 +78,9 @@ def _warn(error: RuntimeError) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"host memory for paged states cannot be pinned ({error}): steps are right, but their "
-            "copies are slow and do not overlap. See `ulimit -l`, or the limits of the container.",
+            f"host memory for paged states cannot be pinned ({error}): results are correct, but "
+            "copies are slow and do not overlap with the step. Raise `ulimit -l` or the memory "
+            "limits of the container.",
             stacklevel=2,
         )
 
@@ -116,8 +117,8 @@ class Slabs:
         if free is not None and nbytes - self.room > free:
             raise MemoryError(
                 f"paged states need {nbytes / 2**30:.2f} GiB of host memory; {free / 2**30:.2f} "
-                "GiB are free on this machine: keep more on the device by a larger budget "
-                "(paged=...), or take a smaller format (states=...)"
+                "GiB are free on this machine: keep more states on the device with a larger budget "
+                "(paged=...), or use a smaller format (states=...)"
             )
         self._wanted = nbytes
 

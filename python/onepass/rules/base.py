@@ -184,7 +184,9 @@ class Rule:
             ("scalars", self.scalars, MAX_SCALARS),
         ):
             if count > most:
-                raise ValueError(f"rule {self.name!r} has {count} {what}; at most {most} fit")
+                raise ValueError(
+                    f"rule {self.name!r} has {count} {what}; at most {most} are allowed"
+                )
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -214,7 +216,8 @@ class Rule:
         own = self.own(group)
         if len(own) > MAX_OPTIONS:
             raise ValueError(
-                f"rule {self.name!r} has {len(own)} options of its own; at most {MAX_OPTIONS} fit"
+                f"rule {self.name!r} has {len(own)} options of its own; at most {MAX_OPTIONS} are "
+                "allowed"
             )
         return (
             -1.0 if option(group, "maximize") else 1.0,

@@ -21,7 +21,8 @@ def check_lr(lr: Any) -> None:
         return
     if not _is_number(lr) or not 0 <= float(lr) <= _FP32_MAX:
         raise ValueError(
-            f"lr must be a finite number >= 0 (or a 0-dim tensor of one); got {_shown(lr)}"
+            "lr must be a finite number >= 0 (or a 0-dim tensor with such a number); got "
+            f"{_shown(lr)}"
         )
 
 

@@ -81,9 +81,9 @@ def check(group: Group) -> None:
     states = option(group, "states")
     if group["centered"] and STATE_FORMATS[states].block > 1:
         raise ValueError(
-            f"centered=True needs states='fp32' or 'bf16'; got {states!r}: what is left of "
-            "square_avg - grad_avg**2 when both are coarsely rounded is noise, and steps of "
-            "millions of learning rates follow"
+            f"centered=True needs states='fp32' or 'bf16'; got {states!r}. With coarser formats, "
+            "square_avg - grad_avg**2 is mostly rounding error, and single steps become millions "
+            "of times the learning rate"
         )
 
 

@@ -85,8 +85,8 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[
     except Exception as error:
         # torch's message may advise weights_only=False, which runs code from the file.
         raise ValueError(
-            f"{path} must be a file that Trainer.save() or Trainer.fit() wrote, undamaged; "
-            f"torch.load cannot read it ({type(error).__name__})"
+            f"{path} must be a file that Trainer.save() or Trainer.fit() wrote; it is damaged or "
+            f"not such a file: torch.load cannot read it ({type(error).__name__})"
         ) from error
     if not isinstance(saved, dict) or "version" not in saved:
         missing = " without a version" if isinstance(saved, dict) else ""
@@ -95,7 +95,10 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[
             f"of type {type(saved).__name__}{missing}"
         )
     if saved["version"] != VERSION:
-        raise ValueError(f"{path} has version {saved['version']}; this onepass reads {VERSION}")
+        raise ValueError(
+            f"{path} has version {saved['version']}; this version of onepass reads version "
+            f"{VERSION}"
+        )
     wrong = [key for key, kind in CONTENT.items() if not isinstance(saved.get(key, ...), kind)]
     if wrong:
         raise ValueError(
@@ -116,13 +119,13 @@ def check_checkpoint(
     ours, theirs = _schedule_keys(scheduler.state_dict()), _schedule_keys(saved["scheduler"])
     if ours != theirs:
         raise ValueError(
-            f"{path} is of another schedule: use the schedule and warmup_steps with which it was "
-            "saved"
+            f"{path} was saved with another schedule: use the schedule and warmup_steps of the "
+            "Trainer that saved it"
         )
     if scaler.is_enabled() and not saved["scaler"]:
         raise ValueError(
             f"{path} has no loss scale, which amp=torch.float16 needs: it was saved by a Trainer "
-            "with another amp"
+            "with another value of amp"
         )
 
 

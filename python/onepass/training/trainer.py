@@ -253,7 +253,7 @@ class Trainer:
         finally:
             self.model.train(training)
         if not count:
-            raise ValueError("the loader gave no batch")
+            raise ValueError("loader must give at least one batch; it gave none")
         return total / count
 
     # --- its parts ---
@@ -278,9 +278,9 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.nan_guard == "raise":
             raise FloatingPointError(
-                f"step {len(self.losses)}: {what}; the weights are those of before this step. "
-                "A lower lr, a longer warm-up or clipping may help; nan_guard='skip' passes over "
-                "such batches"
+                f"step {len(self.losses)}: {what}; the weights are those from before this step. "
+                "A lower lr, a longer warm-up or clipping may help; nan_guard='skip' skips such "
+                "batches"
             )
         self.losses.append(loss)
         return loss
@@ -299,15 +299,16 @@ class Trainer:
         dropped = sum(1 for _ in itertools.islice(batches, done))
         if dropped < done:
             raise ValueError(
-                f"the loader gave {dropped} batches; the checkpoint had done {done} of this epoch"
+                "loader must give all batches of the interrupted epoch: it gave "
+                f"{dropped} batches; the checkpoint had done {done} of this epoch"
             )
         if done:
             set_rng_state(now)
         yield from batches
         if not place["batch"]:
             raise ValueError(
-                "the loader gave no batch"
-                + (": an iterator can be used once; pass what makes it" if self.losses else "")
+                "loader must give at least one batch; it gave none"
+                + (": an iterator can be used once, pass an iterable" if self.losses else "")
             )
 
     # --- checkpoints ---

@@ -62,7 +62,7 @@ def choose(device: torch.device, name: str | None = None, extras: bool = False) 
     if name is not None:
         why_not = BACKENDS[name].unavailable(device)
         if extras and not why_not and not BACKENDS[name].extras:
-            why_not = "it has neither ema_decay nor telemetry"
+            why_not = "it supports neither ema_decay nor telemetry"
         if why_not:
             able = [b for b in BACKENDS.values() if b.extras or not extras]
             others = [b.name for b in able if not b.unavailable(device)]
@@ -76,7 +76,7 @@ def choose(device: torch.device, name: str | None = None, extras: bool = False) 
     if found.name == "reference":
         reasons = [f"{b.name}: {b.unavailable(device)}" for b in served if b is not found]
         warnings.warn(
-            f"onepass steps on {device} by its slow reference backend ({'; '.join(reasons)})",
+            f"onepass uses its slow reference backend on {device} ({'; '.join(reasons)})",
             stacklevel=2,
         )
     return found

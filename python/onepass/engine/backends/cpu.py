@@ -21,5 +21,5 @@ class CpuBackend(CompiledBackend):
     def unavailable(self, device: torch.device | None) -> str:
         """See :meth:`Backend.unavailable`; the library must be built."""
         if device is not None and device.type != "cpu":
-            return "it serves CPU tensors only"
+            return "it supports CPU tensors only"
         return libraries.missing

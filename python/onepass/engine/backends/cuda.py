@@ -21,13 +21,13 @@ class CudaBackend(CompiledBackend):
     def unavailable(self, device: torch.device | None) -> str:
         """See :meth:`Backend.unavailable`; initialises CUDA only if there is a GPU."""
         if device is not None and device.type != "cuda":
-            return "it serves CUDA devices only"
+            return "it supports CUDA devices only"
         missing = libraries.cuda_missing()
         if missing:
             return missing
         # Do not initialise CUDA on a machine without a GPU.
         if not torch.cuda.is_available():
-            return "there is no GPU here"
+            return "torch finds no GPU"
         if device is None:
             reasons = []
             for index in range(torch.cuda.device_count()):

@@ -76,8 +76,8 @@ def _contracts(device: torch.device) -> str:
         return ""
     first = min(known for known, contracts in CONTRACTS.items() if not contracts)
     return (
-        f"Triton {version[0]}.{version[1]} contracts fp32 operations on this GPU: "
-        f"pip install 'triton=={first[0]}.{first[1]}.*'"
+        f"Triton {version[0]}.{version[1]} merges fp32 multiplications and additions on this GPU, "
+        f"which changes results: pip install 'triton=={first[0]}.{first[1]}.*'"
     )
 
 
@@ -243,7 +243,7 @@ class TritonBackend(Backend):
     def unavailable(self, device: torch.device | None) -> str:
         """See :meth:`Backend.unavailable`; CPU devices need TRITON_INTERPRET=1."""
         if device is not None and device.type not in ("cpu", "cuda"):
-            return "it serves CUDA and ROCm devices"
+            return "it supports CUDA and ROCm devices only"
         missing = _missing()
         if missing:
             return missing
@@ -251,7 +251,7 @@ class TritonBackend(Backend):
         if device is None:
             if interpreted or torch.cuda.is_available():
                 return ""
-            return "there is no GPU here, and TRITON_INTERPRET=1 is not set"
+            return "torch finds no GPU, and TRITON_INTERPRET=1 is not set"
         if device.type == "cuda" and interpreted:
             return "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors: unset it"
         if device.type == "cuda":
@@ -278,7 +278,7 @@ class TritonBackend(Backend):
             ):
                 raise ValueError(
                     f"backend 'triton' has no kernel for a parameter of {entry.param.dtype} with "
-                    f"states of {entry.format}; backend='reference' serves every format"
+                    f"states of {entry.format}; backend='reference' supports every format"
                 )
         return _Prepared(entries)
 
