@@ -151,16 +151,17 @@ def _preferences(model: Model, terms: Terms, task: str) -> tuple[list[str], list
     split16 = "+split16" if bf16 else ""
     if task in ("lora", "qlora"):
         return ["adamw", "adamw8bit", "pagedadamw8bit", "pagedlion8bit"], [
-            "adapters are few, so their states cost little: AdamW in fp32 first, 8 bits and paging "
-            "only when it does not fit (QLoRA pages AdamW's states)",
+            "adapters have few parameters, so their states are small: AdamW with fp32 states comes "
+            "first, 8-bit and paged states only if it does not fit (QLoRA pages the states of "
+            "AdamW)",
         ]
     why = []
     if model.convolutional:
         names = [f"sgd+momentum{split16}", f"sgd8bit+momentum{split8}"]
         names += [f"sgd8bit+momentum{split8}+paged"]
         why.append(
-            "convolutional nets: SGD with momentum generalises at least as well as adaptive "
-            "methods there (Wilson et al. 2017) and has one moment, not two"
+            "convolutional networks: SGD with momentum generalises at least as well as adaptive "
+            "methods (Wilson et al. 2017) and has one moment instead of two"
         )
     else:
         names = [f"adamw{split16}", f"adamw+bf16{split16}", f"adamw8bit{split8}"]
@@ -168,24 +169,24 @@ def _preferences(model: Model, terms: Terms, task: str) -> tuple[list[str], list
         if task == "finetune":
             names.insert(3, f"rmsprop8bit{split8}")
             why.append(
-                "fine-tuning: AdamW or RMSprop; AdamW first, which most models were made with, "
-                "RMSprop where one moment less decides in 8 bits"
+                "fine-tuning: AdamW comes first, because most models were trained with it; 8-bit "
+                "RMSprop, which has one moment less, only if 8-bit AdamW does not fit"
             )
         else:
             why.append(
-                "transformers: AdamW, as adaptive steps cope with the heavy-tailed noise of their "
-                "gradients (Zhang et al. 2020)"
+                "transformers: AdamW, because adaptive steps cope with the heavy-tailed noise of "
+                "their gradients (Zhang et al. 2020)"
             )
     if not model.convolutional:
         names += [f"pagedadamw8bit{split8}", f"pagedlion8bit{split8}"]
     why.append(
-        "smaller formats come before paging: they make a step faster, paging makes it wait for "
-        "the link; the losses of each format against the spread of seeds are in docs/training.md"
+        "smaller formats come before paging, because they make a step faster, whereas paging makes "
+        "it wait for the link; docs/training.md compares the losses of the formats"
     )
     if bf16:
         why.append(
-            "bf16 weights keep bits beside them (split16: exactly fp32; split8: 24 bits): without, "
-            "updates below 1/256 of a weight are lost"
+            "bf16 weights store more bits in a companion (split16: exactly fp32; split8: 24 bits); "
+            "without it, updates below 1/256 of a weight are lost"
         )
     return names, why
 

@@ -15,8 +15,8 @@ from .simulate import CannotSimulateError, simulate
 
 LR = 1e-3
 
-_COMPILED = "its step is compiled when it first runs: what that has of temporaries is not predicted"
-_PLAIN = "on a CPU its step is plain torch within one operator: temporaries there are not predicted"
+_COMPILED = "its step is compiled at the first call; temporary memory is not predicted"
+_PLAIN = "on a CPU its step is torch code within one operator; temporary memory is not predicted"
 _MANAGED = 100_000
 """bitsandbytes pages a state with at least this many elements (Optimizer8bit.get_state_buffer)."""
 
@@ -50,7 +50,7 @@ class Peer:
         """The reason why the optimizer cannot run on a device here; empty if it can."""
         why = self.made.library.unavailable()
         if not why and self.cuda and (device != "cuda" or not torch.cuda.is_available()):
-            why = "runs on CUDA only"
+            why = "it runs on CUDA devices only"
         return why
 
     def optimizer(self, params: list[torch.nn.Parameter]) -> Any:
