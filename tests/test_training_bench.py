@@ -136,10 +136,10 @@ def fake(name, losses, rms=0.25, states="fp32", baseline="", date="2026-01-01"):
 @pytest.mark.parametrize(
     ("losses", "rms", "states", "parity", "words"),
     [
-        ([2.00, 2.02, 2.04], 0.250, "mx8", True, "as is the whole interval"),
+        ([2.00, 2.02, 2.04], 0.250, "mx8", True, "the whole interval is within the spread"),
         ([2.00, 2.02, 2.16], 0.250, "mx8", False, "outside the spread of seeds (0.0200)"),
         ([1.90, 1.92, 1.94], 0.250, "mx8", False, "outside"),
-        ([1.98, 2.02, 2.06], 0.250, "mx8", True, "not so the whole interval"),
+        ([1.98, 2.02, 2.06], 0.250, "mx8", True, "but not its whole interval"),
         ([2.00, 2.02, 2.04], 0.259, "mx8", False, "+3.6% (limit 3%)"),
         ([2.00, 2.02, 2.04], 0.240, "mx8", False, "-4.0% (limit 3%)"),
         ([2.00, 2.02, 2.04], 0.290, "mx4", True, "+16.0% (limit 20%)"),
