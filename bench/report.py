@@ -209,6 +209,8 @@ does not count. A step and `in-place` (`mul_` by one) do not, so their values ca
 one element only, where it is the p50 of the whole step.
 - **extra MB**: the largest additional memory during a step: resident set on a CPU (values below \
 0.5 MB are noise), memory of torch's allocator on a GPU.
+- **ratio** of a target: the time of the other provider divided by that of onepass; for a copy, \
+the bandwidth of onepass divided by that of the copy.
 - Lists are named by tensors x elements per tensor; `+1`: each tensor starts one element after the \
 start of its storage.
 """
