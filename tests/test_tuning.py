@@ -133,7 +133,7 @@ def test_a_process_that_fails_is_told_and_leaves_the_others(run, tmp_path, monke
 
 def test_arguments_that_are_wrong(capsys):
     for arguments, why in (
-        (["--formats", "fp64"], "--formats must be of fp32, "),
+        (["--formats", "fp64"], "--formats must be among fp32, "),
         (["--variants", "7x7*"], "no variant matches '7x7*'"),
         (["--samples", "0"], "--samples must be at least 1; got 0"),
     ):
