@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...suggestions import did_you_mean
+from . import from_transformers
 from .families import FAMILIES
 from .published import KNOWN, known
 from .shapes import Model, Shape, of_module
@@ -54,8 +55,12 @@ def find(name: str) -> Model:
 def of_config(path: Path, name: str) -> Model:
     """The model of a transformers configuration file.
 
+    transformers builds the model on the meta device, where parameters take no memory. Without
+    transformers, the families of :data:`FAMILIES` are supported.
+
     Raises:
-        ValueError: the file is not a transformers configuration, or its model family is unknown.
+        ValueError: the file is not a transformers configuration, the model type is unknown, or
+            transformers is needed and is not installed.
     """
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -65,18 +70,17 @@ def of_config(path: Path, name: str) -> Model:
         raise ValueError(
             f"{path} must be a transformers configuration, but is not JSON: {error}"
         ) from error
-    families = ", ".join(FAMILIES)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(
-            f"{path} must be a transformers configuration, but has no model_type; it must be one "
-            f"of {families}"
-        )
+        raise ValueError(f"{path} must be a transformers configuration, but has no model_type")
     family = config["model_type"]
+    why_not = from_transformers.missing()
+    if not why_not:
+        return from_transformers.of_transformers(config, name, str(path))
     if family not in FAMILIES:
         raise ValueError(
-            f"{path}: model_type {family!r} is not supported"
-            f"{did_you_mean(family, FAMILIES) or '.'} Supported are {families}; give any other "
-            "model as module:factory"
+            f"{path}: reading model_type {family!r} needs transformers ({why_not}): "
+            f"pip install transformers{did_you_mean(family, FAMILIES) or '.'} Without it, onepass "
+            f"reads {', '.join(FAMILIES)}; give any other model as module:factory"
         )
     try:
         shapes = tuple(FAMILIES[family](config))

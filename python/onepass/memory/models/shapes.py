@@ -95,7 +95,7 @@ def kind_of(module: torch.nn.Module, shape: Sequence[int]) -> str:
     return MATRIX if len(shape) > 1 else BIAS
 
 
-def of_module(module: torch.nn.Module, name: str) -> Model:
+def of_module(module: torch.nn.Module, name: str, source: str = "") -> Model:
     """The model of a module; a shared parameter occurs once."""
     shapes: dict[Any, Shape] = {}
     for prefix, part in module.named_modules():
@@ -104,4 +104,4 @@ def of_module(module: torch.nn.Module, name: str) -> Model:
                 full = f"{prefix}.{key}" if prefix else key
                 kind = kind_of(part, param.shape)
                 shapes[param] = Shape(full, tuple(param.shape), kind, param.requires_grad)
-    return Model(name, tuple(shapes.values()))
+    return Model(name, tuple(shapes.values()), source)
