@@ -16,10 +16,10 @@ if not torch.cuda.is_available():
 import onepass
 from onepass.paging import pager
 
-from .interpreter import patch_once
 from .paging_links import RandomLink
+from .support.interpreter import speed_up
 
-patch_once()
+speed_up()
 
 # The files that take longest, of which the Makefile's two workers take the next as they come free:
 # one that started last would run alone.
