@@ -61,10 +61,11 @@ def run_compiled(script: str, cache: Path, *arguments: str) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    folder, cache = (tmp_path_factory.mktemp(name) for name in ("kernels", "cache"))
-    run_compiled("triton_compile.py", cache, str(folder))
+    """Name -> the code of each kernel. Triton keeps compiled kernels in build/."""
+    folder = tmp_path_factory.mktemp("kernels")
+    run_compiled("triton_compile.py", HERE.parent / "build" / "tests" / "triton", str(folder))
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

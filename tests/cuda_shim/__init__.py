@@ -7,6 +7,7 @@ they are called by that dispatch key.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import runpy
@@ -45,20 +46,28 @@ def why_not() -> str:
 
 
 def _build() -> Path:
-    """The library, built again only when a source has changed."""
+    """The library in build/. It is built when a source has changed, by the first process that needs
+    it; others wait for that process."""
     runpy.run_path(str(CSRC / "generate.py"))["write"]()
     sources = [p for p in CSRC.rglob("*.c[up]*") if "cuda" in p.parts]
     sources.append(HERE / "shim.cpp")
     sources = sorted(s for s in sources if s.suffix in (".cu", ".cpp"))
     key = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
-    for path in sorted([*CSRC.rglob("*.*"), *HERE.glob("*.*")]):
+    for path in sorted([*CSRC.rglob("*.*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]):
         key.update(path.read_bytes())
-    cache_dir = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "onepass-tests")
+    cache_dir = HERE.parents[1] / "build" / "tests"
     cache_dir.mkdir(parents=True, exist_ok=True)
     library = cache_dir / f"cuda_shim-{key.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(sources, library)
+    return library
+
+
+def _compile(sources: list[Path], library: Path) -> None:
+    """Compiles and links the stand-in."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
 
         def compile_one(source: Path) -> str:
             target = f"{folder}/{source.name}.o"
@@ -67,14 +76,14 @@ def _build() -> Path:
             return target
 
         # The longest first.
-        sources.sort(key=lambda s: s.stem not in ("sweep_adam", "sweep_rmsprop"))
+        longest = ("sweep_adam", "sweep_lion", "sweep_sgd", "sweep_rmsprop", "ops")
+        sources = sorted(sources, key=lambda s: (s.stem not in longest, s.stem))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         made = f"{folder}/{library.name}"
         link = ["g++", "-shared", *objects, "-o", made, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
         subprocess.run(link, check=True)
         os.replace(made, library)
-    return library
 
 
 @cache
