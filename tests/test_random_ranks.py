@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
 )
 SEEDS = [int(os.environ[name]) for name in ("ONEPASS_RANDOM_SEED",) if name in os.environ]
-SEEDS = SEEDS or range(140)
+SEEDS = SEEDS or range(48)
 SECONDS = float(os.environ.get("ONEPASS_RANDOM_SECONDS", 0))
 
 # Seconds after which a collective and a segment of a case fail, which takes less than one; and

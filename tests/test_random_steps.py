@@ -28,7 +28,7 @@ from .support.random_world import World
 
 SECONDS = float(os.environ.get("ONEPASS_RANDOM_SECONDS") or 0)
 SEED = os.environ.get("ONEPASS_RANDOM_SEED", "")
-SEQUENCES, LENGTH = 80, 30  # about 30 seconds on one core
+SEQUENCES, LENGTH = 40, 30  # about 15 seconds on one core
 SHRINKING = 5.0  # seconds spent on leaving operations out of a sequence that fails
 
 # --- running ---------------------------------------------------------------------------------
