@@ -6,7 +6,7 @@ A new rule adds its row here, and every test of this folder runs on it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from onepass.engine.backends import BACKENDS, Entry, StepArgs
 from onepass.engine.hyper_table import History
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import HYPER_WIDTH, RULES, Rule
+
+from .support.comparison import assert_same as assert_same
+from .support.comparison import same_bits as same_bits
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,14 @@ VARIANTS = [
     for i, variant in enumerate(case.variants())
 ]
 IDS = [name for _, _, name in VARIANTS]
+# `maximize` changes a factor in the table of hyperparameters and no kernel: each combination of the
+# other options has one of its two values.
+KERNEL_VARIANTS = [
+    (case, variant, f"{case.name}-{i}")
+    for case in CASES
+    for i, variant in enumerate(case.variants())
+    if variant["maximize"] == (i // 2 % 2 == 1)
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["fp32", "bf16"]
@@ -126,6 +137,12 @@ def served(variant: dict[str, Any], states: str) -> bool:
     return not (variant.get("centered") and STATE_FORMATS[states].block > 1)
 
 
+FORMAT_IDS = [
+    f"{str(dtype).removeprefix('torch.')}-{weights}-{states}"
+    for states, weights, dtype in EVERY_FORMAT
+]
+
+
 SIZES = [(0,), (), (1,), (3,), (31,), (33,), (7, 37), (1023,), (1025,)]
 
 
@@ -134,13 +151,15 @@ def last_variant(case: Case, states: str) -> dict[str, Any]:
     return [variant for variant in case.variants() if served(variant, states)][-1]
 
 
-def make_params(sizes: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """Parameters of a spread of magnitudes."""
+def make_params(
+    sizes: Sequence[tuple[int, ...]], dtype: torch.dtype, seed: int, device: str = "cpu"
+) -> list[torch.Tensor]:
+    """Parameters of a spread of magnitudes, the same on each device."""
     generator = torch.Generator().manual_seed(seed)
     params = []
     for i, size in enumerate(sizes):
         value = torch.randn(size, generator=generator) * 10.0 ** (i % 3 - 1)
-        params.append(torch.nn.Parameter(value.to(dtype)))
+        params.append(torch.nn.Parameter(value.to(device, dtype)))
     return params
 
 
@@ -151,35 +170,10 @@ def set_grads(params: list[torch.Tensor], dtype: torch.dtype, seed: int) -> None
         scale = 10.0 ** torch.randint(-6, 2, param.shape, generator=generator)
         kept = torch.rand(param.shape, generator=generator) > 0.125
         grad = torch.randn(param.shape, generator=generator) * scale * kept
-        grad = grad.to(dtype)
+        grad = grad.to(param.device, dtype)
         if dtype != param.dtype:
             param.grad_dtype = None
         param.grad = grad
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit for bit, two NaNs counting as equal."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
-    equal = a.contiguous().view(raw) == b.contiguous().view(raw)
-    return bool((equal | (a.isnan() & b.isnan())).all())
-
-
-def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    """Parameters and states of two optimizers are the same bits."""
-    pairs = zip(
-        (p for g in a.param_groups for p in g["params"]),
-        (p for g in b.param_groups for p in g["params"]),
-        strict=True,
-    )
-    for i, (p, q) in enumerate(pairs):
-        assert same_bits(p.detach(), q.detach()), f"parameter {i}"
-        assert a.state[p].keys() == b.state[q].keys()
-        for key, value in a.state[p].items():
-            other = b.state[q][key]
-            same = same_bits(value, other) if isinstance(value, torch.Tensor) else value == other
-            assert same, f"{key} of parameter {i}"
 
 
 def mx4_at_its_edges(backend: str, device: str = "cpu") -> torch.optim.Optimizer:
@@ -255,26 +249,35 @@ def runs_here() -> list[str]:
     return [name for name, b in onepass.backends.BACKENDS.items() if not b.unavailable(cpu)]
 
 
-def step_of_shard(name: str, first: int, states: str) -> list[torch.Tensor]:
-    """What a backend makes of a parameter whose first element is that of a whole one: all its
-    tensors after a step of AdamW with amsgrad, bf16 weights and gradients, the weights rounded
-    stochastically."""
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 3e-39, 1.2e-38, 6e-8, 6e-5, 65504.0, 65520.0, 1e30]
+SPECIAL += [3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"), 1.0, 1.0 + 2**-9, -1.5]
+"""Zeros, denormals, numbers near the ends of the ranges of all dtypes, infinities and NaN."""
+
+
+def step_of_shard(name: str, first: int, states: str, device: str = "cpu") -> list[torch.Tensor]:
+    """All tensors of a parameter, a shard that starts at element `first`, after a step of AdamW
+    with amsgrad, bf16 gradients, and bf16 weights with stochastic rounding."""
     backend, form = BACKENDS[name], STATE_FORMATS[states]
     count = 2500
     generator = torch.Generator().manual_seed(0)
-    param = torch.randn(count, generator=generator).to(torch.bfloat16)
-    grad = torch.randn(count, generator=generator).to(torch.bfloat16)
-    held = {s: torch.zeros(-(-count // form.packed), dtype=form.dtype) for s in range(3)}
+    param = torch.randn(count, generator=generator).to(device, torch.bfloat16)
+    grad = torch.randn(count, generator=generator).to(device, torch.bfloat16)
+    held = {
+        s: torch.zeros(-(-count // form.packed), dtype=form.dtype, device=device) for s in range(3)
+    }
     scales = {}
     if form.scale is not None:
-        scales = {s: torch.zeros(-(-count // form.block), dtype=form.scale) for s in range(3)}
+        scales = {
+            s: torch.zeros(-(-count // form.block), dtype=form.scale, device=device)
+            for s in range(3)
+        }
     entry = Entry(param, held, form, 3, RULES["adam"], 3, 1, 11, first=first, scales=scales)
     prepared = backend.prepare([entry])
     hyper = torch.zeros(2, HYPER_WIDTH)
     hyper[1, :8] = torch.tensor([1.0, 0.01, 0.001, 0.9, 0.1, 0.99, 0.01, 1e-8])
     counters = torch.tensor([[0, 0], [(1 << 63) - 5, 3]])
     assert backend.refresh(prepared, [param], [grad])
-    backend.run(prepared, StepArgs(hyper, counters))
+    backend.run(prepared, StepArgs(hyper.to(device), counters.to(device)))
     return [param, *held.values(), *scales.values()]
 
 

@@ -18,20 +18,22 @@ from onepass.paging import pager
 
 from .paging_links import RandomLink
 from .support.interpreter import speed_up
+from .support.targets import Target, instruction_sets, stand_in
 
 speed_up()
 
-# The files that take longest, of which the Makefile's two workers take the next as they come free:
-# one that started last would run alone.
+# The files that take longest. The two workers of `make test` take files in this order as they
+# become free; a long file that started last would run alone.
 SLOWEST = (
-    "test_triton",
     "test_triton_compile",
+    "test_bits",
     "test_zero",
     "test_random_ranks",
-    "test_bits",
-    "test_cuda_shim",
     "test_session",
-    "test_triton_step",
+    "test_sweep_extras",
+    "test_step",
+    "test_tuning",
+    "test_whole_steps",
     "test_compare",
     "test_memory_cli",
 )
@@ -52,30 +54,28 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def isas() -> list[str]:
-    """The instruction sets that this build and machine have."""
-    if onepass.ops.missing:
-        return []
-    before = onepass.ops.cpu_isa()
-    found = []
-    for name in ("plain", "avx2", "avx512"):
-        try:
-            onepass.ops.cpu_isa(name)
-        except RuntimeError:
-            continue
-        found.append(name)
-    onepass.ops.cpu_isa(before)
-    return found
-
-
 @pytest.fixture
 def every_isa() -> Iterator[list[str]]:
     """The available instruction sets; the one in use before is restored."""
     if onepass.ops.missing:
         pytest.skip(onepass.ops.missing)
     before = onepass.ops.cpu_isa()
-    yield isas()
+    yield list(instruction_sets())
     onepass.ops.cpu_isa(before)
+
+
+@pytest.fixture
+def cuda_stand_in() -> Iterator[None]:
+    """Registers the stand-in for the CUDA backend as STAND_IN."""
+    with stand_in():
+        yield
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """A target of the backend suite, selected while the test runs."""
+    with request.param.selected():
+        yield request.param
 
 
 @pytest.fixture

@@ -1,197 +1,329 @@
-"""The cpu backend returns the bits of the reference."""
+"""Every target returns the bits of the reference, for every rule, option, format and layout.
+
+The `cpu` targets and GPUs run every rule with every pair of formats. The interpreter runs each of
+these combinations once, with options that change from one to the next. See
+tests/support/targets.py.
+"""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 
 import onepass
-from onepass.formats import STATE_FORMATS
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 
 from .cases import (
     CASES,
     DTYPES,
     EVERY_FORMAT,
     FORMATS,
-    IDS,
+    KERNEL_VARIANTS,
     SIZES,
-    VARIANTS,
+    SPECIAL,
     assert_same,
+    last_variant,
     make_params,
     mx4_at_its_edges,
-    same_bits,
     served,
     set_grads,
     step_of_shard,
 )
+from .support.comparison import params_of, states_of
+from .support.targets import REFERENCE, STAND_IN, compare, other_targets, with_rows
+
+WEIGHTS = [(name, dtype) for name, form in WEIGHT_FORMATS.items() for dtype in form.codes]
+# Each format of states and each format of weights, as few rows as possible.
+FEW_FORMATS = [
+    (tuple(STATE_FORMATS)[i % len(STATE_FORMATS)], *weight) for i, weight in enumerate(WEIGHTS)
+]
+# Numbers of elements that one thread block of the cuda backend and one program of Triton take.
+CUDA_CHUNK, TRITON_CHUNK = 16384, 8192
 
 
-def run(case, variant, backend, dtype, grad_dtype, states, steps=3, sizes=SIZES, weights="native"):
-    params = make_params(sizes, dtype, seed=1)
-    optimizer = case.ours(
-        params, **variant, states=states, weights=weights, backend=backend, seed=7
-    )
+def format_id(states, weights, dtype):
+    return f"{str(dtype).removeprefix('torch.')}-{weights}-{states}"
+
+
+def take_steps(optimizer, grad_dtypes, steps):
     for step in range(steps):
-        set_grads(params, grad_dtype, seed=100 + step)
+        for i, (param, dtype) in enumerate(zip(params_of(optimizer), grad_dtypes, strict=True)):
+            set_grads([param], dtype, seed=1000 * step + i)
         optimizer.step()
     return optimizer
 
 
-@pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
-def test_every_rule_option_dtype_format_and_odd_size(case, variant, name, every_isa):
-    for dtype, grad_dtype, states in itertools.product(DTYPES, DTYPES, FORMATS):
-        expected = run(case, variant, "reference", dtype, grad_dtype, states)
-        for isa in every_isa:
-            onepass.ops.cpu_isa(isa)
-            found = run(case, variant, "cpu", dtype, grad_dtype, states)
-            assert_same(found, expected)
+# --- rules, options, formats -----------------------------------------------------------------
 
 
-# Short blocks, whole blocks, several tiles with a short block at the end.
-BLOCK_SIZES = [(0,), (), (3,), (31, 33), (256,), (1025,)]
+def mixed_list(target, number, formats, sizes):
+    """One optimizer with a group for each pair of formats. Each group has gradients of each dtype.
+
+    Args:
+        number: index of the rule and its options in KERNEL_VARIANTS.
+        formats: indices of EVERY_FORMAT.
+        sizes: number of parameters in a group.
+    """
+    case, variant, _ = KERNEL_VARIANTS[number]
+    groups, grad_dtypes = [], []
+    for i in formats:
+        states, weights, dtype = EVERY_FORMAT[i]
+        shapes = [SIZES[(i + 4 * j + number) % len(SIZES)] for j in range(sizes)]
+        params = make_params(shapes, dtype, seed=i, device=target.device)
+        groups.append({"params": params, "states": states, "weights": weights})
+        grad_dtypes += [DTYPES[(i + j + number) % 3] for j in range(sizes)]
+    optimizer = case.ours(groups, **variant, backend=target.backend, seed=7)
+    return take_steps(optimizer, grad_dtypes, 2)
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "name"), [v for v in VARIANTS if not v[1]["maximize"]], ids=lambda v: v
-)
-def test_every_format_of_states_and_weights(case, variant, name, every_isa):
-    for i, (states, weights, dtype) in enumerate(EVERY_FORMAT):
-        if not served(variant, states):
-            continue
-        # Gradients of the weight's dtype, which the fused kernels want, and of others.
-        for grad_dtype in {dtype} if i % 3 else {dtype, DTYPES[i // 3 % 3]}:
-            how = (case, variant, dtype, grad_dtype, states, weights)
-            expected = run_formats("reference", *how)
-            for isa in every_isa:
-                onepass.ops.cpu_isa(isa)
-                assert_same(run_formats("cpu", *how), expected)
+def mixed_rows(target):
+    """Fast targets take every pair of formats with every variant; the interpreter takes every pair
+    with every rule, and the variants of a rule in turn."""
+    chosen = {number: [] for number in range(len(KERNEL_VARIANTS))}
+    for case in CASES:
+        numbers = [n for n, row in enumerate(KERNEL_VARIANTS) if row[0] is case]
+        for i, (states, _, _) in enumerate(EVERY_FORMAT):
+            able = [n for n in numbers if served(KERNEL_VARIANTS[n][1], states)]
+            for n in [able[i % len(able)]] if target.interpreted else able:
+                chosen[n].append(i)
+    for number, formats in chosen.items():
+        name = KERNEL_VARIANTS[number][2]
+        yield name, (number, tuple(formats), 1 if target.interpreted else 3)
 
 
-def run_formats(backend, case, variant, dtype, grad_dtype, states, weights):
-    return run(case, variant, backend, dtype, grad_dtype, states, 2, BLOCK_SIZES, weights)
+@with_rows("number,formats,sizes", mixed_rows)
+def test_rules_options_and_formats_in_one_mixed_list(target, number, formats, sizes):
+    compare(target, mixed_list, number, formats, sizes)
 
 
-def test_mx4_at_its_edges(every_isa):
-    expected = mx4_at_its_edges("reference")
-    (param, _) = expected.param_groups[0]["params"]
-    scales, ratio_scales = (expected.state[param][f"{n}_scale"] for n in ("exp_avg_sq", "exp_avg"))
-    assert (scales >= 132).any()  # roots in fine codes, and in coarse ones
+def test_the_interpreter_runs_every_rule_with_every_pair_of_formats():
+    from .support.targets import TARGETS
+
+    (interpreter,) = (target for target in TARGETS if target.interpreted)
+    found = {
+        (KERNEL_VARIANTS[number][0].name, i)
+        for _, (number, formats, _) in mixed_rows(interpreter)
+        for i in formats
+    }
+    assert found == {(case.name, i) for case in CASES for i in range(len(EVERY_FORMAT))}
+    variants = [number for _, (number, formats, _) in mixed_rows(interpreter) if formats]
+    assert len(variants) == len(KERNEL_VARIANTS)
+
+
+def special_pairs(dtype, repeats=32):
+    """A weight and a gradient with each pair of special values. Each value fills whole blocks,
+    because a NaN would hide the other values of its block."""
+    values = torch.tensor(SPECIAL)
+    weight = values.repeat_interleave(repeats * len(values)).to(dtype)
+    return weight, values.repeat_interleave(repeats).repeat(len(values)).to(dtype)
+
+
+# The flags that have a kernel for each combination of formats: kReducedPrecision in csrc/rules.
+OPTIONS = {case.name: {"lr": 0.01, "weight_decay": 0.1, **case.base} for case in CASES}
+OPTIONS["sgd"]["momentum"] = 0.9
+
+
+def own_list(target, name, format_, sizes, steps):
+    """One optimizer whose parameters and gradients have one format, special values among them."""
+    case = next(case for case in CASES if case.name == name)
+    states, weights, dtype = format_
+    weight, grad = (tensor.to(target.device) for tensor in special_pairs(dtype))
+    params = make_params(sizes, dtype, seed=1, device=target.device)
+    params.append(torch.nn.Parameter(weight))
+    formats = {"states": states, "weights": weights}
+    optimizer = case.ours(params, **OPTIONS[name], **formats, backend=target.backend, seed=3)
+    for step in range(steps):
+        set_grads(params[:-1], dtype, seed=100 + step)
+        params[-1].grad = grad
+        optimizer.step()
+    return optimizer
+
+
+def own_rows(target):
+    """The stand-in runs rules that have kernels for single formats; the interpreter one rule with
+    each pair of formats; other targets every rule with every pair."""
+    sizes, steps = (*SIZES, (2085,)), 20 if target.device == "cuda" else 2
+    for i, format_ in enumerate(EVERY_FORMAT):
+        for case in CASES:
+            if target.interpreted:
+                if CASES[i % len(CASES)] is not case:
+                    continue
+                sizes = ((33,),)
+            elif target.name == STAND_IN and case.name not in ("sgd", "adam", "adamw", "lion"):
+                continue
+            yield f"{case.name}-{format_id(*format_)}", (case.name, format_, sizes, steps)
+
+
+@with_rows("name,format_,sizes,steps", own_rows)
+def test_lists_of_one_format_with_special_values(target, name, format_, sizes, steps):
+    """Denormals are kept; infinities and NaN are those of the reference."""
+    compare(target, own_list, name, format_, sizes, steps)
+
+
+def special_list(target, number):
+    """Special values in each dtype, in formats without blocks."""
+    case, variant, _ = KERNEL_VARIANTS[number]
+    groups, grads = [], []
+    for dtype in DTYPES:
+        weight, grad = (tensor.to(target.device) for tensor in special_pairs(dtype, 1))
+        for states in FORMATS:
+            groups.append({"params": [torch.nn.Parameter(weight.clone())], "states": states})
+            grads.append(grad)
+    optimizer = case.ours(groups, **variant, backend=target.backend)
+    for _ in range(2):
+        for param, grad in zip(params_of(optimizer), grads, strict=True):
+            param.grad = grad.clone()
+        optimizer.step()
+    return optimizer
+
+
+def special_rows(target):
+    for number, (case, _, name) in enumerate(KERNEL_VARIANTS):
+        numbers = [n for n, row in enumerate(KERNEL_VARIANTS) if row[0] is case]
+        if not target.interpreted or number in (numbers[0], numbers[-1]):
+            yield name, (number,)
+
+
+@with_rows("number", special_rows)
+def test_special_values_with_every_option(target, number):
+    compare(target, special_list, number)
+
+
+@other_targets
+def test_mx4_at_its_edges(target):
+    assert_same(
+        mx4_at_its_edges(target.backend, target.device), mx4_at_its_edges(REFERENCE.backend)
+    )
+
+
+def test_the_edges_of_mx4_are_reached():
+    optimizer = mx4_at_its_edges(REFERENCE.backend)
+    param = params_of(optimizer)[0]
+    scales, ratio_scales = (optimizer.state[param][f"{n}_scale"] for n in ("exp_avg_sq", "exp_avg"))
+    assert (scales >= 132).any()  # blocks of roots with fine codes, and with coarse codes
     assert ((scales > 0) & (scales < 132)).any()
     assert (ratio_scales == 254).any()
-    for isa in every_isa:
-        onepass.ops.cpu_isa(isa)
-        assert_same(mx4_at_its_edges("cpu"), expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("states", FORMATS)
-def test_large_tensors_over_several_threads(case, states, every_isa):
-    variant = next(case.variants())
-    sizes = [(65537,), (5,), (3, 70001), (131072,)]
-    for dtype in (torch.float32, torch.bfloat16):
-        expected = run(case, variant, "reference", dtype, dtype, states, 2, sizes)
-        for isa in every_isa:
-            onepass.ops.cpu_isa(isa)
-            assert_same(run(case, variant, "cpu", dtype, dtype, states, 2, sizes), expected)
+# --- sizes and layouts -----------------------------------------------------------------------
 
 
-SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 3e-39, 1.2e-38, 6e-8, 6e-5, 65504.0, 65520.0, 1e30]
-SPECIAL += [3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"), 1.0, 1.0 + 2**-9, -1.5]
+def long_list(target, number, format_, size):
+    """A parameter of several chunks; the rule and the dtype of the gradients depend on number."""
+    case = CASES[number % len(CASES)]
+    states, weights, dtype = format_
+    params = make_params([(size,), (5,)], dtype, seed=1, device=target.device)
+    options = {**last_variant(case, states), "states": states, "weights": weights}
+    optimizer = case.ours(params, **options, backend=target.backend, seed=5)
+    return take_steps(optimizer, [dtype, DTYPES[number % 3]], 2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_special_values(case, every_isa):
-    """Denormals are kept, infinities and NaN travel as in the reference: every pair of them."""
-    values = torch.tensor(SPECIAL)
-    weight = values.repeat_interleave(len(values))
-    grad = values.repeat(len(values))
-    plain = [(states, "native", dtype) for dtype in DTYPES for states in FORMATS]
-    for i, variant in enumerate(case.variants()):
-        formats = plain if i else EVERY_FORMAT
-        for states, weights, dtype in formats:
-            special_values(case, variant, dtype, states, weights, weight, grad, every_isa)
+def long_rows(target):
+    size = 2 * TRITON_CHUNK + 3617 if target.interpreted else 65537
+    for i, format_ in enumerate(FEW_FORMATS):
+        yield format_id(*format_), (i, format_, size)
 
 
-def special_values(case, variant, dtype, states, weights, weight, grad, every_isa):
-    results = []
-    for backend, isa in [("reference", "auto"), *(("cpu", isa) for isa in every_isa)]:
-        onepass.ops.cpu_isa(isa)
-        param = torch.nn.Parameter(weight.to(dtype, copy=True))
-        optimizer = case.ours([param], **variant, states=states, weights=weights, backend=backend)
-        for _ in range(2):
-            param.grad = grad.to(dtype)
-            optimizer.step()
-        results.append(optimizer)
-    for found in results[1:]:
-        assert_same(found, results[0])
+@with_rows("number,format_,size", long_rows)
+def test_long_parameters(target, number, format_, size):
+    compare(target, long_list, number, format_, size)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("states", FORMATS)
-def test_a_mixed_list(case, states, every_isa):
-    """Dtypes, gradient dtypes, groups with options of their own, misaligned and permuted memory."""
-
-    def build(backend):
-        generator = torch.Generator().manual_seed(3)
-        storage = torch.randn(5000, generator=generator)
-        half = torch.randn(5000, generator=generator).to(torch.bfloat16)
-        params = [
-            storage[1:1002].detach().requires_grad_(),
-            storage[1003:1004].detach().requires_grad_(),
-            half[3:2004].detach().requires_grad_(),
-            torch.randn(4, 6, 5, 3, generator=generator)
-            .to(memory_format=torch.channels_last)
-            .requires_grad_(),
-            torch.randn(40, 50, generator=generator).t().requires_grad_(),
-            torch.randn(300, generator=generator).to(torch.float16).requires_grad_(),
-        ]
-        variants = list(case.variants())
-        groups = [
-            {"params": params[:3], **variants[0]},
-            {"params": params[3:5], **variants[-1], "states": "bf16", "lr": 0.03},
-            {"params": params[5:], **variants[len(variants) // 2], "seed": 9},
-        ]
-        optimizer = case.ours(groups, states=states, backend=backend)
-        for step in range(4):
-            set_grads(params, torch.float32, seed=step)
-            # Another order of memory than the parameter's, a missing gradient, an expanded one.
-            params[3].grad = params[3].grad.contiguous()
-            params[1].grad = None if step % 2 else params[1].grad
-            params[4].grad = torch.full((), 0.5).expand(50, 40)
-            optimizer.step()
-        return optimizer
-
-    expected = build("reference")
-    for isa in every_isa:
-        onepass.ops.cpu_isa(isa)
-        assert_same(build("cpu"), expected)
+def misaligned_slices(target, format_):
+    """Parameters that start 1 or 8 elements into a storage; returns storages and states."""
+    states, weights, dtype = format_
+    found = []
+    for first in (1, 8):
+        storage = make_params([(2400,)], dtype, seed=5, device=target.device)[0].detach()
+        params = [storage[first:1804].requires_grad_(), storage[1805:1808].requires_grad_()]
+        options = {"states": states, "weights": weights, "amsgrad": True}
+        optimizer = onepass.AdamW(params, lr=0.1, **options, backend=target.backend)
+        take_steps(optimizer, [dtype, DTYPES[first % 3]], 2)
+        found += [storage, *(s for param in params for s in states_of(optimizer, param))]
+    return found
 
 
-@pytest.mark.parametrize("before", [0, 32, 704, 1024])  # elements until a multiple of 2^32
+def slice_rows(target):
+    for format_ in FEW_FORMATS if target.interpreted else EVERY_FORMAT:
+        yield format_id(*format_), (format_,)
+
+
+@with_rows("format_", slice_rows)
+def test_misaligned_slices_write_nothing_beside_them(target, format_):
+    compare(target, misaligned_slices, format_)
+
+
+def layouts(target, number, states):
+    """Groups with their own options; misaligned, permuted and expanded memory; a gradient that is
+    missing in every second step."""
+    case, generator = CASES[number], torch.Generator().manual_seed(3)
+    storage, half = (torch.randn(5000, generator=generator).to(target.device) for _ in range(2))
+    half = half.to(torch.bfloat16)
+    four, two, one = (torch.randn(s, generator=generator) for s in ((4, 6, 5, 3), (40, 50), (300,)))
+    params = [
+        storage[1:1002],
+        storage[1003:1004],
+        half[3:2004],
+        four.to(target.device).to(memory_format=torch.channels_last),
+        two.to(target.device).t(),
+        one.to(target.device, torch.float16),
+    ]
+    params = [param.detach().requires_grad_() for param in params]
+    variants = [v for v in case.variants() if served(v, states)]
+    groups = [
+        {"params": params[:3], **variants[0]},
+        {"params": params[3:5], **variants[-1], "states": "bf16", "lr": 0.03},
+        {"params": params[5:], **variants[len(variants) // 2], "seed": 9},
+    ]
+    optimizer = case.ours(groups, states=states, backend=target.backend)
+    for step in range(4):
+        set_grads(params, torch.float32 if step < 2 else torch.bfloat16, seed=step)
+        params[3].grad = params[3].grad.contiguous()  # not in the parameter's order of memory
+        params[1].grad = None if step % 2 else params[1].grad
+        params[4].grad = torch.full((), 0.5, device=target.device).expand(50, 40)
+        optimizer.step()
+    return optimizer
+
+
+def layout_rows(target):
+    formats = tuple(STATE_FORMATS)
+    for i, case in enumerate(CASES):
+        for states in (formats[i % len(formats)], formats[(i + 2) % len(formats)]):
+            yield f"{case.name}-{states}", (i, states)
+
+
+@with_rows("number,states", layout_rows)
+def test_a_mixed_list_of_groups_layouts_and_missing_gradients(target, number, states):
+    compare(target, layouts, number, states)
+
+
+def shard(target, first, states):
+    return step_of_shard(target.backend, first, states, target.device)
+
+
+# The keys of the generator change at each multiple of 2^32.
+STARTS = [5, (3 << 32) - 32, (3 << 32) - 704, (7 << 32) - 1024, (1 << 40) + 515]
+
+
+@pytest.mark.parametrize("first", STARTS)
 @pytest.mark.parametrize("states", STATE_FORMATS)
-def test_random_bits_of_a_shard_that_starts_anywhere(before, states, every_isa):
-    """Also across a multiple of 2^32, where the keys change: inside a tile as well."""
-    block = STATE_FORMATS[states].block
-    first = (3 << 32) - -(-before // block) * block
-    expected = step_of_shard("reference", first, states)
-    for isa in every_isa:
-        onepass.ops.cpu_isa(isa)
-        assert all(map(same_bits, step_of_shard("cpu", first, states), expected))
+@other_targets
+def test_random_bits_of_a_shard_that_starts_anywhere(target, first, states):
+    compare(target, shard, first - first % STATE_FORMATS[states].block, states)
+
+
+# --- the cpu backend -------------------------------------------------------------------------
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(every_isa):
-    case = next(c for c in CASES if c.name == "adamw")
-    variant = next(case.variants())
-    results = []
+    found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(
-            run(case, variant, "cpu", torch.bfloat16, torch.bfloat16, "bf16", 2, [(200003,), (7,)])
-        )
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
+        params = make_params([(200003,), (7,)], torch.bfloat16, seed=1)
+        optimizer = onepass.AdamW(params, lr=0.01, states="bf16", backend="cpu", seed=7)
+        found.append(take_steps(optimizer, [torch.bfloat16] * 2, 2))
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
 
 
 def test_denormals_are_kept_under_set_flush_denormal():

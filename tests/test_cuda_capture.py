@@ -7,18 +7,12 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS
 
 from . import cuda_shim
 from .cases import assert_same, clone, make_params, set_grads
-from .test_cuda_shim import SHIM, WHY_NOT
+from .support.targets import STAND_IN, needs_stand_in
 
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
-
-
-@pytest.fixture(autouse=True)
-def _shim(monkeypatch):
-    monkeypatch.setitem(BACKENDS, SHIM, cuda_shim.ShimBackend())
+pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 
 
 @pytest.fixture
@@ -41,7 +35,7 @@ def test_a_captured_step_is_replayed_among_eager_ones_with_its_own_gradients(cap
     params = make_params([(33,), (2085,), (4, 5)], torch.bfloat16, 1)
     expected = clone(params)
     options = {"lr": 0.1, "states": "mx8", "weights": "split8", "zero_grads": True}
-    ours = onepass.AdamW(params, **options, backend=SHIM)
+    ours = onepass.AdamW(params, **options, backend=STAND_IN)
     reference = onepass.AdamW(expected, **options, backend="reference")
 
     def eager(seed, dtype=torch.float32):
@@ -84,7 +78,7 @@ def test_a_captured_step_is_replayed_among_eager_ones_with_its_own_gradients(cap
 def test_a_capture_needs_a_step_before_it(capture):
     params = make_params([(5,)], torch.float32, 0)
     gradients(params, 0)
-    optimizer = onepass.SGD(params, backend=SHIM)
+    optimizer = onepass.SGD(params, backend=STAND_IN)
     optimizer.step()
     optimizer.max_grad_norm = 1.0
     with capture, pytest.raises(RuntimeError, match="needs a step before it with the same option"):

@@ -1,4 +1,4 @@
-"""The cuda backend on a GPU: the reference's bits, streams, large tensors, launches."""
+"""The cuda backend on a GPU: streams, large tensors, launches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,9 @@ from onepass.engine.backends import BACKENDS
 from onepass.formats.floats import encode_bf16_stochastic
 from onepass.numerics.random_bits import random_bits
 
-from .cases import (
-    CASES,
-    SIZES,
-    last_variant,
-    make_params,
-    mx4_at_its_edges,
-    same_bits,
-    served,
-    set_grads,
-)
-from .test_bits import SPECIAL
-from .test_cuda_shim import STORED, STORED_IDS, VARIANTS
-from .test_triton_gpu import assert_same_as_cpu, copy_grads, on_gpu
+from .cases import SIZES, make_params, same_bits
+from .support.comparison import assert_same
+from .support.devices import on_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,87 +30,6 @@ def _available():
 
 def test_none_picks_cuda():
     assert onepass.backends.choose(torch.device("cuda")).name == "cuda"
-
-
-@pytest.mark.parametrize(
-    ("number", "case", "variant"),
-    [(i, case, variant) for i, (case, variant, _) in enumerate(VARIANTS)],
-    ids=[name for _, _, name in VARIANTS],
-)
-def test_every_rule_option_dtype_and_format_in_one_mixed_launch(number, case, variant):
-    groups, gpu_groups, lists = [], [], []
-    for i, (dtype, weights, states) in enumerate(STORED):
-        states = states if served(variant, states) else "bf16"
-        params = make_params([SIZES[(i + number) % len(SIZES)], (5000 + i,)], dtype, seed=i)
-        gpu_params = on_gpu(params)
-        groups.append({"params": params, "states": states, "weights": weights})
-        gpu_groups.append({"params": gpu_params, "states": states, "weights": weights})
-        lists.append((params, gpu_params))
-    cpu = case.ours(groups, **variant, backend="reference", seed=7)
-    gpu = case.ours(gpu_groups, **variant, backend="cuda", seed=7)
-    for step in range(2):
-        for i, (params, gpu_params) in enumerate(lists):
-            set_grads(params, DTYPES[(i + number) % 3], seed=100 * step + i)
-            copy_grads(gpu_params, params)
-        cpu.step()
-        gpu.step()
-    assert_same_as_cpu(gpu, cpu)
-
-
-@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_twenty_steps_of_every_rule_and_format(case, dtype, weights, states):
-    """Lists of one combination: the kernels of csrc/cuda/combinations.h where it has them."""
-    variant = last_variant(case, states)
-    params = make_params([*SIZES, (20_001,)], dtype, seed=1)
-    gpu_params = on_gpu(params)
-    options = {**variant, "states": states, "weights": weights, "seed": 3}
-    cpu = case.ours(params, **options, backend="reference")
-    gpu = case.ours(gpu_params, **options, backend="cuda")
-    for step in range(20):
-        set_grads(params, dtype, seed=step)
-        copy_grads(gpu_params, params)
-        cpu.step()
-        gpu.step()
-    assert_same_as_cpu(gpu, cpu)
-
-
-@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_special_values(case, dtype, weights, states):
-    """Denormals are kept, infinities and NaN travel as in the reference: every pair of them."""
-    values = torch.tensor(SPECIAL)
-    # Each value fills blocks, or a NaN would hide the others.
-    cpu_param = torch.nn.Parameter(values.repeat_interleave(32 * len(values)).to(dtype))
-    (gpu_param,) = on_gpu([cpu_param])
-    options = {**last_variant(case, states), "states": states, "weights": weights}
-    cpu = case.ours([cpu_param], **options, backend="reference")
-    gpu = case.ours([gpu_param], **options, backend="cuda")
-    cpu_param.grad = values.repeat_interleave(32).repeat(len(values)).to(dtype)
-    copy_grads([gpu_param], [cpu_param])
-    for _ in range(2):
-        cpu.step()
-        gpu.step()
-    assert_same_as_cpu(gpu, cpu)
-
-
-def test_mx4_at_its_edges():
-    assert_same_as_cpu(mx4_at_its_edges("cuda", "cuda"), mx4_at_its_edges("reference"))
-
-
-@pytest.mark.parametrize("first", [1, 8])
-def test_misaligned_slices(first):
-    storage = make_params([(300_001,)], torch.bfloat16, seed=2)[0].detach()
-    cpu_param = torch.nn.Parameter(storage[first:].clone())
-    gpu_param = torch.nn.Parameter(storage.cuda()[first:])
-    cpu = onepass.AdamW([cpu_param], states="mx8", weights="split8", backend="reference")
-    gpu = onepass.AdamW([gpu_param], states="mx8", weights="split8", backend="cuda")
-    for step in range(2):
-        set_grads([cpu_param], torch.float32, seed=step)
-        copy_grads([gpu_param], [cpu_param])
-        cpu.step()
-        gpu.step()
-    assert_same_as_cpu(gpu, cpu)
 
 
 def test_a_side_stream_is_the_one_that_is_used():
@@ -141,7 +50,7 @@ def test_a_side_stream_is_the_one_that_is_used():
     for step in range(4):
         cpu_param.grad = torch.full_like(cpu_param, step - 1.5)
         cpu.step()
-    assert_same_as_cpu(gpu, cpu)
+    assert_same(gpu, cpu)
 
 
 def test_many_steps_in_flight_keep_their_own_hyperparameters_and_gradients():
@@ -161,7 +70,7 @@ def test_many_steps_in_flight_keep_their_own_hyperparameters_and_gradients():
             optimizer.step()
         optimizers.append(optimizer)
     torch.cuda.synchronize()
-    assert_same_as_cpu(optimizers[1], optimizers[0])
+    assert_same(optimizers[1], optimizers[0])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")

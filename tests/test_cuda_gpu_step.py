@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, Policy
-from onepass.engine.hyper_table import History, RowTable
-from onepass.numerics.verdict import VERDICT_WIDTH
-from onepass.rules import RULES
+from onepass.engine.backends import BACKENDS
 
 from .cases import (
     CASES,
+    EVERY_FORMAT,
+    FORMAT_IDS,
     SIZES,
     advance,
     assert_same,
@@ -24,9 +23,7 @@ from .cases import (
     same_bits,
     set_grads,
 )
-from .test_cuda_shim import STORED, STORED_IDS
-from .test_cuda_step import same_doubles, table_of
-from .test_triton_gpu import assert_same_as_cpu, copy_grads, on_gpu
+from .support.devices import copy_grads, on_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,51 +60,10 @@ def captured(step):
     return graph
 
 
-# --- judge and advance -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_advance_derives_the_hyperparameters_of_the_host(rule):
-    reference = table_of(rule)
-    rows = [
-        (row.group, History(steps, bool(fresh), tuple(scalar_states)))
-        for row, (steps, fresh, *scalar_states) in zip(
-            reference.rows, reference.kept.T.tolist(), strict=True
-        )
-    ]
-    ours = RowTable(RULES[rule], rows, torch.device("cuda"))
-    for factor, skip in ((1 / 3, 0.0), (2.0, 1.0), (0.7, 0.0)):
-        verdict = torch.zeros(VERDICT_WIDTH, dtype=torch.float64)
-        verdict[0], verdict[1] = factor, skip
-        advance(BACKENDS["cuda"], ours, verdict.cuda())
-        advance(BACKENDS["reference"], reference, verdict)
-        for name in ("steps", "fresh", "hyper"):
-            assert same_bits(getattr(ours, name).cpu(), getattr(reference, name)), name
-        assert torch.equal(ours.counters[:, 1].cpu(), reference.counters[:, 1])
-
-
-@pytest.mark.parametrize("found", [None, [9.0, 2.0, 0.0], [math.nan, 3.0, 1.0], [1e-20, 1e-10, 0]])
-@pytest.mark.parametrize("largest", [False, True])
-def test_judge_finds_the_verdict_of_the_host(found, largest):
-    ours = torch.zeros(VERDICT_WIDTH, dtype=torch.float64, device="cuda")
-    reference = torch.zeros(VERDICT_WIDTH, dtype=torch.float64)
-    for most in (None, 0.0, 1 / 3, 1e30):
-        for scale in (None, 65536.0, 1 / 3, 0.0, math.inf, math.nan):
-            for name, verdict in (("cuda", ours), ("reference", reference)):
-                BACKENDS[name].judge(
-                    verdict,
-                    None if found is None else verdict.new_tensor(found),
-                    None if scale is None else verdict.new_tensor(scale, dtype=torch.float32),
-                    verdict.new_tensor(0.0, dtype=torch.float32),
-                    Policy(most, largest, True),
-                )
-            assert same_doubles(ours.cpu(), reference), (most, scale)
-
-
 # --- capture ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
+@pytest.mark.parametrize(("states", "weights", "dtype"), EVERY_FORMAT, ids=FORMAT_IDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_replays_are_eager_steps(case, dtype, weights, states):
     options = {**last_variant(case, states), "states": states, "weights": weights, "seed": 3}
@@ -189,7 +145,7 @@ def test_eager_steps_between_replays_have_their_own_gradients():
     replay(1)
     eager(5)
     torch.cuda.synchronize()
-    assert_same_as_cpu(gpu, cpu)
+    assert_same(gpu, cpu)
 
 
 def test_a_graph_outlives_the_plan_that_it_was_captured_with():

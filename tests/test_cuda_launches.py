@@ -6,20 +6,15 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, StepArgs
+from onepass.engine.backends import StepArgs
 
 from . import cuda_shim
 from .cases import advance, assert_same, make_params, same_bits
-from .test_cuda_shim import SHIM, WHY_NOT
-from .test_cuda_step import tensors_of
+from .support.comparison import states_of
+from .support.targets import STAND_IN, needs_stand_in
 
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _shim(monkeypatch):
-    monkeypatch.setitem(BACKENDS, SHIM, cuda_shim.ShimBackend())
 
 
 OUT_OF_RESOURCES, NO_CODE = 701, 209  # of cudaError_t
@@ -50,7 +45,7 @@ def two_steps(backend, failing=None, dtypes=(torch.float32, torch.float32)):
 
 def snapshot(optimizer):
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = [t for p in params for t in (p.detach(), *tensors_of(optimizer, p))]
+    tensors = [t for p in params for t in (p.detach(), *states_of(optimizer, p))]
     return [t.clone() for t in tensors]
 
 
@@ -72,7 +67,7 @@ def test_a_launch_that_fails_names_the_error_and_the_next_step_works():
         with pytest.raises(RuntimeError, match="run without refresh"):
             part.backend.run(part.prepared, StepArgs(table.hyper, table.counters))
 
-    assert_same(two_steps(SHIM, failing), two_steps("reference"))
+    assert_same(two_steps(STAND_IN, failing), two_steps("reference"))
 
 
 @pytest.mark.usefixtures("_healthy")
@@ -88,7 +83,7 @@ def test_launches_of_a_norm_that_fail_name_the_error(call):
                 part.backend.norm(part.prepared)
             cuda_shim.select()
 
-    assert_same(two_steps(SHIM, failing), two_steps("reference"))
+    assert_same(two_steps(STAND_IN, failing), two_steps("reference"))
 
 
 @pytest.mark.usefixtures("_healthy")
@@ -112,4 +107,4 @@ def test_a_kernel_that_does_not_load_is_found_before_the_step_is_counted(number)
         assert all(map(same_bits, before, after))
 
     dtypes = (torch.float32, torch.bfloat16)
-    assert_same(two_steps(SHIM, failing, dtypes), two_steps("reference", None, dtypes))
+    assert_same(two_steps(STAND_IN, failing, dtypes), two_steps("reference", None, dtypes))

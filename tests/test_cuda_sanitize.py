@@ -5,18 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onepass.engine.backends import BACKENDS
-
 from . import cuda_sanitize, cuda_shim
 from .support.devices import ON_GPU
-from .test_cuda_shim import SHIM, WHY_NOT
+from .support.targets import STAND_IN, needs_stand_in
 
 
-@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+@needs_stand_in
+@pytest.mark.usefixtures("cuda_stand_in")
 def test_every_list_is_stepped_on_the_stand_in(monkeypatch):
-    monkeypatch.setitem(BACKENDS, SHIM, cuda_shim.ShimBackend())
     before = cuda_shim.launches()
-    lists = cuda_sanitize.steps("cpu", SHIM)
+    lists = cuda_sanitize.steps("cpu", STAND_IN)
     assert lists == len(cuda_sanitize.STORED) + 1
     # Two steps of two launches for each list, and the norm.
     assert cuda_shim.launches() > before + 4 * lists

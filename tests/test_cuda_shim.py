@@ -1,8 +1,6 @@
-"""The CUDA sources, compiled by g++ against tests/cuda_shim, return the bits of the reference."""
+"""The CUDA backend's host side, on the stand-in: its launches, its plan, and the GPUs it serves."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -10,243 +8,15 @@ import torch
 import onepass
 from onepass.engine import backends
 from onepass.engine.backends import BACKENDS, Entry, StepArgs
-from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
+from onepass.formats import STATE_FORMATS
 from onepass.paging.options import SMALLEST_PAGE, Paging
 from onepass.rules import HYPER_WIDTH, RULES
 
 from . import cuda_shim
-from .cases import (
-    CASES,
-    DTYPES,
-    SIZES,
-    STEP_FORMATS,
-    assert_same,
-    last_variant,
-    make_params,
-    mx4_at_its_edges,
-    same_bits,
-    served,
-    set_grads,
-    step_of_shard,
-)
-from .test_bits import SPECIAL
+from .cases import STEP_FORMATS, assert_same, make_params, same_bits, set_grads
+from .support.targets import STAND_IN, needs_stand_in
 
-WHY_NOT = cuda_shim.why_not()
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
-
-SHIM = "cuda-shim"
-CHUNK = 16384  # elements, of csrc/cuda/tuning.h
-# Whether it maximizes is a factor in the table of numbers: either will do for a kernel.
-VARIANTS = [
-    (case, variant, f"{case.name}-{i}")
-    for case in CASES
-    for i, variant in enumerate(case.variants())
-    if variant["maximize"] == (i // 2 % 2 == 1)
-]
-IDS = [name for _, _, name in VARIANTS]
-WEIGHTS = [(dtype, name) for name, form in WEIGHT_FORMATS.items() for dtype in form.codes]
-STORED = [(*weight, states) for weight, states in itertools.product(WEIGHTS, STATE_FORMATS)]
-STORED_IDS = [f"{str(d).removeprefix('torch.')}-{w}-{s}" for d, w, s in STORED]
-
-
-@pytest.fixture(autouse=True)
-def _shim(monkeypatch):
-    monkeypatch.setitem(BACKENDS, SHIM, cuda_shim.ShimBackend())
-
-
-def step_both(build, steps, grad_dtypes):
-    """Runs an optimizer on both backends and compares them; build(backend) -> (params, it)."""
-    optimizers = []
-    for backend in ("reference", SHIM):
-        params, optimizer = build(backend)
-        for step in range(steps):
-            for i, (param, dtype) in enumerate(zip(params, grad_dtypes, strict=True)):
-                set_grads([param], dtype, seed=1000 * step + i)
-            optimizer.step()
-        optimizers.append(optimizer)
-    assert_same(*optimizers)
-
-
-@pytest.mark.parametrize(
-    ("number", "case", "variant"),
-    [(i, case, variant) for i, (case, variant, _) in enumerate(VARIANTS)],
-    ids=IDS,
-)
-def test_every_rule_option_dtype_and_format_in_one_mixed_launch(number, case, variant):
-    """Every weight and state format; sizes and the gradients' dtypes change with the variant."""
-    sizes = [[SIZES[(i + j + number) % len(SIZES)] for j in (0, 4, 8)] for i in range(len(STORED))]
-    grad_dtypes = [DTYPES[(i + number) % 3] for i in range(len(STORED)) for _ in sizes[i]]
-
-    def build(backend):
-        groups, params = [], []
-        for (dtype, weights, states), shapes in zip(STORED, sizes, strict=True):
-            states = states if served(variant, states) else "bf16"
-            made = make_params(shapes, dtype, seed=number)
-            groups.append({"params": made, "states": states, "weights": weights})
-            params += made
-        return params, case.ours(groups, **variant, backend=backend, seed=7)
-
-    before = cuda_shim.launches()
-    step_both(build, 2, grad_dtypes)
-    assert cuda_shim.launches() == before + 4  # advance and sweep, of two steps
-
-
-@pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
-def test_every_rule_and_option_in_a_list_of_fp32(case, variant, name):
-    def build(backend):
-        params = make_params([*SIZES, (CHUNK + 2085,)], torch.float32, seed=1)
-        return params, case.ours(params, **variant, backend=backend, seed=3)
-
-    step_both(build, 2, [torch.float32] * (len(SIZES) + 1))
-
-
-@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lion"])
-def test_every_format_in_a_list_of_its_own(name, dtype, weights, states):
-    """Those of combinations.h run a kernel of their own, the others the one for any list."""
-    case = next(case for case in CASES if case.name == name)
-    options = {"lr": 0.01, "weight_decay": 0.1, **({"momentum": 0.9} if name == "sgd" else {})}
-    sizes = [*SIZES, (2085,), (CHUNK + 300,)]
-
-    def build(backend):
-        params = make_params(sizes, dtype, seed=1)
-        options["states"], options["weights"] = states, weights
-        return params, case.ours(params, **options, backend=backend, seed=3)
-
-    step_both(build, 2, [dtype] * len(sizes))
-
-
-@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
-@pytest.mark.parametrize("first", [1, 8])
-def test_misaligned_slices_write_nothing_beside_them(first, dtype, weights, states):
-    """Whole warps take the wide path where everything is aligned, the narrow one elsewhere."""
-    optimizers, storages = [], []
-    for backend in ("reference", SHIM):
-        storage = make_params([(2400,)], dtype, seed=5)[0].detach()
-        params = [storage[first:1804].requires_grad_(), storage[1805:1808].requires_grad_()]
-        optimizer = onepass.AdamW(
-            params, lr=0.1, states=states, weights=weights, backend=backend, amsgrad=True
-        )
-        for step in range(2):
-            set_grads(params, dtype, seed=step)
-            optimizer.step()
-        optimizers.append(optimizer)
-        storages.append(storage)
-    assert_same(*optimizers)
-    assert same_bits(*storages)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
-def test_special_values(case, dtype, weights, states):
-    """Denormals are kept, infinities and NaN travel as in the reference: every pair of them."""
-    values = torch.tensor(SPECIAL)
-    variant = last_variant(case, states)
-    optimizers = []
-    for backend in ("reference", SHIM):
-        # Each value fills blocks, or a NaN would hide the others.
-        param = torch.nn.Parameter(values.repeat_interleave(32 * len(values)).to(dtype))
-        options = {**variant, "states": states, "weights": weights}
-        optimizer = case.ours([param], **options, backend=backend)
-        for _ in range(2):
-            param.grad = values.repeat_interleave(32).repeat(len(values)).to(dtype)
-            optimizer.step()
-        optimizers.append(optimizer)
-    assert_same(*optimizers)
-
-
-def test_mx4_at_its_edges():
-    assert_same(mx4_at_its_edges(SHIM), mx4_at_its_edges("reference"))
-
-
-@pytest.mark.parametrize("states", STATE_FORMATS)
-def test_a_mixed_list_of_groups_layouts_and_missing_gradients(states):
-    def build(backend):
-        generator = torch.Generator().manual_seed(3)
-        storage = torch.randn(5000, generator=generator)
-        half = torch.randn(5000, generator=generator).to(torch.bfloat16)
-        params = [
-            storage[1:1002].detach().requires_grad_(),
-            half[3:1500].detach().requires_grad_(),
-            torch.randn(4, 6, 5, 3, generator=generator)
-            .to(memory_format=torch.channels_last)
-            .requires_grad_(),
-            torch.randn(40, 50, generator=generator).t().requires_grad_(),
-            torch.randn(300, generator=generator).to(torch.float16).requires_grad_(),
-        ]
-        groups = [
-            {"params": params[:2]},
-            {"params": params[2:4], "states": "bf16", "lr": 0.03, "amsgrad": True},
-            {"params": params[4:], "seed": 9, "decoupled_weight_decay": False},
-        ]
-        optimizer = onepass.AdamW(groups, lr=0.1, states=states, backend=backend)
-        for step in range(4):
-            set_grads(params, torch.float32 if step < 2 else torch.bfloat16, seed=step)
-            # Another order of memory than the parameter's, a missing gradient, an expanded one.
-            params[2].grad = params[2].grad.contiguous()
-            params[0].grad = None if step % 2 else params[0].grad
-            params[3].grad = torch.full((), 0.5).expand(50, 40)
-            optimizer.step()
-        return optimizer
-
-    assert_same(build(SHIM), build("reference"))
-
-
-@pytest.mark.parametrize("first", [0, 256, (1 << 32) - 704, (7 << 32) - 1024, (1 << 40) + 512])
-@pytest.mark.parametrize("states", STATE_FORMATS)
-def test_random_bits_of_a_shard_that_starts_anywhere(first, states):
-    """Also across a multiple of 2^32, where the keys change."""
-    first -= first % STATE_FORMATS[states].block
-    found, expected = (step_of_shard(name, first, states) for name in (SHIM, "reference"))
-    assert all(map(same_bits, found, expected))
-
-
-# --- the norm --------------------------------------------------------------------------------
-
-
-def norm_of(grads):
-    entries = [
-        Entry(
-            torch.zeros_like(g), {}, STATE_FORMATS["fp32"], NATIVE[g.dtype], RULES["sgd"], 0, 0, i
-        )
-        for i, g in enumerate(grads)
-    ]
-    backend = BACKENDS[SHIM]
-    prepared = backend.prepare(entries)
-    params = [entry.param for entry in entries]
-    assert backend.refresh(prepared, params, grads)
-    found = backend.norm(prepared)
-    assert same_bits(found.view(torch.int32), backend.norm(prepared).view(torch.int32))
-    return found.tolist()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("first", [0, 1])
-def test_the_norm_of_odd_sizes_is_that_of_float64(dtype, first):
-    params = make_params([*SIZES, (9 * CHUNK + 77,), (3,)], dtype, seed=1)
-    grads = [p.detach().reshape(-1)[first:].clone() if first else p.detach() for p in params]
-    if first:  # a slice that starts in the middle of 16 bytes
-        grads[-2] = params[-2].detach()[first:]
-    squares, largest, nonfinite = norm_of(grads)
-    wide = torch.cat([g.double().reshape(-1) for g in grads])
-    # Each of the sum's roundings is half an eps of a part of it, and there are few in a row.
-    assert squares == pytest.approx(float((wide * wide).sum()), rel=1e-13)
-    assert largest == float(wide.abs().max())
-    assert nonfinite == 0
-
-
-def test_the_norm_of_what_is_not_finite_and_of_what_overflows_fp32():
-    fp32 = torch.tensor([1e30, -3e38, 0.0, 1e-45])
-    squares, largest, nonfinite = norm_of([fp32])
-    assert squares == pytest.approx(float((fp32.double() ** 2).sum()), rel=1e-15)
-    assert (largest, nonfinite) == (float(fp32.abs().max()), 0)
-    half = torch.tensor([float("nan"), -2.0, float("nan")], dtype=torch.float16)
-    squares, largest, nonfinite = norm_of([half, torch.ones(3)])
-    assert squares != squares
-    assert (largest, nonfinite) == (2.0, 2)
-    squares, largest, nonfinite = norm_of([torch.tensor([float("-inf"), 1.0]).bfloat16()])
-    assert (squares, largest, nonfinite) == (float("inf"), float("inf"), 1)
-
+pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 
 # --- the plan --------------------------------------------------------------------------------
 
@@ -254,7 +24,7 @@ def test_the_norm_of_what_is_not_finite_and_of_what_overflows_fp32():
 def test_what_is_launched_and_when_a_plan_is_stale():
     params = make_params([(5,), (4, 3)], torch.float32, 0)
     set_grads(params, torch.float32, 0)
-    optimizer = onepass.AdamW(params, backend=SHIM)
+    optimizer = onepass.AdamW(params, backend=STAND_IN)
     before = cuda_shim.launches()
     optimizer.step()
     optimizer.step()
@@ -279,7 +49,7 @@ def test_lists_without_elements_launch_no_sweep():
     params = make_params([(0,), (3, 0)], torch.float32, 0)
     set_grads(params, torch.float32, 0)
     before = cuda_shim.launches()
-    onepass.SGD(params, backend=SHIM).step()
+    onepass.SGD(params, backend=STAND_IN).step()
     assert cuda_shim.launches() == before + 1  # advance
 
 
@@ -289,7 +59,27 @@ def test_a_list_of_two_rules_is_refused():
         Entry(torch.ones(3), {0: torch.ones(3)}, STATE_FORMATS["fp32"], 0, RULES["lion"], 1, 0, 1),
     ]
     with pytest.raises(RuntimeError, match=r"must have the same rule.*\(parameter 1\)"):
-        BACKENDS[SHIM].prepare(entries)
+        BACKENDS[STAND_IN].prepare(entries)
+
+
+def test_averages_and_telemetry_are_refused():
+    param = make_params([(5,)], torch.float32, 0)[0]
+    param.grad = torch.ones(5)
+    for option in ({"ema_decay": 0.9}, {"telemetry": True}):
+        with pytest.raises(RuntimeError, match="neither ema_decay nor telemetry"):
+            onepass.SGD([param], backend=STAND_IN, **option).step()
+    entry = Entry(
+        param.detach(), {}, STATE_FORMATS["fp32"], 0, RULES["sgd"], 0, 0, 0, ema=torch.zeros(5)
+    )
+    with pytest.raises(RuntimeError, match=r"does not support ema_decay.*\(parameter 0\)"):
+        BACKENDS[STAND_IN].prepare([entry])
+    optimizer = onepass.SGD([param], backend=STAND_IN)
+    (part,) = optimizer.adopted()._parts
+    with pytest.raises(RuntimeError, match="does not support telemetry"):
+        part.backend.run(
+            part.prepared,
+            StepArgs(part.table.hyper, part.table.counters, torch.zeros(1, 4, dtype=torch.float64)),
+        )
 
 
 # --- who it serves ---------------------------------------------------------------------------
@@ -382,7 +172,11 @@ def test_paged_states(options, links):
     options = {name: value for name, value in options.items() if name != "ema_decay"}
     dtype = torch.bfloat16 if options.get("weights") else torch.float32
     found = []
-    for backend, paged in (("reference", False), (SHIM, False), (SHIM, Paging(0, SMALLEST_PAGE))):
+    for backend, paged in (
+        ("reference", False),
+        (STAND_IN, False),
+        (STAND_IN, Paging(0, SMALLEST_PAGE)),
+    ):
         params = make_params([(33,), (20_000,), (0,), (300,)], dtype, 1)
         optimizer = onepass.AdamW(
             params, **options, backend=backend, paged=paged, max_grad_norm=1e9, skip_nonfinite=True

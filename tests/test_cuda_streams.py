@@ -10,20 +10,18 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS
 
 from . import cuda_shim
 from .cases import make_params, same_bits, set_grads
-from .test_cuda_shim import SHIM, WHY_NOT
+from .support.targets import STAND_IN, needs_stand_in
 
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 
 UNLOADING, INVALID_HANDLE = 4, 400  # of cudaError_t
 
 
 @pytest.fixture(autouse=True)
 def _shim(monkeypatch):
-    monkeypatch.setitem(BACKENDS, SHIM, cuda_shim.ShimBackend())
     gc.collect()
     cuda_shim.set_devices((90, 0), (90, 0))
     cuda_shim.forget()
@@ -37,7 +35,7 @@ class Steps:
 
     def __init__(self, **options):
         self.params = make_params([(33,), (2085,)], torch.float32, 1)
-        self.optimizer = onepass.AdamW(self.params, backend=SHIM, **options)
+        self.optimizer = onepass.AdamW(self.params, backend=STAND_IN, **options)
 
     def __call__(self, *streams, dtype=torch.float32):
         for seed, stream in enumerate(streams):

@@ -10,10 +10,18 @@ from onepass.paging import slabs
 from onepass.paging.links import CudaLink, _runtime
 from onepass.paging.options import SMALLEST_PAGE, Paging
 
-from .cases import CASES, last_variant, make_params, same_bits, set_grads
+from .cases import (
+    CASES,
+    EVERY_FORMAT,
+    FORMAT_IDS,
+    assert_same,
+    last_variant,
+    make_params,
+    same_bits,
+    set_grads,
+)
 from .paging_cases import SHAPES
-from .test_cuda_shim import STORED, STORED_IDS
-from .test_triton_gpu import assert_same_as_cpu, copy_grads, on_gpu
+from .support.devices import copy_grads, on_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +39,7 @@ def steps(cpu, params, gpu, gpu_params, count, start=0):
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize(("dtype", "weights", "states"), STORED, ids=STORED_IDS)
+@pytest.mark.parametrize(("states", "weights", "dtype"), EVERY_FORMAT, ids=FORMAT_IDS)
 def test_every_format(dtype, weights, states, backend):
     cases = CASES if backend == "cuda" else [c for c in CASES if c.name == "adamw"]
     for case in cases:
@@ -44,7 +52,7 @@ def test_every_format(dtype, weights, states, backend):
                 gpu_params, **options, backend=backend, paged=Paging(budget, SMALLEST_PAGE)
             )
             steps(cpu, params, gpu, gpu_params, 3)
-            assert_same_as_cpu(gpu, cpu)
+            assert_same(gpu, cpu)
 
 
 def big(paged, **options):
@@ -61,7 +69,7 @@ def test_copies_are_waited_for_behind_a_busy_device():
     for step in range(5):
         torch.cuda._sleep(100_000_000)
         steps(cpu, params, gpu, gpu_params, 1, step)
-    assert_same_as_cpu(gpu, cpu)
+    assert_same(gpu, cpu)
 
 
 def test_side_streams_one_after_another():
@@ -73,7 +81,7 @@ def test_side_streams_one_after_another():
             torch.cuda._sleep(50_000_000)
             steps(cpu, params, gpu, gpu_params, 1, step)
         torch.cuda.current_stream().wait_stream(stream)
-    assert_same_as_cpu(gpu, cpu)
+    assert_same(gpu, cpu)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -143,7 +151,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch):
     with pytest.warns(UserWarning, match="cannot be pinned"):
         steps(cpu, params, gpu, gpu_params, 3)
     assert not gpu.state[gpu_params[0]]["exp_avg"].is_pinned()
-    assert_same_as_cpu(gpu, cpu)
+    assert_same(gpu, cpu)
     assert int(_runtime().cudaMemGetInfo(0)[0]) >= 0  # no error is left over
 
 
@@ -170,7 +178,7 @@ def test_released_gradients():
             q.grad = grad
         optimizers[0].step()
     assert len(handles) == 6
-    assert_same_as_cpu(optimizers[1], optimizers[0])
+    assert_same(optimizers[1], optimizers[0])
 
 
 @pytest.mark.parametrize("second", [False, True, "1GB"])
@@ -182,7 +190,7 @@ def test_resuming(second):
     resumed.load_state_dict(saved)
     del gpu, saved
     steps(cpu, params, resumed, gpu_params, 2, 2)
-    assert_same_as_cpu(resumed, cpu)
+    assert_same(resumed, cpu)
 
 
 def test_an_optimizer_that_is_deleted_at_once():
@@ -228,4 +236,4 @@ def test_two_devices():
             p.grad = q.grad.to(p.device)
         cpu.step()
         gpu.step()
-    assert_same_as_cpu(gpu, cpu)
+    assert_same(gpu, cpu)

@@ -1,5 +1,4 @@
-"""What may come between gradients and the rule, and ride in the sweep, on every backend that runs
-here: clipping, unscaling, skipping; zeroing, averages, telemetry."""
+"""What comes between gradients and the rule, on every target: clipping, unscaling, skipping."""
 
 from __future__ import annotations
 
@@ -22,15 +21,14 @@ from .cases import (
     clone,
     last_variant,
     make_params,
-    runs_here,
     same_bits,
     set_grads,
     snapshot,
     train,
 )
+from .support.comparison import params_of
+from .support.targets import REFERENCE, compare, every_target, with_rows
 
-NAMES = runs_here()
-RUNS = [pytest.param(name, id=name) for name in NAMES]
 SLACK = 4 * torch.finfo(torch.float32).eps
 
 
@@ -43,15 +41,16 @@ def close(a, b):
 # --- clipping --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_clipping_agrees_with_torch(name, norm_type, case):
+@every_target
+def test_clipping_agrees_with_torch(target, norm_type, case):
     options = last_variant(case, "fp32")
-    ours = make_params(STEP_LIST, torch.float32, seed=1)
+    ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
-    clipped = case.ours(ours, **options, backend=name, max_grad_norm=0.5, norm_type=norm_type)
-    plain = case.ours(theirs, **options, backend=name)
+    options["backend"] = target.backend
+    clipped = case.ours(ours, **options, max_grad_norm=0.5, norm_type=norm_type)
+    plain = case.ours(theirs, **options)
     for step in range(4):
         set_grads(ours, torch.float32, seed=step)
         set_grads(theirs, torch.float32, seed=step)
@@ -71,12 +70,12 @@ def test_clipping_agrees_with_torch(name, norm_type, case):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_norm_below_the_limit_changes_no_bit(name):
-    ours = make_params(STEP_LIST, torch.float32, seed=1)
+@every_target
+def test_a_norm_below_the_limit_changes_no_bit(target):
+    ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
-    clipped = adamw(ours, backend=name, max_grad_norm=1e9)
-    plain = adamw(theirs, backend=name)
+    clipped = adamw(ours, backend=target.backend, max_grad_norm=1e9)
+    plain = adamw(theirs, backend=target.backend)
     train(clipped, ours, 3)
     train(plain, theirs, 3)
     assert_same(clipped, plain)
@@ -122,13 +121,15 @@ def test_no_gradients_at_all():
 # --- skipping --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_nonfinite_gradient_changes_no_bit(name, options, value):
+@every_target
+def test_a_nonfinite_gradient_changes_no_bit(target, options, value):
     dtype = torch.bfloat16 if "weights" in options else torch.float32
-    params = make_params(STEP_LIST, dtype, seed=1)
-    optimizer = adamw(params, backend=name, skip_nonfinite=True, **options)
+    if not target.averages:
+        options = {key: value for key, value in options.items() if key != "ema_decay"}
+    params = make_params(STEP_LIST, dtype, seed=1, device=target.device)
+    optimizer = adamw(params, backend=target.backend, skip_nonfinite=True, **options)
     set_grads(params, dtype, seed=0)
     optimizer.step()
     before = snapshot(optimizer)
@@ -143,11 +144,11 @@ def test_a_nonfinite_gradient_changes_no_bit(name, options, value):
     assert float(optimizer.state[params[0]]["step"]) == 2
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_skipped_first_step_is_as_if_it_had_not_been(name):
+@every_target
+def test_a_skipped_first_step_is_as_if_it_had_not_been(target):
     """SGD's first buffer is the gradient itself, whatever dampening is."""
-    make = {"lr": 0.02, "momentum": 0.9, "dampening": 0.25, "backend": name}
-    ours = make_params(STEP_LIST, torch.float32, seed=1)
+    make = {"lr": 0.02, "momentum": 0.9, "dampening": 0.25, "backend": target.backend}
+    ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
     skipping = onepass.SGD(ours, **make, skip_nonfinite=True)
     plain = onepass.SGD(theirs, **make)
@@ -159,6 +160,75 @@ def test_a_skipped_first_step_is_as_if_it_had_not_been(name):
     train(skipping, ours, 3)
     train(plain, theirs, 3)
     assert_same(skipping, plain)
+
+
+# --- whole steps -----------------------------------------------------------------------------
+
+SETTINGS = {
+    "clipped": ({"max_grad_norm": 3.0}, {}),
+    "largest": ({"max_grad_norm": 3.0, "norm_type": math.inf, "skip_nonfinite": True}, {}),
+    "zeroed": ({"skip_nonfinite": True, "zero_grads": True}, {}),
+    "scaled": (
+        {"max_grad_norm": 0.7, "skip_nonfinite": True},
+        {"grad_scale": lambda i: torch.tensor(8.0)},
+    ),
+    "judged": (
+        {"zero_grads": True},
+        {
+            "grad_scale": lambda i: torch.tensor(2.0**i),
+            "found_inf": lambda i: torch.tensor(float(i % 2 == 0)),
+        },
+    ),
+}
+"""Name -> options of the optimizer, and what a loss scaler sets before step i."""
+
+
+def whole_steps(target, number, name):
+    """Tensors of an optimizer after five steps, and what each step has left."""
+    case, (options, settings) = CASES[number], SETTINGS[name]
+    variant = {**next(case.variants()), **options, "states": "bf16"}
+    if case.name == "sgd":
+        variant.update(momentum=0.9, dampening=0.25)
+    shapes = [(33,), (2085,), (4, 5)]
+    params = make_params(shapes, torch.float32, seed=1, device=target.device)
+    groups = [{"params": params[:1], "lr": torch.tensor(0.02)}, {"params": params[1:], "seed": 4}]
+    optimizer = case.ours(groups, **variant, backend=target.backend, seed=3)
+    found = []
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            # Whole numbers: the sum of their squares is exact in any order.
+            grad = torch.randint(-9, 10, param.shape, generator=generator).float()
+            param.grad = grad.to(target.device)
+        if "skip_nonfinite" in options and step in (0, 2):
+            params[1].grad[100] = math.nan if step else math.inf
+        for key, value in settings.items():
+            setattr(optimizer, key, value(step).to(target.device))
+        if step == 3:
+            optimizer.param_groups[0]["lr"].fill_(0.1)
+            optimizer.param_groups[1]["lr"] = 0.001
+        optimizer.step()
+        numbers = [optimizer.grad_norm, optimizer.skipped_steps, *(p.grad for p in params)]
+        found += [torch.zeros(1) if n is None else n.float() for n in numbers]
+    skipped = 2 if "skip_nonfinite" in options else 3 if "found_inf" in settings else 0
+    assert float(optimizer.state[params[0]]["step"]) == 5 - skipped
+    for param in params_of(optimizer):
+        found += [param, *(v for v in optimizer.state[param].values())]
+    return found
+
+
+def whole_rows(target):
+    """The interpreter takes each setting, and each rule, in turn."""
+    for i, case in enumerate(CASES):
+        for j, name in enumerate(SETTINGS):
+            if not target.interpreted or j == i % len(SETTINGS):
+                yield f"{case.name}-{name}", (i, name)
+
+
+@with_rows("number,name", whole_rows)
+def test_whole_steps_are_those_of_the_reference(target, number, name):
+    """Where the first step is skipped, the momentum of SGD begins at the second."""
+    compare(target, whole_steps, number, name)
 
 
 # --- torch.amp.GradScaler --------------------------------------------------------------------
@@ -183,20 +253,21 @@ class _Loop:
             self.scale, self.good = self.scale * 0.5, 0
 
 
-@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("scaler_of", [torch.amp.GradScaler, onepass.GradScaler])
-def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(name, scaler_of):
-    # Triton is interpreted here, a step takes a tenth of a second.
-    steps = 60 if name == "triton" else 200
-    ours = make_params([(33,), (4, 5), ()], torch.float32, seed=1)
+@every_target
+def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(target, scaler_of):
+    steps = 60 if target.interpreted else 200
+    ours = make_params([(33,), (4, 5), ()], torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
-    scaled = adamw(ours, backend=name, fused=scaler_of is torch.amp.GradScaler)
-    plain = adamw(theirs, backend="reference" if name == "reference" else "cpu")
-    scaler = scaler_of("cpu", init_scale=1024.0, growth_interval=7)
+    scaled = adamw(ours, backend=target.backend, fused=scaler_of is torch.amp.GradScaler)
+    # Of the target, or of the cpu backend, whose steps are faster.
+    other = target.backend if target.device == "cuda" or target == REFERENCE else "cpu"
+    plain = adamw(theirs, backend=other)
+    scaler = scaler_of(target.device, init_scale=1024.0, growth_interval=7)
     oracle = _Loop(1024.0, 7)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
-        scale = float(scaler.scale(torch.ones(())))
+        scale = float(scaler.scale(torch.ones((), device=target.device)))
         assert scale == oracle.scale
         for params in (ours, theirs):
             set_grads(params, torch.float32, seed=step)
@@ -216,24 +287,24 @@ def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(name, scal
     assert not hasattr(scaled, "grad_scale")
 
 
-@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("scaler_of", [torch.amp.GradScaler, onepass.GradScaler])
 @pytest.mark.parametrize("unscales", [False, True])
-def test_scaling_with_clipping_and_fp16_gradients(name, scaler_of, unscales):
+@every_target
+def test_scaling_with_clipping_and_fp16_gradients(target, scaler_of, unscales):
     dtype = torch.float32 if unscales else torch.float16  # torch unscales no fp16 gradients
-    ours = make_params(STEP_LIST, torch.float32, seed=1)
+    ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
     fused = scaler_of is torch.amp.GradScaler
-    scaled = adamw(ours, backend=name, max_grad_norm=0.5, fused=fused)
-    plain = adamw(theirs, backend=name)
-    scaler = scaler_of("cpu", init_scale=64.0)
+    scaled = adamw(ours, backend=target.backend, max_grad_norm=0.5, fused=fused)
+    plain = adamw(theirs, backend=target.backend)
+    scaler = scaler_of(target.device, init_scale=64.0)
     for step in range(3):
         for params in (ours, theirs):
             set_grads(params, dtype, seed=step)
         for p in theirs:
             p.grad_dtype = None
             p.grad = p.grad.float() / 64.0
-        scaler.scale(torch.ones(()))
+        scaler.scale(torch.ones((), device=target.device))
         if unscales:
             scaler.unscale_(scaled)
         scaler.step(scaled)

@@ -1,4 +1,5 @@
-"""What may ride in the sweep, on every backend: zeroed gradients, averages, telemetry."""
+"""What a sweep does besides the rule, on every target: zeroed gradients, averages, telemetry, rows
+that are left alone."""
 
 from __future__ import annotations
 
@@ -8,32 +9,42 @@ import pytest
 import torch
 
 import onepass
+from onepass.engine.backends import StepArgs, StepSwitches
 
 from .cases import (
+    DTYPES,
+    EVERY_FORMAT,
+    SIZES,
     STEP_FORMATS,
     STEP_LIST,
     adamw,
+    advance,
     assert_same,
     clone,
     make_params,
-    runs_here,
     same_bits,
     set_grads,
     snapshot,
     train,
 )
+from .support.comparison import params_of, states_of
+from .support.targets import (
+    REFERENCE,
+    averaging_targets,
+    compare,
+    every_target,
+    on_targets,
+    with_rows,
+)
 
-NAMES = runs_here()
-RUNS = [pytest.param(name, id=name) for name in NAMES]
 
-
-@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zeroed_gradients_and_the_same_bits(name, dtype):
-    ours = make_params(STEP_LIST, dtype, seed=1)
+@every_target
+def test_zeroed_gradients_and_the_same_bits(target, dtype):
+    ours = make_params(STEP_LIST, dtype, seed=1, device=target.device)
     theirs = clone(ours)
-    zeroing = adamw(ours, backend=name, zero_grads=True, skip_nonfinite=True)
-    plain = adamw(theirs, backend=name)
+    zeroing = adamw(ours, backend=target.backend, zero_grads=True, skip_nonfinite=True)
+    plain = adamw(theirs, backend=target.backend)
     for step in range(2):
         for params in (ours, theirs):
             set_grads(params, dtype, seed=step)
@@ -50,23 +61,23 @@ def test_zeroed_gradients_and_the_same_bits(name, dtype):
     assert not ours[0].grad.any()
 
 
-@pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "reference"])
-def test_averages_are_the_bits_of_the_reference_and_change_no_others(name, options):
+def averaged(target, number, decay):
+    options = {**STEP_FORMATS[number], "ema_decay": decay}
     dtype = torch.bfloat16 if "weights" in options else torch.float32
-    options = {**options, "ema_decay": 0.75}
-    results = []
-    for backend in (name, "reference"):
-        params = make_params(STEP_LIST, dtype, seed=1)
-        optimizer = adamw(params, backend=backend, **options)
-        train(optimizer, params, 3)
-        results.append(optimizer)
-    assert_same(*results)
-    params = make_params(STEP_LIST, dtype, seed=1)
-    plain = adamw(params, backend=name, **{**options, "ema_decay": None})
-    train(plain, params, 3)
-    for p, q in zip(params, results[0].param_groups[0]["params"], strict=True):
-        assert same_bits(p.detach(), q.detach())
+    params = make_params(STEP_LIST, dtype, seed=1, device=target.device)
+    optimizer = adamw(params, backend=target.backend, **options)
+    train(optimizer, params, 3)
+    return optimizer
+
+
+@pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
+@on_targets(lambda target: target.averages and target.backend != "reference")
+def test_averages_are_the_bits_of_the_reference_and_change_no_others(target, options):
+    number = STEP_FORMATS.index(options)
+    compare(target, averaged, number, 0.75)
+    with_averages, without = averaged(target, number, 0.75), averaged(target, number, None)
+    for p, q in zip(params_of(with_averages), params_of(without), strict=True):
+        assert same_bits(p, q)
 
 
 def test_an_average_is_what_its_formula_says_and_starts_at_the_weight():
@@ -134,15 +145,15 @@ def test_averages_are_saved_and_loaded():
         adamw(clone(params), ema_decay=0.9).load_state_dict(saved)
 
 
-@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_telemetry(name, dtype):
+@averaging_targets
+def test_telemetry(target, dtype):
     """Sums of up to 300 squares: each backend adds in its own order, in fp32 at the least."""
-    params = make_params(STEP_LIST, dtype, seed=1)
+    params = make_params(STEP_LIST, dtype, seed=1, device=target.device)
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
     options = {"weights": "master"} if dtype == torch.bfloat16 else {}
     optimizer = onepass.AdamW(
-        groups, lr=0.02, backend=name, telemetry=True, max_grad_norm=0.1, **options
+        groups, lr=0.02, backend=target.backend, telemetry=True, max_grad_norm=0.1, **options
     )
     with pytest.raises(RuntimeError, match="telemetry"):
         optimizer.telemetry  # noqa: B018
@@ -171,10 +182,10 @@ def test_telemetry(name, dtype):
         assert int(numbers["nonfinite"]) == 0
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_telemetry_of_a_skipped_step_counts_what_was_wrong(name):
-    params = make_params([(33,), (300,)], torch.float32, seed=1)
-    optimizer = adamw(params, backend=name, telemetry=True, skip_nonfinite=True)
+@averaging_targets
+def test_telemetry_of_a_skipped_step_counts_what_was_wrong(target):
+    params = make_params([(33,), (300,)], torch.float32, seed=1, device=target.device)
+    optimizer = adamw(params, backend=target.backend, telemetry=True, skip_nonfinite=True)
     train(optimizer, params, 1)
     before = snapshot(optimizer)
     params[0].grad[5], params[1].grad[299] = math.nan, math.inf
@@ -187,15 +198,140 @@ def test_telemetry_of_a_skipped_step_counts_what_was_wrong(name):
     torch.testing.assert_close(found["weight_norm"], norm, rtol=2e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_telemetry_is_the_same_run_after_run(name):
+@averaging_targets
+def test_telemetry_is_the_same_run_after_run(target):
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         params = make_params(
-            [(100_000,), (33,)] if name == "cpu" else STEP_LIST, torch.float32, seed=1
+            [(100_000,), (33,)] if target.backend == "cpu" else STEP_LIST, torch.float32, seed=1
         )
-        optimizer = adamw(params, backend=name, telemetry=True)
+        optimizer = adamw(params, backend=target.backend, telemetry=True)
         train(optimizer, params, 1)
         found.append(optimizer.telemetry[0])
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+# --- rows that are left alone ----------------------------------------------------------------
+
+LARGE = [*SIZES, (2085,), (16384 + 300,)]
+FEW = [0, 12, 14, 17, 20, 25, 29, 32, 40, 47, 54]
+"""Of EVERY_FORMAT: each format of states and of weights."""
+
+
+def mixed(target, formats, sizes, offset, **options):
+    """Groups of these formats. The gradients lie in storages of 0.5, `offset` elements into them;
+    they are whole numbers, whose sums of squares are exact."""
+    groups, storages = [], []
+    for i in formats:
+        states, weights, dtype = EVERY_FORMAT[i]
+        shapes = [sizes[(i + j) % len(sizes)] for j in range(2)]
+        params = make_params(shapes, dtype, seed=i, device=target.device)
+        groups.append({"params": params, "states": states, "weights": weights})
+    optimizer = onepass.AdamW(groups, lr=0.1, amsgrad=True, backend=target.backend, **options)
+    for i, param in enumerate(params_of(optimizer)):
+        dtype = DTYPES[i % 3]
+        storage = torch.full((param.numel() + 2 * offset + 1,), 0.5, dtype=dtype)
+        inside = storage[offset : offset + param.numel()]
+        generator = torch.Generator().manual_seed(i)
+        inside.copy_(torch.randint(-8, 9, inside.shape, generator=generator))
+        storage = storage.to(target.device)
+        if dtype != param.dtype:
+            param.grad_dtype = None
+        param.grad = storage[offset : offset + param.numel()].view_as(param)
+        storages.append(storage)
+    return optimizer, storages
+
+
+def left_alone(target, formats, sizes, offset, every, zero, measured):
+    """Two steps. In the second, one row of so many has step number 0, which leaves it alone."""
+    optimizer, storages = mixed(target, formats, sizes, offset)
+    optimizer.step()
+    params = params_of(optimizer)
+    before = [[t.clone() for t in (p.detach(), *states_of(optimizer, p))] for p in params]
+    (part,) = optimizer.adopted()._parts
+    table = part.table
+    if measured:
+        table.telemetry = torch.full((len(table.rows), 4), -1.0).double().to(target.device)
+    advance(part.backend, table, None)
+    alone = [every and i % every == 0 for i in range(len(table.rows))]
+    table.counters[torch.tensor(alone, dtype=torch.bool), 1] = 0
+    step = StepArgs(table.hyper, table.counters, table.telemetry, StepSwitches(zero))
+    part.backend.run(part.prepared, step)
+    for i, (param, kept) in enumerate(zip(params, before, strict=True)):
+        now = (param.detach(), *states_of(optimizer, param))
+        same = [same_bits(a, b) for a, b in zip(kept, now, strict=True)]
+        if alone[i // 2]:
+            assert all(same)
+        elif param.numel() > 31:
+            assert not same[0]
+        assert not zero or not param.grad.any()
+    for param, storage in zip(params, storages, strict=True):
+        beside = torch.cat([storage[:offset], storage[offset + param.numel() :]])
+        assert bool((beside == 0.5).all())
+    found = [*storages, *(t for p in params for t in (p, *states_of(optimizer, p)))]
+    return found, None if table.telemetry is None else table.telemetry.cpu()
+
+
+def alone_rows(target):
+    formats = FEW if target.interpreted else range(len(EVERY_FORMAT))
+    sizes = [(33,), (), (1025,), (257,)] if target.interpreted else LARGE
+    rows = [(0, 0, True, False), (1, 2, False, True), (8, 3, True, True), (0, 2, False, False)]
+    for offset, every, zero, measured in rows:
+        row = offset, every, zero, measured and target.averages
+        names = [
+            f"offset{offset}",
+            every and f"every{every}",
+            zero and "zero",
+            row[3] and "measured",
+        ]
+        yield "-".join(filter(None, names)), (tuple(formats), tuple(sizes), *row)
+
+
+@with_rows("formats,sizes,offset,every,zero,measured", alone_rows)
+def test_rows_left_alone_zeroed_gradients_and_telemetry(
+    target, formats, sizes, offset, every, zero, measured
+):
+    args = (formats, sizes, offset, every, zero, measured)
+    found, telemetry = left_alone(target, *args)
+    expected, sums = left_alone(REFERENCE, *args)
+    assert_same(found, expected)
+    if measured:
+        # Groups of eight squares are added in fp32, the rest in float64.
+        torch.testing.assert_close(telemetry, sums, rtol=9 * 2.0**-24, atol=0, equal_nan=True)
+
+
+@every_target
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_skipped_step_zeroes_gradients_and_nothing_beside_them(target, offset):
+    optimizer, storages = mixed(target, FEW, [(33,), (), (1025,)], offset, zero_grads=True)
+    optimizer.found_inf = torch.ones((), device=target.device)
+    before = [param.detach().clone() for param in params_of(optimizer)]
+    optimizer.step()
+    assert all(map(same_bits, before, params_of(optimizer)))
+    for param, storage in zip(params_of(optimizer), storages, strict=True):
+        assert not param.grad.any()
+        beside = torch.cat([storage[:offset], storage[offset + param.numel() :]])
+        assert bool((beside == 0.5).all())
+
+
+@averaging_targets
+def test_telemetry_of_empty_parameters_is_zero(target):
+    param = torch.nn.Parameter(torch.ones(0, device=target.device))
+    param.grad = torch.ones_like(param)
+    optimizer = onepass.SGD([param], backend=target.backend, telemetry=True)
+    optimizer.step()
+    (found,) = optimizer.telemetry
+    assert not any(map(bool, found.values()))
+
+
+@averaging_targets
+def test_telemetry_beyond_the_range_of_squares_in_fp32(target):
+    param = torch.nn.Parameter(torch.tensor([3e25, 4e25, 1e-30], device=target.device))
+    param.grad = torch.tensor([3e-30, 4e-30, 0.0], device=target.device)
+    optimizer = onepass.SGD([param], lr=0.0, backend=target.backend, telemetry=True)
+    optimizer.step()
+    (found,) = optimizer.telemetry
+    for name, value in (("grad_norm", 5e-30), ("weight_norm", 5e25), ("update_norm", 0.0)):
+        # The inputs are rounded to fp32 too.
+        assert float(found[name]) == pytest.approx(value, rel=10 * 2.0**-24)

@@ -16,9 +16,16 @@ from onepass.engine.backends import StepArgs
 from onepass.engine.backends import triton as host
 from onepass.engine.backends.triton import TritonBackend
 from onepass.engine.hyper_table import History, RowTable
+from onepass.formats.floats import decode_bf16, decode_fp16, encode_bf16, encode_fp16
 from onepass.rules import HYPER_WIDTH
 
 from .cases import make_params, set_grads
+from .test_reference import NEAR_TIES
+
+try:
+    import triton.language as tl  # which kernels must see as a global
+except ImportError:
+    tl = None
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WHY_NOT = backends.BACKENDS["triton"].unavailable(CPU)
@@ -253,3 +260,39 @@ def test_a_step_is_one_launch_beside_that_of_its_hyperparameters(count, monkeypa
     assert grids == [(len(groups),), (count,)]
     if count == 300:
         assert all(bool((p != 1).all()) for p in params)
+
+
+# --- codes -----------------------------------------------------------------------------------
+
+
+@interpreted
+def test_codes_of_both_16_bit_formats():
+    """Every rounding decision, without a rule in between."""
+    import triton
+    from onepass.triton_kernels import formats
+
+    kernel = triton.jit(_round_trip)
+    block = 1 << 17
+    values = np.zeros(-(-len(NEAR_TIES) // block) * block, np.float32)
+    values[: len(NEAR_TIES)] = NEAR_TIES
+    for format_, encode, decode in (
+        (formats.FORMATS[1], encode_bf16, decode_bf16),
+        (formats.FORMATS[2], encode_fp16, decode_fp16),
+    ):
+        assert format_.element == triton.language.uint16
+        source, decoded = torch.from_numpy(values.copy()), torch.empty(len(values))
+        codes = torch.empty(len(values), dtype=torch.int16)
+        with np.errstate(all="ignore"):
+            kernel[(len(values) // block,)](source, codes, decoded, FORMAT=format_, BLOCK=block)
+            expected = encode(values)
+            numbers = decode(expected)
+        nan = np.isnan(values)
+        np.testing.assert_array_equal(codes.numpy().view(np.uint16)[~nan], expected[~nan])
+        np.testing.assert_array_equal(decoded.numpy(), numbers)
+
+
+def _round_trip(source_ptr, codes_ptr, decoded_ptr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    codes, _ = FORMAT.encode(tl.load(source_ptr + offsets), 0, 0, 0)
+    tl.store(codes_ptr + offsets, codes.to(tl.int16, bitcast=True))
+    tl.store(decoded_ptr + offsets, FORMAT.decode(codes, 0, 0, 0))

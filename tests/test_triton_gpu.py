@@ -1,8 +1,6 @@
-"""The triton backend on a GPU: the reference's bits, streams, large tensors, launches."""
+"""The triton backend on a GPU: streams, large tensors, launches."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -12,8 +10,9 @@ from onepass.engine.backends import BACKENDS
 from onepass.formats.floats import encode_bf16_stochastic
 from onepass.numerics.random_bits import random_bits
 
-from .cases import CASES, DTYPES, FORMATS, IDS, SIZES, VARIANTS, make_params, same_bits, set_grads
-from .test_bits import SPECIAL
+from .cases import FORMATS, SIZES, make_params, same_bits
+from .support.comparison import assert_same
+from .support.devices import on_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,89 +25,6 @@ def _available():
     """With a GPU, a backend that does not serve it is a failure, not a reason to skip."""
     if torch.cuda.is_available():
         assert BACKENDS["triton"].unavailable(torch.device("cuda")) == ""
-
-
-def on_gpu(params):
-    return [torch.nn.Parameter(p.detach().cuda()) for p in params]
-
-
-def assert_same_as_cpu(gpu, cpu):
-    pairs = zip(gpu.param_groups, cpu.param_groups, strict=True)
-    for i, (p, q) in enumerate(
-        pair for a, b in pairs for pair in zip(a["params"], b["params"], strict=True)
-    ):
-        assert same_bits(p.detach().cpu(), q.detach()), f"parameter {i}"
-        assert gpu.state[p].keys() == cpu.state[q].keys()
-        for key, value in gpu.state[p].items():
-            assert same_bits(value.cpu(), cpu.state[q][key]), f"{key} of parameter {i}"
-
-
-def copy_grads(params, from_params):
-    for param, source in zip(params, from_params, strict=True):
-        if source.grad is None:
-            param.grad = None
-            continue
-        if source.grad.dtype != param.dtype:
-            param.grad_dtype = None
-        param.grad = source.grad.to(param.device, copy=True)
-
-
-COMBINATIONS = list(itertools.product(DTYPES, DTYPES, FORMATS))
-
-
-@pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
-def test_every_rule_option_dtype_format_and_odd_size_in_one_launch(case, variant, name):
-    groups, gpu_groups, all_params = [], [], []
-    for i, (dtype, _, states) in enumerate(COMBINATIONS):
-        params = make_params([*SIZES, (5000 + i,)], dtype, seed=i)
-        gpu_params = on_gpu(params)
-        groups.append({"params": params, "states": states})
-        gpu_groups.append({"params": gpu_params, "states": states})
-        all_params.append((params, gpu_params))
-    cpu = case.ours(groups, **variant, backend="reference", seed=7)
-    gpu = case.ours(gpu_groups, **variant, backend="triton", seed=7)
-    for step in range(3):
-        for i, (params, gpu_params) in enumerate(all_params):
-            set_grads(params, COMBINATIONS[i][1], seed=100 * step + i)
-            copy_grads(gpu_params, params)
-        cpu.step()
-        gpu.step()
-    assert_same_as_cpu(gpu, cpu)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize(("dtype", "states"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
-@pytest.mark.parametrize("first", [0, 1])
-def test_large_tensors_aligned_and_misaligned(case, dtype, states, first):
-    *_, variant = case.variants()
-    storage = make_params([(300_001,)], dtype, seed=2)[0].detach()
-    cpu_param = torch.nn.Parameter(storage[first:].clone())
-    gpu_param = torch.nn.Parameter(storage.cuda()[first:])
-    assert gpu_param.data_ptr() % 16 == first * dtype.itemsize
-    cpu = case.ours([cpu_param], **variant, states=states, backend="reference")
-    gpu = case.ours([gpu_param], **variant, states=states, backend="triton")
-    for step in range(2):
-        set_grads([cpu_param], dtype, seed=step)
-        copy_grads([gpu_param], [cpu_param])
-        cpu.step()
-        gpu.step()
-    assert_same_as_cpu(gpu, cpu)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_special_values(case):
-    values = torch.tensor(SPECIAL)
-    for variant, dtype, states in itertools.product(case.variants(), DTYPES, FORMATS):
-        cpu_param = torch.nn.Parameter(values.repeat_interleave(len(values)).to(dtype))
-        (gpu_param,) = on_gpu([cpu_param])
-        cpu = case.ours([cpu_param], **variant, states=states, backend="reference")
-        gpu = case.ours([gpu_param], **variant, states=states, backend="triton")
-        for _ in range(2):
-            cpu_param.grad = values.repeat(len(values)).to(dtype)
-            copy_grads([gpu_param], [cpu_param])
-            cpu.step()
-            gpu.step()
-        assert_same_as_cpu(gpu, cpu)
 
 
 def test_none_picks_triton_where_there_is_no_cuda_library(monkeypatch):
@@ -135,7 +51,7 @@ def test_a_side_stream_is_the_one_that_is_used():
     for step in range(4):
         cpu_param.grad = torch.full_like(cpu_param, step - 1.5)
         cpu.step()
-    assert_same_as_cpu(gpu, cpu)
+    assert_same(gpu, cpu)
 
 
 def test_many_steps_in_flight_keep_their_own_hyperparameters():
@@ -155,7 +71,7 @@ def test_many_steps_in_flight_keep_their_own_hyperparameters():
             optimizer.step()
         optimizers.append(optimizer)
     torch.cuda.synchronize()
-    assert_same_as_cpu(optimizers[1], optimizers[0])
+    assert_same(optimizers[1], optimizers[0])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")

@@ -11,7 +11,7 @@ import onepass
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 
 from .cases import CASES, assert_same, last_variant, make_params, set_grads
-from .test_triton_gpu import on_gpu
+from .support.devices import on_gpu
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,19 +12,7 @@ import torch
 import onepass
 
 from ..cases import make_params, set_grads
-from ..test_triton_gpu import assert_same_as_cpu, copy_grads
-
-__all__ = [
-    "CHUNK",
-    "Pair",
-    "assert_same_as_cpu",
-    "copy_grads",
-    "each_device",
-    "each_target",
-    "place",
-    "replayable",
-    "stream_of",
-]
+from .comparison import assert_same
 
 CHUNK = 16384  # elements that one thread block of the cuda backend takes
 
@@ -51,6 +39,22 @@ each_target = pytest.mark.parametrize(("device", "backend"), TARGETS)
 def place(params: Sequence[torch.Tensor], device: str) -> list[torch.Tensor]:
     """Copies of parameters as new parameters on a device."""
     return [torch.nn.Parameter(p.detach().to(device, copy=True)) for p in params]
+
+
+def on_gpu(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of parameters as new parameters on the GPU."""
+    return place(params, "cuda")
+
+
+def copy_grads(params: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Gives parameters copies of the gradients of others, on their own device."""
+    for param, source in zip(params, sources, strict=True):
+        if source.grad is None:
+            param.grad = None
+            continue
+        if source.grad.dtype != param.dtype:
+            param.grad_dtype = None
+        param.grad = source.grad.to(param.device, copy=True)
 
 
 class Pair:
@@ -108,7 +112,7 @@ class Pair:
 
     def assert_same(self) -> None:
         """The weights and states of both are the same bits."""
-        assert_same_as_cpu(self.ours, self.reference)
+        assert_same(self.ours, self.reference)
 
 
 def stream_of(device: str) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:

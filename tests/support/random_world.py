@@ -22,9 +22,9 @@ from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules.group_options import DEFAULTS, option
 
 from ..cases import CASES, DTYPES, make_params, same_bits, served
-from ..conftest import isas
 from ..oracle import Oracle
 from .odd_tensors import AMBIENT, plain_value
+from .targets import instruction_sets
 
 Tensor = torch.Tensor
 Grads = list[Tensor | None]
@@ -176,7 +176,7 @@ class World:
         settings = {name: rng.choice(values) for name, values in SETTINGS.items()}
         backends, isa = {"plain": "reference", "reference": "reference"}, ""
         if not onepass.ops.missing:
-            backends["cpu"], isa = "cpu", onepass.ops.cpu_isa(rng.choice(isas()))
+            backends["cpu"], isa = "cpu", onepass.ops.cpu_isa(rng.choice(instruction_sets()))
         self.tell(f"onepass.{self.case.ours.__name__} with {settings}, {isa}")
         for i, group in enumerate(drawn):
             self.tell(f"  group {i}: {group}")
