@@ -112,7 +112,7 @@ def train(name, target, steps, lr, noise, seed=4):
         shown = decode("native", stored[0])
         grad = shown - target + F32(noise) * rng.standard_normal(count, F32)
         group = ADAMW | {"lr": lr * (1 - step / (steps + 1)), "weight_decay": 0}
-        hyper = [F32(x) for x in rule.derive(rule.options(group), StepOf(step, step == 1))]
+        hyper = [F32(x) for x in rule.derive(rule.options_row(group), StepOf(step, step == 1))]
         param, states = rule.update(param, grad, states, hyper, {"decoupled"})
         random = random_bits(seed, step, 0, 0, count, 1) >> np.uint32(16)
         stored = encode(name, param, random)

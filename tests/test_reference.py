@@ -164,7 +164,7 @@ def test_power_is_pow_to_a_few_ulp():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_derive_returns_what_the_table_says(case):
     rule, group = case.ours.rule, case.ours([torch.nn.Parameter(torch.ones(1))]).defaults
-    options = rule.options(group)
+    options = rule.options_row(group)
     assert len(options) == OPTIONS_WIDTH
     advanced = rule.advance(options, 3, tuple(s.starts_at for s in rule.scalar_states))
     assert len(rule.derive(options, StepOf(3, False, advanced))) == rule.scalars
@@ -175,7 +175,7 @@ def test_adam_hyperparameters_fold_the_bias_corrections():
     group = {"lr": 0.1, "weight_decay": 0.0, "decoupled_weight_decay": True}
     group |= {"betas": (0.9, 0.99), "eps": 1e-3, "maximize": False, "ema_decay": None}
     adam = RULES["adam"]
-    step_size, _, _, _, _, _, eps = adam.derive(adam.options(group), StepOf(7, False))
+    step_size, _, _, _, _, _, eps = adam.derive(adam.options_row(group), StepOf(7, False))
     m, v = 0.3, 0.02
     expected = 0.1 * (m / (1 - 0.9**7)) / (math.sqrt(v / (1 - 0.99**7)) + 1e-3)
     assert step_size * m / (math.sqrt(v) + eps) == pytest.approx(expected, rel=1e-14)

@@ -17,7 +17,7 @@ ADAM = RULES["adam"]
         ("flags", {"flags": tuple(Flag(f"flag{i}") for i in range(limits.MAX_FLAGS + 1))}),
         (
             "states",
-            {"slots": tuple(Slot(f"s{i}", None, "first") for i in range(limits.MAX_STATES + 1))},
+            {"slots": tuple(Slot(f"s{i}", "first") for i in range(limits.MAX_STATES + 1))},
         ),
         (
             "scalar states",
@@ -38,9 +38,9 @@ def test_a_rule_over_a_limit_is_refused(what, change):
 def test_a_rule_with_too_many_options_of_its_own_is_refused():
     rule = replace(ADAM, own=lambda group: (0.0,) * (limits.MAX_OPTIONS + 1))
     with pytest.raises(ValueError, match=f"at most {limits.MAX_OPTIONS} fit"):
-        rule.options({"lr": 0.1, "weight_decay": 0.0})
+        rule.options_row({"lr": 0.1, "weight_decay": 0.0})
     full = replace(ADAM, own=lambda group: (7.0,) * limits.MAX_OPTIONS)
-    options = full.options({"lr": 0.1, "weight_decay": 0.0})
+    options = full.options_row({"lr": 0.1, "weight_decay": 0.0})
     assert options.count(7.0) == limits.MAX_OPTIONS
 
 

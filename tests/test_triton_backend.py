@@ -132,7 +132,7 @@ def test_every_rule_and_format_has_a_kernel():
     from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
     from onepass.rules import RULES
 
-    assert all(rules.update_of(name) and rules.derive_of(name) for name in RULES)
+    assert all(rules.update_of(rule) and rules.derive_of(rule) for rule in RULES.values())
     weights = {code for form in WEIGHT_FORMATS.values() for code in form.codes.values()}
     states = {form.code for form in STATE_FORMATS.values()}
     assert {*formats.FORMATS, *formats.MOMENT_FORMATS} == weights | states

@@ -18,7 +18,7 @@ from onepass.engine.backends.triton import CONTRACTS, _version
 HERE = Path(__file__).parent
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
-RULES = ("sgd", "adagrad", "rmsprop", "adam", "lion")
+RULES = ("sgd", "adagrad", "rmsprop", "adam", "lion", "nadam", "adabelief")
 EVERY = tuple(f"every-{rule}" for rule in RULES)
 SMALL = ("judge", "advance-adam", *(f"advance-{rule}" for rule in RULES if rule != "adam"))
 

@@ -23,12 +23,15 @@ from onepass.triton_kernels import norm, prologue, rules, sums
 from onepass.triton_kernels.sweep import sweep
 from onepass.triton_kernels.table import TUNING
 from onepass.triton_kernels.variants import Variant, Variants
+from support.custom_rules import ADABELIEF
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
-from onepass.rules import MAX_STATES, RULES
+from onepass.rules import MAX_STATES
+from onepass.rules import RULES as BUILT_IN
 
+RULES = {**BUILT_IN, ADABELIEF.name: ADABELIEF}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -46,7 +49,7 @@ def variant(
     slots = {slot for slot, _ in RULES[rule].state_slots(flags)}
     code = STATE_FORMATS[states].code
     codes = tuple(code if s in slots else -1 for s in range(MAX_STATES))
-    return Variant(rule, flags, param, grad, codes, ema)
+    return Variant(RULES[rule], flags, param, grad, codes, ema)
 
 
 def every_flag(rule: str, target: str) -> tuple[Variant, ...]:
@@ -149,8 +152,8 @@ SMALL = {
                 ),
             },
             {
-                "ADVANCE": rules.advance_of(rule),
-                "DERIVE": rules.derive_of(rule),
+                "ADVANCE": rules.advance_of(RULES[rule]),
+                "DERIVE": rules.derive_of(RULES[rule]),
                 "SCALARS": RULES[rule].scalars,
                 "SCALAR_STATES": len(RULES[rule].scalar_states),
                 "JUDGED": True,

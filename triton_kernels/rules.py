@@ -27,6 +27,7 @@ DECOUPLED = tl.constexpr(rule_table.DECOUPLED)
 LR = tl.constexpr(rule_table.LR)
 WEIGHT_DECAY = tl.constexpr(rule_table.WEIGHT_DECAY)
 OWN = tl.constexpr(rule_table.OWN)
+MAX_OPTIONS = tl.constexpr(rule_table.limits.MAX_OPTIONS)
 
 
 @triton.jit
@@ -220,21 +221,34 @@ def derive_nadam(o, step, first, scalar_states):
 
 
 @triton.jit
+def derive_options(o, step, first, scalar_states):
+    """The default of custom rules: lr, the weight decay, and the rule's own numbers."""
+    scalars = (o[LR], decay(o, o[LR]))
+    for i in tl.static_range(MAX_OPTIONS):
+        scalars = scalars + (o[OWN + i],)
+    return scalars
+
+
+@triton.jit
 def keep(o, step, scalar_states):
     """The advance of a rule without scalar states."""
     return scalar_states
 
 
-def advance_of(name):
-    """The function advance of a rule."""
-    return globals().get(f"advance_{name}", keep)
-
-
-def update_of(name):
+def update_of(rule):
     """The update function of a rule."""
-    return globals()[name]
+    return globals()[rule.name] if rule.options is None else rule.triton_update
 
 
-def derive_of(name):
+def derive_of(rule):
     """The function derive of a rule."""
-    return globals()[f"derive_{name}"]
+    if rule.options is None:
+        return globals()[f"derive_{rule.name}"]
+    return rule.triton_derive or derive_options
+
+
+def advance_of(rule):
+    """The function advance of a rule."""
+    if rule.options is None:
+        return globals().get(f"advance_{rule.name}", keep)
+    return rule.triton_advance or keep

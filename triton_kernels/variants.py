@@ -10,7 +10,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .. import rules as rule_table
+from onepass.rules import Rule
+
 from ..formats import ABSENT
 from . import formats, rules
 from .formats import FORMATS, Format
@@ -21,14 +22,14 @@ class Variant:
     """The compile-time properties of a chunk: a rule with its flags, and the formats.
 
     Attributes:
-        rule: name in :data:`onepass.rules.RULES`.
+        rule: the rule.
         flags: the flags of the rule, as :meth:`onepass.rules.Rule.flag_bits` returns them.
         param, grad: numbers of the formats of the parameter and the gradient.
         states: numbers of the formats of the states; ABSENT for a slot without a state.
         ema: whether the weight has an average.
     """
 
-    rule: str
+    rule: Rule
     flags: int
     param: int
     grad: int
@@ -43,17 +44,17 @@ class Variant:
     @cached_property
     def scalars(self) -> int:
         """The number of fp32 scalars that the update takes."""
-        return rule_table.RULES[self.rule].scalars
+        return self.rule.scalars
 
     @cached_property
     def slots(self) -> int:
         """The number of slots of the rule, with or without a state."""
-        return len(rule_table.RULES[self.rule].slots)
+        return len(self.rule.slots)
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kind of moment of each slot."""
-        return rule_table.RULES[self.rule].kinds
+        return self.rule.kinds
 
     @cached_property
     def param_format(self) -> Format:
@@ -133,7 +134,9 @@ class Variants:
     def cache_key(self) -> str:
         """The key in Triton's cache on disk; Triton does not hash the sources of a constexpr."""
         sources = [getattr(f, "cache_key", "") for v in self.variants for f in v.functions]
-        return hashlib.sha256(repr((self.variants, sources)).encode()).hexdigest()
+        # A custom rule may change between two runs without a change of its name or its update.
+        slots = [(v.rule.slots, v.scalars) for v in self.variants]
+        return hashlib.sha256(repr((self.variants, slots, sources)).encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"Variants_{self.cache_key}"

@@ -15,24 +15,30 @@ if TYPE_CHECKING:
     from .distributed import number_parameters
     from .engine import backends
     from .engine import libraries as ops
+    from .engine.rule_check import check_rule
     from .optim import *  # noqa: F403
+    from .optim.custom import optimizer
     from .optim.grad_scaler import GradScaler
     from .optim.gradient_release import release_gradients
     from .optim.mixed_precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
+    from .rules.custom import Rule
 
     __version__: str
     __all__ = [
         "EMBEDDINGS",
         "NORMS",
         "GradScaler",
+        "Rule",
         "backends",
         "cast_model",
+        "check_rule",
         "convert_state_dict",
         "from_bitsandbytes",
         "full_precision_state_dict",
         "memory",
         "number_parameters",
         "ops",
+        "optimizer",
         "parameter_groups",
         "release_gradients",
         "to_bitsandbytes",
@@ -47,6 +53,9 @@ _HOMES = {
     "full_precision_state_dict": "checkpoints.conversion",
     "number_parameters": "distributed",
     "GradScaler": "optim.grad_scaler",
+    "Rule": "rules.custom",
+    "check_rule": "engine.rule_check",
+    "optimizer": "optim.custom",
     "release_gradients": "optim.gradient_release",
     "EMBEDDINGS": "optim.mixed_precision",
     "NORMS": "optim.mixed_precision",

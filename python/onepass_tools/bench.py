@@ -22,7 +22,12 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `onepass bench`."""
-    parser.add_argument("--rule", default="adamw", help="the algorithm (default: adamw)")
+    parser.add_argument(
+        "--rule",
+        default="adamw",
+        help="a class of onepass in lower case, or module:Class for a rule of your own "
+        "(default: adamw)",
+    )
     parser.add_argument("--states", default="fp32", help="format of the states (default: fp32)")
     parser.add_argument(
         "--weights", default="native", help="format of the weights (default: native)"
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from onepass_tools.benchmark.providers import all_providers, find
 
     try:
-        chosen = find(all_providers(device.type), args.providers)
+        chosen = find(all_providers(device.type, ":" in case.rule), args.providers)
     except ValueError as error:
         raise UsageError(str(error)) from None
     # Other libraries print during import and compilation; stdout must contain only the table.
@@ -117,6 +122,8 @@ def _case(args: argparse.Namespace) -> Case:
     from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
     from onepass_tools.benchmark.cases import DTYPES, OPTIONS, Case
 
+    if ":" in args.rule:
+        _add_custom(args.rule)
     rule = _one_of(args.rule, OPTIONS, "--rule")
     states = _one_of(args.states, STATE_FORMATS, "--states")
     weights = _one_of(args.weights, WEIGHT_FORMATS, "--weights")
@@ -127,6 +134,21 @@ def _case(args: argparse.Namespace) -> Case:
         served = [name for name, found in DTYPES.items() if found in codes]
         raise UsageError(f"--weights {weights} needs --dtype {' or '.join(served)}; got {dtype}")
     return Case(rule, dtype, states, _params(args), weights)
+
+
+def _add_custom(name: str) -> None:
+    """Makes the class ``module:Class`` a rule of the benchmark."""
+    from onepass import optim
+    from onepass.memory.models import load
+    from onepass_tools.benchmark.cases import add_class
+
+    try:
+        made = load(name)
+    except ValueError as error:
+        raise UsageError(f"--rule {error}") from None
+    if not isinstance(made, type) or not issubclass(made, optim.Optimizer):
+        raise UsageError(f"--rule {name} must be an optimizer class of onepass, not {made!r}")
+    add_class(name, made)
 
 
 def _params(args: argparse.Namespace) -> ParamList:

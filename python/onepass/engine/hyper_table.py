@@ -188,7 +188,7 @@ class RowTable:
                 if skip:
                     counters[i, 1] = 0
                     continue
-                options = rule.options(row.group)
+                options = rule.options_row(row.group)
                 advanced: tuple[float, ...] = ()
                 if scalar_states:
                     advanced = rule.advance(options, number, tuple(scalar_states))
@@ -222,7 +222,7 @@ class RowTable:
         includes this copy, so a replay uses the tensor's current value.
         """
         groups = [row.group for row in self.rows]
-        options = [self.rule.options(_known_to_host(group)) for group in groups]
+        options = [self.rule.options_row(_known_to_host(group)) for group in groups]
         seeds = [int(option(group, "seed")) for group in groups]
         # Replays of a captured graph overwrite the table, so the host's cached values may be stale.
         if options != self._options or self._captured:

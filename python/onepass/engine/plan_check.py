@@ -63,4 +63,6 @@ def _choose_backends(
         option(group, "ema_decay") is not None for group in request.groups
     )
     devices = dict.fromkeys(view.local.device for view in views)
-    return {device: backends.choose(device, request.backend, extras) for device in devices}
+    return {
+        device: backends.choose(device, request.backend, extras, request.rule) for device in devices
+    }

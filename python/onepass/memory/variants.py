@@ -13,6 +13,7 @@ from .. import optim
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS
 from ..optim.registry import classes
 from ..suggestions import did_you_mean
+from .models import load
 from .models.shapes import EMBEDDING, NORM
 
 Groups = list[dict[str, Any]]
@@ -88,17 +89,28 @@ class Variant:
 def parse(text: str) -> Variant | None:
     """The variant with a command-line name; None if its first word is not a onepass class.
 
+    The first word is the name of a class of onepass in any case, or ``module:Class`` for a class of
+    a custom rule.
+
     Raises:
         ValueError: a word after a plus is unknown (the message lists the known words), or the
             options are invalid for the class.
     """
-    name, *words = text.lower().split("+")
-    made = classes().get(name)
+    name, *words = text.split("+")
+    words = [word.lower() for word in words]
+    if ":" in name:
+        found = load(name)
+        if not isinstance(found, type) or not issubclass(found, optim.Optimizer):
+            return None
+        made: type[optim.Optimizer] | None = found
+    else:
+        name = name.lower()
+        made = classes().get(name)
     if made is None:
         return None
     variant = Variant(name, made).plus(*words)
     variant.make([torch.nn.Parameter(torch.empty(1, device="meta", dtype=torch.bfloat16))])
-    return replace(variant, name=text.lower())
+    return replace(variant, name="+".join([name, *words]))
 
 
 def _option(word: str, name: str) -> dict[str, Any]:

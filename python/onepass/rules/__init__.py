@@ -12,6 +12,7 @@ import pkgutil
 from . import limits
 from .base import (
     DECOUPLED,
+    DECOUPLED_DECAY,
     EMA,
     EMA_DECAY,
     HYPER_WIDTH,
@@ -20,15 +21,21 @@ from .base import (
     OWN,
     SIGN,
     WEIGHT_DECAY,
+    Flag,
     Rule,
+    ScalarState,
+    Slot,
     StepOf,
+    decay,
     power,
 )
+from .custom import Option
 from .limits import MAX_SCALAR_STATES, MAX_STATES
 
 __all__ = [
     "CODES",
     "DECOUPLED",
+    "DECOUPLED_DECAY",
     "EMA",
     "EMA_DECAY",
     "HYPER_WIDTH",
@@ -41,8 +48,13 @@ __all__ = [
     "RULES",
     "SIGN",
     "WEIGHT_DECAY",
+    "Flag",
+    "Option",
     "Rule",
+    "ScalarState",
+    "Slot",
     "StepOf",
+    "decay",
     "power",
 ]
 

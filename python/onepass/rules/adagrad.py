@@ -67,7 +67,7 @@ def check(group: Group) -> None:
 RULE = Rule(
     "adagrad",
     flags=(DECOUPLED_DECAY, Flag("eps_in_sqrt")),
-    slots=(Slot("sum", None, "second", starts_at="initial_accumulator_value"),),
+    slots=(Slot("sum", "second", starts_at="initial_accumulator_value"),),
     own=own,
     derive=derive,
     scalars=3,

@@ -83,9 +83,9 @@ RULE = Rule(
     "adam",
     flags=(DECOUPLED_DECAY, Flag("amsgrad")),
     slots=(
-        Slot("exp_avg", None, "relative"),
-        Slot("exp_avg_sq", None, "second"),
-        Slot("max_exp_avg_sq", "amsgrad", "second"),
+        Slot("exp_avg", "relative"),
+        Slot("exp_avg_sq", "second"),
+        Slot("max_exp_avg_sq", "second", "amsgrad"),
     ),
     own=own,
     derive=derive,

@@ -41,15 +41,15 @@ class Slot(NamedTuple):
 
     Attributes:
         key: the key in ``optimizer.state``.
-        flag: the flag that the state requires; None if the state always exists.
         kind: "first", a signed mean; "second", a mean of squares; "relative", a first moment whose
             magnitude scales with the square root of the rule's first state of kind "second".
+        flag: the flag that the state requires; None if the state always exists.
         starts_at: the group option that holds the initial value; None for an initial value of 0.
     """
 
     key: str
-    flag: str | None
     kind: str
+    flag: str | None = None
     starts_at: str | None = None
 
 
@@ -133,43 +133,78 @@ class Benchmark:
     options: Mapping[str, Any] = field(hash=False)
 
 
-@dataclass(frozen=True)
+def _no_numbers(group: Group) -> tuple[float, ...]:
+    """The ``own`` of a rule without numbers of its own."""
+    return ()
+
+
+def derive_options(o: Numbers, step: StepOf) -> tuple[float, ...]:
+    """lr, the weight-decay coefficient, and the rule's own numbers: the default of custom rules."""
+    return o[LR], decay(o, o[LR]), *o[OWN:]
+
+
+def _no_check(group: Group) -> None:
+    """The ``check`` of a rule that accepts every value."""
+
+
+def keep(o: Numbers, number: int, scalar_states: tuple[float, ...]) -> tuple[float, ...]:
+    """The ``advance`` of a rule without scalar states."""
+    return scalar_states
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Rule:
     """One optimizer algorithm.
 
+    The rules of onepass are in the other files of this folder. Custom rules are of the subclass
+    ``onepass.Rule`` (:class:`onepass.rules.custom.Rule`), which sets ``options``.
+
     Attributes:
-        name: the name of the rule's files in every language, and in the support matrix.
-        flags: the flags, in the order of their bits.
+        name: the name of the rule. The rules of onepass have files of that name in every language.
         slots: the state tensors, in order.
-        own: group -> the rule's own numbers in a row of the options table.
-        derive: (row of the options table, step) -> the scalars, in the order in which ``update``
-            unpacks them.
-        scalars: the number of scalars that ``derive`` returns.
         update: the specification of the step, in NumPy.
+        options: custom rules only: option -> default, or an :class:`Option` with a check. lr (1e-3)
+            and weight_decay (0) are added if they are missing. A boolean is also a flag.
+        flags: the flags, in the order of their bits; for a custom rule, those that are not options.
+        decoupled: custom rules only: whether weight decay is decoupled. With
+            :data:`DECOUPLED_DECAY` in ``flags`` this is only the default.
+        own: group -> the rule's own numbers in a row of the options table. Custom rules: the
+            numbers of ``options`` in order, without lr, weight_decay and booleans.
+        derive: (row of the options table, step) -> the scalars, in the order in which ``update``
+            unpacks them. Custom rules may omit it: see :func:`derive_options`.
+        scalars: the number of scalars that ``derive`` returns; counted for a custom rule.
         check: raises ValueError if an option of a group is out of range.
         scalar_states: the numbers stored beside the step counter.
         advance: (row of the options table, number of the step, scalar states) -> the scalar states
             of that step, in float64.
+        triton_update, triton_derive, triton_advance: custom rules only: the functions of the rule
+            in Triton, which a GPU needs; see docs/own-rule.md.
         needs_step: whether ``derive`` depends on the step number; a checkpoint must then contain
             the step.
         needs_first: whether ``derive`` depends on ``StepOf.first``.
         saves_step: whether torch.optim saves a step counter; see docs/checkpoints.md.
         bitsandbytes: the equivalent optimizer of bitsandbytes; None if there is none.
         benchmark: the benchmark settings; None if the rule is not benchmarked.
+
+    Raises:
+        ValueError: the rule exceeds a limit of :mod:`onepass.rules.limits`.
     """
 
     name: str
-    flags: tuple[Flag, ...]
     slots: tuple[Slot, ...]
-    own: Callable[[Group], tuple[float, ...]]
-    derive: Callable[[Numbers, StepOf], tuple[float, ...]]
-    scalars: int
     update: Update
-    check: Callable[[Group], None] = lambda group: None
+    options: Mapping[str, Any] | None = None
+    flags: tuple[Flag, ...] = ()
+    decoupled: bool = True
+    own: Callable[[Group], tuple[float, ...]] = _no_numbers
+    derive: Callable[[Numbers, StepOf], tuple[float, ...]] = derive_options
+    scalars: int = 0
+    check: Callable[[Group], None] = _no_check
     scalar_states: tuple[ScalarState, ...] = ()
-    advance: Callable[[Numbers, int, tuple[float, ...]], tuple[float, ...]] = (
-        lambda options, number, scalar_states: scalar_states
-    )
+    advance: Callable[[Numbers, int, tuple[float, ...]], tuple[float, ...]] = keep
+    triton_update: Any = None
+    triton_derive: Any = None
+    triton_advance: Any = None
     needs_step: bool = False
     needs_first: bool = False
     saves_step: bool = True
@@ -187,6 +222,9 @@ class Rule:
                 raise ValueError(
                     f"rule {self.name!r} has {count} {what}; at most {most} are allowed"
                 )
+
+    def __repr__(self) -> str:
+        return f"Rule({self.name!r})"
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -211,7 +249,7 @@ class Rule:
         names = self.flag_names(bits)
         return [(i, s.key) for i, s in enumerate(self.slots) if not s.flag or s.flag in names]
 
-    def options(self, group: Group) -> tuple[float, ...]:
+    def options_row(self, group: Group) -> tuple[float, ...]:
         """The group's row of the options table; reads the values of tensor options such as lr."""
         own = self.own(group)
         if len(own) > MAX_OPTIONS:

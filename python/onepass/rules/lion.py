@@ -64,7 +64,7 @@ def check(group: Group) -> None:
 RULE = Rule(
     "lion",
     flags=(DECOUPLED_DECAY,),
-    slots=(Slot("exp_avg", None, "first"),),
+    slots=(Slot("exp_avg", "first"),),
     own=own,
     derive=derive,
     scalars=6,

@@ -95,7 +95,7 @@ def check(group: Group) -> None:
 RULE = Rule(
     "nadam",
     flags=(DECOUPLED_DECAY,),
-    slots=(Slot("exp_avg", None, "relative"), Slot("exp_avg_sq", None, "second")),
+    slots=(Slot("exp_avg", "relative"), Slot("exp_avg_sq", "second")),
     own=own,
     derive=derive,
     scalars=8,

@@ -19,7 +19,7 @@ def check_lr(lr: Any) -> None:
     """
     if isinstance(lr, torch.Tensor) and lr.is_cuda and lr.numel() == 1 and not lr.is_complex():
         return
-    if not _is_number(lr) or not 0 <= float(lr) <= _FP32_MAX:
+    if not is_number(lr) or not 0 <= float(lr) <= _FP32_MAX:
         raise ValueError(
             "lr must be a finite number >= 0 (or a 0-dim tensor with such a number); got "
             f"{_shown(lr)}"
@@ -28,13 +28,13 @@ def check_lr(lr: Any) -> None:
 
 def check_number(name: str, value: Any, least: float = 0.0) -> None:
     """Raises ValueError unless value is a finite number of at least ``least``."""
-    if not _is_number(value) or not least <= float(value) < math.inf:
+    if not is_number(value) or not least <= float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number >= {least:g}; got {_shown(value)}")
 
 
 def check_fraction(name: str, value: Any) -> None:
     """Raises ValueError unless value is a number in [0, 1)."""
-    if not _is_number(value) or not 0.0 <= float(value) < 1.0:
+    if not is_number(value) or not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{name} must be a number in [0, 1); got {_shown(value)}")
 
 
@@ -77,7 +77,7 @@ def is_immutable(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a number or a one-element tensor; strings and booleans are not."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
@@ -85,4 +85,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return str(float(value)) if _is_number(value) else repr(value)
+    return str(float(value)) if is_number(value) else repr(value)

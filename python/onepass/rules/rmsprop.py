@@ -91,9 +91,9 @@ RULE = Rule(
     "rmsprop",
     flags=(DECOUPLED_DECAY, Flag("momentum"), Flag("centered"), Flag("eps_in_sqrt")),
     slots=(
-        Slot("square_avg", None, "second"),
-        Slot("momentum_buffer", "momentum", "first"),
-        Slot("grad_avg", "centered", "first"),
+        Slot("square_avg", "second"),
+        Slot("momentum_buffer", "first", "momentum"),
+        Slot("grad_avg", "first", "centered"),
     ),
     own=own,
     derive=derive,

@@ -77,7 +77,7 @@ def check(group: Group) -> None:
 RULE = Rule(
     "sgd",
     flags=(DECOUPLED_DECAY, Flag("momentum"), Flag("nesterov")),
-    slots=(Slot("momentum_buffer", "momentum", "first"),),
+    slots=(Slot("momentum_buffer", "first", "momentum"),),
     own=own,
     derive=derive,
     scalars=4,

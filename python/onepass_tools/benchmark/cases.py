@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from onepass import optim
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.optim.registry import classes
 from onepass.rules import RULES
@@ -25,21 +26,34 @@ OPTIONS: dict[str, dict[str, Any]] = {
     for rule in RULES.values()
     if rule.benchmark is not None
 }
-"""The options of each measured class of onepass, by its name in lower case."""
+"""The options of each measured class, by its name: in lower case for classes of onepass, and
+``module:Class`` for others."""
+
+_CUSTOM: dict[str, type[optim.Optimizer]] = {}
+
+
+def add_class(name: str, made: type[optim.Optimizer]) -> None:
+    """Adds a class that is not of onepass; it is measured with its default options."""
+    _CUSTOM[name], OPTIONS[name] = made, {}
+
+
+def class_of(rule: str) -> type[optim.Optimizer]:
+    """The class for a key of OPTIONS."""
+    return _CUSTOM[rule] if rule in _CUSTOM else classes()[rule]
 
 
 @cache
 def group_of(rule: str) -> Mapping[str, Any]:
     """A parameter group with the options of a key of OPTIONS."""
     param = torch.nn.Parameter(torch.empty(1, device="meta"))
-    group = classes()[rule]([param], **OPTIONS[rule]).param_groups[0]
+    group = class_of(rule)([param], **OPTIONS[rule]).param_groups[0]
     return {name: value for name, value in group.items() if name != "params"}
 
 
 @cache
 def state_count(rule: str) -> int:
     """The number of state values per element for a key of OPTIONS."""
-    found = classes()[rule].rule
+    found = class_of(rule).rule
     return len(found.state_slots(found.flag_bits(group_of(rule))))
 
 

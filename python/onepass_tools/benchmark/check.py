@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from onepass.optim.registry import classes
 from onepass.rules import StepOf
 
-from .cases import DTYPES, OPTIONS, Case, group_of
+from .cases import DTYPES, OPTIONS, Case, class_of, group_of
 
 Tensor = torch.Tensor
 
@@ -62,8 +61,8 @@ def exact_step(
     Returns:
         (weights, states) after the step.
     """
-    found, group = classes()[rule].rule, group_of(rule)
-    bits, options = found.flag_bits(group), found.options(group)
+    found, group = class_of(rule).rule, group_of(rule)
+    bits, options = found.flag_bits(group), found.options_row(group)
     scalar_states = tuple(state.starts_at for state in found.scalar_states)
     for step in range(1, number + 1):
         scalar_states = found.advance(options, step, scalar_states)
@@ -84,7 +83,7 @@ def exact_step(
 
 def initial_states(rule: str, like: Tensor) -> list[Tensor]:
     """The states before the first step, in the form that :func:`exact_step` takes."""
-    found, group = classes()[rule].rule, group_of(rule)
+    found, group = class_of(rule).rule, group_of(rule)
     keys = [key for _, key in found.state_slots(found.flag_bits(group))]
     return [torch.full_like(like, found.initial_value(key, group)) for key in keys]
 

@@ -11,7 +11,7 @@ import torch
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.integrations.other_libraries import TORCH, Library, OptimizerClass
 
-from .cases import DTYPES, OPTIONS, Case, bytes_moved
+from .cases import DTYPES, OPTIONS, Case, bytes_moved, class_of
 
 Make = Callable[[list[torch.Tensor], Case, str], Any]
 """(parameters, case, device type) -> an optimizer."""
@@ -85,7 +85,14 @@ class Provider:
         """The reason why the provider does not support a case; empty if it does."""
         if device not in self.devices:
             return f"does not support {device}"
-        if case.rule not in self.rules:
+        if self.ours:
+            from onepass.engine.backends import BACKENDS
+
+            if lacks := BACKENDS[self.name.removeprefix("onepass-")].lacks(
+                class_of(case.rule).rule
+            ):
+                return lacks
+        elif case.rule not in self.rules:
             return f"has no {case.rule}" + (" of this kind" if self.library == TORCH else "")
         most = (self.most_tensors or {}).get(device)
         if most is not None and len(case.list.shapes) > most:
@@ -113,6 +120,11 @@ class Provider:
 
     def make(self, params: list[torch.Tensor], case: Case, device: str = "cpu") -> Any:
         """Makes a new optimizer over the parameters."""
+        if self.ours:
+            backend = self.name.removeprefix("onepass-")
+            options: dict[str, Any] = {**OPTIONS[case.rule], "backend": backend}
+            options |= {"states": case.states, "weights": case.weights}
+            return class_of(case.rule)(params, **options)
         return self.rules[case.rule](params, case, device)
 
     def step(

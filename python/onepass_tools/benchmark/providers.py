@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
 
-import torch
-
 from onepass.integrations.other_libraries import CLASSES as PEER_CLASSES
 from onepass.integrations.other_libraries import TORCH, TORCH_LOOPS, Library
-from onepass.optim.registry import classes
 
-from .cases import OPTIONS, Case
+from .cases import OPTIONS
 from .peers import PEERS
 from .provider import (
     AS_WEIGHTS,
@@ -21,7 +18,6 @@ from .provider import (
     CPU,
     CUDA,
     FP32_CORRECTION,
-    Make,
     Provider,
     made,
 )
@@ -30,17 +26,8 @@ ONEPASS = Library("onepass", "onepass", "onepass")
 
 
 def _onepass(backend: str) -> Provider:
-    def of(rule: str) -> Make:
-        def make(params: list[torch.Tensor], case: Case, device: str) -> Any:
-            options: dict[str, Any] = {**OPTIONS[case.rule], "backend": backend}
-            options |= {"states": case.states, "weights": case.weights}
-            return classes()[rule](params, **options)
-
-        return make
-
-    rules = {rule: of(rule) for rule in OPTIONS}
-    devices = CPU if backend == "cpu" else CUDA
-    return Provider(f"onepass-{backend}", ONEPASS, rules, devices, ours=True)
+    devices = CUDA if backend in ("cuda", "triton") else CPU
+    return Provider(f"onepass-{backend}", ONEPASS, {}, devices, ours=True)
 
 
 def _torch(
@@ -78,9 +65,15 @@ OURS_AND_TORCH = [
 ]
 
 
-def all_providers(device: str = "cpu") -> list[Provider]:
-    """Every provider that supports a device type, onepass first, including uninstalled ones."""
-    return [p for p in (*OURS_AND_TORCH, *PEERS) if device in p.devices]
+def all_providers(device: str = "cpu", custom: bool = False) -> list[Provider]:
+    """Every provider that supports a device type, onepass first, including uninstalled ones.
+
+    Args:
+        device: the device type.
+        custom: whether a custom rule is measured, which runs in the reference backend on a CPU.
+    """
+    found = [*([_onepass("reference")] if custom else []), *OURS_AND_TORCH, *PEERS]
+    return [p for p in found if device in p.devices]
 
 
 def find(providers: list[Provider], patterns: str | None) -> list[Provider]:

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from ...formats import NATIVE, STATE_FORMATS
-from ...rules import RULES
+from ...rules import RULES, Rule
 from .base import NO_SWITCHES, Backend, Entry, Policy, StepArgs, StepSwitches
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -43,7 +43,12 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
 
 
-def choose(device: torch.device, name: str | None = None, extras: bool = False) -> Backend:
+def choose(
+    device: torch.device,
+    name: str | None = None,
+    extras: bool = False,
+    rule: Rule | None = None,
+) -> Backend:
     """Chooses the backend for a device.
 
     Warns if name is None and only the reference backend can serve the device.
@@ -52,34 +57,49 @@ def choose(device: torch.device, name: str | None = None, extras: bool = False) 
         device: device of the parameters.
         name: name of the backend; None for the first backend that serves the device.
         extras: whether the backend must support weight averages and telemetry.
+        rule: the rule of the optimizer; None if the backend only computes verdicts.
 
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the named backend cannot serve the device; the message gives the reason and
-            the backends that can.
+            the backends that can. Also raised for a custom rule on a GPU without Triton functions,
+            unless the reference backend is named.
     """
     check_name(name)
+    why_not = {b.name: _why_not(b, device, extras, rule) for b in BACKENDS.values()}
     if name is not None:
-        why_not = BACKENDS[name].unavailable(device)
-        if extras and not why_not and not BACKENDS[name].extras:
-            why_not = "it supports neither ema_decay nor telemetry"
-        if why_not:
-            able = [b for b in BACKENDS.values() if b.extras or not extras]
-            others = [b.name for b in able if not b.unavailable(device)]
+        if why_not[name]:
+            others = [other for other, reason in why_not.items() if not reason]
             raise RuntimeError(
-                f"backend {name!r} cannot serve parameters on {device}: {why_not}. "
+                f"backend {name!r} cannot serve parameters on {device}: {why_not[name]}. "
                 f"Backends that can: {', '.join(others) or 'none'}"
             )
         return BACKENDS[name]
-    served = [b for b in BACKENDS.values() if device.type not in BY_NAME_ONLY.get(b.name, ())]
-    found = next(b for b in served if (b.extras or not extras) and not b.unavailable(device))
-    if found.name == "reference":
-        reasons = [f"{b.name}: {b.unavailable(device)}" for b in served if b is not found]
-        warnings.warn(
-            f"onepass uses its slow reference backend on {device} ({'; '.join(reasons)})",
-            stacklevel=2,
-        )
-    return found
+    served = [b for b in why_not if device.type not in BY_NAME_ONLY.get(b, ())]
+    found = next(b for b in served if not why_not[b])
+    if found == "reference":
+        reasons = [f"{b}: {why_not[b]}" for b in served if b != found]
+        message = f"onepass uses its slow reference backend on {device} ({'; '.join(reasons)})"
+        if rule is not None and rule.options is not None:
+            if device.type == "cpu":
+                message = f"the rule {rule.name!r} runs in NumPy on {device}: exact but slow"
+            elif lacks := BACKENDS["triton"].lacks(rule):
+                raise RuntimeError(
+                    f"parameters on {device}: {lacks}. backend='reference' runs the NumPy update, "
+                    "which is exact but slow"
+                )
+        warnings.warn(message, stacklevel=2)
+    return BACKENDS[found]
+
+
+def _why_not(backend: Backend, device: torch.device, extras: bool, rule: Rule | None) -> str:
+    """The reason why a backend cannot be chosen; empty if it can. See :func:`choose`."""
+    why_not = backend.unavailable(device)
+    if not why_not and extras and not backend.extras:
+        why_not = "it supports neither ema_decay nor telemetry"
+    if not why_not and rule is not None:
+        why_not = backend.lacks(rule)
+    return why_not
 
 
 def status() -> list[tuple[str, str]]:
@@ -99,6 +119,6 @@ def support_matrix() -> str:
     for rule in RULES.values():
         options = ", ".join(flag.name for flag in rule.flags)
         held = ", ".join(rule.keys)
-        served = " | ".join("yes" if rule.name in b.rules else "no" for b in BACKENDS.values())
+        served = " | ".join("no" if b.lacks(rule) else "yes" for b in BACKENDS.values())
         lines.append(f"| {rule.name} | {options} | {held}: {formats} | {dtypes} | {served} |")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 
 from ...formats import ABSENT, StateFormat
 from ...numerics.verdict import SKIPPED, VERDICT_WIDTH, judge
-from ...rules import CODES, MAX_STATES, RULES, Rule
+from ...rules import CODES, MAX_STATES, Rule
 from ..hyper_table import RowTable
 
 
@@ -139,20 +139,22 @@ class Backend(ABC):
 
     Attributes:
         name: value of the ``backend`` keyword.
-        rules: names of the supported rules.
         extras: whether the sweep supports weight averages and telemetry.
         launches: whether :meth:`run` is a single launch. If that launch raises, only the changes of
             :meth:`advance` remain, and :meth:`retreat` undoes them.
     """
 
     name: ClassVar[str]
-    rules: ClassVar[Collection[str]] = frozenset(RULES)
     extras: ClassVar[bool] = True
     launches: ClassVar[bool] = False
 
     @abstractmethod
     def unavailable(self, device: torch.device | None) -> str:
         """The reason why this backend cannot serve the device (None: any); empty if it can."""
+
+    def lacks(self, rule: Rule) -> str:
+        """The reason why this backend cannot run a rule; empty if it can."""
+        return ""
 
     @abstractmethod
     def prepare(self, entries: Sequence[Entry]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...rules import Rule
 from .. import libraries
 from .base import Backend, Entry, StepArgs
 
@@ -31,6 +32,10 @@ class CompiledBackend(Backend):
     """
 
     calls: Any = torch.ops.onepass
+
+    def lacks(self, rule: Rule) -> str:
+        """See :meth:`Backend.lacks`; the library has the rules of onepass."""
+        return "" if rule.options is None else f"it has no kernel for the custom rule {rule.name!r}"
 
     def prepare(self, entries: Sequence[Entry]) -> _Prepared:
         """Builds the library's plan; see :meth:`Backend.prepare`."""

@@ -5,7 +5,8 @@ It is slow and defines the exact result bits of all backends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from .base import Backend, Entry, StepArgs, same_layout
 
 F64 = npt.NDArray[np.float64]
 _NATIVE = WEIGHT_FORMATS["native"]
+TILE = 1 << 16
+"""Elements that are computed at once: a multiple of every block size, whose arrays fit a cache."""
 
 
 def _layouts(entry: Entry) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
@@ -82,9 +85,10 @@ class ReferenceBackend(Backend):
         hyper, counters = step.hyper, step.counters
         sums = np.zeros((len(hyper), TELEMETRY_WIDTH))
         for entry, grad in zip(prepared.entries, prepared.grads, strict=True):
+            row, keys = hyper[entry.row].cpu().numpy(), counters[entry.row].tolist()
             with np.errstate(all="ignore"):
-                row, keys = hyper[entry.row].cpu().numpy(), counters[entry.row].tolist()
-                sums[entry.row] += self._run_entry(entry, grad, row, keys)
+                for tile, tile_grad in _tiles(entry, grad):
+                    sums[entry.row] += self._run_entry(tile, tile_grad, row, keys)
             if step.switches.zero_grads:
                 grad.zero_()
         if step.telemetry is not None:
@@ -134,6 +138,31 @@ class ReferenceBackend(Backend):
                 entry.ema, row[EMA] * numpy_codec.to_array(entry.ema) + row[EMA + 1] * param
             )
         return _telemetry(raw, before, param)
+
+
+def _tiles(entry: Entry, grad: torch.Tensor) -> Iterator[tuple[Entry, torch.Tensor]]:
+    """Divides an entry into entries of at most TILE elements, which are views of its memory."""
+    count = entry.param.numel()
+    if count <= TILE:
+        yield entry, grad
+        return
+    form = entry.format
+    for begin in range(0, count, TILE):
+        end = min(begin + TILE, count)
+
+        def part(tensor: torch.Tensor, per: int = 1) -> torch.Tensor:
+            return numpy_codec.flat(tensor)[begin // per : -(-end // per)]  # noqa: B023
+
+        tile = replace(
+            entry,
+            param=part(entry.param),
+            states={slot: part(state, form.packed) for slot, state in entry.states.items()},
+            scales={slot: part(scale, form.block) for slot, scale in entry.scales.items()},
+            companion=None if entry.companion is None else part(entry.companion),
+            ema=None if entry.ema is None else part(entry.ema),
+            first=entry.first + begin,
+        )
+        yield tile, part(grad)
 
 
 def _telemetry(grad: F32, before: F32, after: F32) -> F64:

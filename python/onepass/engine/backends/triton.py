@@ -21,7 +21,7 @@ import torch
 
 from ...formats import ABSENT, NATIVE
 from ...formats.dynamic8 import dynamic_edges, dynamic_map
-from ...rules import MAX_STATES
+from ...rules import MAX_STATES, Rule
 from ..hyper_table import RowTable
 from ..tensor_access import has_memory
 from .base import Backend, Entry, Policy, StepArgs, same_layout
@@ -66,8 +66,7 @@ def _missing() -> str:
 def _contracts(device: torch.device) -> str:
     """The reason why Triton would not return the reference's bits on a GPU, or an empty string.
 
-    A version that is not in :data:`CONTRACTS` is allowed. The test that reads the machine code
-    fails if such a version contracts operations.
+    A version that is not in :data:`CONTRACTS` is allowed; a test reads its machine code.
     """
     version = _version()
     if not CONTRACTS.get(version, False) or torch.version.hip:
@@ -186,7 +185,7 @@ class _Prepared:
         for i, (entry, dtype) in enumerate(zip(self.entries, grad_dtypes, strict=True)):
             code = entry.format.code
             variant = make(
-                entry.rule.name,
+                entry.rule,
                 entry.flags,
                 entry.weight,
                 NATIVE[dtype],
@@ -262,6 +261,12 @@ class TritonBackend(Backend):
                 "TRITON_INTERPRET=1 is set before Python starts"
             )
         return ""
+
+    def lacks(self, rule: Rule) -> str:
+        """See :meth:`Backend.lacks`; a custom rule needs Triton functions."""
+        if rule.options is None or rule.triton_update is not None:
+            return ""
+        return f"the custom rule {rule.name!r} has no Triton code (Rule.triton_update)"
 
     def prepare(self, entries: Sequence[Entry]) -> _Prepared:
         """Builds the tables of the entries; see :meth:`Backend.prepare`.
