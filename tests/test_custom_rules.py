@@ -257,8 +257,8 @@ MISTAKES = {
     "relative alone": ({"slots": (Slot("exp_avg", "relative"),)}, "needs one of kind 'second'"),
     "a keyword": ({"options": {"beta": 0.9, "states": 1.0}}, "keyword 'states'"),
     "too many options": (
-        {"options": {"beta": 0.9, **{f"x{i}": 1.0 for i in range(8)}}, "update": signum},
-        "at most 8 fit",
+        {"options": {"beta": 0.9, **{f"x{i}": 1.0 for i in range(9)}}, "update": signum},
+        "at most 9 fit",
     ),
 }
 

@@ -70,6 +70,19 @@ ONEPASS_HD double power(double base, int64_t exponent) {
   return result;
 }
 
+// e^x for a finite x <= 0 by IEEE operations: see onepass/rules/base.py.
+ONEPASS_HD double exponential(double x) {
+  int halvings = 0;
+  while (x < -0.0625) {
+    x = x * 0.5;
+    ++halvings;
+  }
+  double result = 1.0;
+  for (int k = 10; k > 0; --k) result = 1.0 + div_rn(result * x, static_cast<double>(k));
+  for (int i = 0; i < halvings; ++i) result = result * result;
+  return result;
+}
+
 // The weight-decay coefficient: lr * weight_decay if decoupled, else weight_decay.
 ONEPASS_HD double decay_of(const Options& o, double lr) {
   return o.decoupled != 0.0 ? lr * o.weight_decay : o.weight_decay;

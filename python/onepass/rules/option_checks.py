@@ -50,6 +50,13 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False; got {value!r}")
 
 
+def check_whole(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a whole number of at least 0."""
+    check_number(name, value)
+    if float(value) != int(value):
+        raise ValueError(f"{name} must be a whole number >= 0; got {value!r}")
+
+
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """Raises ValueError unless value is one of the known names."""
     if value not in (names := list(known)):
