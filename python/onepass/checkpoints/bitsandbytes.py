@@ -59,9 +59,11 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> di
         own: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
         betas = tuple(float(beta) for beta in group["betas"])
         if theirs.betas:
-            own[theirs.betas] = betas[:2] if theirs.betas == "betas" else betas[0]
+            count = len(optimizer.defaults["betas"]) if theirs.betas == "betas" else 0
+            own[theirs.betas] = betas[:count] if count else betas[0]
         if "eps" in optimizer.defaults:
             own["eps"] = group["eps"]
+        own |= {name: group[name] for name in theirs.same}
         own |= theirs.lacking
         own |= {"maximize": False, "decoupled_weight_decay": theirs.decoupled}
         own |= {"states": "dynamic8", "format_version": VERSION, "params": group["params"]}
@@ -133,30 +135,48 @@ def _imported_state(rule: Rule, number: Any, saved: Mapping[str, Any]) -> dict[s
             "so the state dict is of another kind of optimizer"
         )
     held: dict[str, Any] = {"step": saved["step"]}
-    for i, key in enumerate(names, 1):
+    for i, name in enumerate(names, 1):
         which = f"state{i} of parameter {number}"
-        held[key] = saved[f"state{i}"]
-        if not held[key].is_contiguous():
+        stored = saved[f"state{i}"]
+        if not stored.is_contiguous():
             raise ValueError(
-                f"{which} must be contiguous; got strides {held[key].stride()}. bitsandbytes reads "
+                f"{which} must be contiguous; got strides {stored.stride()}. bitsandbytes reads "
                 "such a state in index order on a CPU and in memory order on a GPU, so its values "
                 "are ambiguous"
             )
-        if held[key].dtype == torch.uint8:
-            held[scale_key(key)] = _imported_scales(saved, i, which)
-        elif held[key].dtype != torch.float32:
-            raise ValueError(f"{which} must be uint8 or float32; got {held[key].dtype}")
+        if stored.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(f"{which} must be uint8 or float32; got {stored.dtype}")
+        scales, qmap = saved.get(f"absmax{i}"), saved.get(f"qmap{i}")
+        quantized = stored.dtype == torch.uint8
+        if quantized and (scales is None or qmap is None):
+            raise ValueError(
+                f"{which} is uint8, so absmax{i} and qmap{i} are needed (block-wise quantization); "
+                f"got {', '.join(map(str, saved))}"
+            )
+        for part, key in enumerate([name] if isinstance(name, str) else name):
+            codes = stored
+            if not isinstance(name, str):
+                codes = _part(stored, part, len(name), which)
+                scales = _part(saved[f"absmax{i}"], part, len(name), which) if quantized else None
+            held[key] = codes
+            if quantized:
+                held[scale_key(key)] = _imported_scales(codes, scales, qmap, i, which)
     return held
 
 
-def _imported_scales(saved: Mapping[str, Any], i: int, which: str) -> torch.Tensor:
-    """The scales of state i for blocks of 256 elements, after a check of its code map."""
-    codes, scales, qmap = saved[f"state{i}"], saved.get(f"absmax{i}"), saved.get(f"qmap{i}")
-    if scales is None or qmap is None:
+def _part(tensor: torch.Tensor, part: int, parts: int, which: str) -> torch.Tensor:
+    """A part of a tensor of bitsandbytes that stacks several states."""
+    if tensor.shape[:1] != (parts,):
         raise ValueError(
-            f"{which} is uint8, so absmax{i} and qmap{i} are needed (block-wise quantization); got "
-            f"{', '.join(map(str, saved))}"
+            f"{which} must be a stack of {parts} states; got a tensor of {tuple(tensor.shape)}"
         )
+    return tensor[part]
+
+
+def _imported_scales(
+    codes: torch.Tensor, scales: torch.Tensor, qmap: torch.Tensor, i: int, which: str
+) -> torch.Tensor:
+    """The scales of a part of state i for blocks of 256 elements, after a check of its code map."""
     ours = torch.from_numpy(dynamic_map(signed=i == 1))
     if qmap.shape != ours.shape or (qmap.cpu().float() - ours).abs().max() > _MAP_ERROR:
         raise ValueError(f"qmap{i} of {which} must be the dynamic map of bitsandbytes")
@@ -197,6 +217,7 @@ def _exported_options(theirs: BitsAndBytes, group: Mapping[str, Any]) -> dict[st
         "eps": float(group.get("eps", 0.0)),
         "weight_decay": float(group["weight_decay"]),
         "betas": tuple(map(float, betas)) if theirs.betas == "betas" else (float(betas), 0.0),
+        **{name: group[name] for name in theirs.same},
         **theirs.extra,
     }
 
@@ -219,11 +240,18 @@ def _exported_state(
         param = torch.empty(param.shape, dtype=torch.float32, device=param.device)
     states = fit_states(held, param, optimizer.rule, form, which, copy=True)
     exported: dict[str, Any] = {"step": int(held["step"])}
-    for i, key in enumerate(_counterpart(optimizer.rule).states, 1):
-        exported[f"state{i}"] = states[key]
+    for i, name in enumerate(_counterpart(optimizer.rule).states, 1):
+        exported[f"state{i}"] = _stacked(states, name)
         if form.scale is not None:
-            exported[f"absmax{i}"] = states[scale_key(key)]
+            single = isinstance(name, str)
+            keys = scale_key(name) if single else tuple(map(scale_key, name))
+            exported[f"absmax{i}"] = _stacked(states, keys)
             exported[f"qmap{i}"] = torch.tensor(
                 dynamic_map(signed=i == 1), dtype=torch.float32, device=param.device
             )
     return exported
+
+
+def _stacked(states: Mapping[str, torch.Tensor], name: str | tuple[str, ...]) -> torch.Tensor:
+    """The state of a key, or the states of several keys as one tensor."""
+    return states[name] if isinstance(name, str) else torch.stack([states[key] for key in name])

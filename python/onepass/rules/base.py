@@ -104,19 +104,22 @@ class BitsAndBytes:
     """The bitsandbytes optimizer with the same update as a rule.
 
     Attributes:
-        states: the onepass keys of the bitsandbytes states state1 and state2.
+        states: the onepass keys of the bitsandbytes states state1 and state2; a tuple of keys for a
+            state that is a stack of several.
         betas: the onepass option for the bitsandbytes betas, or for the first beta; empty for none.
         decoupled: whether the bitsandbytes optimizer decouples weight decay.
         lacking: onepass options that bitsandbytes does not have, or does not read in its step, and
             the value that its step assumes for each.
         extra: entries of bitsandbytes groups that this rule ignores.
+        same: options that have the same name and meaning in bitsandbytes.
     """
 
-    states: tuple[str, ...]
+    states: tuple[str | tuple[str, ...], ...]
     betas: str = ""
     decoupled: bool = False
     lacking: Mapping[str, Any] = field(default_factory=dict, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    same: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
