@@ -6,6 +6,7 @@ A new rule adds its row here, and every test of this folder runs on it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,25 @@ def nadam(oracle: Any, g: torch.Tensor) -> torch.Tensor:
     return nesterov / ((v / (1 - beta2**t)).sqrt() + o.get("eps", 1e-8))
 
 
+def ademamix(oracle: Any, g: torch.Tensor) -> torch.Tensor:
+    """As the authors' code (github.com/apple/ml-ademamix) computes it, without its eps in logs."""
+    o, t = oracle.o, oracle.t
+    beta1, beta2, beta3 = o.get("betas", (0.9, 0.999, 0.9999))
+    alpha, t_alpha, t_beta3 = o.get("alpha", 5.0), o.get("t_alpha"), o.get("t_beta3")
+    if t_alpha is not None and t < t_alpha:
+        alpha = t / t_alpha * alpha
+    if t_beta3 is not None and t < t_beta3:
+        half_life = [math.log(0.5) / math.log(beta) - 1 for beta in (beta1, beta3)]
+        mixed = (1 - t / t_beta3) * half_life[0] + t / t_beta3 * half_life[1]
+        beta3 = 0.5 ** (1 / (mixed + 1))
+    m, slow, v = (oracle.state(key) for key in ("exp_avg", "exp_avg_slow", "exp_avg_sq"))
+    m.mul_(beta1).add_((1 - beta1) * g)
+    slow.mul_(beta3).add_((1 - beta3) * g)
+    v.mul_(beta2).add_((1 - beta2) * g * g)
+    denom = v.sqrt() / math.sqrt(1 - beta2**t) + o.get("eps", 1e-8)
+    return (m / (1 - beta1**t) + alpha * slow) / denom
+
+
 BOTH = (False, True)
 CASES = [
     Case(
@@ -101,6 +121,15 @@ CASES = [
     Case("adam", onepass.Adam, torch.optim.Adam, 0.01, {}, _product(amsgrad=BOTH)),
     Case("adamw", onepass.AdamW, torch.optim.AdamW, 0.01, {}, _product(amsgrad=BOTH)),
     Case("lion", onepass.Lion, None, 0.01, {}),
+    Case(
+        "ademamix",
+        onepass.AdEMAMix,
+        None,
+        0.01,
+        {},
+        [{}, {"alpha": 3.0, "t_alpha": 50, "t_beta3": 60}],
+        direction=ademamix,
+    ),
     Case("nadam", onepass.NAdam, torch.optim.NAdam, 0.01, {}, direction=nadam),
 ]
 

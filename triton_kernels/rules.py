@@ -43,6 +43,22 @@ def power(base, exponent):
 
 
 @triton.jit
+def exponential(x):
+    """e ** x for a finite x <= 0, with the same bits as the reference."""
+    halvings = 0
+    while x < -0.0625:
+        x = x * 0.5
+        halvings += 1
+    result = tl.full((), 1.0, tl.float64)
+    for i in tl.static_range(10):
+        result = 1.0 + result * x / (10 - i)
+    while halvings > 0:
+        result = result * result
+        halvings -= 1
+    return result
+
+
+@triton.jit
 def decay(o, lr):
     """The weight decay of an update; decoupled weight decay is multiplied by lr."""
     return tl.where(o[DECOUPLED] != 0, lr * o[WEIGHT_DECAY], o[WEIGHT_DECAY])
@@ -156,6 +172,45 @@ def derive_adam(o, step, first, scalar_states):
     root = tl.sqrt(1.0 - power(beta2, step))
     step_size = o[LR] * root / (1.0 - power(beta1, step))
     return step_size, decay(o, o[LR]), beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root
+
+
+@triton.jit
+def ademamix(param, grad, states, h, FLAGS: tl.constexpr):
+    DECOUPLED: tl.constexpr = FLAGS & 1
+    fast_size, slow_size, weight_decay = h[0], h[1], h[2]
+    beta1, one_minus_beta1, beta2, one_minus_beta2 = h[3], h[4], h[5], h[6]
+    beta3, one_minus_beta3, eps = h[7], h[8], h[9]
+    exp_avg, exp_avg_slow, exp_avg_sq = states
+    if not DECOUPLED:
+        grad = grad + weight_decay * param
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_slow = beta3 * exp_avg_slow + one_minus_beta3 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+    denom = tl.sqrt_rn(exp_avg_sq) + eps
+    delta = tl.div_rn(fast_size * exp_avg + slow_size * exp_avg_slow, denom)
+    if DECOUPLED:
+        delta = delta + weight_decay * param
+    return param - delta, (exp_avg, exp_avg_slow, exp_avg_sq)
+
+
+@triton.jit
+def derive_ademamix(o, step, first, scalar_states):
+    beta1, beta2, beta3, eps = o[OWN], o[OWN + 1], o[OWN + 2], o[OWN + 3]
+    alpha, t_alpha, t_beta3 = o[OWN + 4], o[OWN + 5], o[OWN + 6]
+    log_beta1, log_beta3 = o[OWN + 7], o[OWN + 8]
+    number = step.to(tl.float64)
+    if number < t_alpha:
+        alpha = alpha * (number / t_alpha)
+    if number < t_beta3:
+        part = number / t_beta3
+        mixed = (1.0 - part) * log_beta3 + part * log_beta1
+        beta3 = exponential(log_beta1 * log_beta3 / mixed)
+    root = tl.sqrt(1.0 - power(beta2, step))
+    fast_size = o[LR] * root / (1.0 - power(beta1, step))
+    slow_size = o[LR] * root * alpha
+    weight_decay = decay(o, o[LR])
+    averages = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, beta3, 1.0 - beta3)
+    return (fast_size, slow_size, weight_decay) + averages + (eps * root,)
 
 
 @triton.jit

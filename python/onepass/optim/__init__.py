@@ -2,6 +2,7 @@
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix, PagedAdEMAMix8bit
 from .base import Optimizer
 from .bitsandbytes_names import (
     Adagrad8bit,
@@ -26,6 +27,8 @@ from .sgd import SGD
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
+    "AdEMAMix8bit",
     "Adagrad",
     "Adagrad8bit",
     "Adam",
@@ -37,6 +40,8 @@ __all__ = [
     "Lion8bit",
     "NAdam",
     "Optimizer",
+    "PagedAdEMAMix",
+    "PagedAdEMAMix8bit",
     "PagedAdam",
     "PagedAdam8bit",
     "PagedAdamW",
