@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SGD8bit": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     "Adagrad8bit": {"lr": 0.1, "weight_decay": 0.01},
     "RMSprop8bit": {"lr": 0.01, "weight_decay": 0.01},
+    "AdEMAMix8bit": {"lr": 0.01, "weight_decay": 0.1, "t_alpha": 5, "t_beta3": 6},
 }
 
 
