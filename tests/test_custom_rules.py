@@ -258,7 +258,7 @@ MISTAKES = {
     "a keyword": ({"options": {"beta": 0.9, "states": 1.0}}, "keyword 'states'"),
     "too many options": (
         {"options": {"beta": 0.9, **{f"x{i}": 1.0 for i in range(9)}}, "update": signum},
-        "at most 9 fit",
+        "at most 9 are allowed",
     ),
 }
 

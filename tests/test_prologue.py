@@ -33,6 +33,11 @@ OWN = {
         for eps in (1e-8, 0.0, 1e-300)
     ],
     "lion": [{"betas": betas} for betas in ((0.9, 0.99), (0.0, 1 / 3))],
+    "ademamix": [
+        {"betas": betas, "alpha": 5.0, "t_alpha": warm_up, "t_beta3": warm_up}
+        for betas in ((0.9, 0.999, 0.9999), (0.0, 0.95, 0.5), (1 / 3, 0.0, 0.0))
+        for warm_up in (None, 1, 1000, 1 << 25)
+    ],
 }
 """Values of the options of each rule. A rule that is not here takes those of adam that it has."""
 DEFAULTS = {case.ours.rule.name: case.ours([torch.nn.Parameter(torch.ones(1))]) for case in CASES}

@@ -31,13 +31,13 @@ ADAM = RULES["adam"]
     ],
 )
 def test_a_rule_over_a_limit_is_refused(what, change):
-    with pytest.raises(ValueError, match=rf"rule 'adam' has \d+ {what}; at most \d+ fit"):
+    with pytest.raises(ValueError, match=rf"rule 'adam' has \d+ {what}; at most \d+ are allowed"):
         replace(ADAM, **change)
 
 
 def test_a_rule_with_too_many_options_of_its_own_is_refused():
     rule = replace(ADAM, own=lambda group: (0.0,) * (limits.MAX_OPTIONS + 1))
-    with pytest.raises(ValueError, match=f"at most {limits.MAX_OPTIONS} fit"):
+    with pytest.raises(ValueError, match=f"at most {limits.MAX_OPTIONS} are allowed"):
         rule.options_row({"lr": 0.1, "weight_decay": 0.0})
     full = replace(ADAM, own=lambda group: (7.0,) * limits.MAX_OPTIONS)
     options = full.options_row({"lr": 0.1, "weight_decay": 0.0})
