@@ -89,6 +89,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "AdamW": [{"amsgrad": amsgrad} for amsgrad in (False, True)],
     "Lion": [{}],
     "NAdam": [{"momentum_decay": 0.1}],
+    "AdEMAMix": [{"t_alpha": 4, "t_beta3": 3}],
 }
 """Optimizer -> every combination of the options that select the formula of a kernel."""
 
@@ -101,7 +102,16 @@ STORED = [
 """All combinations of (dtype of the weights, format of the weights, format of the states)."""
 
 _BASE = {"lr": 0.01, "weight_decay": 0.1}
-_MOST = {"SGD": 1, "Adagrad": 1, "RMSprop": 4, "Adam": 1, "AdamW": 0, "Lion": 0, "NAdam": 0}
+_MOST = {
+    "SGD": 1,
+    "Adagrad": 1,
+    "RMSprop": 4,
+    "Adam": 1,
+    "AdamW": 0,
+    "Lion": 0,
+    "NAdam": 0,
+    "AdEMAMix": 0,
+}
 """Optimizer -> index in RULES of the options for tests of formats; every format supports them."""
 
 
@@ -125,7 +135,7 @@ def _options(optimizer: str) -> dict[str, Any]:
 def _formats() -> Iterator[DigestCase]:
     for dtype, weights, states in STORED:
         yield DigestCase("AdamW", _BASE, states, weights, dtype, dtype, "chunks")
-    for optimizer in ("SGD", "Adagrad", "RMSprop", "Adam", "Lion", "NAdam"):
+    for optimizer in ("SGD", "Adagrad", "RMSprop", "Adam", "Lion", "NAdam", "AdEMAMix"):
         for weights, states in (
             ("stochastic", "bf16"),
             ("split8", "mx8"),
@@ -183,7 +193,7 @@ def _steps() -> Iterator[DigestCase]:
             yield DigestCase("AdamW", _BASE, **stored, seed=(1 << 40) + 3)
         yield DigestCase("AdamW", _BASE, **stored, steps=5, graph=True)
         yield DigestCase("AdamW", _BASE, **stored, infinite=(1,))  # not skipped
-    for optimizer in ("SGD", "Lion", "NAdam"):
+    for optimizer in ("SGD", "Lion", "NAdam", "AdEMAMix"):
         options = {**_options(optimizer), "skip_nonfinite": True}
         yield DigestCase(optimizer, options, infinite=(0,))
         yield DigestCase(optimizer, options, "mx8", infinite=(1,), steps=5, graph=True)
