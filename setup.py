@@ -15,6 +15,7 @@ ONEPASS_SANITIZE=1 builds the CPU library with AddressSanitizer and UndefinedBeh
 `make sanitize`. This library loads only into a process that preloads the sanitizers' run times.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Distribution, Extension, find_packages, setup
@@ -87,7 +89,17 @@ CUDA_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}ULL",
 ]
 CUDA_LIBRARY = "onepass.libonepass_cuda"
-CUDA_SECONDS = {"sweep_adam": 4, "sweep_rmsprop": 3, "sweep_sgd": 2, "sweep_lion": 2}
+# The files that take longest to compile, and the first to start, so that no core is idle while the
+# last one compiles.
+LONGEST = (
+    "sweep_adam",
+    "sweep_rmsprop",
+    "kernels_avx512",
+    "kernels_avx2",
+    "kernels_plain",
+    "sweep_lion",
+    "sweep_sgd",
+)
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CUDA_DEFINES = [f"-D{name}" for name in os.environ.get("ONEPASS_CUDA_DEFINES", "").split()]
 
@@ -147,31 +159,39 @@ def architecture_flags(listed: str) -> list[str]:
     return flags
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The calls that compile the source files of a library, and the calls that link it."""
+
+    compiles: dict[Path, list[str]]
+    links: list[list[str]]
+
+
 class BuildLibrary(build_ext):
-    """Compiles each source with the flags of its instruction set, and links the libraries.
-
-    The two libraries are built in parallel, because each has a few files that take much longer than
-    the others.
-    """
-
-    # Variants of bench.tuning are built in parallel, so each of them uses one thread.
-    compiling = ThreadPoolExecutor(1 if CUDA_DEFINES else os.cpu_count())
-
-    def finalize_options(self) -> None:
-        """Builds both libraries in parallel by default."""
-        super().finalize_options()
-        self.parallel = self.parallel or 2
+    """Compiles the files of both libraries in one pool, the longest first, and links them."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """The file name of a library, without the tag of the Python version."""
         return fullname.replace(".", os.sep) + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
-        """Builds one of the two libraries."""
+    def build_extensions(self) -> None:
+        """Builds both libraries."""
+        plans = [plan for ext in self.extensions if (plan := self.plan(ext))]
+        compiles = {source: call for plan in plans for source, call in plan.compiles.items()}
+        turn = {name: i for i, name in enumerate(LONGEST)}
+        sources = sorted(compiles, key=lambda source: turn.get(source.stem, len(turn)))
+        # Variants of bench.tuning are built in parallel, so each of them uses one thread.
+        with ThreadPoolExecutor(1 if CUDA_DEFINES else os.cpu_count()) as pool:
+            list(pool.map(call, [compiles[source] for source in sources]))
+        for plan in plans:
+            for link in plan.links:
+                call(link)
+
+    def plan(self, ext: Extension) -> Plan | None:
+        """The compiler calls of a library; None, after a message, if the library is not built."""
         if ext.name == CUDA_LIBRARY:
-            self.build_cuda(ext)
-        elif not CUDA_DEFINES:
-            self.build_cpu(ext)
+            return self.plan_cuda(ext)
+        return None if CUDA_DEFINES else self.plan_cpu(ext)
 
     def objects(self, sources: list[Path]) -> list[Path]:
         """Paths of the object files of the sources; creates their folders."""
@@ -180,15 +200,21 @@ class BuildLibrary(build_ext):
             path.parent.mkdir(parents=True, exist_ok=True)
         return found
 
-    def build_cpu(self, ext: Extension) -> None:
-        """Builds the CPU library; does nothing if there is no C++ compiler."""
+    def output(self, ext: Extension) -> str:
+        """The path of a library; creates its folder."""
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def plan_cpu(self, ext: Extension) -> Plan | None:
+        """The compiler calls of the CPU library; None if there is no C++ compiler."""
         compiler = find_compiler()
         if compiler is None:
             print(
                 "onepass: no C++ compiler found (g++, c++ or clang++): only the slow reference "
                 "backend is installed"
             )
-            return
+            return None
         torch_root = find_torch()
         sanitize = SANITIZE_FLAGS if os.environ.get("ONEPASS_SANITIZE") == "1" else []
         x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -198,21 +224,18 @@ class BuildLibrary(build_ext):
         sources = [Path(s) for s in ext.sources if x86 or Path(s).name not in X86_FLAGS]
         objects = self.objects(sources)
 
-        def compile_one(source: Path, target: Path) -> None:
+        def compile_one(source: Path, target: Path) -> list[str]:
             extra = [f for f in X86_FLAGS.get(source.name, []) if takes_flag(compiler, f)]
-            call([compiler, *flags, *extra, "-c", str(source), "-o", str(target)])
+            return [compiler, *flags, *extra, "-c", str(source), "-o", str(target)]
 
-        list(self.compiling.map(compile_one, sources, objects))
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        link = [compiler, *sanitize, "-shared", *map(str, objects), "-o", str(output)]
-        link += [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        link = [compiler, *sanitize, "-shared", *map(str, objects), "-o", self.output(ext)]
         # No run path: torch loads its libraries before this one, and a run path would only record
         # the location of torch on this machine.
-        call(link)
+        link += [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        return Plan(dict(zip(sources, map(compile_one, sources, objects), strict=True)), [link])
 
-    def build_cuda(self, ext: Extension) -> None:
-        """Builds the CUDA library; does nothing without a toolkit, unless ONEPASS_CUDA=1."""
+    def plan_cuda(self, ext: Extension) -> Plan | None:
+        """The compiler calls of the CUDA library; None without a toolkit, unless ONEPASS_CUDA=1."""
         wanted = os.environ.get("ONEPASS_CUDA", "")
         compiler = find_compiler()
         nvcc, missing = find_nvcc()
@@ -225,9 +248,9 @@ class BuildLibrary(build_ext):
                 sys.exit(
                     f"onepass: ONEPASS_CUDA=1, but the CUDA library cannot be built: {missing}"
                 )
-            if compiler is not None:  # otherwise build_cpu prints a message
+            if compiler is not None:  # otherwise plan_cpu prints a message
                 print(f"onepass: the CUDA library is not built: {missing}")
-            return
+            return None
         assert compiler is not None
         assert nvcc is not None
         torch_root = find_torch()
@@ -235,40 +258,40 @@ class BuildLibrary(build_ext):
         host = [nvcc, f"-ccbin={compiler}", *CUDA_DEFINES]
         device = [*CUDA_FLAGS, *architecture_flags(listed or CUDA_ARCHITECTURES)]
         include = f"-isystem={torch_root / 'include'}"
-        # Compile the slowest files first, so that no long compilation remains at the end.
-        sources = sorted(map(Path, ext.sources), key=lambda s: -CUDA_SECONDS.get(s.stem, 0))
+        sources = [Path(s) for s in ext.sources]
         objects = self.objects(sources)
 
-        def compile_one(source: Path, target: Path) -> None:
+        def compile_one(source: Path, target: Path) -> list[str]:
             # Kernels do not include torch's headers, which nvcc compiles slowly.
             flags = device if source.suffix == ".cu" else [*CUDA_FLAGS, include]
-            call([*host, *flags, "-c", str(source), "-o", str(target)])
+            return [*host, *flags, "-c", str(source), "-o", str(target)]
 
-        list(self.compiling.map(compile_one, sources, objects))
         # The installed torch may lack libtorch_cuda.so, which has the function for the current
         # stream. Link with an empty library of this name; at run time the loader uses the real one,
         # which torch has loaded.
         stub = Path(self.build_temp, "libtorch_cuda.so")
         soname = f"-Wl,-soname,{stub.name}"
-        call([compiler, "-shared", "-xc++", os.devnull, soname, "-o", str(stub)])
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        link = [*host, "-shared", "-cudart=static", *map(str, objects), "-o", str(output)]
+        make_stub = [compiler, "-shared", "-xc++", os.devnull, soname, "-o", str(stub)]
+        link = [*host, "-shared", "-cudart=static", *map(str, objects), "-o", self.output(ext)]
         link += ["-Xlinker=-s"] * bool(CUDA_DEFINES)  # small files, because there are many variants
         link += [f"-L{stub.parent}", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
-        call([*link, f"-L{torch_root / 'lib'}", "-ltorch_cpu"])
+        link += [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        compiles = dict(zip(sources, map(compile_one, sources, objects), strict=True))
+        return Plan(compiles, [make_stub, link])
 
 
 def find_torch() -> Path:
-    """The folder of the installed torch; exits with an error if torch is not installed."""
-    try:
-        import torch
-    except ImportError:
+    """The folder of the installed torch; exits with an error if torch is not installed.
+
+    torch is not imported, because that takes seconds.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         sys.exit(
             "onepass: the build needs torch: install torch first, then run pip install "
             "--no-build-isolation onepass"
         )
-    return Path(torch.__file__).parent
+    return Path(spec.origin).parent
 
 
 def call(command: list[str]) -> None:
