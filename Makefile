@@ -5,10 +5,15 @@
 #   CXX=...     the C++ compiler (default: the first of g++, c++, clang++)
 #   SANITIZE_SECONDS=...  duration of `make sanitize` in seconds (default 600)
 #   ONEPASS_CUDA_ARCH=...  architectures of the CUDA library (default 9.0; wheels have more)
+#   REPOSITORY=...  the address of the repository, for `make docs` and `make wheel` (default: git's remote origin)
 
 PYTHON ?= python3
+REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null)
 VENV := .venv
 FRAMEWORKS := build/frameworks
+DOCS_ENV := build/docs
+RELEASE_ENV := build/release-tools
+COPY := build/release
 RUN := $(VENV)/bin/python
 LIBRARY := python/onepass/libonepass_cpu.so
 CUDA_LIBRARY := python/onepass/libonepass_cuda.so
@@ -30,7 +35,7 @@ export ONEPASS_CUDA_ARCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-frameworks sanitize bench gpu lint format wheel clean
+.PHONY: help setup demo test test-frameworks sanitize bench gpu lint format docs sdist wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +50,7 @@ test: $(VENV)/.built ## run the tests
 
 test-frameworks: $(FRAMEWORKS)/.tools ## run the tests with transformers, accelerate, Lightning, peft, torchtitan
 	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest tests/frameworks -p no:cacheprovider
+	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest tests/test_readme.py -k frameworks -p no:cacheprovider
 
 # LD_PRELOAD: Python is not instrumented, so the sanitizers must be loaded before it starts, and
 # libstdc++ with them, because AddressSanitizer looks for the functions that throw when it starts.
@@ -74,10 +80,23 @@ format: $(VENV)/.built ## rewrite the sources in the style that lint checks
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+docs: $(DOCS_ENV)/.tools ## build the documentation site into build/site
+	REPOSITORY=$(REPOSITORY) NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet
+
+# From a copy of the checkout, because the URLs of the project and the links of the README become those of REPOSITORY.
+sdist: $(VENV)/.built ## build the source distribution into dist/
+	rm -rf $(COPY) dist
+	mkdir -p $(COPY) dist
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory=$(COPY)
+	$(RUN) docs/links.py $(COPY) $(REPOSITORY)
+	cd $(COPY) && $(abspath $(RUN)) -c "from setuptools.build_meta import build_sdist; build_sdist('$(abspath dist)')" >$(abspath $(COPY)).log
+
+# auditwheel names the oldest glibc that the wheel runs with; torch brings its own libraries.
 wheel: export ONEPASS_CUDA_ARCH =
-wheel: $(VENV)/.built ## build the wheel into dist/
-	rm -rf build
-	$(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
+wheel: sdist $(RELEASE_ENV)/.tools ## build wheel and source distribution into dist/ and check them
+	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w $(COPY)/wheel dist/onepass-*.tar.gz
+	PATH="$(abspath $(RELEASE_ENV))/bin:$$PATH" auditwheel repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so -w dist $(COPY)/wheel/*.whl
+	$(RELEASE_ENV)/bin/python -m twine check --strict dist/*
 
 clean: ## delete .venv and all build outputs
 	rm -rf $(VENV) build dist python/*.egg-info $(LIBRARY) $(CUDA_LIBRARY) gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -98,6 +117,16 @@ $(VENV)/.tools: requirements/dev.txt
 $(FRAMEWORKS)/.tools: requirements/frameworks.txt $(VENV)/.built
 	"$(PYTHON)" -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet -r requirements/frameworks.txt
+	@touch $@
+
+$(DOCS_ENV)/.tools: requirements/docs.txt
+	"$(PYTHON)" -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -m pip install --quiet -r requirements/docs.txt
+	@touch $@
+
+$(RELEASE_ENV)/.tools: requirements/release.txt
+	"$(PYTHON)" -m venv $(RELEASE_ENV)
+	$(RELEASE_ENV)/bin/python -m pip install --quiet -r requirements/release.txt
 	@touch $@
 
 # Built in build/sanitize, so that the library in the package does not change.

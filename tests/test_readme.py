@@ -1,41 +1,206 @@
-"""The README keeps its word: its examples run as they stand, its table is the code's."""
+"""README.md and docs: code blocks run, links and anchors lead somewhere, tables are up to date."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from onepass.__main__ import main
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
+GENERATED = ("algorithms/", "comparison/")  # tests/test_algorithm_docs.py; onepass compare
+# Names that the blocks of a page take from the reader's program.
+SETUP = {
+    "step.md": """
+model = torch.nn.Linear(4, 4)
+optimizer = onepass.AdamW(model.parameters(), ema_decay=0.9)
+compute_loss = evaluate = lambda model: model(torch.randn(2, 4)).square().mean()
+compute_loss(model).backward()
+optimizer.step()
+optimizer.zero_grad()
+""",
+    "trainer.md": """
+import tempfile
+from pathlib import Path
+from torch import nn
+path = Path(tempfile.mkdtemp()) / "run.pt"
+model = nn.Linear(4, 4)
+labels = torch.arange(64) % 4
+dataset = torch.utils.data.TensorDataset(torch.randn(64, 4), labels)
+""",
+    "paging.md": "model = torch.nn.Linear(64, 64)",
+    "formats.md": "model = torch.nn.Linear(64, 64, dtype=torch.bfloat16)",
+    "zero.md": """
+import os, tempfile
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+store = torch.distributed.FileStore(tempfile.mktemp(), 1)
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+model = torch.nn.Linear(64, 64)
+""",
+    "checkpoints.md": """
+import tempfile
+path = tempfile.mktemp()
+model = torch.nn.Linear(64, 64)
+params = list(model.parameters())
+optimizer = onepass.AdamW(params)
+model(torch.randn(2, 64)).square().mean().backward()
+optimizer.step()
+class bnb_optimizer:
+    load_state_dict = staticmethod(lambda state: None)
+    @staticmethod
+    def state_dict():
+        made = onepass.AdamW(params, states="dynamic8")
+        made.load_state_dict(optimizer.state_dict())
+        return onepass.to_bitsandbytes(made)
+""",
+}
+SLOW = {"bench", "compare", "demo"}
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+def blocks(page, language):
+    return [code for name, code in FENCE.findall(page.read_text()) if name == language]
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 2
+README_BLOCKS = blocks(README, "python")
+FRAMEWORK_BLOCKS = blocks(ROOT / "docs" / "frameworks.md", "python")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_an_example_runs_as_it_stands(example):
-    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+def run(code, folder):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    loss = float(re.search(r"^loss (\d+\.\d+)\n\Z", result.stdout, re.M).group(1))
-    assert loss < 1.0
+    return result
+
+
+def needed(code):
+    """The packages that a block imports and that are not installed."""
+    names = re.findall(r"^(?:from|import) (\w+)", code, re.M)
+    return sorted({name for name in names if find_spec(name) is None})
+
+
+@pytest.mark.parametrize("code", README_BLOCKS, ids=range(len(README_BLOCKS)))
+def test_a_block_of_the_readme_runs_by_itself(code, tmp_path):
+    result = run(code, tmp_path)
+    if "print(" in code:
+        loss = float(re.search(r"^loss (\d+\.\d+)\n\Z", result.stdout, re.M).group(1))
+        assert loss < 1.0
     assert not result.stderr
 
 
-def test_links_lead_somewhere():
-    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-            if "://" not in link:
-                assert (document.parent / link).exists(), f"{document.name}: {link}"
+@pytest.mark.parametrize("code", FRAMEWORK_BLOCKS, ids=range(len(FRAMEWORK_BLOCKS)))
+def test_a_block_of_the_frameworks_runs_by_itself(code, tmp_path):
+    if missing := needed(code):
+        pytest.skip(f"{', '.join(missing)} not installed: make test-frameworks has them")
+    assert re.search(r"^loss \d+\.\d+$", run(code, tmp_path).stdout, re.M)
+
+
+ONE_AFTER_ANOTHER = [
+    page
+    for page in DOCS
+    if page.name != "frameworks.md"
+    and not str(page.relative_to(ROOT / "docs")).startswith(GENERATED)
+    and blocks(page, "python")
+]
+
+
+@pytest.mark.parametrize("page", ONE_AFTER_ANOTHER, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
+    start = "import torch, onepass\n" + SETUP.get(page.name, "")
+    run("\n".join([start, *blocks(page, "python")]), tmp_path)
+
+
+def test_blocks_are_marked_with_their_language():
+    for page in PAGES:
+        for language, code in FENCE.findall(page.read_text()):
+            assert language or not re.search(r"^(import|from|optimizer =)", code, re.M), (
+                f"{page.name}: a block of Python without a language:\n{code}"
+            )
+
+
+def commands():
+    """The calls of the onepass command in the shell blocks of every page."""
+    for page in PAGES:
+        for language, code in FENCE.findall(page.read_text()):
+            if language in ("", "bash"):
+                for line in code.replace("\\\n", "").splitlines():
+                    command = line.split("#")[0].split(">")[0].strip()
+                    if command.startswith("onepass "):
+                        yield command
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_a_command_is_accepted(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = command.split()[1:]
+    if words[0] in SLOW or "my_package" in command or "--measure" in command:
+        words = [words[0], "--help"]  # its options are checked by tests/test_memory_cli.py
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (0, 1, None), capsys.readouterr().err
+
+
+@cache
+def anchors(page):
+    """The anchors of the headings of a page, as GitHub and MkDocs make them."""
+    text = FENCE.sub("", page.read_text())
+    found = set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        found.add(re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors_lead_somewhere(page):
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor and target.suffix == ".md" and "api.md" not in str(target):
+            assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    config = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"([\w/-]+\.md)$", config, re.M))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in DOCS}
+
+
+def test_tables_are_those_of_the_result_lines():
+    from bench import readme
+
+    for path in readme.PAGES:
+        text = path.read_text()
+        marks = re.findall(r"<!-- table: (\w+) -->", text)
+        assert marks, path.name
+        assert readme.page(text) == text, f"{path.name} is stale: run python -m bench.readme"
+
+
+def test_the_readme_has_no_figure_beside_the_tables():
+    """Times and bytes change with the results: the prose names none."""
+    text = re.sub(r"<!-- table.*?<!-- end", "", FENCE.sub("", README.read_text()), flags=re.S)
+    assert re.findall(r"\d+(?:\.\d+)? (?:ms|GB/s|bytes per parameter)\b", text) == []
 
 
 def test_ci_runs_the_command_that_the_readme_names():
     command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
-    assert command in README
+    assert command in README.read_text()
