@@ -26,7 +26,7 @@ FP32 = ("adamw", "fp32", "native", "fp32", LIST)
 EIGHT_BITS = ("adamw", "bf16", "split8", "mx8", LIST)
 FOUR_BITS = ("adamw", "bf16", "stochastic", "mx4", LIST)
 NAMES = {
-    OURS: "**onepass `AdamW`**",
+    OURS: "**onepass** `AdamW`",
     "torch-fused-fp32": "torch `AdamW(fused=True)`",
     "flashoptim-8bit": "FlashOptim `FlashAdamW`",
     "torchao-8bit": "torchao `AdamW8bit`",
@@ -100,7 +100,9 @@ def _speed_row(line: Line, ours: Line) -> str:
     ratio = "" if line["provider"] == OURS else f"{ms / ours['ms']['p50']:.1f}"
     held = held_bytes(line, DTYPES[dtype].itemsize)
     name = NAMES[line["provider"]]
-    return f"| {name} | {bits} | {states} | {held:.1f} | {ms:.2f} | {ratio} |"
+    if provider.ours:
+        name += " with 8-bit moments" if states == 8 else ""
+    return f"| {name} | {ms:.2f} | {ratio} | {held:.1f} | {bits} | {states} |"
 
 
 def speed_table(folder: Path = COMMITTED) -> str:
@@ -111,8 +113,8 @@ def speed_table(folder: Path = COMMITTED) -> str:
         (run[name] for name in NAMES if name in run and name != OURS), key=lambda x: x["ms"]["p50"]
     )
     rows = [
-        "| AdamW step | bits of a weight | bits of a moment | bytes per parameter | ms | "
-        "times onepass's 8-bit step |",
+        "| AdamW step | ms | times onepass's 8-bit step | bytes per parameter | bits of a weight | "
+        "bits of a moment |",
         "|---|---:|---:|---:|---:|---:|",
         _speed_row(ours, ours),
         _speed_row(exact, ours),
@@ -165,8 +167,8 @@ def settings_table(folder: Path = COMMITTED) -> str:
     runs = training_report.by_config(section)
     verdicts = {v.settings["name"]: v for v in training_report.judge(runs)}
     rows = [
-        "| purpose | arguments | bytes per parameter | ms on the H200 | loss minus fp32's |",
-        "|---|---|---:|---:|---:|",
+        "| purpose | bytes per parameter | ms on the H200 | loss minus fp32's | arguments |",
+        "|---|---:|---:|---:|---|",
     ]
     for setting in SETTINGS:
         line = newest_run(folder, setting.case)[OURS]
@@ -175,15 +177,20 @@ def settings_table(folder: Path = COMMITTED) -> str:
         if setting.training in verdicts:
             verdict = verdicts[setting.training]
             loss = f"{verdict.difference:+.4f} ± {verdict.interval:.4f}"
-        cells = [setting.purpose, setting.arguments, f"{held:.1f}", f"{line['ms']['p50']:.2f}"]
-        rows.append(f"| {' | '.join([*cells, loss])} |")
+        cells = [setting.purpose, f"{held:.1f}", f"{line['ms']['p50']:.2f}", loss]
+        rows.append(f"| {' | '.join([*cells, setting.arguments])} |")
     one, base = section[0], runs["fp32"]
     spread = verdicts[SETTINGS[1].training].spread
+    scope = (
+        ""
+        if (folder / "pretrain.jsonl").exists()
+        else (" Larger models, long runs and training on a GPU have not been measured.")
+    )
     text = (
         f"The loss is the mean over {len(base)} seeds of the final validation loss, with a 95 % "
         f"interval; the standard deviation over the seeds of fp32 is {spread:.4f}. Scope: one "
         f"byte-level GPT of {one['parameters']:,} parameters, {one['settings']['steps']} steps on "
-        "a CPU. Larger models, long runs and training on a GPU have not been measured."
+        f"a CPU.{scope}"
     )
     return "\n".join([*rows, "", text])
 
