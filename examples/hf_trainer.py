@@ -3,10 +3,17 @@
 import tempfile
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import onepass
 from onepass.training import decay_groups
+
+try:
+    import accelerate  # noqa: F401  Trainer needs it
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"This example needs {error.name}: pip install transformers accelerate"
+    ) from None
 
 torch.manual_seed(0)
 config = GPT2Config(

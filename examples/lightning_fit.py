@@ -3,13 +3,17 @@
 import logging
 import warnings
 
-import lightning
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import onepass
 from onepass.training import decay_groups, schedule
+
+try:
+    import lightning
+except ModuleNotFoundError as error:
+    raise SystemExit(f"This example needs {error.name}: pip install lightning") from None
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
