@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -177,6 +177,40 @@ def test_links_and_anchors_lead_somewhere(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor and target.suffix == ".md" and "api.md" not in str(target):
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def load_links():
+    spec = spec_from_file_location("links", ROOT / "docs" / "links.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_of_a_release_are_absolute_or_text(tmp_path):
+    links = load_links()
+    for name in ("README.md", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    links.prepare_release(tmp_path, "git@example.com:owner/name.git")
+    found = LINK.findall(FENCE.sub("", (tmp_path / "README.md").read_text()))
+    assert found
+    assert all(link.startswith(("https://", "#")) for link in found)
+    assert "https://example.com/owner/name/raw/main/docs/demo.png" in found
+    metadata = (tmp_path / "pyproject.toml").read_text()
+    assert 'Issues = "https://example.com/owner/name/issues"' in metadata
+
+    (tmp_path / "README.md").write_text("![a](docs/demo.png) [text](docs/step.md) [b](#c)")
+    links.prepare_release(tmp_path, "/a/path")  # a remote without an address
+    assert (tmp_path / "README.md").read_text() == " text [b](#c)"
+
+
+def test_links_of_the_site_lead_to_pages_or_to_the_repository():
+    links = load_links()
+    text = "[a](docs/step.md#x) [b](CONTRIBUTING.md) [c](python/onepass) [d](csrc/plan.h)"
+    assert links.in_repository(text, "", "https://h/r", "") == (
+        "[a](step.md#x) [b](contributing.md) "
+        "[c](https://h/r/tree/main/python/onepass) [d](https://h/r/blob/main/csrc/plan.h)"
+    )
+    assert links.in_repository("[a](../../csrc/plan.h)", "docs/algorithms", "", "algorithms") == "a"
 
 
 def test_every_page_is_in_the_navigation_of_the_site():

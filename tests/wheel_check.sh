@@ -59,6 +59,15 @@ for source in csrc/ops.cpp csrc/cpu/ops.cpp csrc/cuda/ops.cpp; do
     -Itests/cuda_shim -isystem "$headers" "$source"
 done
 
+echo "wheel_check: a type checker must see the package"
+printf 'import torch, onepass\nonepass.AdamW([torch.ones(1)], states="mx9")\n' > "$work/typed.py"
+if .venv/bin/python -m mypy --config-file= --cache-dir "$work/cache" --python-executable "$other" \
+  "$work/typed.py" > "$work/types.log"; then
+  echo "wheel_check: mypy accepts states=\"mx9\" of the installed package"
+  exit 1
+fi
+grep -q 'incompatible type "Literal\[' "$work/types.log" || { cat "$work/types.log"; exit 1; }
+
 # From another folder, so that it is the installed package that is imported; -P does not exist
 # before Python 3.11.
 cp tests/wheel_check.py "$work/"
