@@ -84,7 +84,7 @@ docs: $(DOCS_ENV)/.tools ## build the documentation site into build/site
 	REPOSITORY=$(REPOSITORY) NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet
 
 # From a copy of the checkout, because the URLs of the project and the links of the README become those of REPOSITORY.
-sdist: $(VENV)/.built ## build the source distribution into dist/
+sdist: $(VENV)/.tools ## build the source distribution into dist/
 	rm -rf $(COPY) dist
 	mkdir -p $(COPY) dist
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory=$(COPY)
