@@ -90,6 +90,8 @@ def run(code, folder):
 def needed(code):
     """The packages that a block imports and that are not installed."""
     names = re.findall(r"^(?:from|import) (\w+)", code, re.M)
+    if "timm" in names:
+        names.append("torchvision")  # timm imports it
     return sorted({name for name in names if find_spec(name) is None})
 
 
