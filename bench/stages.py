@@ -53,6 +53,8 @@ def _tool(name: str, shows: str, seconds: int, command: str) -> Part:
     return Part(name, shows, seconds, command, command)
 
 
+# The suite that runs on every target: hyperparameters, the parts of a sweep, whole steps.
+_STEP = "tests/test_prologue.py tests/test_sweep_extras.py tests/test_step.py"
 _QUICK = "--providers 'onepass-cpu,torch-fused' --cases 300x1 --quick --samples 2"
 
 STAGES = (
@@ -69,12 +71,17 @@ STAGES = (
                 "python -m bench.digest --check --backends cpu --cases SGD --out {out}",
             ),
             _tests("paging-tests", "paged states", 150, "tests/test_paging_gpu.py"),
-            _tests("cuda-tests", "all rules and formats; streams", 150, "tests/test_cuda_gpu.py"),
+            _tests(
+                "cuda-tests",
+                "all rules and formats; streams",
+                150,
+                "tests/test_bits.py tests/test_cuda_gpu.py -k 'cuda-gpu or test_cuda_gpu'",
+            ),
             _tests(
                 "step-tests",
                 "clipping, loss scaling, CUDA graphs",
                 60,
-                "tests/test_cuda_gpu_step.py",
+                f"{_STEP} tests/test_cuda_gpu_step.py -k 'cuda-gpu or test_cuda_gpu'",
             ),
         ),
     ),
@@ -187,7 +194,8 @@ STAGES = (
                 "triton-tests",
                 "all rules and formats with the Triton kernels",
                 290,
-                "tests/test_triton_gpu.py",
+                f"tests/test_bits.py {_STEP} tests/test_triton_gpu.py "
+                "-k 'triton-gpu or test_triton_gpu'",
                 ("triton",),
             ),
         ),

@@ -9,8 +9,7 @@ from typing import Any
 def speed_up() -> None:
     """Removes work that Triton 3.7's interpreter repeats for every operation.
 
-    The results are the same, and the tests take a third of the time. An interpreter with other
-    internals is left as it is.
+    The results are the same. An interpreter with other internals is left as it is.
     """
     try:
         from triton.runtime import interpreter
