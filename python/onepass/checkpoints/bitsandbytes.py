@@ -157,10 +157,12 @@ def _imported_state(rule: Rule, number: Any, saved: Mapping[str, Any]) -> dict[s
             codes = stored
             if not isinstance(name, str):
                 codes = _part(stored, part, len(name), which)
-                scales = _part(saved[f"absmax{i}"], part, len(name), which) if quantized else None
             held[key] = codes
-            if quantized:
-                held[scale_key(key)] = _imported_scales(codes, scales, qmap, i, which)
+            if scales is not None and qmap is not None and quantized:
+                part_scales = scales
+                if not isinstance(name, str):
+                    part_scales = _part(scales, part, len(name), f"absmax{i} of parameter {number}")
+                held[scale_key(key)] = _imported_scales(codes, part_scales, qmap, i, which)
     return held
 
 
@@ -243,8 +245,7 @@ def _exported_state(
     for i, name in enumerate(_counterpart(optimizer.rule).states, 1):
         exported[f"state{i}"] = _stacked(states, name)
         if form.scale is not None:
-            single = isinstance(name, str)
-            keys = scale_key(name) if single else tuple(map(scale_key, name))
+            keys = scale_key(name) if isinstance(name, str) else tuple(map(scale_key, name))
             exported[f"absmax{i}"] = _stacked(states, keys)
             exported[f"qmap{i}"] = torch.tensor(
                 dynamic_map(signed=i == 1), dtype=torch.float32, device=param.device
