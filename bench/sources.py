@@ -25,7 +25,7 @@ bench.sources`` writes this file; copy it with the checkout."""
 
 _SHARED = ("csrc/*.*", "csrc/rules/*", "csrc/formats/*", "python/onepass/rules/limits.py")
 KERNELS = {
-    "cpu": (*_SHARED, "csrc/cpu/*"),
+    "cpu": (*_SHARED, "csrc/cpu/*", "csrc/cpu/simd/*"),
     "cuda": (*_SHARED, "csrc/cuda/*"),
     "triton": ("triton_kernels/*.py",),
 }

@@ -3,8 +3,7 @@
 #pragma once
 
 #include "../prefetch.h"
-#include "kernels.h"
-#include "pair.h"
+#include "strip.h"
 
 namespace onepass::cpu {
 namespace {

@@ -2,25 +2,11 @@
 // set: see kernels_impl.h.
 #pragma once
 
-#include "../prefetch.h"
-#include "strips_impl.h"
+#include "in_place_impl.h"
+#include "strip_codecs_impl.h"
 
 namespace onepass::cpu {
 namespace {
-
-// The scalars of a rule in a row of the hyperparameter table.
-template <class Rule>
-typename Rule::Hyper load_hyper(const float* row) {
-  static_assert(sizeof(typename Rule::Hyper) <= kMaxScalars * sizeof(float), "row too narrow");
-  typename Rule::Hyper hyper;
-  __builtin_memcpy(&hyper, row + 1, sizeof hyper);
-  return hyper;
-}
-
-// The prefetch distance in bytes. Software prefetching helps because the hardware prefetcher stops
-// at every page. (The best of 512 to 2048 with fp32 and bf16 states. With mx8, 512 to 4096 are
-// equally good, and a step without prefetching takes a quarter longer. Two AVX-512 cores, 2026-11.)
-constexpr int kAheadBytes = 1024;
 
 // The kind of a state of a rule.
 template <class Rule>
@@ -71,15 +57,6 @@ struct StateTiles {
     if constexpr (Index == 2) return tile2;
   }
 };
-
-// Whether writing a tile is interleaved with updating the strips of the next tile.
-constexpr bool overlaps([[maybe_unused]] Format state) {
-#if defined(__AVX512BW__)
-  return state == Format::kMx8;
-#else
-  return false;
-#endif
-}
 
 // The update for any formats, a tile at a time: the scales of all strips of a tile are chosen
 // together. Out-of-order execution overlaps the division and square root with other work within a
@@ -151,7 +128,8 @@ void apply_tiles(
                             __attribute__((always_inline)) { in.tiles.of(slot).measure(strip); });
     if constexpr (!Weight::kDraws) Params::store(p, weight, first);
   };
-  // These encode kNarrowed strips of the weight, and of the states after their scales are chosen.
+  // These encode simd::kNarrowed strips of the weight, and of the states after their scales are
+  // chosen.
   const auto write_weight = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
     if constexpr (Weight::kDraws)
       Params::store_dithered(
@@ -175,7 +153,7 @@ void apply_tiles(
       in.tiles.of(slot).choose(states[k], tile, in.words[k / 2], k % 2 * 16, in.roots);
     });
   };
-  if constexpr (overlaps(State<kFirst>::kFormat)) {
+  if constexpr (simd::kInterleavesTiles && State<kFirst>::kFormat == Format::kMx8) {
     Buffers buffers[2];
     Buffers *now = buffers, *next = buffers + 1;
     begin(0, *now);
@@ -184,18 +162,18 @@ void apply_tiles(
     for (int tile = kTile; tile < n; tile += kTile) {
       begin(tile, *next);
 #pragma GCC unroll 1
-      for (int strip = 0; strip < kStrips; strip += kNarrowed) {
+      for (int strip = 0; strip < kStrips; strip += simd::kNarrowed) {
         update(tile, strip, *next);
         write_weight(tile - kTile, strip, *now);
         write_states(tile - kTile, strip, *now);
-        for (int i = strip + 1; i < strip + kNarrowed; ++i) update(tile, i, *next);
+        for (int i = strip + 1; i < strip + simd::kNarrowed; ++i) update(tile, i, *next);
       }
       choose(tile, *next);
       Buffers* const written = now;
       now = next;
       next = written;
     }
-    for (int strip = 0; strip < kStrips; strip += kNarrowed) {
+    for (int strip = 0; strip < kStrips; strip += simd::kNarrowed) {
       write_weight(n - kTile, strip, *now);
       write_states(n - kTile, strip, *now);
     }
@@ -204,9 +182,9 @@ void apply_tiles(
     for (int tile = 0; tile < n; tile += kTile) {
       begin(tile, now);
       for (int strip = 0; strip < kStrips; ++strip) update(tile, strip, now);
-      for (int strip = 0; strip < kStrips; strip += kNarrowed) write_weight(tile, strip, now);
+      for (int strip = 0; strip < kStrips; strip += simd::kNarrowed) write_weight(tile, strip, now);
       choose(tile, now);
-      for (int strip = 0; strip < kStrips; strip += kNarrowed) write_states(tile, strip, now);
+      for (int strip = 0; strip < kStrips; strip += simd::kNarrowed) write_states(tile, strip, now);
     }
   }
 }
