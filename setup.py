@@ -60,9 +60,16 @@ SANITIZE_FLAGS = [
     "-O1",
     "-g1",
 ]
-# -mtune: by default, GCC replaces gathers, which dynamic8 needs, by single loads.
+# -mtune: by default, GCC replaces gathers, which dynamic8 needs, by single loads. For AVX2, the
+# instruction order that GCC chooses for Skylake is the fastest, on AMD Zen 3 too (docs/cpu.md).
 X86_FLAGS = {
-    "kernels_avx2.cpp": ["-mavx2", "-mtune=haswell"],
+    "kernels_avx2.cpp": [
+        "-mavx2",
+        "-mtune=skylake-avx512",
+        # GCC also orders instructions before it assigns registers, which hides more latency.
+        "-fschedule-insns",
+        "-fsched-pressure",
+    ],
     "kernels_avx512.cpp": [
         "-mavx512f",
         "-mavx512bw",
@@ -118,8 +125,8 @@ def find_compiler() -> str | None:
 
 
 def takes_flag(compiler: str, flag: str) -> bool:
-    """Whether the compiler accepts a flag; only tested for -mtune-ctrl, which only GCC has."""
-    if not flag.startswith("-mtune-ctrl"):
+    """Whether the compiler accepts a flag; only tested for flags that only GCC has."""
+    if not flag.startswith(("-mtune-ctrl", "-fsched")):
         return True
     command = [compiler, flag, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

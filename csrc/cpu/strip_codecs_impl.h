@@ -167,7 +167,7 @@ ONEPASS_HD void derive_scales(Scales& of) {
 template <class Code>
 ONEPASS_HD void read_scales(const Stored& at, int64_t first, Scales& of) {
   const uint8_t* bytes = static_cast<const uint8_t*>(at.extra) + first / kMxBlock;
-  for (int i = 0; i < kStrips; ++i) of.scale[i] = bytes[i];
+  simd::widen_scales(bytes, of.scale);
   derive_scales<Code>(of);
 }
 // Chooses the scales of a tile from the results of measure_strip and writes them to memory.
@@ -186,16 +186,17 @@ ONEPASS_HD void choose_scales(
   }
   derive_scales<Code>(of);
   uint8_t* bytes = static_cast<uint8_t*>(at.extra) + first / kMxBlock;
-  for (int i = 0; i < kStrips; ++i) bytes[i] = static_cast<uint8_t>(of.scale[i]);
+  simd::narrow_scales(of.scale, bytes);
 }
 
 // --- weights and gradients ---
 
 // A strip of a weight or gradient. open decodes it, if necessary into buffer, and returns a pointer
-// to its fp32 values. store encodes it; for a format that draws random bits, store_dithered encodes
-// simd::kNarrowed strips instead.
+// to its fp32 values; values returns that pointer again. store encodes it; for a format that draws
+// random bits, store_dithered encodes simd::kNarrowed strips instead.
 template <class Format, Order Of>
 struct Strip {
+  ONEPASS_HD static float* values(const Stored&, int64_t, float* buffer) { return buffer; }
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* buffer) {
     Format::load(at, first, kStrip, buffer, nullptr);
     return buffer;
@@ -209,6 +210,9 @@ struct Strip {
 // forwarded to the wide loads that follow.)
 template <>
 struct Strip<Fp32, kInOrder> {
+  ONEPASS_HD static float* values(const Stored& at, int64_t first, float*) {
+    return static_cast<float*>(at.data) + first;
+  }
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float*) {
     return static_cast<float*>(at.data) + first;
   }
@@ -239,6 +243,7 @@ ONEPASS_HD void dither(
 // bf16: a pair is one word of the tensor.
 template <class Code>
 struct Strip<Half<Code>, kByPairs> {
+  ONEPASS_HD static float* values(const Stored&, int64_t, float* buffer) { return buffer; }
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict buffer) {
     const Pair* pairs = pairs_at(at, first);
 #pragma omp simd
@@ -268,6 +273,7 @@ struct Strip<Half<Code>, kByPairs> {
 // split8.
 template <>
 struct Strip<Split8Weight, kByPairs> {
+  ONEPASS_HD static float* values(const Stored&, int64_t, float* buffer) { return buffer; }
   ONEPASS_HD static float* open(const Stored& at, int64_t first, float* __restrict buffer) {
     const int8_t* companion = static_cast<const int8_t*>(at.extra) + first;
     simd::join_split8(pairs_at(at, first), companion, buffer);
@@ -290,9 +296,9 @@ struct Strip<Split8Weight, kByPairs> {
 
 // --- states in blocks ---
 
-// A tile of a state. The methods are called in this order: begin once per tile; open (as in Strip)
-// and, after the update, measure for each strip; choose once, which chooses the scales of all
-// strips; and write, which encodes simd::kNarrowed strips.
+// A tile of a state. begin is called first. For each strip, open decodes it, opened returns its
+// fp32 values, and measure is called after the update. choose then chooses the scales of all
+// strips, and write encodes simd::kNarrowed strips.
 template <Order Of, class State>
 struct Tile;
 
@@ -300,9 +306,10 @@ struct Tile;
 template <>
 struct Tile<kInOrder, Fp32> {
   ONEPASS_HD void begin(const Stored&, int64_t) {}
-  ONEPASS_HD float* open(const Stored& at, int64_t first, int, float*) {
+  ONEPASS_HD float* opened(const Stored& at, int64_t first, int) {
     return static_cast<float*>(at.data) + first;
   }
+  ONEPASS_HD void open(const Stored&, int64_t, int, float*) {}
   ONEPASS_HD void measure(int) {}
   ONEPASS_HD void choose(
       const Stored&, int64_t, const uint32_t (*)[kStrip], int, float (*)[kStrip]) {}
@@ -320,11 +327,12 @@ struct Tile<Of, Mx8State<Is>> {
   ONEPASS_HD void begin(const Stored& at, int64_t first) {
     if (Of == kByPairs) read_scales<Code>(at, first, scales);
   }
-  ONEPASS_HD float* open(const Stored& at, int64_t first, int strip, float*) {
+  ONEPASS_HD float* opened(const Stored&, int64_t, int strip) { return values[strip]; }
+  ONEPASS_HD void open(const Stored& at, int64_t first, int strip, float*) {
     float* __restrict out = values[strip];
     if (Of == kInOrder) {
       Mx8State<Is>::load(at, first, kStrip, out, nullptr);
-      return out;
+      return;
     }
     const uint8_t* codes = static_cast<const uint8_t*>(at.data) + first;
     const uint32_t base = scales.base[strip];
@@ -360,7 +368,6 @@ struct Tile<Of, Mx8State<Is>> {
         out[i + kPairs] = from_bits(to_bits(odd) | (pair & ~kMagnitude));
       }
     }
-    return out;
   }
   ONEPASS_HD void measure(int strip) { measure_strip<Code>(values[strip], most[strip]); }
   ONEPASS_HD void choose(
@@ -383,7 +390,8 @@ struct Tile<kByPairs, Mx4State<Is>> {
   alignas(64) float values[kStrips][kStrip];
 
   ONEPASS_HD void begin(const Stored&, int64_t) {}
-  ONEPASS_HD float* open(const Stored& at, int64_t first, int strip, float* roots) {
+  ONEPASS_HD float* opened(const Stored&, int64_t, int strip) { return values[strip]; }
+  ONEPASS_HD void open(const Stored& at, int64_t first, int strip, float* roots) {
     const uint32_t scale = static_cast<const uint8_t*>(at.extra)[first / kMxBlock];
     uint32_t bytes[kPairs], codes[kStrip];
     convert(static_cast<const uint8_t*>(at.data) + first / 2, bytes, kPairs);
@@ -393,7 +401,6 @@ struct Tile<kByPairs, Mx4State<Is>> {
       codes[i + kPairs] = bytes[i] >> 4;
     }
     State::values(codes, scale, kStrip, values[strip], roots);
-    return values[strip];
   }
   ONEPASS_HD void measure(int) {}
   ONEPASS_HD void choose(

@@ -59,12 +59,11 @@ struct StateTiles {
 };
 
 // The update for any formats, a tile at a time: the scales of all strips of a tile are chosen
-// together. Out-of-order execution overlaps the division and square root with other work within a
-// window of some hundred operations. (Interleaving the writes of a tile with the updates of the
-// next is 3 % faster with AVX-512 on Intel, and more than 10 % slower with AVX2 on Zen 3. Also
-// tried on Zen 3: a separate loop for decoding was up to 5 % faster with mx8 and 8 % slower with
-// mx4; square roots in one loop and quotients in the next were 5 % faster, but need a second
-// function in every rule. With AVX-512 both were slower: docs/cpu.md.)
+// together. Out-of-order execution overlaps the division and square root with other work, but only
+// within a window. With AVX2 an mx8 tile is therefore decoded in a loop of its own, so that the
+// loop with divisions is short: 6 to 8 % less time on Zen 3. (With mx4 and no other change it took
+// 8 % more.) Interleaving the writes of a tile with the updates of the next is 3 % faster with
+// AVX-512 on Intel, and slower with AVX2 on Zen 3. docs/cpu.md has the measurements.
 template <class Rule, class Weight, class Grad, template <Kind> class State>
 void apply_tiles(
     const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
@@ -84,34 +83,47 @@ void apply_tiles(
   // Whether random word 0 and word 1 are drawn.
   constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 2 == 0);
   constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
+  constexpr bool kMx8 = State<kFirst>::kFormat == Format::kMx8;
   using Params = Strip<Weight, kOrder>;
   struct Buffers {
     alignas(64) float params[kStrips][kStrip], roots[kStrips][kStrip];
     alignas(64) uint32_t words[2][kStrips][kStrip];
     StateTiles<Rule, kOrder, State> tiles;
   };
-  // Reads a strip, applies the rule and measures the states for their scales.
-  const auto update = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
+  // Decodes a strip, draws its random words and returns its gradient, for which grad_strip is a
+  // buffer.
+  const auto open = [&](int tile, int strip, Buffers& in,
+                        float* __restrict grad_strip) __attribute__((always_inline)) {
     const int first = tile + strip * kStrip;
-    float grad_strip[kStrip];
     prefetch_strip<Weight>(weight, first);
     prefetch_strip<Grad>(grad, first);
-    float* __restrict p = Params::open(weight, first, in.params[strip]);
+    Params::open(weight, first, in.params[strip]);
     const float* __restrict g = Strip<Grad, kOrder>::open(grad, first, grad_strip);
     if (__builtin_expect(scales, 0)) {
 #pragma omp simd
       for (int i = 0; i < kStrip; ++i) grad_strip[i] = grad_scale * g[i];
       g = grad_strip;
     }
-    float* open[kMaxStates] = {};
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
       constexpr int k = decltype(slot)::kIndex;
       prefetch_strip<State<kind_of<Rule>(k)>>(states[k], first);
-      open[k] = in.tiles.of(slot).open(states[k], first, strip, in.roots[strip]);
+      in.tiles.of(slot).open(states[k], first, strip, in.roots[strip]);
     });
-    float* __restrict t0 = open[0], * __restrict t1 = open[1], * __restrict t2 = open[2];
     if (kDraws0) draw_strip<kOrder>(random, 0, first, in.words[0][strip]);
     if (kDraws1) draw_strip<kOrder>(random, 1, first, in.words[1][strip]);
+    return g;
+  };
+  // Applies the rule to a strip and measures the states for their scales.
+  const auto update = [&](int tile, int strip, Buffers& in,
+                          const float* __restrict g) __attribute__((always_inline)) {
+    const int first = tile + strip * kStrip;
+    float* __restrict p = Params::values(weight, first, in.params[strip]);
+    float* values[kMaxStates] = {};
+    for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
+      constexpr int k = decltype(slot)::kIndex;
+      values[k] = in.tiles.of(slot).opened(states[k], first, strip);
+    });
+    float* __restrict t0 = values[0], * __restrict t1 = values[1], * __restrict t2 = values[2];
 #pragma omp simd
     for (int i = 0; i < kStrip; ++i) {
       float value0 = 0, value1 = 0, value2 = 0;
@@ -128,6 +140,11 @@ void apply_tiles(
                             __attribute__((always_inline)) { in.tiles.of(slot).measure(strip); });
     if constexpr (!Weight::kDraws) Params::store(p, weight, first);
   };
+  const auto open_and_update = [&](int tile, int strip, Buffers& in)
+                                   __attribute__((always_inline)) {
+                                     float grad_strip[kStrip];
+                                     update(tile, strip, in, open(tile, strip, in, grad_strip));
+                                   };
   // These encode simd::kNarrowed strips of the weight, and of the states after their scales are
   // chosen.
   const auto write_weight = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
@@ -153,20 +170,20 @@ void apply_tiles(
       in.tiles.of(slot).choose(states[k], tile, in.words[k / 2], k % 2 * 16, in.roots);
     });
   };
-  if constexpr (simd::kInterleavesTiles && State<kFirst>::kFormat == Format::kMx8) {
+  if constexpr (simd::kInterleavesTiles && kMx8) {
     Buffers buffers[2];
     Buffers *now = buffers, *next = buffers + 1;
     begin(0, *now);
-    for (int strip = 0; strip < kStrips; ++strip) update(0, strip, *now);
+    for (int strip = 0; strip < kStrips; ++strip) open_and_update(0, strip, *now);
     choose(0, *now);
     for (int tile = kTile; tile < n; tile += kTile) {
       begin(tile, *next);
 #pragma GCC unroll 1
       for (int strip = 0; strip < kStrips; strip += simd::kNarrowed) {
-        update(tile, strip, *next);
+        open_and_update(tile, strip, *next);
         write_weight(tile - kTile, strip, *now);
         write_states(tile - kTile, strip, *now);
-        for (int i = strip + 1; i < strip + simd::kNarrowed; ++i) update(tile, i, *next);
+        for (int i = strip + 1; i < strip + simd::kNarrowed; ++i) open_and_update(tile, i, *next);
       }
       choose(tile, *next);
       Buffers* const written = now;
@@ -181,7 +198,15 @@ void apply_tiles(
     Buffers now;
     for (int tile = 0; tile < n; tile += kTile) {
       begin(tile, now);
-      for (int strip = 0; strip < kStrips; ++strip) update(tile, strip, now);
+      if constexpr (simd::kOpensFirst && kMx8) {
+        alignas(64) float grads[kStrips][kStrip];
+        const float* opened[kStrips];
+        for (int strip = 0; strip < kStrips; ++strip)
+          opened[strip] = open(tile, strip, now, grads[strip]);
+        for (int strip = 0; strip < kStrips; ++strip) update(tile, strip, now, opened[strip]);
+      } else {
+        for (int strip = 0; strip < kStrips; ++strip) open_and_update(tile, strip, now);
+      }
       for (int strip = 0; strip < kStrips; strip += simd::kNarrowed) write_weight(tile, strip, now);
       choose(tile, now);
       for (int strip = 0; strip < kStrips; strip += simd::kNarrowed) write_states(tile, strip, now);

@@ -37,7 +37,7 @@ struct RuleDefaults {
   // scalar states defines advance(options, number, scalar_states), which updates them to a step.
   static constexpr int kScalarStates = 0;
   // Bit f: with flags f the rule has specialised kernels for reduced-precision formats: the fused
-  // tiles of cpu/kernels_impl.h and the combinations of cuda/combinations.h. With other flags,
+  // tiles of cpu/tiles_impl.h and the combinations of cuda/combinations.h. With other flags,
   // these formats run the kernels that serve every format.
   static constexpr uint32_t kReducedPrecision = 0;
 };

@@ -17,6 +17,7 @@ constexpr bool kSaturates = true;
 constexpr int kConverted = 8;
 constexpr int kNibblePairs = 0;
 constexpr bool kPrefetchesInPlace = false;
+constexpr bool kOpensFirst = true;
 constexpr bool kInterleavesTiles = false;
 
 // --- vectors: not used above the primitives ---
@@ -71,6 +72,12 @@ ONEPASS_HD void convert(const From* from, To* to) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi64(low, high));
 }
 ONEPASS_HD void join_nibbles(const uint32_t*, uint8_t*) {}
+
+ONEPASS_HD void widen_scales(const uint8_t* bytes, uint32_t* scales) {
+  static_assert(kStrips == kConverted, "one call");
+  convert(bytes, scales);
+}
+ONEPASS_HD void narrow_scales(const uint32_t* scales, uint8_t* bytes) { convert(scales, bytes); }
 
 ONEPASS_HD void widen(const uint8_t* from, uint16_t* to) {
   for (int i = 0; i < kStrip; i += 16) store_256(to + i, _mm256_cvtepu8_epi16(load_128(from + i)));

@@ -18,6 +18,7 @@ constexpr bool kSaturates = true;
 constexpr int kConverted = 16;
 constexpr int kNibblePairs = 8;
 constexpr bool kPrefetchesInPlace = true;
+constexpr bool kOpensFirst = false;
 constexpr bool kInterleavesTiles = true;
 
 // --- vectors: not used above the primitives ---
@@ -83,6 +84,13 @@ ONEPASS_HD void join_nibbles(const uint32_t* from, uint8_t* to) {
   const __m512i upper = _mm512_maskz_srli_epi64(0xFF, pair, 28);
   const __m128i bytes = _mm512_maskz_cvtepi64_epi8(0xFF, _mm512_or_si512(pair, upper));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
+}
+
+ONEPASS_HD void widen_scales(const uint8_t* bytes, uint32_t* scales) {
+  for (int i = 0; i < kStrips; ++i) scales[i] = bytes[i];
+}
+ONEPASS_HD void narrow_scales(const uint32_t* scales, uint8_t* bytes) {
+  for (int i = 0; i < kStrips; ++i) bytes[i] = static_cast<uint8_t>(scales[i]);
 }
 
 ONEPASS_HD void widen(const uint8_t* from, uint16_t* to) {

@@ -20,9 +20,11 @@ constexpr bool kSaturates = false;
 // as good.
 constexpr int kConverted = 0;
 constexpr int kNibblePairs = 0;
-// Whether loops without conversions prefetch (in_place_impl.h), and whether writing an mx8 tile is
-// interleaved with updating the next (tiles_impl.h).
+// Whether loops without conversions prefetch (in_place_impl.h); whether all strips of an mx8 tile
+// are decoded before the first is updated, and whether writing an mx8 tile is interleaved with
+// updating the next (tiles_impl.h).
 constexpr bool kPrefetchesInPlace = false;
+constexpr bool kOpensFirst = false;
 constexpr bool kInterleavesTiles = false;
 
 // --- widths ---
@@ -32,6 +34,14 @@ template <class To, class From>
 ONEPASS_HD void convert(const From*, To*) {}
 // Packs 2 * kNibblePairs codes of 4 bits into kNibblePairs bytes, the first into the lower half.
 ONEPASS_HD void join_nibbles(const uint32_t*, uint8_t*) {}
+
+// Widens the scales of a tile from bytes to words, and narrows them.
+ONEPASS_HD void widen_scales(const uint8_t* bytes, uint32_t* scales) {
+  for (int i = 0; i < kStrips; ++i) scales[i] = bytes[i];
+}
+ONEPASS_HD void narrow_scales(const uint32_t* scales, uint8_t* bytes) {
+  for (int i = 0; i < kStrips; ++i) bytes[i] = static_cast<uint8_t>(scales[i]);
+}
 
 // Widens 32 bytes to 16 bits each.
 template <class From, class To>
