@@ -36,10 +36,9 @@ struct Ademamix : RuleDefaults {
     const double root = sqrt_rn(1.0 - power(beta2, step.number));
     const double fast_size = div_rn(o.lr * root, 1.0 - power(beta1, step.number));
     const double slow_size = o.lr * root * alpha;
-    return {rounded(fast_size),   rounded(slow_size),   rounded(decay_of(o, o.lr)),
-            rounded(beta1),       rounded(1.0 - beta1), rounded(beta2),
-            rounded(1.0 - beta2), rounded(beta3),       rounded(1.0 - beta3),
-            rounded(eps * root)};
+    return {rounded(fast_size),   rounded(slow_size), rounded(decay_of(o, o.lr)), rounded(beta1),
+            rounded(1.0 - beta1), rounded(beta2),     rounded(1.0 - beta2),       rounded(beta3),
+            rounded(1.0 - beta3), rounded(eps * root)};
   }
 
   template <class Math = Exact>
