@@ -1,4 +1,4 @@
-"""Shared fixtures."""
+"""Shared fixtures, and the order in which the test files run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 
-# Triton reads it when it is first imported, for the functions of its own that kernels call.
+# Triton reads TRITON_INTERPRET when it is first imported, so it is set before that.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -22,8 +22,8 @@ from .support.targets import Target, instruction_sets, stand_in
 
 speed_up()
 
-# The files that take longest. The two workers of `make test` take files in this order as they
-# become free; a long file that started last would run alone.
+# The slowest files. The two workers of `make test` take files in this order as they become free. A
+# slow file that started last would leave one worker idle.
 SLOWEST = (
     "test_triton_compile",
     "test_bits",
@@ -40,14 +40,14 @@ SLOWEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest files first, the others in their order."""
+    """Runs the slowest files first and the others in their usual order."""
     turn = {name: i for i, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))
 
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
-    """Two threads whatever the machine has, so that work is split."""
+    """Uses two threads on every machine, so that work is split."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -56,7 +56,7 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def every_isa() -> Iterator[list[str]]:
-    """The available instruction sets; the one in use before is restored."""
+    """The available instruction sets; afterwards the previous one is selected again."""
     if onepass.ops.missing:
         pytest.skip(onepass.ops.missing)
     before = onepass.ops.cpu_isa()
@@ -80,7 +80,11 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> list[RandomLink]:
-    """Paged steps complete in a random order, another one for every optimizer; the links made."""
+    """Makes paged steps complete in a random order, which differs between optimizers.
+
+    Returns:
+        The list of links, which grows as optimizers make them.
+    """
     made: list[RandomLink] = []
     seeds = count()
 

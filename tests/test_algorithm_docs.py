@@ -1,6 +1,6 @@
-"""docs/algorithms: the code in a page is the specification's, its bytes are those of the formats.
+"""The pages in docs/algorithms show the code of the rule and the bytes of its states.
 
-`python -m tests.test_algorithm_docs` rewrites both.
+`python -m tests.test_algorithm_docs` rewrites both parts of every page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of the process around a step do not change it: default dtype, default device, modes."""
+"""Global settings do not change a step: default dtype and device, grad modes, warnings."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def settings_for(setting, backend):
 def train(params, optimizer, steps):
     for seed in steps:
         set_grads(params, params[0].dtype, seed)
-        params[0].grad.mul_(1e-20)  # numbers that fp32 has only as denormals come of these
+        params[0].grad.mul_(1e-20)  # so that fp32 denormals occur
         optimizer.step()
 
 
@@ -103,7 +103,7 @@ def train(params, optimizer, steps):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_a_step_does_not_depend_on_settings(backend, setting, options):
-    """The first step, a later one, and one in which the plan is made anew."""
+    """Tests the first step, a later step, and a step that builds a new plan."""
     if backend == "triton" and (setting == "denormals" or options not in TRITON_KINDS):
         pytest.skip("Triton's interpreter is slow, and computes by NumPy with its settings")
     made = []

@@ -1,4 +1,4 @@
-"""The benchmark: its bytes, its check, its lines, and one small run from end to end. No time."""
+"""The benchmark: bytes per step, the check, result lines and one small run, without timings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BY_NAME = {provider.name: provider for provider in providers.all_providers()}
 
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch):
-    """The buffers of the limits take a second to fill at their real size."""
+    """Shrinks the copy buffers, which take a second to fill at their real size."""
     monkeypatch.setattr(devices.Device, "smallest_copy", 1 << 12)
     monkeypatch.setattr(timing, "BEYOND_CACHE", 1 << 14)
 
@@ -61,7 +61,7 @@ def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, weights, 
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer = BY_NAME["onepass-cpu"].make(params, case)
-    optimizer.backend = None  # whichever is there
+    optimizer.backend = None  # any available backend
     optimizer.step()
     moved = 0
     for param in params:
@@ -74,7 +74,7 @@ def test_lists():
     assert one(50_000_000).numel == 50_000_000
     assert [in_words(n) for n in (7, 1000, 2500, 1_500_000_000)] == ["7", "1K", "2.5K", "1.5B"]
     assert in_words(124_439_808) == "124M"
-    # As counted by the published models (GPT-2: embeddings tied, as they were trained).
+    # Counts of the published models. GPT-2 has tied embeddings, as in its training.
     assert (gpt2().numel, len(gpt2().shapes)) == (124_439_808, 148)
     assert (llama3().numel, len(llama3().shapes)) == (8_030_261_248, 291)
     assert (vit_l16().numel, len(vit_l16().shapes)) == (304_326_632, 296)
@@ -138,11 +138,11 @@ def test_a_wrong_provider_is_named_and_not_timed(fault):
 
 
 def steps_in_blocks(states, damage, other_codes=False):
-    """What the check says of two steps with such states in NumPy whose last one is damaged."""
+    """Takes two steps in NumPy, damages the weights after the second, and runs the check."""
     case = Case("adamw", "fp32", states, many(1, 4096))
     weights = case.list.normal(0.02, torch.float32, 1)
     grads = case.list.normal(0.01, torch.float32, 2)
-    grads[0][::256] = 1e-6 * (1 + torch.arange(16))  # some 1e-4 of the largest of a block
+    grads[0][::256] = 1e-6 * (1 + torch.arange(16))  # about 1e-4 of the block maximum
     expected = check.Expected(case, weights, grads)
     weights[0].requires_grad_().grad = grads[0]
     optimizer = BY_NAME["onepass-cpu"].make(weights, case)
@@ -160,7 +160,7 @@ def steps_in_blocks(states, damage, other_codes=False):
 def test_a_second_moment_that_dynamic8_loses_is_judged_by_what_it_may_do():
     expected, problem = steps_in_blocks("dynamic8", lambda expected, weights: None)
     assert problem == ""
-    # Found from the gradients, written out: v below half of the lowest value of the map.
+    # Elements whose v is below half of the lowest value of the dynamic map.
     grad = many(1, 4096).normal(0.01, torch.float32, 2)[0].double()
     grad[::256] = 1e-6 * (1 + torch.arange(16))
     largest = grad.abs().view(16, 256).amax(1).repeat_interleave(256)
@@ -168,7 +168,7 @@ def test_a_second_moment_that_dynamic8_loses_is_judged_by_what_it_may_do():
     assert torch.equal(expected.lost, lost)
     assert 16 <= int(lost.sum()) < 64
     assert f"{int(lost.sum())} have" in expected.note()
-    # It is no wider for the others, whose limit is what it was.
+    # Only the lost elements have a wider tolerance.
     assert torch.equal(expected.low[~lost], expected.after[~lost])
     assert torch.equal(expected.high[~lost], expected.after[~lost])
 
@@ -178,7 +178,7 @@ def test_a_second_moment_that_dynamic8_loses_is_judged_by_what_it_may_do():
 def test_the_check_sees_a_wrong_step_with_dynamic8(lost, side):
     def damage(expected, weights):
         i = int((expected.lost == lost).nonzero()[7])
-        # A hundredth of the way beyond its limit: none but its bounds where the moment is lost.
+        # 1% of the path beyond the limit. Lost moments have no tolerance beyond their bounds.
         beyond = (0.0 if lost else check.COARSE["dynamic8"]) + 0.01
         edge = expected.low[i] if side < 0 else expected.high[i]
         weights[i] = edge + side * beyond * expected.path[i]
@@ -188,7 +188,7 @@ def test_the_check_sees_a_wrong_step_with_dynamic8(lost, side):
 
 
 def test_a_first_moment_that_is_small_in_its_block_of_mx8_may_be_a_code_off():
-    """A code there is an eighth of 2^-14 of the largest, here more than the moment itself."""
+    """Codes are spaced 2^-17 of the block maximum apart, which is more than the moment itself."""
     expected, problem = steps_in_blocks("mx8", lambda expected, weights: None)
     assert problem == ""
     grad = many(1, 4096).normal(0.01, torch.float32, 2)[0].double()
@@ -265,7 +265,7 @@ def test_providers_of_a_device_have_names_of_their_own_and_are_found_by_patterns
 
 
 def test_what_does_not_fit_beside_the_others_is_left_out():
-    """A device of which only the first provider fits, once the second has shown what it needs."""
+    """Only the first provider fits once the extra memory of the second is known."""
 
     class Full(devices.Device):
         left = iter([1 << 20, 126, 1 << 20, 124])
@@ -274,7 +274,7 @@ def test_what_does_not_fit_beside_the_others_is_left_out():
             return next(self.left)
 
         def extra_memory(self, step):
-            return 100  # a quarter more has to be free
+            return 100  # the benchmark requires 25% more to be free
 
     chosen = [BY_NAME["torch-fused"], BY_NAME["torch-foreach"]]
     found = timing.run_case(TINY, chosen, samples=1, device=Full())
@@ -311,7 +311,7 @@ def test_extra_memory_sees_a_temporary():
 
 
 def test_end_to_end(tmp_path, capsys):
-    """Two runs are appended, with the fields in order; the report is made of the newer one."""
+    """Two runs append lines with the fields in order; the report uses the newer run."""
     out = tmp_path / "results" / "cpu.jsonl"
     arguments = ["--quick", "--cases", "300x1", "--samples", "2", "--out", str(out)]
     arguments += ["--providers", "onepass-cpu,torch-fused"]
@@ -344,10 +344,10 @@ def test_end_to_end(tmp_path, capsys):
 
 
 def test_missing_measures_only_what_has_no_line(tmp_path, monkeypatch):
-    """A provider that does not have a case never has a line of it."""
+    """A provider that does not serve a case never has a line for it."""
     monkeypatch.setitem(
         command.FILES, "cpu", "none.jsonl"
-    )  # not the committed lines of this processor
+    )  # ignore the committed lines of this processor
     out = tmp_path / "cpu.jsonl"
     arguments = ["--quick", "--cases", "split8", "--samples", "1", "--missing", "--out", str(out)]
     ours, both = (["--providers", names] for names in ("onepass-cpu", "onepass-cpu,torch-fused"))
@@ -361,7 +361,7 @@ def test_missing_measures_only_what_has_no_line(tmp_path, monkeypatch):
     assert main([*arguments, *both]) == 0
     found = [json.loads(text)["provider"] for text in out.read_text().splitlines()]
     assert found.count("torch-fused") == 1
-    assert found.count("onepass-cpu") == 3  # beside torch-fused once more
+    assert found.count("onepass-cpu") == 3  # measured again together with torch-fused
     assert main([*arguments, *both]) == 0
     assert len(out.read_text().splitlines()) == len(found)
 
@@ -380,7 +380,7 @@ def test_report_says_where_ours_is_slower_and_takes_the_newest(tmp_path):
     lines = report.newest([fake("torch-fused", 30.0), fake("onepass-cpu", 33.0), old])
     assert [line["ms"]["p50"] for line in lines] == [30.0, 33.0]
     elsewhere = fake("torch-fused", 20.0, "2026-02-01", device="another")
-    assert report.newest([*lines, elsewhere]) == [elsewhere, *lines]  # it has the picture
+    assert report.newest([*lines, elsewhere]) == [elsewhere, *lines]  # the newest device first
     page = report.markdown(lines, ["cpu.jsonl"], {})
     assert "onepass-cpu 33.000 ms, torch-fused 30.000 ms (10.0% more)" in page
     assert "| fp32 no slower than torch fused | 0.909 | 1 | fail |" in page

@@ -1,4 +1,4 @@
-"""Hashes of sources, and what a copy without git knows of itself."""
+"""Hashes of kernel sources, and the commit of a copy without a git repository."""
 
 from __future__ import annotations
 

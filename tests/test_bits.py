@@ -1,7 +1,7 @@
 """Every target returns the bits of the reference, for every rule, option, format and layout.
 
-The `cpu` targets and GPUs run every rule with every pair of formats. The interpreter runs each of
-these combinations once, with options that change from one to the next. See
+The `cpu` targets and GPUs run every rule with every combination of formats. The Triton interpreter
+runs each combination once, with options that change from one combination to the next. See
 tests/support/targets.py.
 """
 
@@ -33,11 +33,11 @@ from .support.comparison import params_of, states_of
 from .support.targets import REFERENCE, STAND_IN, compare, other_targets, with_rows
 
 WEIGHTS = [(name, dtype) for name, form in WEIGHT_FORMATS.items() for dtype in form.codes]
-# Each format of states and each format of weights, as few rows as possible.
+# Each state format and each weight format at least once, in as few rows as possible.
 FEW_FORMATS = [
     (tuple(STATE_FORMATS)[i % len(STATE_FORMATS)], *weight) for i, weight in enumerate(WEIGHTS)
 ]
-# Numbers of elements that one thread block of the cuda backend and one program of Triton take.
+# Number of elements that one thread block (cuda) or one program (triton) updates.
 CUDA_CHUNK, TRITON_CHUNK = 16384, 8192
 
 
@@ -57,7 +57,9 @@ def take_steps(optimizer, grad_dtypes, steps):
 
 
 def mixed_list(target, number, formats, sizes):
-    """One optimizer with a group for each pair of formats. Each group has gradients of each dtype.
+    """Steps one optimizer with a group for each combination of formats.
+
+    Each group has gradients of each dtype.
 
     Args:
         number: index of the rule and its options in KERNEL_VARIANTS.
@@ -77,8 +79,11 @@ def mixed_list(target, number, formats, sizes):
 
 
 def mixed_rows(target):
-    """Fast targets take every pair of formats with every variant; the interpreter takes every pair
-    with every rule, and the variants of a rule in turn."""
+    """Rows of KERNEL_VARIANTS with the formats that they run with.
+
+    Fast targets run every variant with every combination of formats. The interpreter runs every
+    rule with every combination and takes the variants of a rule in turn.
+    """
     chosen = {number: [] for number in range(len(KERNEL_VARIANTS))}
     for case in CASES:
         numbers = [n for n, row in enumerate(KERNEL_VARIANTS) if row[0] is case]
@@ -111,20 +116,22 @@ def test_the_interpreter_runs_every_rule_with_every_pair_of_formats():
 
 
 def special_pairs(dtype, repeats=32):
-    """A weight and a gradient with each pair of special values. Each value fills whole blocks,
-    because a NaN would hide the other values of its block."""
+    """A weight and a gradient that contain every pair of special values.
+
+    Each value fills whole blocks, because a NaN would hide the other values of its block.
+    """
     values = torch.tensor(SPECIAL)
     weight = values.repeat_interleave(repeats * len(values)).to(dtype)
     return weight, values.repeat_interleave(repeats).repeat(len(values)).to(dtype)
 
 
-# The flags that have a kernel for each combination of formats: kReducedPrecision in csrc/rules.
+# Options for which every combination of formats has a kernel: kReducedPrecision in csrc/rules.
 OPTIONS = {case.name: {"lr": 0.01, "weight_decay": 0.1, **case.base} for case in CASES}
 OPTIONS["sgd"]["momentum"] = 0.9
 
 
 def own_list(target, name, format_, sizes, steps):
-    """One optimizer whose parameters and gradients have one format, special values among them."""
+    """Steps one optimizer whose parameters all have one format; some values are special."""
     case = next(case for case in CASES if case.name == name)
     states, weights, dtype = format_
     weight, grad = (tensor.to(target.device) for tensor in special_pairs(dtype))
@@ -140,8 +147,11 @@ def own_list(target, name, format_, sizes, steps):
 
 
 def own_rows(target):
-    """The stand-in runs rules that have kernels for single formats; the interpreter one rule with
-    each pair of formats; other targets every rule with every pair."""
+    """Every rule with every combination of formats, or a subset on slow targets.
+
+    The stand-in runs only the rules that have kernels for single formats. The interpreter runs one
+    rule with each combination of formats.
+    """
     sizes, steps = (*SIZES, (2085,)), 20 if target.device == "cuda" else 2
     for i, format_ in enumerate(EVERY_FORMAT):
         for case in CASES:
@@ -156,12 +166,12 @@ def own_rows(target):
 
 @with_rows("name,format_,sizes,steps", own_rows)
 def test_lists_of_one_format_with_special_values(target, name, format_, sizes, steps):
-    """Denormals are kept; infinities and NaN are those of the reference."""
+    """Denormals are kept, and infinities and NaN are where the reference has them."""
     compare(target, own_list, name, format_, sizes, steps)
 
 
 def special_list(target, number):
-    """Special values in each dtype, in formats without blocks."""
+    """Steps an optimizer with special values in each dtype, in state formats without blocks."""
     case, variant, _ = KERNEL_VARIANTS[number]
     groups, grads = [], []
     for dtype in DTYPES:
@@ -209,7 +219,7 @@ def test_the_edges_of_mx4_are_reached():
 
 
 def long_list(target, number, format_, size):
-    """A parameter of several chunks; the rule and the dtype of the gradients depend on number."""
+    """Steps a parameter of several chunks; `number` selects the rule and the gradient dtype."""
     case = CASES[number % len(CASES)]
     states, weights, dtype = format_
     params = make_params([(size,), (5,)], dtype, seed=1, device=target.device)
@@ -230,7 +240,7 @@ def test_long_parameters(target, number, format_, size):
 
 
 def misaligned_slices(target, format_):
-    """Parameters that start 1 or 8 elements into a storage; returns storages and states."""
+    """Steps parameters that start 1 or 8 elements into a storage; returns storages and states."""
     states, weights, dtype = format_
     found = []
     for first in (1, 8):
@@ -254,8 +264,11 @@ def test_misaligned_slices_write_nothing_beside_them(target, format_):
 
 
 def layouts(target, number, states):
-    """Groups with their own options; misaligned, permuted and expanded memory; a gradient that is
-    missing in every second step."""
+    """Steps groups with different options whose parameters are misaligned or permuted.
+
+    One gradient is expanded, one has another memory order than its parameter, and one is missing in
+    every second step.
+    """
     case, generator = CASES[number], torch.Generator().manual_seed(3)
     storage, half = (torch.randn(5000, generator=generator).to(target.device) for _ in range(2))
     half = half.to(torch.bfloat16)
@@ -278,7 +291,7 @@ def layouts(target, number, states):
     optimizer = case.ours(groups, states=states, backend=target.backend)
     for step in range(4):
         set_grads(params, torch.float32 if step < 2 else torch.bfloat16, seed=step)
-        params[3].grad = params[3].grad.contiguous()  # not in the parameter's order of memory
+        params[3].grad = params[3].grad.contiguous()  # another memory order than the parameter
         params[1].grad = None if step % 2 else params[1].grad
         params[4].grad = torch.full((), 0.5, device=target.device).expand(50, 40)
         optimizer.step()
@@ -301,7 +314,7 @@ def shard(target, first, states):
     return step_of_shard(target.backend, first, states, target.device)
 
 
-# The keys of the generator change at each multiple of 2^32.
+# First elements of shards. The keys of the random bits change at each multiple of 2^32 elements.
 STARTS = [5, (3 << 32) - 32, (3 << 32) - 704, (7 << 32) - 1024, (1 << 40) + 515]
 
 

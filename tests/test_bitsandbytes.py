@@ -1,4 +1,4 @@
-"""Exchange with bitsandbytes: recorded runs of the real one, and the real one where it is."""
+"""Exchange of state dicts with recorded runs of bitsandbytes, and with the package if installed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_of(request):
 
 
 def flat(state):
-    """A parameter's state of bitsandbytes without its nesting."""
+    """The state of one parameter in a bitsandbytes state dict, without its nesting."""
     return {**{k: v for k, v in state.items() if k != NESTED}, **state.get(NESTED, {})}
 
 
@@ -58,7 +58,7 @@ def test_the_dynamic_map_is_theirs_within_a_rounding(signed, run_of):
     theirs = held["qmap1" if signed else "qmap2"]
     ours = torch.tensor(dynamic_map(signed))
     assert (theirs - ours).abs().max() <= 1e-7
-    assert (ours.diff() > 1e-7).all()  # so that the bound tells codes apart
+    assert (ours.diff() > 1e-7).all()  # the tolerance tells neighbouring codes apart
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -76,9 +76,11 @@ def test_codes_come_over_unchanged(name, run_of):
 
 
 def assert_same_step(found, expected, before):
-    """The order of their arithmetic is another: some roundings of the update and of the weight.
+    """Asserts that two weights differ by no more than a few roundings.
 
-    One step only: codes beside each other would make the next ones differ by more.
+    onepass and bitsandbytes order the arithmetic differently, so the update and the weight round
+    differently. The test compares one step only: neighbouring codes after it would make later steps
+    differ by more.
     """
     limit = 1e-5 * (expected - before).abs() + 2**-22 * before.abs()
     assert ((found - expected).abs() <= limit).all()
@@ -164,7 +166,7 @@ def test_blocks_of_2048_become_blocks_of_256():
 
 
 def test_another_layout_here_is_reordered():
-    """Theirs are in the order of the indices; ours in that of the memory."""
+    """bitsandbytes stores codes in index order, onepass in memory order."""
     shape = (2, 40, 5, 3)
     params = make_params([shape], torch.float32, 1)
     flat_run = onepass.Lion(params, states="dynamic8")
@@ -181,7 +183,7 @@ def test_another_layout_here_is_reordered():
         return values * state["absmax1"].repeat_interleave(256)[: values.numel()]
 
     want, got = decoded(exported["state"][0]), decoded(back)
-    # Two roundings, each within half of the widest gap of the map, of the block's largest.
+    # Two roundings, each within half of the widest gap of the map, relative to the block maximum.
     assert (want - got).abs().max() <= 0.02 * want.abs().max()
     assert not torch.equal(other.state[last]["exp_avg"].flatten(), back["state1"].flatten())
 

@@ -1,4 +1,7 @@
-"""What callers of torch.optim, bitsandbytes and others pass: accepted, or an error that helps."""
+"""Arguments that callers of torch.optim, bitsandbytes and others pass are accepted or refused.
+
+The error of a refused argument names the equivalent in onepass.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +155,7 @@ def test_repr_shows_options_of_the_whole_step():
 
 
 def test_frozen_parameters_may_be_of_any_dtype():
-    """As quantised weights beside adapters."""
+    """Quantized weights beside trained adapters are such parameters."""
     model = torch.nn.ParameterDict(
         {
             "packed": torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False),
@@ -265,7 +268,11 @@ def train(model, optimizer, seeds):
 
 
 def exchange(source, target, flat, planner=None):
-    """Saves one optimizer, loads it strictly into another; how far both are apart afterwards."""
+    """Saves one optimizer and loads it strictly into another.
+
+    Returns:
+        The largest difference between the weights of both after three more steps.
+    """
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = trained(source)
     where = tempfile.mkdtemp()

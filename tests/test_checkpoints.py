@@ -1,4 +1,4 @@
-"""Saving and loading: resumed runs, exchange with torch.optim, state dicts that do not fit."""
+"""Saving and loading: resumed runs, exchange with torch.optim, and invalid state dicts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .test_oracle import TWIN_IDS, TWINS, torch_twin
 
 
 def save_and_load(state_dict):
-    """Through torch.save, as a checkpoint goes."""
+    """Saves and loads with torch.save and torch.load, as for a checkpoint file."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
@@ -59,7 +59,7 @@ LAYOUTS = [(33,), (), (1,), (0,), (300,), (4, 9), (2, 5, 3, 4)]
 
 
 def make_layouts(dtype):
-    """Short blocks, one element, none, no dimension; a transposed and a channels_last one."""
+    """Parameters with incomplete blocks, one or no element, no dimension, or permuted strides."""
     params = make_params(LAYOUTS, dtype, 1)
     params[5].data = params[5].detach().t().contiguous().t()
     params[6].data = params[6].detach().to(memory_format=torch.channels_last)
@@ -125,7 +125,7 @@ def test_a_torch_run_continues_in_onepass_and_back(case, variant, name):
 
 
 def test_the_step_counters_of_a_state_dict_are_separate():
-    """torch.optim adds one to each: a shared one would count every parameter's step."""
+    """torch.optim increments each counter, so a shared one would count once per parameter."""
     params = make_params([(3,), (4,)], torch.float32, 1)
     optimizer = onepass.AdamW(params)
     train(optimizer, params, 2)
@@ -209,7 +209,7 @@ def test_state_dicts_of_others_are_refused_before_anything_changes():
 
 @pytest.mark.parametrize("size", [0, 1, 2, 33, (6, 5)])
 def test_codes_of_version_2_load(size):
-    """Those of mx4 were uint8 then, as those of mx8 still are."""
+    """In version 2 the codes of mx4 were uint8, as those of mx8 still are."""
     for states in ("mx8", "mx4"):
         sizes = [size if isinstance(size, tuple) else (size,)]
         params = make_params(sizes, torch.float32, 0)

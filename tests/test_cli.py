@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and its exit codes."""
+"""The command line: its output, the files it writes, and its exit codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEYS = ["torch-adamw", "onepass-adamw", "onepass-adamw-bf16", "onepass-lion", "o
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory a quick demo wrote."""
+    """The directory that a quick demo has written."""
     out = tmp_path_factory.mktemp("demo")
     assert main(["demo", "--quick", "--device", "cpu", "--quiet", "--out", str(out)]) == 0
     return out
@@ -126,10 +126,10 @@ def test_demo_runs_every_optimizer_and_writes_its_results(
     for run in results["runs"]:
         assert len(run["train_loss"]) == steps
         assert run["validation_steps"][-1] == steps
-        # Every optimizer learns something even in a few steps: better than a uniform guess.
+        # Every optimizer must be better than a uniform guess, ln(256), after a few steps.
         assert run["validation_loss"][-1] < 5.5451
         assert run["optimizer_ms"] > 0
-    # All start from the same weights and see the same first batch.
+    # All optimizers start from the same weights and see the same first batch.
     assert len({run["train_loss"][0] for run in results["runs"]}) == 1
     assert len(results["summary"]) == len(KEYS)
 
@@ -143,7 +143,7 @@ def test_demo_measures_the_bytes_of_the_states(results: dict[str, object]) -> No
         "onepass-sgd": 4,
     }
     for run in results["runs"]:
-        # Step counters and what aligns each tensor come on top.
+        # Step counters and alignment padding add to the expected bytes.
         over = run["state_bytes_per_parameter"] - expected[run["key"]]
         assert 0 <= over < 0.2, run["key"]
 
@@ -151,10 +151,10 @@ def test_demo_measures_the_bytes_of_the_states(results: dict[str, object]) -> No
 def test_demo_adamw_is_torch_adamw(results: dict[str, object]) -> None:
     replay = results["onepass_adamw_against_torch"]["replay"]
     assert replay["steps"] == 10
-    # A weight near 1 moves by lr, so its rounding alone is up to 2**-24 / lr of the update.
+    # A weight near 1 moves by lr. Its rounding alone is up to 2**-24 / lr of the update.
     assert replay["one_step_max_difference"] < 2.0**-22
     assert replay["relative_difference"] < 1e-4
-    # Not zero updates that agree trivially.
+    # Zero updates would agree trivially.
     assert replay["max_update"] > replay["lr"]
 
 
@@ -210,7 +210,7 @@ def test_closed_pipe_is_quiet() -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    process.stdout.close()  # long before the child has imported torch and prints
+    process.stdout.close()  # before the child process has imported torch and prints
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(60) == 128 + signal.SIGPIPE
@@ -245,7 +245,7 @@ def test_model_does_not_see_the_future() -> None:
     inputs = torch.randint(256, (1, 32), requires_grad=False)
     embedded: list[torch.Tensor] = []
     model.tokens.register_forward_hook(lambda _m, _i, out: embedded.append(out.requires_grad_()))
-    targets = torch.full((1, 32), -100)  # ignored, but for position 10
+    targets = torch.full((1, 32), -100)  # all positions but 10 are ignored
     targets[0, 10] = 7
     (grad,) = torch.autograd.grad(model(inputs, targets), [embedded[0]])
     reached = grad[0].abs().sum(-1) > 0

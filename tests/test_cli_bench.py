@@ -1,4 +1,4 @@
-"""`onepass bench`: sizes, what it refuses and how, and one tiny run. No time."""
+"""`onepass bench`: parsing of sizes, usage errors, and one tiny run. Times are not tested."""
 
 from __future__ import annotations
 

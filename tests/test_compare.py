@@ -1,4 +1,4 @@
-"""`onepass compare`: what it measures, on cases with a known answer, and what it writes."""
+"""`onepass compare`: its measurements on cases with a known answer, and the files it writes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_momentum_oscillates_where_adamw_lands_at_the_same_rate():
     assert momentum["line crossings"] >= 5 > 2 >= adamw["line crossings"]
     assert momentum["line overshoot"] > 0.3 > 0.1 > adamw["line overshoot"]
     assert momentum["ravine crossings at lr 0.01"] > 10 > 2 >= adamw["ravine crossings at lr 0.01"]
-    # At its own best rate AdamW is no different in kind, against what is often said of it.
+    # At its own best learning rate AdamW oscillates too, contrary to a common claim.
     assert adamw["ravine crossings"] > 5
 
 
@@ -62,7 +62,7 @@ def test_adagrads_steps_die_out_and_rmsprops_do_not():
 
 def test_l2_in_adam_is_not_decoupled_decay():
     taken = claims.decay_kinds()
-    # 200 steps of 1 - 0.01 * 0.1
+    # 200 steps that multiply the weight by 1 - 0.01 * 0.1
     exact = 1 - 0.999**200
     for size in ("0.1", "10"):
         assert taken[f"adamw, gradients of {size}"] == pytest.approx(exact, abs=2e-3)
@@ -81,12 +81,12 @@ def test_clipping_tames_a_cliff():
     assert max(free[-1], clipped[-1]) < 1e-6
 
 
-# --- what measures ---------------------------------------------------------------------------
+# --- measurements ---
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 7.0), (-9.0, 4.0)])
 def test_sharpness_is_the_largest_eigenvalue(low, high):
-    """Also when the smallest is the larger by magnitude."""
+    """Also if the smallest eigenvalue has the largest magnitude."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
     values = [*torch.linspace(low, 0.6 * high, 11).tolist(), high]
@@ -161,7 +161,7 @@ def test_rates_do_not_know_of_each_other():
     together = descend(noisy, "adamw", [0.01, 0.3], 20)
     alone = descend(noisy, "adamw", [0.3], 20)
     assert np.array_equal(together[1], alone[0])
-    # Noise: the way is not the one without.
+    # The noise changes the path.
     assert not np.array_equal(alone, descend(SURFACES[0], "adamw", [0.3], 20))
 
 
@@ -170,7 +170,7 @@ def test_all_begin_at_the_same_line_and_most_find_it():
     assert len({run["loss"][0] for run in found["runs"].values()}) == 1
     assert found["exact"] == pytest.approx([2, 1], abs=0.05)
     for key, run in found["runs"].items():
-        # At this rate Adagrad is still on its way: its rate has decayed.
+        # Adagrad has not converged at this learning rate, because its step size has decayed.
         assert (run["loss"][-1] < 1.1 * found["floor"]) == (key != "adagrad")
 
 
@@ -202,12 +202,12 @@ def test_a_run_that_diverges_is_no_result():
     assert len(result.curve) < 30
 
 
-# --- what is written -------------------------------------------------------------------------
+# --- files ---
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A comparison too small to say anything."""
+    """A comparison of minimal size; its figures mean nothing."""
     out = tmp_path_factory.mktemp("compare")
     patch = pytest.MonkeyPatch()
     patch.setattr(path_plots, "FRAMES", 3)

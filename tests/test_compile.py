@@ -66,7 +66,7 @@ def test_a_training_step_has_no_graph_break_of_ours(options):
         net(x).square().mean().backward()
         optimizer.step()
 
-    # Not inductor, whose own forward and backward passes round differently.
+    # inductor is left out because its own forward and backward passes round differently.
     compiled_train = torch.compile(train, backend="aot_eager")
     for i in range(4):
         x = torch.randn(5, 8, generator=torch.Generator().manual_seed(i))
@@ -115,8 +115,11 @@ def test_a_graph_outlives_loading_and_not_the_optimizer():
 
 
 def test_a_graph_keeps_the_step_out_of_cuda_graphs(monkeypatch):
-    """mode="reduce-overhead" would otherwise replay the numbers of an earlier step, since the
-    parameters are at fixed addresses."""
+    """mode="reduce-overhead" must not replay the step.
+
+    Parameters have fixed addresses, so inductor would otherwise put the step into a CUDA graph,
+    which repeats the hyperparameters of an earlier step.
+    """
     from torch._inductor import compile_fx, config
 
     found = []
@@ -126,7 +129,8 @@ def test_a_graph_keeps_the_step_out_of_cuda_graphs(monkeypatch):
         "get_first_incompatible_cudagraph_node",
         lambda graph: found.append(ask(graph)) or found[-1],
     )
-    # Not by monkeypatch: undone, it deletes an option that stands for one of torch.compiler.
+    # Set by a context manager, because monkeypatch would delete an option that is an alias of one
+    # in torch.compiler when it is undone.
     with config.patch(graph_partition=False, force_disable_caches=True):
         for zeroes in (False, True):
             (net, _), (optimizer, _) = twins(zero_grads=zeroes)

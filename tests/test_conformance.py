@@ -20,7 +20,7 @@ import onepass
 from .cases import clone, make_params
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports expecttest")
-# The import loads a hypothesis profile of torch's, which would apply to the other tests too.
+# The import loads a hypothesis profile of torch, which would also apply to the other tests.
 _profile = hypothesis.settings.get_current_profile_name()
 common_optimizers = importlib.import_module("torch.testing._internal.common_optimizers")
 hypothesis.settings.load_profile(_profile)
@@ -79,7 +79,7 @@ def param():
 
 
 def settle(name: str, description: str, difference: str | None) -> None:
-    """Asserts that a difference is None, or, if EXCEPTIONS lists the case, that it is not."""
+    """Asserts that a difference is None, or that it is not None if EXCEPTIONS lists the case."""
     listed = {(name, description), ("*", description)} & EXCEPTIONS.keys()
     if listed:
         assert difference is not None, f"remove {listed} from EXCEPTIONS: onepass is as torch.optim"
@@ -88,7 +88,7 @@ def settle(name: str, description: str, difference: str | None) -> None:
 
 
 def raised(make, expected=()) -> BaseException | None:
-    """The error of a call, or its warning if a class of warnings is expected; None for neither."""
+    """The error of a call, or its warning if a class of warnings is expected, or None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if isinstance(expected, type) and issubclass(expected, Warning):
@@ -101,7 +101,7 @@ def raised(make, expected=()) -> BaseException | None:
 
 
 def unlike(error: BaseException | None, expected: type) -> str | None:
-    """What differs if an error is not of the expected type."""
+    """Describes an error that is not of the expected type; None if it is."""
     return None if isinstance(error, expected) else f"expected {expected.__name__}, got {error!r}"
 
 
@@ -144,8 +144,11 @@ def input_id(value):
 
 @pytest.mark.parametrize(("name", "given"), INPUTS, ids=input_id)
 def test_weights_are_as_near_to_float64_as_torchs(name, given):
-    """The limit is that of test_oracle.py, on the root mean square relative to the update: torch's
-    own error in float32 and a tenth, or 1e-6, since a beta rounded to float32 is off by 3e-8."""
+    """The limit is that of test_oracle.py, for the RMS error relative to the RMS of the update.
+
+    The error may be 1.1 times that of torch.optim in float32, or 1e-6, because a beta rounded to
+    float32 is off by 3e-8.
+    """
     runs = start(name, given.kwargs)
     before = flat(runs[0][1])
     steps(runs, 50)
@@ -178,7 +181,7 @@ def test_group_keys_are_torchs(name, given):
     settle(name, "group keys", difference)
 
 
-# --- torch's choices of an implementation ----------------------------------------------------
+# --- choices of an implementation ---
 
 FLAGS = [
     (name, flag, value)
@@ -222,7 +225,7 @@ def test_differentiable_is_a_value_error(name):
     ids=lambda x: x if isinstance(x, str) else x.optimizer_error_input.desc,
 )
 def test_an_error_input_is_an_error_of_the_same_type(name, given):
-    """Where optim_db has params=None, a parameter takes its place; the next test keeps None."""
+    """Where optim_db has params=None, the test passes a parameter; the next test passes None."""
     wrong, kind = given.optimizer_error_input, given.error_type
     in_step = given.error_on is common_optimizers.OptimizerErrorEnum.STEP_ERROR
 

@@ -1,4 +1,4 @@
-"""From one format to another: state dicts, runs that change their format, other memory layouts."""
+"""Conversion between formats: state dicts, runs that change their format, other memory layouts."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ COMPANIONS = [name for name, form in WEIGHT_FORMATS.items() if form.key]
 
 
 def wide(optimizer):
-    """The states as fp32 values, which convert_state_dict finds without rounding."""
+    """The states as fp32 values; convert_state_dict decodes them without rounding."""
     return onepass.convert_state_dict(optimizer, optimizer.state_dict(), states="fp32")["state"]
 
 
 def largest(values, block):
-    """Of the block of each element, its largest magnitude."""
+    """For each element, the largest magnitude in its block."""
     padded = torch.zeros(-(-len(values) // block) * block)
     padded[: len(values)] = values.abs()
     return padded.view(-1, block).amax(1).repeat_interleave(block)[: len(values)]
 
 
 def limits(states, first, second, stored_second):
-    """How far a format's nearest codes may lie from Adam's moments, in the order of its blocks."""
+    """The largest errors of a state format for Adam's moments, in the order of its blocks."""
     if states in ("fp32", "bf16"):
         eps = 2**-8 if states == "bf16" else 0.0
         return eps * first.abs(), eps * second
     block = STATE_FORMATS[states].block
     if states == "dynamic8":  # the widest gap of the map is 0.0142
         return 0.0072 * largest(first, block), 0.0072 * largest(second, block)
-    # Codes with b bits of mantissa: half of their spacing is 2^-(b + 1) of the value, which first
-    # moments are lifted by the lowest power of two of their block before.
+    # Half of the spacing of codes with b bits of mantissa is 2^-(b + 1) of the value. First moments
+    # are lifted by the lowest power of two of their block before they are encoded.
     if states == "mx8":
         half = 1.01 / 16
         first_limit = half * (first.abs() + 2**-14 * largest(first, block))
@@ -55,7 +55,7 @@ def limits(states, first, second, stored_second):
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_states_come_within_the_target_formats_error(source, target):
-    """From a checkpoint in the layouts of make_layouts to a contiguous model."""
+    """A checkpoint in the layouts of make_layouts is loaded into a contiguous model."""
     params = make_layouts(torch.float32)
     first = onepass.AdamW(params, states=source)
     train(first, params, 4)
@@ -79,7 +79,7 @@ def test_states_come_within_the_target_formats_error(source, target):
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_a_run_whose_states_change_their_format_goes_on(source, target):
-    """As if it had been saved and loaded into an optimizer of the other format."""
+    """The result is the same as saving and loading into an optimizer of the other format."""
     params = make_layouts(torch.float32)
     optimizer = onepass.AdamW(params, states=source)
     train(optimizer, params, 3)
@@ -97,7 +97,7 @@ def test_a_run_whose_states_change_their_format_goes_on(source, target):
 
 @pytest.mark.parametrize("states", STATE_FORMATS)
 def test_a_weight_may_move_to_another_layout(states):
-    """Its states move along when they are loaded: nothing but their order has changed."""
+    """Loading reorders the states for the new layout; their values stay the same."""
     params = make_layouts(torch.float32)
     optimizer = onepass.AdamW(params, states=states)
     train(optimizer, params, 3)
@@ -119,7 +119,7 @@ def test_a_weight_may_move_to_another_layout(states):
 
 
 def test_a_step_finds_that_a_weight_has_moved():
-    """The order of packed codes is not to be seen in their shape."""
+    """The shape of packed codes does not show their order, so the state stores the stride."""
     moved, loaded = make_layouts(torch.float32), make_layouts(torch.float32)
     optimizers = [onepass.AdamW(params, states="mx4") for params in (moved, loaded)]
     for optimizer, params in zip(optimizers, (moved, loaded), strict=True):
@@ -135,7 +135,7 @@ def test_a_step_finds_that_a_weight_has_moved():
 
 
 def test_one_element_has_the_same_shapes_in_mx8_and_mx4():
-    """The dtypes of the codes tell the formats."""
+    """Only the dtypes of the codes tell the two formats apart."""
     for source, target in (("mx8", "mx4"), ("mx4", "mx8")):
         (param,) = params = make_params([(1,)], torch.float32, 1)
         optimizer = onepass.Lion(params, states=source)
@@ -155,7 +155,7 @@ def test_one_element_has_the_same_shapes_in_mx8_and_mx4():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("states", STATE_FORMATS)
 def test_states_of_torch_optim_on_16_bit_weights(states, dtype):
-    """torch.optim makes them in the dtype of the weight."""
+    """torch.optim stores states in the dtype of the weight."""
     params = [torch.nn.Parameter(torch.ones(40, dtype=dtype))]
     theirs = torch.optim.AdamW(params)
     set_grads(params, dtype, 1)
@@ -221,18 +221,19 @@ def test_convert_state_dict_keeps_groups_and_refuses_what_does_not_fit():
 
 # --- companions of weights ---
 
-# Of the value, what a conversion may lose: one fp32 ulp at a tie; kahan's compensation has 8 bits
-# below the 8 of the weight; split8 has 24 in all, and half more where a tie has to be left.
+# The relative error of a conversion: one fp32 ulp at a tie; the compensation of kahan has 8 bits
+# below the 8 of the weight; split8 has 24 bits in all, and is off by half a step more next to a
+# tie.
 LOST = {"master": 2**-23, "split16": 2**-23, "kahan": 2**-16, "split8": 2**-14}
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(COMPANIONS, repeat=2)))
 def test_companions_come_within_the_target_formats_error(source, target):
-    """Also of values in the middle between two weights, where formats round to different ones."""
+    """Some values are midway between two weights, where formats round to different weights."""
     params = make_params([(1 << 14,)], BF16, 1)
     optimizer = onepass.SGD(params, lr=1e-2, weights=source)
     train(optimizer, params, 2)
-    # A step of zero from masters at ties and just below, so that every format makes its own codes.
+    # A step of zero, from masters at ties and just below, so that every format encodes them itself.
     first = onepass.SGD(params, lr=0.0, weights="master")
     train(first, params, 1)
     master = first.state[params[0]]["weight_master"]
@@ -254,7 +255,7 @@ def test_companions_come_within_the_target_formats_error(source, target):
     if source == target:
         assert torch.equal(got, want)
     assert torch.equal(params[0], weight)
-    # And in the middle of a run.
+    # The same conversion during a run.
     optimizer.param_groups[0]["weights"] = target
     for one in (optimizer, loaded):
         params[0].data = weight.clone()

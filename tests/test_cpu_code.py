@@ -1,4 +1,7 @@
-"""The machine code of the built CPU library: what a compiler drops and nothing but time shows."""
+"""Prefetch instructions in the machine code of the CPU library.
+
+A compiler may drop them without a change of results; only a benchmark would show it.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A step of the cuda backend that is captured in a graph, by the sources compiled by g++: the shim
-keeps launches and replays them."""
+"""Steps of the cuda backend captured in a graph, on the stand-in: csrc/cuda compiled by g++.
+
+The shim of the CUDA runtime records the launches of a capture and replays them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 
 @pytest.fixture
 def capture(monkeypatch):
-    """A capture as torch sees it, and the shim's."""
+    """A capture of the shim that torch also reports as active."""
     state = cuda_shim.Capture()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.active)
@@ -30,8 +32,10 @@ def gradients(params, seed, dtype=torch.float32):
 
 
 def test_a_captured_step_is_replayed_among_eager_ones_with_its_own_gradients(capture):
-    """Eager steps between replays have other gradients, of another dtype even, and other options:
-    neither sees the tables of the other."""
+    """Eager steps between replays have other gradients, also of another dtype, and other options.
+
+    Eager steps and replays must not read each other's tables.
+    """
     params = make_params([(33,), (2085,), (4, 5)], torch.bfloat16, 1)
     expected = clone(params)
     options = {"lr": 0.1, "states": "mx8", "weights": "split8", "zero_grads": True}
@@ -68,7 +72,7 @@ def test_a_captured_step_is_replayed_among_eager_ones_with_its_own_gradients(cap
     eager(5, torch.bfloat16)
     assert_same(ours, reference)
     replay(6)
-    # The plan is made anew: the graph still has the old one's tables.
+    # A new plan is built, and the graph still has the tables of the old plan.
     ours.load_state_dict(ours.state_dict())
     assert ours._plan is None
     assert plan in ours.captured

@@ -1,4 +1,4 @@
-"""What the compiler made of csrc/cuda: read from the built library, which needs no GPU."""
+"""The machine code of csrc/cuda in the built library, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .test_package import ROOT
 WHY_NOT = cuda_code.why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 
-# A block is 128 threads and a multiprocessor has 65,536 registers: 80 a thread leave room for six
-# blocks, 128 for four, which __launch_bounds__ asks for (csrc/cuda/dispatch.cuh). A thread of an
-# fp32 AdamW step has 128 bytes of reads under way, so six blocks 96 KiB; bandwidth times latency on
-# an H200 (4.8 TB/s over 132 multiprocessors, some 800 ns) is 29 KiB. In all bf16 it is half of
-# that, 48 KiB.
+# Registers per thread. A block has 128 threads and a multiprocessor 65,536 registers: with 80 per
+# thread it holds six blocks, with 128 four, the minimum in __launch_bounds__
+# (csrc/cuda/dispatch.cuh). A thread of an fp32 AdamW step has 128 bytes of reads in flight, so six
+# blocks have 96 KiB, and in bf16 48 KiB. Bandwidth times latency on an H200 (4.8 TB/s over 132
+# multiprocessors, about 800 ns) is 29 KiB.
 MOST = 128
 
 
@@ -41,7 +41,7 @@ def test_every_row_of_the_table_has_a_kernel():
         assert sum(
             n.startswith(f"{rule}-{flags} ") and n.count(" ") == 3 for n in names
         ) == 1 + len(rows)
-    # SGD without momentum has no Nesterov: 6 of its 8 flags.
+    # SGD without momentum has no Nesterov momentum, which leaves 6 of its 8 flag combinations.
     for rule, flags in (("sgd", 6), ("adagrad", 4), ("rmsprop", 16), ("adam", 4), ("lion", 2)):
         assert sum(n.startswith(rule) and n.endswith(" fp32 fp32 fp32") for n in names) == flags
         assert f"{rule} any" in names
@@ -50,7 +50,11 @@ def test_every_row_of_the_table_has_a_kernel():
 
 
 def test_no_kernel_spills_more_than_a_word():
-    """Of eight bytes, stored and loaded once. Elsewhere sm_90's choice is a little tight."""
+    """On sm_90 a kernel may spill 8 bytes, stored and loaded once.
+
+    The register limits are chosen for sm_90. They are tight on other architectures, where 64 bytes
+    of stack are allowed.
+    """
     for kernel in kernels():
         what = (kernel.name, kernel.arch)
         assert kernel.resources["LOCAL"] == 0, what
@@ -64,7 +68,7 @@ def test_no_kernel_spills_more_than_a_word():
 
 def test_registers():
     for kernel in kernels():
-        # Kernels of mixed lists are not rationed: they would spill.
+        # Kernels for mixed lists have no register limit, because they would spill.
         most = 255 if kernel.name.endswith((" any", " formats")) else MOST
         assert kernel.resources["REG"] <= most, (kernel.name, kernel.arch)
     for name in ("adam-1 fp32 fp32 fp32", "adam-1 split16 bf16 bf16sr", "adam-1 split16 bf16 mx8"):
@@ -74,23 +78,23 @@ def test_registers():
 @pytest.mark.parametrize(
     ("name", "loads", "stores"),
     [
-        # Two vectors of each of the parameter, the gradient and the states, four elements each.
+        # Two vectors of four elements of the parameter, the gradient and each state.
         ("adam-1 fp32 fp32 fp32", 8, 6),
         ("lion-1 fp32 fp32 fp32", 6, 4),
         ("sgd-2 fp32 fp32 fp32", 6, 4),
         ("adagrad-0 fp32 fp32 fp32", 6, 4),
         ("rmsprop-0 fp32 fp32 fp32", 6, 4),
-        # One vector of each, eight elements.
+        # One vector of eight elements each.
         ("adam-1 bf16 bf16 bf16sr", 4, 3),
         ("adam-1 split16 bf16 bf16sr", 5, 4),
         ("lion-1 bf16 bf16 bf16sr", 3, 2),
     ],
 )
 def test_the_main_path_is_of_accesses_of_16_bytes_all_in_flight_at_once(name, loads, stores):
-    """Every read of a round comes before its first write, and no narrow one among them.
+    """All reads of a round are 16 bytes wide and precede its first write.
 
-    The quick arithmetic ends in a vote; the careful one, where it is asked for, goes element by
-    element.
+    The fast arithmetic ends in a vote of the warp. The exact arithmetic, which runs if the vote
+    fails, handles one element at a time.
     """
     zeroed = 2 if "fp32 fp32 fp32" in name else 1
     for kernel in named(name):
@@ -100,11 +104,12 @@ def test_the_main_path_is_of_accesses_of_16_bytes_all_in_flight_at_once(name, lo
         reads = [i for i, op in enumerate(ops) if wide.fullmatch(op) and op.startswith("LDG")]
         assert len(reads) == loads
         writes = [i for i, op in enumerate(ops) if wide.fullmatch(op) and op.startswith("STG")]
-        # The last is of a row that is left alone and zeroes its gradients.
+        # The last write zeroes the gradients of a row that the step skips.
         assert len(writes) == stores + zeroed + 1
         assert reads[-1] < vote < writes[0]
         zeros = [kernel.instructions[i].endswith(", RZ") for i in writes[:-1]]
-        # Writing to what is still being read makes a sweep take twice as long.
+        # The zeros are written last. A sweep that writes to gradients still being read takes twice
+        # as long.
         assert zeros == [False] * stores + [True] * zeroed
         between = ops[reads[0] : reads[-1] + 1]
         assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
@@ -123,10 +128,10 @@ def test_accesses_know_that_they_are_of_global_memory():
 
 
 def test_nothing_is_contracted():
-    """Multiply-adds belong to roots and divisions alone.
+    """Only square roots and divisions contain fused multiply-adds.
 
-    SGD and Lion have neither, so none at all. Elsewhere each root and each division brings its own
-    number, the same in all kernels: one more, or one fewer, and a formula has been contracted.
+    SGD and Lion have neither operation, so they have no FFMA. In other kernels each root and each
+    division adds a fixed number. Any other count means that a formula was contracted.
     """
     seen = {}
     for kernel in kernels():
@@ -160,7 +165,7 @@ def test_the_library_uses_only_the_stable_abi():
     assert "aoti_torch_get_current_cuda_stream" in names
     assert [n for n in names if re.search(r"\b(at|c10|caffe2|torch)::", n)] == []
     assert [n for n in names if re.match(r"_?Py", n)] == []
-    # cudart is linked in, and loads the driver when it is first called.
+    # cudart is linked statically and loads the driver at the first call.
     others = [name for kind, name in undefined() if "@" not in name and kind not in "wv"]
     assert [n for n in others if not n.startswith(("aoti_torch_", "torch_"))] == []
 
@@ -175,7 +180,10 @@ def test_the_library_needs_torch_and_the_system_alone():
 
 
 def test_the_library_loads_where_torch_has_a_cuda_part(tmp_path):
-    """A library with nothing but that function stands for torch's part; the ops are then there."""
+    """A stub library that only defines that function replaces torch's CUDA library.
+
+    Afterwards all ops are registered for CUDA.
+    """
     stub = tmp_path / "libtorch_cuda.so"
     source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
     command = ["g++", "-shared", "-fPIC", "-xc++", "-", f"-Wl,-soname,{stub.name}", "-o", stub]
@@ -192,6 +200,6 @@ def test_the_library_loads_where_torch_has_a_cuda_part(tmp_path):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = found.stdout.splitlines()
     assert lines[:1] == ["[]"], found.stderr
-    # Without a driver the library says so, and raises nothing.
+    # Without a driver the library returns the reason and raises nothing.
     if lines[1].startswith("False"):
         assert re.search(r"NVIDIA driver|do not load on cuda:0 \(cudaErrorNoDevice\)", lines[1])

@@ -1,4 +1,4 @@
-"""The cuda backend on a GPU: streams, large tensors, launches."""
+"""The cuda backend on a GPU: streams, large tensors, the number of launches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _available():
-    """With a GPU, a backend that does not serve it is a failure, not a reason to skip."""
+    """Fails if a GPU is present but the backend does not serve it, where a skip would hide that."""
     if torch.cuda.is_available():
         assert BACKENDS["cuda"].unavailable(torch.device("cuda")) == ""
 
@@ -33,7 +33,7 @@ def test_none_picks_cuda():
 
 
 def test_a_side_stream_is_the_one_that_is_used():
-    """Gradients come from slow work on the same stream: a launch elsewhere would read old ones."""
+    """Slow work on the same stream makes the gradients; another stream would read old ones."""
     cpu_param = torch.nn.Parameter(torch.ones(1 << 16))
     (gpu_param,) = on_gpu([cpu_param])
     cpu = onepass.AdamW([cpu_param], backend="reference")
@@ -54,7 +54,7 @@ def test_a_side_stream_is_the_one_that_is_used():
 
 
 def test_many_steps_in_flight_keep_their_own_hyperparameters_and_gradients():
-    """The host runs ahead of a busy device, and rewrites no table that a copy still reads."""
+    """The host runs ahead of the device and must not overwrite a table that a copy still reads."""
     cpu_param = torch.nn.Parameter(torch.ones(1000))
     (gpu_param,) = on_gpu([cpu_param])
     optimizers = []
@@ -100,7 +100,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(states):
     optimizer.step()
     exp_avg = optimizer.state[param]["exp_avg"]
     assert bool((param.detach() == 0.5).all())
-    # What reads its own index: the random bits, on either side of 2^31 and at both ends.
+    # The random bits depend on the element index: compared at both ends and on both sides of 2^31.
     plain = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     plain.grad = torch.full_like(plain, 0.3)
     fp32 = onepass.Lion([plain], lr=0.5, backend="reference")
@@ -118,7 +118,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(states):
 
 @pytest.mark.parametrize("count", [300, 20_000])
 def test_a_step_of_two_groups_is_one_sweep(count):
-    """Counted by the profiler, which sees every kernel that reaches the device."""
+    """The profiler counts the kernels, so it sees every launch that reaches the device."""
     params = on_gpu(make_params([(1 + i % 50,) for i in range(count)], torch.float32, 0))
     groups = [{"params": params[::2]}, {"params": params[1::2], "states": "bf16", "lr": 0.1}]
     optimizer = onepass.AdamW(groups, backend="cuda")

@@ -1,4 +1,4 @@
-"""Whole steps of the cuda backend on a GPU: captured and replayed, judged there, without a wait."""
+"""Whole steps of the cuda backend on a GPU: capture and replay, skipping, no synchronization."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture
 def no_waiting():
-    """Whatever makes the host wait for the device is an error, once it is called."""
+    """A function after whose call any synchronization of the host with the device is an error."""
 
     def begin():
         torch.cuda.synchronize()
@@ -44,7 +44,7 @@ def no_waiting():
 
 
 def fill(params, seed):
-    """Writes the gradients of a step into those that are there, or makes them."""
+    """Writes the gradients of a step into the existing tensors, or into new ones."""
     cpu = [torch.nn.Parameter(torch.zeros(p.shape, dtype=p.dtype)) for p in params]
     set_grads(cpu, params[0].dtype, seed)
     for param, source in zip(params, cpu, strict=True):
@@ -81,7 +81,7 @@ def test_replays_are_eager_steps(case, dtype, weights, states):
     for step in range(2, 6):
         fill(params, step)
         fill(others, step)
-        if step == 4:  # a step that is skipped
+        if step == 4:  # this step is skipped
             params[-1].grad[5] = others[-1].grad[5] = math.nan
         graph.replay()
         eager.step()
@@ -110,7 +110,7 @@ def test_a_learning_rate_that_is_a_tensor_counts_at_every_replay():
 
 
 def test_eager_steps_between_replays_have_their_own_gradients():
-    """And two graphs of one optimizer theirs."""
+    """Two graphs of one optimizer have different gradients as well."""
     cpu_params = make_params([(33,), (20_001,)], torch.bfloat16, seed=1)
     params = on_gpu(cpu_params)
     options = {"lr": 0.1, "states": "mx8", "weights": "split8"}
@@ -157,7 +157,7 @@ def test_a_graph_outlives_the_plan_that_it_was_captured_with():
     before = param.detach().clone()
     graph = captured(optimizer.step)
     other.grad = torch.ones_like(other)
-    optimizer.step()  # another list: the plan is made anew
+    optimizer.step()  # a new plan, for another list
     assert same_bits(param.detach(), before - 0.5)
     other.grad = None
     garbage = [torch.full((1000,), math.nan, device="cuda") for _ in range(100)]

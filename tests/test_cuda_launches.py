@@ -1,4 +1,4 @@
-"""Launches of the CUDA library that fail: the step is not counted, and the next one is right."""
+"""Failing launches of the CUDA library: the step is not counted, and the next step is correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 INF, NAN = float("inf"), float("nan")
 
 
-OUT_OF_RESOURCES, NO_CODE = 701, 209  # of cudaError_t
+OUT_OF_RESOURCES, NO_CODE = 701, 209  # values of cudaError_t
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def _healthy():
 
 
 def two_steps(backend, failing=None, dtypes=(torch.float32, torch.float32)):
-    """An optimizer after two steps; failing(part, number) comes between refresh and a step."""
+    """An optimizer after two steps; calls failing(optimizer, number) before each step."""
     params = make_params([(33,), (2085,)], torch.float32, 1)
     optimizer = onepass.AdamW(params, lr=0.1, states="mx8", backend=backend, seed=3)
     for number, dtype in enumerate(dtypes):
@@ -63,7 +63,7 @@ def test_a_launch_that_fails_names_the_error_and_the_next_step_works():
         assert same_bits(table.steps, counted[0])
         assert same_bits(table.fresh, counted[1])
         assert all(map(same_bits, before, snapshot(optimizer)))
-        # Its gradients have been used up.
+        # The failed launch has used up the gradients.
         with pytest.raises(RuntimeError, match="run without refresh"):
             part.backend.run(part.prepared, StepArgs(table.hyper, table.counters))
 
@@ -89,7 +89,7 @@ def test_launches_of_a_norm_that_fail_name_the_error(call):
 @pytest.mark.usefixtures("_healthy")
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_kernel_that_does_not_load_is_found_before_the_step_is_counted(number):
-    """When gradients are taken, whose dtypes decide on the kernel."""
+    """The error is raised at refresh, when the dtypes of the gradients select the kernel."""
 
     def failing(optimizer, now):
         if now != number:

@@ -1,4 +1,4 @@
-"""What compute-sanitizer is to watch, on the stand-in of a GPU and on a GPU."""
+"""The program that compute-sanitizer runs, on the stand-in and on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_every_list_is_stepped_on_the_stand_in(monkeypatch):
     before = cuda_shim.launches()
     lists = cuda_sanitize.steps("cpu", STAND_IN)
     assert lists == len(cuda_sanitize.STORED) + 1
-    # Two steps of two launches for each list, and the norm.
+    # Two steps of two launches for each list, and one norm.
     assert cuda_shim.launches() > before + 4 * lists
 
 

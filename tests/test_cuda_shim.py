@@ -1,4 +1,4 @@
-"""The CUDA backend's host side, on the stand-in: its launches, its plan, and the GPUs it serves."""
+"""The host side of the CUDA backend, on the stand-in: launches, plans, and supported GPUs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_lists_without_elements_launch_no_sweep():
     set_grads(params, torch.float32, 0)
     before = cuda_shim.launches()
     onepass.SGD(params, backend=STAND_IN).step()
-    assert cuda_shim.launches() == before + 1  # advance
+    assert cuda_shim.launches() == before + 1  # the launch of advance
 
 
 def test_a_list_of_two_rules_is_refused():
@@ -82,7 +82,7 @@ def test_averages_and_telemetry_are_refused():
         )
 
 
-# --- who it serves ---------------------------------------------------------------------------
+# --- supported devices ---
 
 
 def test_the_backend_says_why_it_does_not_serve():
@@ -97,12 +97,12 @@ def test_the_backend_says_why_it_does_not_serve():
     assert list(backends.BACKENDS).index("cuda") < list(backends.BACKENDS).index("triton")
 
 
-NO_CODE, OLD_DRIVER, NO_MEMORY = 209, 35, 2  # of cudaError_t
+NO_CODE, OLD_DRIVER, NO_MEMORY = 209, 35, 2  # values of cudaError_t
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Sets the devices of the stand-in, which torch then reports as its GPUs."""
+    """A function that sets the devices of the stand-in, which torch then reports as its GPUs."""
 
     def set_gpus(*devices, driver=0):
         monkeypatch.setattr(onepass.ops, "_cuda_support", {})
@@ -168,7 +168,7 @@ def test_cuda_is_not_asked_where_there_is_no_gpu(gpus, monkeypatch):
 
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
 def test_paged_states(options, links):
-    """Pages, pieces of a parameter, and a norm over entries without states."""
+    """Tests several pages, parameters cut into parts, and a norm over entries without states."""
     options = {name: value for name, value in options.items() if name != "ema_decay"}
     dtype = torch.bfloat16 if options.get("weights") else torch.float32
     found = []

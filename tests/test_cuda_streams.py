@@ -1,5 +1,7 @@
-"""Plans of the cuda backend that run on several streams, by the sources compiled by g++: the
-stand-in notes which launches the host has waited for."""
+"""Plans of the cuda backend that run on several streams, on the stand-in.
+
+The stand-in records which launches the host has waited for.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from .support.targets import STAND_IN, needs_stand_in
 
 pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 
-UNLOADING, INVALID_HANDLE = 4, 400  # of cudaError_t
+UNLOADING, INVALID_HANDLE = 4, 400  # values of cudaError_t
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def _shim(monkeypatch):
 
 
 class Steps:
-    """An optimizer that takes steps on the streams that it is told."""
+    """An optimizer that takes steps on the given streams."""
 
     def __init__(self, **options):
         self.params = make_params([(33,), (2085,)], torch.float32, 1)
@@ -44,7 +46,7 @@ class Steps:
             self.optimizer.step()
 
     def free(self, device=0):
-        """Frees the plan while another device and the default stream are the current ones."""
+        """Frees the plan while another device and the default stream are current."""
         (part,) = self.optimizer._plan._parts
         freed = weakref.ref(part.prepared)
         del part
@@ -79,11 +81,11 @@ def test_freeing_a_plan_waits_for_its_side_streams_with_its_device_current(strea
 
 
 def test_a_stream_that_reuses_the_handle_of_a_destroyed_one_is_told_apart():
-    """The event of the first stream would be recorded anew, and its launches forgotten."""
+    """Recording the first stream's event again would lose its earlier launches."""
     steps = Steps()
     steps(0, 1)
     launches = cuda_shim.pending(1)
-    cuda_shim.rename_stream(1, 9)  # what the destroyed stream was given runs on
+    cuda_shim.rename_stream(1, 9)  # launches of the destroyed stream still run
     steps(1)
     assert cuda_shim.pending(9) == launches
     steps.free()
@@ -103,7 +105,7 @@ def test_norms_on_a_side_stream_are_waited_for():
 
 
 def test_freeing_a_plan_does_not_disturb_a_capture():
-    """As when garbage is collected while another thread captures."""
+    """The garbage collector may free a plan while another thread captures."""
     steps = Steps()
     steps(0, 1)
     with cuda_shim.Capture():
@@ -129,7 +131,7 @@ def test_no_event_is_recorded_within_a_capture(before, monkeypatch):
 
 
 def test_a_table_allocated_on_a_side_stream_outlives_launches_on_the_first(monkeypatch):
-    """A captured plan gets a new table when the gradients' dtype changes, on the stream of then."""
+    """A dtype change makes a captured plan allocate a new table on the current stream."""
     steps = Steps()
     steps(0)
     capture = cuda_shim.Capture()
@@ -145,7 +147,7 @@ def test_a_table_allocated_on_a_side_stream_outlives_launches_on_the_first(monke
 
 @pytest.mark.parametrize("after", [0, 1], ids=["tables", "sweep"])
 def test_where_no_event_can_be_recorded_the_step_waits(after):
-    """A step on a side stream records two: after its tables are brought there, after the sweep."""
+    """A step on a side stream records two events: after copying its tables and after the sweep."""
     steps = Steps()
     steps(0)
     before = [p.detach().clone() for p in steps.params]

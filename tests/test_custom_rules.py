@@ -1,4 +1,4 @@
-"""Custom rules: results, formats, resuming, paging, ranks, and errors of a definition."""
+"""Custom rules: results, formats, resuming, paging, ranks, and errors in definitions."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_tiles_of_a_large_parameter_have_the_bits_of_small_ones(monkeypatch):
         assert same_bits(found[0][0][0], found[1][0][0])
 
 
-# --- around the step ---
+# --- saving, skipping, ranks, backends ---
 
 
 @pytest.mark.parametrize("states", STATE_FORMATS)
@@ -217,11 +217,11 @@ def test_the_class_has_the_options_of_the_rule():
     assert optimizer.param_groups[0]["beta"] == 0.7
 
 
-# --- mistakes in a definition ---
+# --- errors in a definition ---
 
 
 def returns(*results):
-    """An update that returns the given function of its arguments."""
+    """An update function that calls results[0] with its arguments except the flags."""
     return lambda param, grad, states, h, flags: results[0](param, grad, states, h)
 
 
@@ -285,7 +285,7 @@ def test_a_rule_of_onepass_is_no_custom_rule():
 
 
 def replace_rule(**change):
-    """The definition of Signum with other parts."""
+    """The rule of Signum with some arguments replaced."""
     parts = {
         "name": "signum",
         "options": {"beta": 0.9},

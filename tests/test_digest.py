@@ -1,4 +1,4 @@
-"""Digests: the committed ones, and what a check says."""
+"""Digests: the committed ones are current, and a check reports every kind of difference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FEW = [case for case in CASES if case.list == "odd" and case.states != "mixed"][
 
 
 def committed():
-    """Case -> backend -> digest."""
+    """The committed digests, as case -> backend -> digest."""
     found = defaultdict(dict)
     for line in results.read_lines(digest.FILE):
         found[line["case"]][line["backend"]] = line["digest"]
@@ -58,7 +58,7 @@ def test_the_other_backends_have_them_in_a_few_cases(backend, monkeypatch):
 
 def test_numbers_do_not_depend_on_torch():
     value = digest.numbers((1000,), torch.float32, 5)
-    # Of the words that NumPy promises for this seed.
+    # Made from words that NumPy guarantees for this seed.
     assert hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16] == NUMBERS
     assert (value == 0).sum() > 50
     magnitudes = value[value != 0].abs()

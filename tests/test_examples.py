@@ -1,4 +1,4 @@
-"""Each file of examples/ runs and learns, or names the package that is missing."""
+"""Each file of examples/ runs and reduces its loss, or names the missing package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
 NEEDS = {"hf_trainer.py": ("transformers", "accelerate"), "lightning_fit.py": ("lightning",)}
-BELOW = {"hf_trainer.py": 1.0, "low_rank.py": 0.01}  # first losses are 4.2 and 0.2
+BELOW = {"hf_trainer.py": 1.0, "low_rank.py": 0.01}  # the first losses are 4.2 and 0.2
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_and_learns(name, tmp_path):
     missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
-    # One thread: such small models only wait for a second.
+    # One thread, because more threads only add waiting in such small models.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, str(FOLDER / name)],
@@ -29,7 +29,7 @@ def test_an_example_runs_and_learns(name, tmp_path):
         capture_output=True,
         text=True,
     )
-    if missing:  # no dependency of onepass: the example names the package
+    if missing:  # onepass does not depend on it; the example names it
         assert result.returncode == 1
         assert re.fullmatch(r"This example needs (\w+): pip install .*\n", result.stderr)
         assert re.search(r"needs (\w+):", result.stderr)[1] in missing
