@@ -1,6 +1,6 @@
-"""The table that the tests cross with backends, dtypes and formats: one row per algorithm.
+"""The table of algorithms that the tests cross with backends, dtypes and formats.
 
-A new rule adds its row here, and every test of this folder runs on it.
+A new rule adds a row to CASES, and every test that uses the table then runs on the rule.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ from .support.comparison import same_bits as same_bits
 
 @dataclass(frozen=True)
 class Case:
-    """An algorithm: our class, torch's twin if there is one, and its booleans.
+    """An algorithm and its options.
 
     Attributes:
-        direction: (oracle, gradient) -> what the weight loses for lr = 1, in float64; None where
-            tests/oracle.py has it.
+        name: name of the rule.
+        ours: class in onepass.
+        torch: class in torch.optim; None if there is none.
+        lr: learning rate of the tests.
+        base: options of every variant.
+        options: combinations of options, one for each variant.
+        direction: (oracle, gradient) -> the float64 update that lr multiplies; None if
+            tests/oracle.py has the formula.
     """
 
     name: str
@@ -41,7 +47,7 @@ class Case:
     direction: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
 
     def variants(self) -> Iterator[dict[str, Any]]:
-        """Every combination of its options with both kinds of decay and both directions."""
+        """Every combination of options, with both kinds of weight decay and both `maximize`."""
         for option, decoupled, maximize in itertools.product(
             self.options, (False, True), (False, True)
         ):
@@ -60,11 +66,11 @@ def _product(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
 
 
 def nadam(oracle: Any, g: torch.Tensor) -> torch.Tensor:
-    """As torch.optim.NAdam writes it."""
+    """The update of NAdam, written as in torch.optim.NAdam."""
     o, t = oracle.o, oracle.t
     (beta1, beta2), decay = o.get("betas", (0.9, 0.999)), o.get("momentum_decay", 4e-3)
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (k * decay)) for k in (t, t + 1))
-    oracle.s["mu_product"] = oracle.s.get("mu_product", torch.ones(())) * mu  # torch's is fp32
+    oracle.s["mu_product"] = oracle.s.get("mu_product", torch.ones(())) * mu  # fp32 in torch.optim
     product = oracle.s["mu_product"].double()
     m, v = oracle.state("exp_avg"), oracle.state("exp_avg_sq")
     m.mul_(beta1).add_((1 - beta1) * g)
@@ -74,7 +80,7 @@ def nadam(oracle: Any, g: torch.Tensor) -> torch.Tensor:
 
 
 def ademamix(oracle: Any, g: torch.Tensor) -> torch.Tensor:
-    """As the authors' code (github.com/apple/ml-ademamix) computes it, without its eps in logs."""
+    """The update of AdEMAMix as in github.com/apple/ml-ademamix, without the eps in its logs."""
     o, t = oracle.o, oracle.t
     beta1, beta2, beta3 = o.get("betas", (0.9, 0.999, 0.9999))
     alpha, t_alpha, t_beta3 = o.get("alpha", 5.0), o.get("t_alpha"), o.get("t_beta3")
@@ -139,8 +145,8 @@ VARIANTS = [
     for i, variant in enumerate(case.variants())
 ]
 IDS = [name for _, _, name in VARIANTS]
-# `maximize` changes a factor in the table of hyperparameters and no kernel: each combination of the
-# other options has one of its two values.
+# Variants with different kernels. `maximize` changes only a factor in the hyperparameter table, so
+# each combination of the other options has one of its two values.
 KERNEL_VARIANTS = [
     (case, variant, f"{case.name}-{i}")
     for case in CASES
@@ -150,7 +156,7 @@ KERNEL_VARIANTS = [
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["fp32", "bf16"]
-"""Formats of one number an element, which need no care for blocks."""
+"""State formats without blocks."""
 
 EVERY_FORMAT = [
     (states, weights, dtype)
@@ -158,11 +164,11 @@ EVERY_FORMAT = [
     for weights, form in WEIGHT_FORMATS.items()
     for dtype in form.codes
 ]
-"""Every format of states with every format of weights, in each dtype of weights that it serves."""
+"""Every combination of a state format, a weight format and a weight dtype that it serves."""
 
 
 def served(variant: dict[str, Any], states: str) -> bool:
-    """Whether the options of a variant go with a format of states."""
+    """Whether a state format supports the options of a variant."""
     return not (variant.get("centered") and STATE_FORMATS[states].block > 1)
 
 
@@ -176,14 +182,14 @@ SIZES = [(0,), (), (1,), (3,), (31,), (33,), (7, 37), (1023,), (1025,)]
 
 
 def last_variant(case: Case, states: str) -> dict[str, Any]:
-    """The variant with most options on that goes with a format of states."""
+    """The variant with the most options on that a state format supports."""
     return [variant for variant in case.variants() if served(variant, states)][-1]
 
 
 def make_params(
     sizes: Sequence[tuple[int, ...]], dtype: torch.dtype, seed: int, device: str = "cpu"
 ) -> list[torch.Tensor]:
-    """Parameters of a spread of magnitudes, the same on each device."""
+    """Parameters of different magnitudes, with the same values on each device."""
     generator = torch.Generator().manual_seed(seed)
     params = []
     for i, size in enumerate(sizes):
@@ -193,7 +199,7 @@ def make_params(
 
 
 def set_grads(params: list[torch.Tensor], dtype: torch.dtype, seed: int) -> None:
-    """Gradients from 1e-6 to 10 times a normal number, one in eight of them zero."""
+    """Sets gradients of 1e-6 to 10 times a standard normal value; one element in eight is zero."""
     generator = torch.Generator().manual_seed(seed)
     for param in params:
         scale = 10.0 ** torch.randint(-6, 2, param.shape, generator=generator)
@@ -206,12 +212,15 @@ def set_grads(params: list[torch.Tensor], dtype: torch.dtype, seed: int) -> None
 
 
 def mx4_at_its_edges(backend: str, device: str = "cpu") -> torch.optim.Optimizer:
-    """AdamW after steps with ratios that are held to their limit, and blocks of roots whose values
-    are close, far apart or few."""
+    """AdamW after three steps that reach the limits of mx4.
+
+    Ratios are clamped to their limit. Blocks contain roots that are close together, far apart, or
+    mostly zero.
+    """
     generator = torch.Generator().manual_seed(11)
     params = [torch.zeros(64 * 32 + tail, dtype=torch.bfloat16, device=device) for tail in (0, 5)]
     params = [param.requires_grad_() for param in params]
-    # Held: a gradient alone has a ratio of 0.1 / sqrt(1e-4).
+    # The ratio is clamped: after one gradient it is 0.1 / sqrt(1e-4) = 10.
     options = {"states": "mx4", "weights": "stochastic", "betas": (0.9, 0.9999), "seed": 5}
     optimizer = onepass.AdamW(params, lr=0.1, **options, backend=backend)
     for step in range(3):
@@ -235,14 +244,14 @@ SHAPES = [(33,), (), (4, 5), (0,)]
 def train(
     optimizer: torch.optim.Optimizer, params: list[torch.Tensor], steps: int, start: int = 0
 ) -> None:
-    """Steps start to start + steps of a run whose gradients depend on the step alone."""
+    """Takes steps start to start + steps; the gradients depend on the step number only."""
     for step in range(start, start + steps):
         set_grads(params, torch.float32, seed=step)
         optimizer.step()
 
 
 def clone(params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same weights as new parameters."""
+    """Copies of the weights as new parameters."""
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
@@ -255,37 +264,43 @@ STEP_FORMATS = [
     {"weights": "kahan"},
     {"weights": "master", "ema_decay": 0.9},
 ]
-"""Formats of each kind, for tests of what may come between gradients and the rule."""
+"""Formats of each kind, for tests of the code between the gradients and the rule."""
 
 STEP_LIST = [(33,), (), (4, 5), (0,), (257,)]
 
 
 def adamw(params: list[torch.Tensor], **options: Any) -> onepass.AdamW:
-    """Steps large enough to see."""
+    """AdamW with a large learning rate, so that each step changes weights visibly."""
     return onepass.AdamW(params, lr=0.02, weight_decay=0.1, **options)
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Bits of all that a skipped step must leave alone."""
+    """Copies of all tensors that a skipped step must not change."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     held = [v for p in params for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
     return [t.detach().clone() for t in (*params, *held)]
 
 
 def runs_here() -> list[str]:
-    """Names of the backends that serve CPU tensors here."""
+    """Names of the backends that can step CPU tensors on this machine."""
     cpu = torch.device("cpu")
     return [name for name, b in onepass.backends.BACKENDS.items() if not b.unavailable(cpu)]
 
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 3e-39, 1.2e-38, 6e-8, 6e-5, 65504.0, 65520.0, 1e30]
 SPECIAL += [3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"), 1.0, 1.0 + 2**-9, -1.5]
-"""Zeros, denormals, numbers near the ends of the ranges of all dtypes, infinities and NaN."""
+"""Zeros, denormals, numbers near the limits of all dtypes, infinities and NaN."""
 
 
 def step_of_shard(name: str, first: int, states: str, device: str = "cpu") -> list[torch.Tensor]:
-    """All tensors of a parameter, a shard that starts at element `first`, after a step of AdamW
-    with amsgrad, bf16 gradients, and bf16 weights with stochastic rounding."""
+    """Steps a shard that starts at element `first` of its parameter.
+
+    The step is one of AdamW with amsgrad, bf16 gradients, and bf16 weights with stochastic
+    rounding.
+
+    Returns:
+        The parameter, its states and their scales.
+    """
     backend, form = BACKENDS[name], STATE_FORMATS[states]
     count = 2500
     generator = torch.Generator().manual_seed(0)
@@ -311,7 +326,7 @@ def step_of_shard(name: str, first: int, states: str, device: str = "cpu") -> li
 
 
 def history(rule: Rule, steps: float, fresh: bool) -> History:
-    """What a parameter of a rule has behind it after so many steps: scalar states that changed."""
+    """The counters of a parameter after some steps; scalar states differ from their start."""
     return History(steps, fresh, tuple(s.starts_at * 0.7**steps for s in rule.scalar_states))
 
 

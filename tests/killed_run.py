@@ -1,4 +1,4 @@
-"""A run that a test kills: `python tests/killed_run.py CHECKPOINT [--slow]`."""
+"""A training run that a test kills: `python tests/killed_run.py CHECKPOINT [--slow]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 120
 
 
 def train(path: Path | None, slow: bool = False) -> Trainer:
-    """Trains with dropout on shuffled data, going on from the checkpoint if there is one."""
+    """Trains with dropout on shuffled data; continues from the checkpoint if it exists."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
@@ -41,7 +41,7 @@ def train(path: Path | None, slow: bool = False) -> Trainer:
 
 
 def digest(trainer: Trainer) -> str:
-    """SHA-256 over weights, states and losses."""
+    """SHA-256 of the weights, the optimizer states and the losses."""
     state = trainer.optimizer.state_dict()["state"]
     tensors = [*trainer.model.state_dict().values()]
     tensors += [value for key in sorted(state) for _, value in sorted(state[key].items())]

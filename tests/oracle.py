@@ -1,7 +1,8 @@
-"""Every algorithm once more, in float64 and in the form of the paper or of torch.optim.
+"""Every algorithm in float64, written as in its paper or in torch.optim.
 
-Independent of the specification: bias corrections are not folded, decay is applied where the paper
-has it. tests/test_oracle.py compares it with torch.optim in float64 before it is used.
+The oracle is independent of the specification in onepass.rules: bias corrections are not folded
+into the step size, and weight decay is where the paper applies it. tests/test_oracle.py first
+compares the oracle with torch.optim in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Tensor = torch.Tensor
 
 
 class Oracle:
-    """One parameter of one algorithm, step by step, in float64."""
+    """One parameter that one algorithm updates in float64."""
 
     def __init__(
         self,
@@ -24,7 +25,14 @@ class Oracle:
         options: dict[str, Any],
         direction: Callable[[Oracle, Tensor], Tensor] | None = None,
     ) -> None:
-        """direction: of an algorithm that is not among the methods below; see tests/cases.py."""
+        """Copies the parameter to float64.
+
+        Args:
+            name: the algorithm.
+            param: the initial weights.
+            options: the options of its parameter group.
+            direction: the update of an algorithm without a method below; see tests/cases.py.
+        """
         self.name, self.o = name, options
         method = "_" + name.removesuffix("w")
         self.direction = direction or getattr(type(self), method)

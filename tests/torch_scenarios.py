@@ -28,7 +28,7 @@ class Scenarios:
         return run
 
     def test(self):
-        """The test function over all scenarios and classes."""
+        """Makes a test function that runs all scenarios with all classes."""
 
         @pytest.mark.parametrize("name", NAMES)
         @pytest.mark.parametrize("run", self.runs, ids=lambda run: run.__name__)
@@ -48,7 +48,7 @@ def outcome(run, make):
 
 
 def errors_of(calls):
-    """The type of the error of each call, None for none."""
+    """The type of the exception that each call raises, or None."""
     found = []
     for call in calls:
         try:
@@ -65,7 +65,7 @@ def param(start=0.0):
 
 
 def steps(optimizer, count=2):
-    """Takes steps whose gradients depend on the position of the parameter; the parameters."""
+    """Takes steps with gradients that depend on the parameter's index; returns the parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(count):
         for i, p in enumerate(params):
@@ -75,5 +75,5 @@ def steps(optimizer, count=2):
 
 
 def rounded(params):
-    """Weights to four digits: the last bits of the two libraries differ."""
+    """Weights rounded to four digits, because the last bits of the two libraries differ."""
     return [[round(x, 4) for x in p.flatten().tolist()] for p in params]

@@ -1,5 +1,5 @@
-"""Training frameworks with onepass in the place of torch's optimizers, on a CPU.
+"""Training frameworks that use onepass instead of torch.optim, on a CPU.
 
-``make test-frameworks`` runs these in an environment of their own: the frameworks are large, and
-each asks for versions of its own. ``make test`` does not.
+``make test-frameworks`` runs these tests in a separate environment, because the frameworks are
+large and require other versions of packages. ``make test`` does not run them.
 """

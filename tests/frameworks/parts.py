@@ -1,4 +1,4 @@
-"""What the tests of the frameworks share: a small model and its data."""
+"""A small model, its data, and helpers that the framework tests share."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ BUILT = [
     pytest.param(onepass.AdamW, {"states": "mx8"}, id="mx8"),
     pytest.param(onepass.SGD, {"momentum": 0.9}, id="sgd"),
 ]
-"""Classes and options that a framework is tried with."""
+"""Classes and options that each framework is tested with."""
 
 
 def small_model(seed=0):
@@ -34,7 +34,7 @@ def same(one, other):
 
 
 def losing(values, at):
-    """Hooks: the gradient of these parameters becomes infinite at one step, counted from 0."""
+    """Registers a hook that makes the gradient infinite at one step, counted from 0."""
     step = 0
 
     def hook(gradient):

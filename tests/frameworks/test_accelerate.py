@@ -1,4 +1,4 @@
-"""accelerate: a step that its GradScaler skips is seen by the optimizer and by the scheduler."""
+"""accelerate: the optimizer and the scheduler notice a step that the GradScaler skips."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from . import parts
 
 def train(cls, scaled, options):
     accelerator = Accelerator(cpu=True)
-    if scaled:  # what mixed_precision="fp16" makes; accelerate refuses that on a CPU
+    if scaled:  # as mixed_precision="fp16" sets it, which accelerate refuses on a CPU
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     model = parts.small_model()
     optimizer = cls(model.parameters(), lr=0.01, **options)

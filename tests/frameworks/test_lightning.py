@@ -1,4 +1,4 @@
-"""Lightning: ``16-mixed`` with ``gradient_clip_val``, and a run that is resumed."""
+"""Lightning: ``16-mixed`` precision with ``gradient_clip_val``, and a resumed run."""
 
 import lightning
 import pytest
@@ -27,7 +27,7 @@ def fit(cls, options, path, epochs, scaled=True, resume=None, lose=None):
     if lose is not None:
         parts.losing(next(module.parameters()), at=lose)
     data = torch.utils.data.TensorDataset(torch.cat(parts.batches(4)))
-    # precision="16-mixed" makes this plugin on a GPU; on a CPU Lightning takes bf16 in its place.
+    # precision="16-mixed" makes this plugin on a GPU; on a CPU, Lightning uses bf16 instead.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaled else []
     trainer = lightning.Trainer(
@@ -66,7 +66,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(cls, options, tmp_pa
 
 
 def test_the_fused_flag_is_refused_by_lightning_as_torchs_is(tmp_path):
-    """An optimizer that unscales in its step leaves nothing to clip."""
+    """Lightning cannot clip gradients for an optimizer that unscales them within the step."""
     for cls in (torch.optim.AdamW, parts.onepass.AdamW):
         with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
             fit(cls, {"fused": True}, tmp_path, 1)

@@ -1,7 +1,7 @@
-"""`onepass memory` builds the models of transformers' configurations.
+"""`onepass memory` builds models from configurations of transformers.
 
-The numbers of parameters are those that the model cards on huggingface.co state from the stored
-tensors ("Model size"), with tied tensors once.
+The expected numbers of parameters are those that the model cards on huggingface.co state ("Model
+size"), where tied tensors count once.
 """
 
 import json
@@ -11,7 +11,7 @@ import pytest
 from onepass.memory.models import KNOWN, find
 from onepass.memory.models.published import known
 
-# owner/name -> (config.json without what the count does not depend on, number of parameters)
+# owner/name -> (the part of config.json that determines the count, number of parameters)
 MODELS = {
     "openai-community/gpt2": (
         {

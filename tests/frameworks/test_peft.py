@@ -1,4 +1,4 @@
-"""peft: LoRA over a frozen base of 8 and 4 bits; the optimizer is given all parameters."""
+"""peft: LoRA over a frozen base in 8 and 4 bits; the optimizer receives all parameters."""
 
 import bitsandbytes as bnb
 import pytest
@@ -12,7 +12,7 @@ from . import parts
 
 
 class Int8Linear(torch.nn.Linear):
-    """A layer whose weight is stored in 8 bits; it is frozen."""
+    """A frozen linear layer whose weight is stored in 8 bits."""
 
     def __init__(self, of):
         super().__init__(of.in_features, of.out_features, bias=False)

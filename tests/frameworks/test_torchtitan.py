@@ -1,5 +1,8 @@
-"""torchtitan's OptimizersContainer: it passes ``fused`` and ``foreach`` to every optimizer in the
-groups, makes the states by a step with zero gradients, and saves flat state dicts."""
+"""onepass in torchtitan's OptimizersContainer.
+
+The container passes ``fused`` and ``foreach`` to every optimizer in the groups, makes the states by
+a step with zero gradients, and saves flat state dicts.
+"""
 
 import pytest
 import torch.distributed.checkpoint as dcp

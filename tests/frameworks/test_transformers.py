@@ -1,4 +1,4 @@
-"""transformers' Trainer: resuming, and what its ``fp16`` sets up."""
+"""The Trainer of transformers: resumed runs, and ``fp16`` with its GradScaler."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def make_trainer(cls, options, path, scaled=False, **arguments):
     )
     optimizer = cls(model.parameters(), lr=1e-3, **options)
     trainer = Trainer(model, settings, train_dataset=data, optimizers=(optimizer, None))
-    if scaled:  # what fp16=True makes; accelerate refuses that on a CPU
+    if scaled:  # as fp16=True sets it, which accelerate refuses on a CPU
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     return trainer
 
@@ -56,7 +56,7 @@ def test_the_scheduler_waits_for_a_skipped_step(cls, options, tmp_path):
         )
         assert all(weight.isfinite().all() for weight in parts.weights(trainer.model))
     assert rates[0] == rates[1]
-    assert rates[0][2] == rates[0][3]  # of the skipped step and of the one after it
+    assert rates[0][2] == rates[0][3]  # the skipped step and the next one
 
 
 def test_bf16(tmp_path):

@@ -33,8 +33,10 @@ def states_of(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> list[tor
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Asserts that two optimizers have the same parameters and states, bit by bit, or that two
-    lists of tensors are the same."""
+    """Asserts that two optimizers, or two lists of tensors, are equal bit by bit.
+
+    Optimizers are compared by parameters and states.
+    """
     if isinstance(a, list):
         assert len(a) == len(b)
         differ = [i for i, pair in enumerate(zip(a, b, strict=True)) if not same_bits(*pair)]

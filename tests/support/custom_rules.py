@@ -1,4 +1,4 @@
-"""Custom rules of the tests, with their formulas in float64."""
+"""Custom rules for the tests, with their formulas in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ except ImportError:
     triton = None
 
 
-# --- Signum: only options, a state and an update -------------------------------------------------
+# --- Signum: options, one state and an update ---
 
 
 def signum(param, grad, states, h, flags):
@@ -29,7 +29,7 @@ def signum(param, grad, states, h, flags):
     return param - (lr * np.sign(exp_avg) + weight_decay * param), (exp_avg,)
 
 
-# --- AdaBelief: every part of a rule -------------------------------------------------------------
+# --- AdaBelief: every part that a rule can have ---
 
 
 def adabelief(param, grad, states, h, flags):
@@ -60,7 +60,7 @@ def derive(o, step):
 
 
 def advance(o, number, scalar_states):
-    """The product of beta1 over the steps, which bias correction divides by."""
+    """The product of beta1 over the steps; bias correction divides by 1 minus the product."""
     return (scalar_states[0] * o[OWN],)
 
 
@@ -144,7 +144,7 @@ AdaBelief = onepass.optimizer(ADABELIEF, "AdaBelief")
 
 
 class Float64:
-    """One parameter of a custom rule, in float64 and in the form of its paper."""
+    """One parameter updated by a custom rule in float64, as in the rule's paper."""
 
     def __init__(self, param, options):
         self.p, self.o, self.t = param.detach().double().clone(), options, 0
@@ -173,7 +173,7 @@ class Float64:
 
 
 def trains_sharded(directory):
-    """Run by every rank: FSDP2 with a custom rule has the bits of one process."""
+    """Checks that FSDP2 with a custom rule has the bits of one process; every rank calls it."""
     from ..zero_model import pair, same_as_twin, train
 
     for kind, options in ((AdaBelief, {"highest": True}), (Signum, {"max_grad_norm": 0.1})):

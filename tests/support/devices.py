@@ -14,7 +14,7 @@ import onepass
 from ..cases import make_params, set_grads
 from .comparison import assert_same
 
-CHUNK = 16384  # elements that one thread block of the cuda backend takes
+CHUNK = 16384  # elements that one thread block of the cuda backend updates
 
 ON_GPU = (
     pytest.mark.gpu,
@@ -25,7 +25,7 @@ ON_CPU = (pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missi
 each_device = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=ON_CPU), pytest.param("cuda", marks=ON_GPU)]
 )
-"""For tests that let onepass choose the backend of a device."""
+"""Runs a test on each device; onepass chooses the backend."""
 
 TARGETS = [
     pytest.param("cpu", "cpu", id="cpu", marks=ON_CPU),
@@ -33,7 +33,7 @@ TARGETS = [
     pytest.param("cuda", "triton", id="triton", marks=ON_GPU),
 ]
 each_target = pytest.mark.parametrize(("device", "backend"), TARGETS)
-"""For tests that name the backend."""
+"""Runs a test on each device with each named backend."""
 
 
 def place(params: Sequence[torch.Tensor], device: str) -> list[torch.Tensor]:
@@ -47,7 +47,7 @@ def on_gpu(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def copy_grads(params: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Gives parameters copies of the gradients of others, on their own device."""
+    """Copies the gradients of other parameters to the parameters, on their own device."""
     for param, source in zip(params, sources, strict=True):
         if source.grad is None:
             param.grad = None
@@ -58,16 +58,16 @@ def copy_grads(params: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
 
 
 class Pair:
-    """An optimizer on a device and its twin, the reference backend on the CPU.
+    """An optimizer on a device, and a reference optimizer on the CPU.
 
     Args:
-        device, backend: of ours; backend None lets onepass choose.
-        dtype: of the weights.
-        shapes: of the weights, where no params are given.
-        params: parameters on the device that ours steps.
+        device, backend: of the optimizer `ours`; onepass chooses if backend is None.
+        dtype: dtype of the weights.
+        shapes: shapes of the weights if no params are given.
+        params: parameters on the device for `ours`.
         cls: class of both optimizers.
-        ours: options of ours alone.
-        options: of both.
+        ours: options of `ours` only.
+        options: options of both optimizers.
     """
 
     def __init__(
@@ -93,25 +93,25 @@ class Pair:
         self.reference = cls(self.twins, backend="reference", **options)
 
     def set_grads(self, seed: int, dtype: torch.dtype | None = None) -> None:
-        """Gives both the same gradients."""
+        """Sets the same gradients for both optimizers."""
         set_grads(self.twins, dtype or self.twins[0].dtype, seed)
         copy_grads(self.params, self.twins)
 
     def step(self, seed: int, dtype: torch.dtype | None = None) -> None:
-        """A step of both with the same gradients."""
+        """Sets the same gradients and takes a step with both optimizers."""
         self.set_grads(seed, dtype)
         self.ours.step()
         self.reference.step()
 
     def step_reference(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
-        """A step of the reference with copies of gradients, by default those of our parameters."""
+        """Steps the reference with copies of gradients, by default of those of `params`."""
         found = [p.grad for p in self.params] if grads is None else grads
         for twin, grad in zip(self.twins, found, strict=True):
             twin.grad = None if grad is None else grad.detach().to("cpu", copy=True)
         self.reference.step()
 
     def assert_same(self) -> None:
-        """The weights and states of both are the same bits."""
+        """Asserts that the weights and states of both optimizers are equal bit by bit."""
         assert_same(self.ours, self.reference)
 
 
@@ -124,7 +124,7 @@ def stream_of(device: str) -> tuple[Any, Callable[[], AbstractContextManager[Any
 
 
 def replayable(device: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that does what run does: the replay of a CUDA graph, on the CPU run itself."""
+    """A function that repeats `run`: the replay of a CUDA graph, or `run` itself on the CPU."""
     if device == "cpu":
         return run
     graph = torch.cuda.CUDAGraph()

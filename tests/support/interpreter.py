@@ -32,7 +32,8 @@ def _patch_once_per_launch(interpreter: Any) -> None:
     kinds: dict[Any, bool] = {}
 
     def patch_lang(fn: Any) -> Any:
-        # Functions of Triton itself see the operations in triton.language.core, kernels do not.
+        # Functions of Triton call operations of triton.language.core; kernels of other modules do
+        # not.
         if fn not in kinds:
             kinds[fn] = any(value is core for value in fn.__globals__.values())
         kind = kinds[fn]

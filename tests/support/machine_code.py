@@ -1,4 +1,4 @@
-"""The prefetches in the machine code of the CPU kernels."""
+"""Finds the prefetch instructions in the machine code of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
-# Of each processor, as platform.machine() names it: its instruction, and how many copies of every
-# kernel the CPU library has (plain, avx2, avx512).
+# platform.machine() -> the prefetch instruction, and the number of copies of each kernel in the CPU
+# library (plain, avx2 and avx512 on x86-64).
 PREFETCH = {"x86_64": ("prefetcht0", 3), "aarch64": ("prfm", 1)}
-# Fused kernels of AdamW -> the cache lines of 32 elements: weight, companion, gradient, two states.
+# Fused kernels of AdamW -> cache lines per 32 elements: weight, companion, gradient, two states.
 LINES = {
     "Half<ToBf16>, Half<ToBf16>, Fp32State": 1 + 1 + 2 * 2,
     "Fp32, Fp32, Mx8State": 2 + 2 + 2 * 1,
@@ -28,7 +28,15 @@ def disassembly(path: Path, objdump: str = "objdump") -> list[str]:
 
 
 def prefetches(lines: list[str], instruction: str) -> dict[str, list[int]]:
-    """Formats, as in LINES -> how many prefetches each copy of that kernel of AdamW has."""
+    """The number of prefetches in each copy of the kernels of AdamW.
+
+    Args:
+        lines: output of :func:`disassembly`.
+        instruction: the prefetch instruction of the processor.
+
+    Returns:
+        Formats, as in LINES -> one number for each copy of the kernel.
+    """
     found: dict[str, list[int]] = defaultdict(list)
     copies: list[int] | None = None
     for line in lines:

@@ -1,4 +1,4 @@
-"""Unusual gradients with ordinary values, settings that a step may run in, and broken inputs."""
+"""Unusual gradients with ordinary values, settings around a step, and invalid inputs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ Undo = Callable[[], Any]
 
 
 class PlainSubclass(torch.Tensor):
-    """A subclass that shares the storage of the tensor it is made of."""
+    """A subclass that shares the storage of the tensor that it is made from."""
 
 
 class Wrapper(torch.Tensor):
-    """A tensor without storage of its own, as the pending result of a collective is. Operations
-    on it return plain tensors."""
+    """A tensor without its own storage, like the pending result of a collective.
+
+    Operations on it return plain tensors.
+    """
 
     inner: Tensor
 
@@ -47,17 +49,17 @@ class Wrapper(torch.Tensor):
 
 
 class Unreadable(Wrapper):
-    """A wrapper whose values nobody can read, as a DTensor's without its process group."""
+    """A wrapper whose values cannot be read, like a DTensor without its process group."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:  # what assigning a gradient needs
+        if func is torch.ops.aten.detach.default:  # assigning a gradient detaches it
             return cls(args[0].inner)
         raise NotImplementedError(f"{func} of an unreadable tensor")
 
 
 def plain_value(tensor: Tensor) -> Tensor:
-    """The values of any tensor as a new contiguous one."""
+    """The values of any tensor as a new contiguous tensor."""
     if isinstance(tensor, TwoTensor):
         tensor = tensor.a
     with torch.no_grad():
@@ -65,7 +67,7 @@ def plain_value(tensor: Tensor) -> Tensor:
 
 
 def _reversed(tensor: Tensor) -> Tensor:
-    """The dimensions in the opposite order in memory; channels_last where there are four."""
+    """Reverses the order of the dimensions in memory; a 4-d tensor becomes channels_last."""
     if tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     order = list(range(tensor.dim()))[::-1]
@@ -73,14 +75,14 @@ def _reversed(tensor: Tensor) -> Tensor:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """Every second element of a longer tensor."""
+    """A view of every second element of a longer tensor."""
     gaps = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)
     gaps[..., 1] = tensor
     return gaps[..., 1]
 
 
 def _offset(tensor: Tensor) -> Tensor:
-    """One element into its storage, which most vector loads are not aligned to."""
+    """A tensor that starts one element into its storage, so most vector loads are misaligned."""
     longer = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
     longer[1:] = tensor.reshape(-1)
     return longer[1:].view(tensor.shape)
@@ -98,7 +100,8 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# How a gradient is represented: (the values it has, of any, the tensor that has those values).
+# Representations of gradients -> (values of the gradient, tensor that has these values). Both are
+# functions of an ordinary tensor.
 GRADIENTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "reversed": (_same, _reversed),
     "strided": (_same, _strided),
@@ -113,8 +116,8 @@ GRADIENTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
     "two_tensor": (_same, lambda g: TwoTensor(g, g.clone())),
 }
 
-# Steps with these may raise, and must then change nothing: a TwoTensor is two tensors, and a zero
-# tensor cannot be zeroed.
+# A step with these gradients may raise and must then change nothing: a TwoTensor consists of two
+# tensors, and a zero tensor cannot be zeroed.
 MAY_REFUSE = frozenset({"two_tensor", "zero_tensor"})
 
 # --- settings --------------------------------------------------------------------------------
@@ -156,16 +159,20 @@ AMBIENT: dict[str, Callable[[], Any]] = {
     "one_thread": lambda: _set(torch.set_num_threads, 1, torch.get_num_threads()),
 }
 
-# --- inputs that a step must refuse ----------------------------------------------------------
+# --- invalid inputs ---
 
 
 def _resized(tensor: Tensor, factor: float) -> Undo | None:
-    """Frees the storage of a tensor, or the end of it; None where it has no bytes."""
+    """Frees the storage of a tensor or its end.
+
+    Returns:
+        A function that restores the storage; None if the tensor has no bytes to free.
+    """
     storage = tensor.untyped_storage()
     size, kept = storage.nbytes(), storage.clone()
     if not tensor.numel() or (factor and tensor.numel() < 2):
         return None
-    if not storage.resizable():  # memory of an arena, which torch never resizes
+    if not storage.resizable():  # memory of a state allocator, which cannot be resized
         return None
     end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     storage.resize_(int(factor * end))
@@ -198,7 +205,7 @@ def _gradient(param: Tensor, value: Tensor) -> Undo:
 
 
 def _used_state(optimizer: Any, param: Tensor, group: dict[str, Any]) -> str | None:
-    """The key of a state that the step of a parameter must read."""
+    """The key of a state that the step of a parameter must read, or None."""
     state = optimizer.state.get(param, {})
     keys = ["exp_avg", "sum", "square_avg", *(["momentum_buffer"] if group.get("momentum") else [])]
     return next((key for key in keys if key in state), None)
@@ -237,8 +244,8 @@ def _of_gradient(change: Callable[[Tensor], Tensor]) -> Any:
     return lambda _, param, *__: _gradient(param, change(param.grad))
 
 
-# name -> (optimizer, a parameter with a gradient, its group, generator) -> what undoes the fault;
-# None where it cannot be made.
+# name -> function of (optimizer, parameter with a gradient, its group, generator). It makes a fault
+# and returns a function that undoes it, or None if the fault cannot be made.
 FAULTS: dict[str, Callable[..., Undo | None]] = {
     "bad_option": _bad_option,
     "bad_counter": _bad_counter,

@@ -1,4 +1,4 @@
-"""The operations of the random test, one function each."""
+"""The operations of the random test, one function for each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .random_world import (
 )
 
 WITHOUT = os.environ.get("ONEPASS_RANDOM_WITHOUT", "").split(",")
-"""Patterns of names of operations, gradients, settings and faults that are left out."""
+"""Patterns of names of operations, gradients, settings and faults to leave out."""
 
 Random = random.Random
 Operation = Callable[[World, Random], None]
@@ -44,12 +44,12 @@ WEIGHTS: dict[str, int] = {}
 
 
 def allowed(names: Iterable[str]) -> list[str]:
-    """The names that are not left out."""
+    """The names that no pattern of WITHOUT matches."""
     return [name for name in names if not any(fnmatch(name, pattern) for pattern in WITHOUT)]
 
 
 def operation(weight: int = 1) -> Callable[[Operation], Operation]:
-    """Enters a function into the table; weight is how often it is drawn beside the others."""
+    """Decorator that adds an operation to the table; weight is its relative frequency."""
 
     def enter(function: Operation) -> Operation:
         if allowed([function.__name__]):
@@ -64,7 +64,7 @@ def operation(weight: int = 1) -> Callable[[Operation], Operation]:
 
 @operation(8)
 def step(world: World, rng: Random) -> None:
-    """With gradients of every representation, in every setting."""
+    """A step with gradients of any representation, in any setting."""
     grads, built = world.draw_gradients(rng), {}
     kind = rng.choice([None, *allowed(GRADIENTS)])
     ambient = rng.choice(["", "", *allowed(AMBIENT)])
@@ -100,7 +100,7 @@ def nonfinite_step(world: World, rng: Random) -> None:
 
 @operation()
 def shared_gradient_step(world: World, rng: Random) -> None:
-    """One tensor, or overlapping views of one, as the gradients of two parameters."""
+    """A step in which one tensor, or overlapping views of it, is the gradient of two parameters."""
     grads, params = world.draw_gradients(rng), world.plain.params
     flat = [i for i, p in enumerate(params) if p.dim() == 1 and p.numel()]
     pairs = [(i, j) for i in flat for j in flat if i < j and params[i].dtype == params[j].dtype]
@@ -126,13 +126,13 @@ def shared_gradient_step(world: World, rng: Random) -> None:
 
 @operation(6)
 def refused_step(world: World, rng: Random) -> None:
-    """A step that must raise and change nothing; the next one is right."""
+    """A step that must raise and change nothing, followed by a valid step."""
     grads = world.draw_gradients(rng)
     seed, name = rng.getrandbits(30), rng.choice(allowed(FAULTS))
     at = [i for i, grad in enumerate(grads) if grad is not None]
     if not at:
         return
-    # Mostly a late parameter, so that much has been done when it is come to.
+    # Mostly one of the last parameters, so that the error occurs after much work is done.
     i = rng.choice((*at, at[-1], at[-1]))
     world.tell(f"step: {name} at parameter {i} must raise; then a step")
     for one in world.others:
@@ -153,9 +153,9 @@ def refused_step(world: World, rng: Random) -> None:
     world.step(grads)
 
 
-# --- operations that change results: on every copy -------------------------------------------
+# --- operations that change results, applied to every copy ---
 
-# Functions make the values: a tensor must not be shared between copies.
+# Functions make the values, because copies must not share a tensor.
 OPTIONS: dict[str, list[Callable[[], Any]]] = {
     "lr": [lambda: 0.0, lambda: 0.003, lambda: 1, lambda: torch.tensor(0.02)],
     "weight_decay": [lambda: 0.0, lambda: 0.1],
@@ -183,7 +183,7 @@ def option(world: World, rng: Random) -> None:
 
 @operation()
 def shared_lr(world: World, rng: Random) -> None:
-    """One learning rate, a tensor, in all groups; a later one is written into it."""
+    """Sets the same learning-rate tensor in all groups; lr_in_place may change it later."""
     world.tell("one lr tensor in all groups")
     for one in world.copies:
         lr = torch.tensor(0.05)
@@ -211,7 +211,7 @@ def setting(world: World, rng: Random) -> None:
 
 @operation(2)
 def flags(world: World, rng: Random) -> None:
-    """Another variant of the algorithm: momentum, amsgrad, ... on or off."""
+    """Switches options of the algorithm, such as momentum or amsgrad, on or off."""
     at = rng.randrange(len(world.plain.optimizer.param_groups))
     group = world.plain.optimizer.param_groups[at]
     keys = {key for row in world.case.options for key in row}
@@ -228,7 +228,7 @@ def flags(world: World, rng: Random) -> None:
 
 @operation()
 def formats(world: World, rng: Random) -> None:
-    """Other formats, converted at the next step, which is taken at once and by every parameter."""
+    """Sets other formats and takes a step in which every parameter is converted."""
     at = rng.randrange(len(world.plain.optimizer.param_groups))
     group = world.plain.optimizer.param_groups[at]
     states = rng.choice([name for name in STATE_FORMATS if served(group, name)])
@@ -272,7 +272,7 @@ def forget_parameter(world: World, rng: Random) -> None:
 
 @operation()
 def change_state(world: World, rng: Random) -> None:
-    """Other values in new tensors; another count of steps."""
+    """Replaces states by new tensors with other values, and sets the step counter to 50."""
     i = rng.randrange(len(world.plain.params))
     world.tell(f"halves states of parameter {i}, and lets it have taken 50 steps")
     for one in world.copies:
@@ -296,7 +296,7 @@ def change_weights(world: World, rng: Random) -> None:
                 p.data = p.detach() * 0.5
 
 
-# --- operations that must not change results: on all copies but the plain one ----------------
+# --- operations that must not change results, applied to all copies except the plain one ---
 
 
 def _loaded(one: Copy, saved: dict[str, Any], anew: bool) -> onepass.Optimizer:
@@ -340,7 +340,7 @@ def _move_weights(one: Copy) -> None:
 
 
 def _averaged(one: Copy) -> None:
-    """Within averaged_weights() the weights are their averages; they come back bit for bit."""
+    """Checks that averaged_weights() sets the averages and restores the weights bit for bit."""
     before, states = one.contents(), one.optimizer.state
     if all(option_of(group, "ema_decay") is None for group in one.optimizer.param_groups):
         return
@@ -369,7 +369,7 @@ NEUTRAL: dict[str, Callable[[Copy], Any]] = {
 
 
 LOADING = {"load_state_dict", "load_into_new", "save_and_load"}
-"""Those through a state dict, which may leave out step counters of SGD: they begin anew."""
+"""Operations through a state dict, which may omit the step counters of SGD."""
 
 
 @operation(8)

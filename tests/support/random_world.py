@@ -1,8 +1,8 @@
-"""Copies of one optimizer that take the same steps, and what must be true of them after each.
+"""Copies of one optimizer that take the same steps, and the checks after each step.
 
-``plain`` runs on the reference backend; its plan is made anew for every step, and its gradients
-are contiguous tensors. ``reference`` and ``cpu`` are compared with it bit for bit. Weights and
-states in fp32 are also compared with the same step in float64.
+``plain`` runs on the reference backend with a new plan for every step and contiguous gradients.
+``reference`` and ``cpu`` are compared with it bit for bit. Weights and states in fp32 are also
+compared with the same step in float64.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ SETTINGS: dict[str, list[Any]] = {
     "zero_grads": [False, True],
 }
 REFUSALS = (ValueError, TypeError, RuntimeError)
-"""What a step raises when it cannot be taken."""
+"""Exceptions that a step raises if it cannot be taken."""
 
 TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
-"""Options that torch.optim.Optimizer adds to groups when it is copied, and that change nothing."""
+"""Options without effect that torch.optim.Optimizer adds to groups when it is copied."""
 
 EPS = torch.finfo(torch.float32).eps
 TINY = 4 * 2.0**-149
@@ -58,7 +58,7 @@ class Copy:
     """One of the optimizers that must stay equal.
 
     Attributes:
-        skipped: steps that it must have counted as skipped.
+        skipped: number of steps that the optimizer must have counted as skipped.
     """
 
     def __init__(self, name: str, optimizer: onepass.Optimizer) -> None:
@@ -74,19 +74,19 @@ class Copy:
         return [group for group in self.optimizer.param_groups for _ in group["params"]]
 
     def replace(self, optimizer: onepass.Optimizer) -> None:
-        """Goes on with another optimizer, whose count of skipped steps may start anew."""
+        """Replaces the optimizer; its count of skipped steps may be 0."""
         assert int(optimizer.skipped_steps) in (0, self.skipped)
         self.optimizer, self.skipped = optimizer, int(optimizer.skipped_steps)
 
     def contents(self) -> Contents:
-        """Copies of all that a step changes or must leave alone, by (what, number)."""
+        """Copies of everything that a step may change or must keep, by (name, index)."""
         found: Contents = {}
         for i, p in enumerate(self.params):
             found["parameter", i] = p.detach().clone()
             for key, value in self.optimizer.state.get(p, {}).items():
                 found[key, i] = value.clone() if isinstance(value, Tensor) else value
         for i, group in enumerate(self.optimizer.param_groups):
-            # A missing key stands for the default.
+            # A missing key means the default.
             for key, value in {**DEFAULTS, **group}.items():
                 if key in TORCH_ONLY:
                     continue
@@ -106,7 +106,7 @@ class Copy:
 
 
 def assert_equal(found: Contents, expected: Contents, which: str) -> None:
-    """Tensors bit for bit, everything else by ==."""
+    """Compares tensors bit for bit and everything else by ==."""
     more, less = found.keys() - expected.keys(), expected.keys() - found.keys()
     assert not more, f"{which}: has {sorted(more)}"
     assert not less, f"{which}: lacks {sorted(less)}"
@@ -118,7 +118,7 @@ def assert_equal(found: Contents, expected: Contents, which: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value, or the beginning of a tensor."""
+    """A value as text; of a tensor, the first four elements."""
     if not isinstance(value, Tensor):
         return repr(value)
     first = ", ".join(f"{x:.6g}" for x in value.reshape(-1)[:4].tolist())
@@ -132,7 +132,7 @@ def assert_same_gradients(found: Grads, expected: Grads, which: str) -> None:
 
 
 def draw_group(case: Any, rng: random.Random) -> dict[str, Any]:
-    """Options of a group, with what its parameters are made of."""
+    """Random options of a group, with the dtype, shapes and seed of its parameters."""
     states, dtype = rng.choice(list(STATE_FORMATS)), rng.choice(DTYPES)
     if rng.random() < 0.4:
         states, dtype = "fp32", torch.float32
@@ -147,24 +147,24 @@ def draw_group(case: Any, rng: random.Random) -> dict[str, Any]:
 
 
 def make_group(drawn: dict[str, Any]) -> dict[str, Any]:
-    """A group with new parameters, the same at every call."""
+    """A group with new parameters; equal arguments give equal parameters."""
     options = {k: v for k, v in drawn.items() if k not in ("dtype", "shapes", "start")}
     params = make_params(drawn["shapes"], drawn["dtype"], drawn["start"])
     for i, p in enumerate(params):
-        if i % 2 and p.dim() > 1:  # dense, in another order than that of the indices
+        if i % 2 and p.dim() > 1:  # dense, with permuted strides
             p.data = p.detach().transpose(0, 1).contiguous().transpose(0, 1)
     return {"params": params, **options}
 
 
 class World:
-    """The copies, and what is expected of them.
+    """All copies of the optimizer, and the state that the checks need.
 
     Attributes:
         plain, others: the copies.
-        log: the operations so far, as text.
-        number: of the operation that runs.
-        begun: positions of the parameters whose momentum has begun: a first step with momentum
-            makes the gradient SGD's buffer.
+        log: text of the operations so far.
+        number: number of the current operation.
+        begun: indices of the parameters that have taken a step with momentum. The first such step
+            sets SGD's buffer to the gradient.
     """
 
     def __init__(self, seed: int, say: bool = False) -> None:
@@ -198,15 +198,18 @@ class World:
         return [self.plain, *self.others]
 
     def tell(self, text: str) -> None:
-        """Logs what is done next; prints it, too, where a crash shall leave it to be read."""
+        """Logs the next operation, and prints it if `say` is set, so that a crash shows it."""
         text = text if self.number is None else f"{self.number}: {text}"
         self.log.append(text)
         if self.say:
             print(text, file=sys.__stderr__, flush=True)
 
     def draw_gradients(self, rng: random.Random) -> Grads:
-        """From 1e-6 to 10 times a normal number; some elements are zero, some gradients missing or
-        of another dtype than their parameter."""
+        """Random gradients of 1e-6 to 10 times a standard normal value.
+
+        Some elements are zero, and some gradients are missing or have another dtype than the
+        parameter.
+        """
         generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
         missing, mixed = rng.choice((0, 0, 0.3)), rng.choice((0, 0, 0.5))
         grads: Grads = []
@@ -225,14 +228,14 @@ class World:
         ambient: str = "",
         may_refuse: bool = False,
     ) -> None:
-        """A step of every copy, and all comparisons.
+        """Takes a step with every copy and runs all checks.
 
         Args:
             grads: values of the gradients.
-            build: makes of them the gradients of all copies but the plain one.
+            build: makes the gradients of all copies but the plain one from the values.
             ambient: name of the setting in which all copies but the plain one step.
-            may_refuse: whether the step may raise, with nothing changed; a step with ordinary
-                gradients is then taken.
+            may_refuse: whether the step may raise without changes; a step with ordinary gradients
+                follows then.
         """
         before = self.plain.contents()
         expected = self.in_float64(grads)
@@ -256,7 +259,7 @@ class World:
         self.compare(grads)
 
     def compare(self, grads: Grads) -> None:
-        """Every copy with the plain one, after a step with these gradients."""
+        """Compares every copy with the plain one after a step with these gradients."""
         skipped = self.plain.optimizer.skip_nonfinite and nonfinite(grads)
         measured = self.plain.optimizer.max_grad_norm is not None
         measured = measured or self.plain.optimizer.skip_nonfinite
@@ -275,12 +278,12 @@ class World:
                     assert float(optimizer.grad_norm) == norm, f"{one.name}: grad_norm"
 
     def check_unchanged(self, one: Copy, before: Contents, grads: Grads) -> None:
-        """After a step of a copy that raised: it is as it was."""
+        """Checks that a copy whose step raised is unchanged."""
         assert_equal(one.contents(), before, f"{one.name} after a step that raised")
         assert_same_gradients(one.gradients(), grads, f"{one.name} after a step that raised")
 
     def check_step(self, grads: Grads, before: Contents, expected: dict[Any, Any]) -> None:
-        """The plain copy after a step: counters, what had no gradient, and float64."""
+        """Checks the counters, the parameters without gradients, and the errors against float64."""
         after = self.plain.contents()
         skipped = self.plain.optimizer.skip_nonfinite and nonfinite(grads)
         for i, grad in enumerate(grads):
@@ -297,12 +300,12 @@ class World:
             assert worst <= 1, f"{key} is {worst:.2f} limits from float64"
 
     def in_float64(self, grads: Grads) -> dict[Any, tuple[Tensor, Tensor]]:
-        """What the next step makes of weights and states that are fp32: values and limits.
+        """The float64 results of the next step for fp32 weights and states, with their limits.
 
         A limit is the sum of three terms: 2 eps of the value, as in tests/test_oracle.py; 8 eps of
-        its change, which is made by about ten rounded operations and constants, of half an eps
-        each; and 4 times the largest effect of changing gradient, weight and states by 1 eps,
-        because a sum that cancels amplifies the rounding of its terms.
+        the change, which about ten rounded operations and constants make, with half an eps each;
+        and 4 times the largest effect of changing gradient, weight and states by 1 eps, because a
+        sum that cancels amplifies the rounding of its terms.
         """
         optimizer, expected = self.plain.optimizer, {}
         if optimizer.skip_nonfinite and nonfinite(grads):
@@ -363,5 +366,5 @@ class World:
 
 
 def same_type(a: Any, b: Any) -> bool:
-    """Whether two contents can be compared: a state that has been converted cannot."""
+    """Whether two values can be compared; a state that has been converted cannot."""
     return not isinstance(a, Tensor) or (a.dtype == b.dtype and a.shape == b.shape)

@@ -27,12 +27,12 @@ class Target:
     """A backend on a device.
 
     Attributes:
-        name: of the target, which test ids show.
-        backend: name of the backend, as optimizers take it.
-        device: type of the device of parameters.
+        name: name of the target in test ids.
+        backend: name of the backend.
+        device: device type of the parameters.
         isa: instruction set of the cpu backend; empty for the other backends.
-        interpreted: whether a step takes a thousand times as long as on the CPU: tests then use
-            fewer parameters and cover pairs of options instead of all combinations.
+        interpreted: whether a step takes about 1,000 times as long as on the CPU. Tests then use
+            fewer parameters and pairs of options instead of all combinations.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Target:
 
     @property
     def averages(self) -> bool:
-        """Whether the backend averages weights and measures telemetry."""
+        """Whether the backend supports averages of weights and telemetry."""
         return self.backend not in ("cuda", STAND_IN)
 
     def why_not(self) -> str:
-        """Why the target is not available here; empty if it is."""
+        """The reason why the target is unavailable; empty if it is available."""
         if self.device == "cuda":
             return "" if torch.cuda.is_available() else "there is no GPU"
         if self.backend == STAND_IN:
@@ -60,7 +60,7 @@ class Target:
 
     @contextmanager
     def selected(self) -> Iterator[None]:
-        """Makes the backend available under its name, on the instruction set of the target."""
+        """Selects the instruction set, or registers the stand-in, within a with block."""
         if self.isa:
             before = onepass.ops.cpu_isa()
             onepass.ops.cpu_isa(self.isa)
@@ -77,7 +77,7 @@ class Target:
 
 @lru_cache
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that this build and this machine have."""
+    """The instruction sets that the CPU library supports on this machine."""
     before, found = onepass.ops.cpu_isa(), []
     for name in ("plain", "avx2", "avx512"):
         try:
@@ -91,7 +91,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @contextmanager
 def stand_in() -> Iterator[None]:
-    """Registers the stand-in for the CUDA backend."""
+    """Registers the stand-in for the CUDA backend as STAND_IN within a with block."""
     BACKENDS[STAND_IN] = _stand_in()
     try:
         yield
@@ -140,18 +140,18 @@ other_targets = on_targets(lambda target: target is not REFERENCE)
 
 
 def with_rows(names: str, rows: Callable[[Target], Iterable[tuple[str, tuple[Any, ...]]]]) -> Any:
-    """A decorator for a test that compares with the reference, with other rows for each target.
+    """A decorator for a test that compares with the reference and has other rows on each target.
 
     Args:
         names: names of the values of a row, separated by commas.
-        rows: returns the rows of a target: the id and the values of each.
+        rows: returns the rows of a target, each with its id and its values.
     """
     found: dict[str, list[Any]] = {}
     for target in TARGETS[1:]:
-        # A target that is not available shows one skipped row.
+        # An unavailable target shows one skipped row.
         for name, values in islice(rows(target), 1 if target.why_not() else None):
             found.setdefault(name, []).append(_parameter(target, *values, id=name))
-    # The targets of a row follow each other, so that the reference runs it once.
+    # Rows are ordered by id and then by target, so that the reference runs each row once.
     params = [param for row in found.values() for param in row]
     return pytest.mark.parametrize(f"target,{names}", params, indirect=["target"])
 
@@ -162,11 +162,11 @@ def _of_reference(recipe: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def compare(target: Target, recipe: Callable[..., Any], *args: Any) -> None:
-    """Asserts that a recipe leaves the same bits on a target and on the reference.
+    """Asserts that a recipe has the same bits on a target and on the reference.
 
     Args:
-        recipe: called as recipe(target, *args); returns an optimizer after some steps, or a list of
-            tensors. The result of the reference is kept for the targets that follow.
+        recipe: called as recipe(target, *args); returns an optimizer after some steps or a list of
+            tensors. The result of the reference is cached for the next targets.
     """
     found, expected = recipe(target, *args), _of_reference(recipe, args)
     assert_same(found, expected)
