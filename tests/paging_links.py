@@ -1,4 +1,4 @@
-"""Links without a GPU: one whose streams get on in a random order, and one with a clock."""
+"""Links without a GPU: one runs streams in random order, one simulates time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 POISON = 0xA5
-"""What memory has that a copy has not yet written."""
+"""The value of bytes that no copy has written yet."""
 
 
 class Fault(RuntimeError):
-    """What an injected fault raises."""
+    """The error of an injected fault."""
 
 
 class _Stream:
@@ -28,16 +28,17 @@ class _Event:
 
 
 class RandomLink:
-    """Streams that hold back what they are given, and do it in any order that events allow.
+    """Streams that queue their work and run it in any order that the events allow.
 
-    A copy takes two turns: in the first the target is spoiled, but for half of the source, in the
-    second the other half is copied. Whoever reads or writes either of them in between leaves, or
-    finds, wrong bytes.
+    A copy takes two turns: the first spoils the target except for half of the source, and the
+    second copies the other half. Accesses to either tensor between the turns therefore read or
+    leave wrong bytes.
 
     Args:
-        seed: of the order.
-        fault: number of the copy that fails half-way, counted from 0; None for none. A fault while
-            the copy is asked for if at_once is set, else when its turn comes.
+        seed: seed of the order.
+        fault: index of the copy that fails, counted from 0; None for no fault.
+        at_once: whether the fault is raised when the copy is requested; otherwise it is raised
+            halfway through the copy.
     """
 
     def __init__(self, seed: int, fault: int | None = None, at_once: bool = False) -> None:
@@ -96,7 +97,7 @@ class RandomLink:
             self._turn()
 
     def finish(self) -> None:
-        # The tests read parameters next; copies to the host may still be on their way.
+        # The tests read the parameters next; copies to the host may still be pending.
         self.most_waiting = max(self.most_waiting, len(self._current.queue))
         self._until(self._current)
 
@@ -104,8 +105,8 @@ class RandomLink:
         self._until(self.incoming, self.outgoing)
 
     def recover(self) -> None:
-        """After a fault: what was given to streams is done, unless one of them has failed; then it
-        never will be."""
+        """Ends a fault. If it was raised at the request (at_once), queued work runs; otherwise
+        queued work is dropped."""
         self.fault = None
         for stream in (self.incoming, self.outgoing, self._current):
             if self.at_once:
@@ -122,12 +123,12 @@ class RandomLink:
 
 
 class ClockLink(RandomLink):
-    """Does everything when it is asked for, and knows when a device would have been done with it.
+    """Runs everything immediately, and computes when a device would have completed it.
 
     Args:
-        rate: bytes that each direction moves in a unit of time.
+        rate: bytes per unit of time in each direction.
         work: time of each launch.
-        latency: of each copy.
+        latency: time that each copy takes in addition.
     """
 
     def __init__(self, rate: float, work: float, latency: float = 0.0) -> None:
@@ -151,5 +152,5 @@ class ClockLink(RandomLink):
 
     @property
     def now(self) -> float:
-        """When all is done."""
+        """The time when all streams are done."""
         return max(self.clocks.values())

@@ -1,4 +1,4 @@
-"""The package: the symbols and the build of its libraries, the length of files and functions."""
+"""The package: symbols and build of its libraries, and the length of files and functions."""
 
 import ast
 import os
@@ -18,15 +18,15 @@ PACKAGE = Path(onepass.__file__).parent
 LIBRARY = PACKAGE / "libonepass_cpu.so"
 FOLDERS = ("csrc", "python", "triton_kernels", "tests", "bench", "examples")
 SUFFIXES = {".py", ".h", ".cpp", ".cuh", ".cu", ".sh"}
-MAX_LINES = 400  # of a file
-MAX_FUNCTION_LINES = 60  # of a function of the package, with its docstring
+MAX_LINES = 400  # lines per file
+MAX_FUNCTION_LINES = 60  # lines per function of the package, docstring included
 
 
 # --- the library -----------------------------------------------------------------------------
 
 
 def undefined_symbols(*options: str) -> list[tuple[str, str]]:
-    """(type, name) of the symbols that the library expects others to bring."""
+    """The undefined dynamic symbols of the CPU library as (type, name)."""
     if not LIBRARY.exists():
         pytest.skip(f"{LIBRARY.name} is not built: there was no C++ compiler")
     if not shutil.which("nm"):
@@ -39,7 +39,7 @@ def undefined_symbols(*options: str) -> list[tuple[str, str]]:
 def test_library_uses_only_the_stable_abi():
     unstable = re.compile(r"\b(at|c10|caffe2|torch)::")
     names = [name for _, name in undefined_symbols("--demangle")]
-    assert any(name.startswith("aoti_torch_") for name in names)  # the list is the right one
+    assert any(name.startswith("aoti_torch_") for name in names)  # nm listed the symbols
     assert [name for name in names if unstable.search(name)] == []
 
 
@@ -48,7 +48,8 @@ def test_library_has_no_python_symbol():
 
 
 def test_every_symbol_that_is_not_the_systems_is_torchs_c_interface():
-    # The system's libraries version theirs (memcpy@GLIBC_2.14), torch does not; w: may be missing.
+    # Symbols of the system libraries have a version (memcpy@GLIBC_2.14), those of torch have none.
+    # The types w and v mark weak symbols, which may stay undefined.
     others = [name for kind, name in undefined_symbols() if "@" not in name and kind not in "wv"]
     assert [name for name in others if not name.startswith(("aoti_torch_", "torch_"))] == []
 
@@ -57,7 +58,7 @@ def test_every_symbol_that_is_not_the_systems_is_torchs_c_interface():
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the build in an environment that has no compiler on its PATH."""
+    """Runs setup.py build_ext with no compiler on PATH and these environment variables."""
     env = {name: value for name, value in os.environ.items() if name != "CXX"}
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]

@@ -1,4 +1,4 @@
-"""Optimizers with paged states: the bits of unpaged ones, whatever the budget and the order."""
+"""Optimizers with paged states compute the same bits as unpaged ones, for every budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .paging_cases import SHAPES, budgets, paged_pages, total_bytes
 
 pytestmark = pytest.mark.usefixtures("links")
 
-# --- the bits --------------------------------------------------------------------------------
+# --- equality with unpaged optimizers --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_every_backend(backend, options):
 @pytest.mark.parametrize("backend", runs_here())
 def test_pieces_of_large_parameters(backend):
     params = make_params([(5, 1700), (300,)], torch.float32, 1)
-    params[0] = torch.nn.Parameter(params[0].detach().t().contiguous().t())  # not contiguous
+    params[0] = torch.nn.Parameter(params[0].detach().t().contiguous().t())  # strides (1, 5)
     both = []
     for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
         own = [torch.nn.Parameter(p.detach().clone()) for p in params]
         assert own[0].stride() == (1, 5)
-        # Gradients of the other order, too: they are copied for the step.
+        # The gradients are contiguous, unlike the parameter, so they are copied at each step.
         both.append(
             onepass.Adam(own, amsgrad=True, states="dynamic8", backend=backend, paged=paged)
         )
@@ -85,7 +85,7 @@ def test_pieces_of_large_parameters(backend):
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
 @pytest.mark.parametrize("budget", [0, 60_000])
 def test_what_rides_in_the_step(options, budget):
-    """Clipping, skipping, zeroing, telemetry, groups, schedules."""
+    """Clipping, skipped steps, zeroed gradients, telemetry, parameter groups and a schedule."""
     dtype = torch.bfloat16 if options.get("weights") else torch.float32
     both = []
     for paged in (False, Paging(budget, SMALLEST_PAGE)):
@@ -114,7 +114,7 @@ def test_what_rides_in_the_step(options, budget):
         assert ours[1] == theirs[1]
         for group, other in zip(ours[2], theirs[2], strict=True):
             for key, value in group.items():
-                # Sums of pages, added up in float64.
+                # Telemetry of a paged step is the float64 sum over its pages.
                 torch.testing.assert_close(
                     value, other[key], rtol=1e-12, atol=0, equal_nan=True, msg=key
                 )
@@ -145,7 +145,7 @@ def test_a_loss_scaler(scaler):
 
 
 def test_released_gradients(links):
-    """Pages of the next parameter come while the backward pass works on it."""
+    """The pages of the next parameter are fetched while the backward pass runs."""
     both = []
     for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
         torch.manual_seed(0)
@@ -177,7 +177,7 @@ def test_released_states_are_on_their_way_before_their_gradient():
     handle = onepass.release_gradients(net, optimizer)
     fetched = []
     for p in net.parameters():
-        # Before the hook of the release, which adds the gradient up first.
+        # This hook runs before the hook of release_gradients, which first accumulates the gradient.
         p.register_hook(
             lambda _, p=p: fetched.append(
                 p in handle._plans and handle._plans[p]._parts[0]._pages[0].ready is not None
@@ -187,7 +187,8 @@ def test_released_states_are_on_their_way_before_their_gradient():
         fetched.clear()
         net(torch.ones(1, 64)).sum().backward()
         optimizer.step()
-    # All but the first, for which nothing comes before it; autograd may hand out two at once.
+    # Nothing prefetches the first parameter, and autograd may compute two gradients before it calls
+    # their hooks.
     assert sum(fetched) >= len(fetched) - 2
 
 

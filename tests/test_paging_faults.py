@@ -1,4 +1,4 @@
-"""Paged states when something is wrong: options, memory, and copies that fail."""
+"""Errors with paged states: invalid options, lack of memory and failing copies."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_malformed_paging(options):
     ],
 )
 def test_names(ours, base, states):
-    """The classes with paged=True as their default, nothing else."""
+    """The Paged classes differ from their base classes only in the default paged=True."""
     params = make_params(SHAPES, torch.float32, 1)
     plain_params = clone(params)
     optimizer, plain = ours(params), base(plain_params)
@@ -128,7 +128,7 @@ def test_more_host_memory_than_there_is(monkeypatch):
     monkeypatch.setattr(slabs, "free_memory", lambda: 0)
     with pytest.raises(MemoryError):
         optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step()  # needs no more of it
+    optimizer.step()  # the states exist already
 
 
 def test_the_machines_own_memory():
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_while_states_are_made(what, monkeypatch):
 
 
 def test_memory_that_cannot_be_pinned(monkeypatch):
-    """One warning, whatever the number of slabs and optimizers; pageable memory; the same bits."""
+    """A failure to pin memory warns once for all slabs and optimizers and changes no result."""
 
     def refuse(*_):
         raise RuntimeError("cudaHostRegister: CUDA error 2")
@@ -199,11 +199,11 @@ def test_memory_is_unpinned_with_its_last_tensor(monkeypatch):
     assert len(unpinned) == 1
 
 
-# --- copies that fail ------------------------------------------------------------------------
+# --- failing copies --------------------------------------------------------------------------
 
 
 def failing(links, fault, at_once):
-    """An optimizer after one step, whose link will fail at this copy of the next."""
+    """An optimizer after one step whose link will fail at copy number `fault` of the next step."""
     params = make_params([(5000,), (33,), (7001,)], torch.float32, 1)
     optimizer = adamw(params, paged=SMALL)
     train(optimizer, params, 1)
@@ -215,7 +215,7 @@ def failing(links, fault, at_once):
 
 
 def copies_a_step(links):
-    """Pages and copies of a step of these parameters."""
+    """The number of copies in one step of the optimizer of :func:`failing`, and the optimizer."""
     _, optimizer, link = failing(links, 10**6, False)
     return link.copies, optimizer
 
@@ -247,18 +247,18 @@ def test_a_fault_in_any_copy_of_a_step(links, at_once):
         train(plain, plain_params, 1)
         params, optimizer, link = failing(links, fault, at_once)
         saved = [p.detach().clone() for p in params], optimizer.state_dict()
-        # What a file would hold.
+        # Clone the states, as saving to a file does.
         saved[1]["state"] = {
             i: {k: v.clone() for k, v in state.items()} for i, state in saved[1]["state"].items()
         }
         set_grads(params, torch.float32, 1)
         with pytest.raises(Fault, match=f"copy {link.fault}"):  # noqa: PT012
             optimizer.step()
-            optimizer.state[params[0]]  # where the last copies arrive
+            optimizer.state[params[0]]  # waits for the last copies
         outcomes.add(bool(optimizer.pager.failed))
         link.recover()
         if not optimizer.pager.failed:
-            # Nothing has been changed: the same step can be taken.
+            # Nothing was changed, so the same step can be repeated.
             assert all(torch.equal(p, q) for p, q in zip(params, saved[0], strict=True))
         else:
             refuses(params, optimizer)
@@ -269,7 +269,8 @@ def test_a_fault_in_any_copy_of_a_step(links, at_once):
             train(optimizer, params, 1, step)
             train(plain, plain_params, 1, step)
         assert_same(optimizer, plain)
-    # Of copies asked for before anything has begun, nothing is left; of others the step is broken.
+    # If the copies fail when they are requested, an early fault changes nothing. If they fail
+    # later, the step has always changed something.
     assert outcomes == ({False, True} if at_once else {True})
 
 

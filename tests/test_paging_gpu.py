@@ -1,4 +1,4 @@
-"""Paged states on a GPU: the bits of the CPU, streams, pinned memory, what the device holds."""
+"""Paged states on a GPU: equality with the CPU, streams, pinned memory and device memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_format(dtype, weights, states, backend):
 
 
 def big(paged, **options):
-    """The same 64 MB of fp32 states on both."""
+    """A CPU and a GPU optimizer, each with 64 MiB of fp32 states."""
     params = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(8)]
     gpu_params = on_gpu(params)
     cpu = onepass.AdamW(params, **options)
@@ -64,7 +64,7 @@ def big(paged, **options):
 
 
 def test_copies_are_waited_for_behind_a_busy_device():
-    """Steps are given faster than they are done; whoever then reads a state waits for it."""
+    """Steps are issued faster than the device runs them; reading a state waits for its copies."""
     cpu, params, gpu, gpu_params = big(Paging(page_bytes=1 << 20))
     for step in range(5):
         torch.cuda._sleep(100_000_000)
@@ -129,13 +129,13 @@ def test_device_memory_is_what_was_predicted(budget):
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     expected = predicted.resident + predicted.ring
-    # Tables of plans come on top: 512 bytes each at least, and a line for each chunk.
+    # The tables of the plans come on top: at least 512 bytes each, and a row for each chunk.
     tables = 2048 * (2 + 64) + 128 * sum(p.numel() for p in params) // 1024
     assert expected <= peak <= 1.005 * expected + tables
 
 
 def test_memory_that_cannot_be_pinned(monkeypatch):
-    """The driver's own refusal: what is registered already cannot be once more."""
+    """A refusal by the CUDA driver itself: the same memory cannot be registered twice."""
     pin = CudaLink.pin
 
     def refused(self, address, nbytes):
@@ -152,7 +152,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch):
         steps(cpu, params, gpu, gpu_params, 3)
     assert not gpu.state[gpu_params[0]]["exp_avg"].is_pinned()
     assert_same(gpu, cpu)
-    assert int(_runtime().cudaMemGetInfo(0)[0]) >= 0  # no error is left over
+    assert int(_runtime().cudaMemGetInfo(0)[0]) >= 0  # no CUDA error is pending
 
 
 def test_released_gradients():
@@ -194,7 +194,7 @@ def test_resuming(second):
 
 
 def test_an_optimizer_that_is_deleted_at_once():
-    """Its last copies may still be on their way to memory that is given back."""
+    """Deletes an optimizer while its last copies may still write to its memory."""
     for _ in range(10):
         _, _, gpu, gpu_params = big(Paging(page_bytes=1 << 20))
         for p in gpu_params:

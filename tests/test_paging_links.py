@@ -1,4 +1,4 @@
-"""CUDA's link without CUDA: what it asks torch for, and that torch has it."""
+"""CudaLink without CUDA: the calls that it makes, and that the installed torch has them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda", 1)
 
 
 class Torch:
-    """Stands in for torch: streams with its signatures, a runtime that can refuse."""
+    """Replaces torch: streams with the same signatures, and a runtime that can return errors."""
 
     RuntimeError = RuntimeError
     uint8 = torch.uint8
@@ -115,13 +115,13 @@ def test_pinning(fake):
     undo = link.pin(4096, 8192)
     assert fake.registered == {4096: 8192}
     undo()
-    # Not before every copy is done.
+    # Memory is unregistered only after every copy has completed.
     assert fake.log == [("synchronize", DEVICE), "unregistered"]
     fake.error = 2
     fake.log.clear()
     with pytest.raises(RuntimeError, match="CUDA error 2"):
         link.pin(4096, 8192)
-    assert fake.log == [("launch", DEVICE)]  # takes the error that the runtime keeps
+    assert fake.log == [("launch", DEVICE)]  # clears the error that the runtime holds
 
 
 def test_which_link():

@@ -1,4 +1,4 @@
-"""The schedule of pages: whatever order streams get on in, each page is worked on once, whole."""
+"""The page schedule: each page is processed once and complete, in any order of completion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZE = 64
 
 
 def pages_of(ring: Ring, host: torch.Tensor) -> list[Page]:
-    """A page for each row of host; of two stretches."""
+    """One page for each row of host, each copied in two parts."""
     pages = []
     for row in host:
         number, buffer = ring.assign()
@@ -26,7 +26,7 @@ def pages_of(ring: Ring, host: torch.Tensor) -> list[Page]:
 
 
 def add_one(ring: Ring, pages: list[Page], seen: list[int]):
-    """Work that counts each byte of a page up, and that the page's bytes are equal before it."""
+    """A launch that checks that all bytes of a page are equal and then adds 1 to each."""
 
     def work(i: int) -> None:
         for _, device in pages[i].copies:
@@ -38,14 +38,14 @@ def add_one(ring: Ring, pages: list[Page], seen: list[int]):
 
 
 def rows(count: int) -> torch.Tensor:
-    """Pages of the bytes 10, 20, ...: sums of two never look like a third."""
+    """Rows filled with 10, 20, 30, ...: three increments never turn one row into another."""
     return (10 * torch.arange(1, count + 1, dtype=torch.uint8))[:, None].repeat(1, SIZE)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("block", range(4))
 def test_a_thousand_orders_of_completion(count, block):
-    """Four times 250: each of three steps over every page, started ahead or not, settled or not."""
+    """250 seeds per block: three steps over all pages, with or without prefetching and settling."""
     for seed in range(250 * block, 250 * (block + 1)):
         link = RandomLink(seed)
         ring = Ring(link, CPU, count, SIZE)
@@ -61,13 +61,13 @@ def test_a_thousand_orders_of_completion(count, block):
                 ring.settle()
         ring.settle()
         assert torch.equal(host, before + 3), f"seed {seed}"
-        # Memory is what was asked for, and each page is copied in and out once a step.
+        # The ring allocates its buffers once, and each page is copied in and out once per step.
         assert [len(buffer) for buffer in link.adopted] == [count * SIZE]
         assert link.copies == 3 * 2 * 2 * len(pages)
 
 
 def without_waits(link: RandomLink, stream: str) -> None:
-    """Breaks the schedule: a stream that does not wait."""
+    """Breaks the schedule: this stream ignores waits."""
     known = link.wait
     link.wait = lambda s, event: None if s is getattr(link, stream) else known(s, event)
 
@@ -89,11 +89,11 @@ def test_the_random_orders_would_find_a_missing_wait(stream):
             found += 1
         else:
             found += not torch.equal(host, before + 2)
-    assert found >= 5  # of 20: chance may order streams as if they waited
+    assert found >= 5  # of 20 seeds; in the others the random order happens to be correct
 
 
 def test_plans_that_share_a_ring():
-    """As released gradients have it: a plan for each parameter, the next one started ahead."""
+    """One plan for each parameter, as in gradient release; each run prefetches the next plan."""
     for seed in range(200):
         link = RandomLink(seed)
         ring = Ring(link, CPU, 3, SIZE)
@@ -103,7 +103,7 @@ def test_plans_that_share_a_ring():
         for _ in range(3):
             order = list(range(len(plans)))
             if link.random.random() < 0.5:
-                link.random.shuffle(order)  # pages that were fetched for nothing
+                link.random.shuffle(order)  # then pages were prefetched in vain
             for i in order:
                 ring.run(plans[i], add_one(ring, plans[i], []))
                 ring.start(plans[(i + 1) % len(plans)])
@@ -141,9 +141,9 @@ def test_a_fault_in_any_copy_surfaces(count, at_once):
 
 
 def test_copies_and_work_overlap():
-    """A step takes as long as the slowest of copies in, copies out and work, and two pages more."""
+    """A step takes the time of the slowest of copies in, work and copies out, plus two pages."""
     for work in (0.5, 1.0, 2.0):
-        link = ClockLink(rate=SIZE, work=work)  # a page takes a unit each way
+        link = ClockLink(rate=SIZE, work=work)  # 1 unit of time per page and direction
         ring = Ring(link, CPU, 4, SIZE)
         pages = pages_of(ring, rows(20))
         ring.run(pages, add_one(ring, pages, []))
@@ -151,7 +151,7 @@ def test_copies_and_work_overlap():
 
 
 def test_two_buffers_cannot_overlap_all_three():
-    """What the third and the fourth are for."""
+    """Copies in, work and copies out overlap fully only with at least three buffers."""
     times = []
     for count in (1, 2, 3, 4):
         link = ClockLink(rate=SIZE, work=1.0)

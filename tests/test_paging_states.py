@@ -1,4 +1,4 @@
-"""States that rest on the host: state dicts, copies, what is read and changed between steps."""
+"""Paged states on the host: state dicts, copies, and access to states between steps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_state_dict_has_the_slabs_own_tensors(links, tmp_path):
     for i, param in enumerate(params):
         if param.numel():
             assert optimizer.pager.slabs.find(saved["state"][i]["exp_avg"]) is not None
-            # Of its own size: a state that is saved alone does not take the slab along.
+            # Each state has a storage of its own size, so saving one state does not save the slab.
             assert saved["state"][i]["exp_avg"].untyped_storage().nbytes() == 4 * param.numel()
     torch.save(saved, tmp_path / "saved")
     torch_params = clone(params)
@@ -70,7 +70,7 @@ def test_loading_its_own_state_dict_while_copies_are_on_their_way():
     train(optimizer, params, 1)
     saved = optimizer.state_dict()
     train(optimizer, params, 1, start=1)
-    optimizer.load_state_dict(saved)  # what it refers to is of step 2
+    optimizer.load_state_dict(saved)  # saved shares memory with the states, which have taken step 2
     plain_params = make_params(SHAPES, torch.float32, 1)
     plain = adamw(plain_params, states="mx8")
     train(plain, plain_params, 2)
@@ -157,11 +157,11 @@ def test_conversions_of_paged_state_dicts():
     assert all(same_bits(full[0][key], full[1][key]) for key in full[0])
 
 
-# --- what it takes ---------------------------------------------------------------------------
+# --- memory use ------------------------------------------------------------------------------
 
 
 def on_device(optimizer, link: RandomLink) -> tuple[int, int]:
-    """Bytes of states that are not in slabs, and of buffers, counted from what there is."""
+    """Bytes of states outside the slabs and bytes of the ring buffers, measured."""
     states = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for state in optimizer.state.values()
@@ -186,7 +186,8 @@ def test_memory_is_what_was_predicted(states, links):
         assert ring == predicted.ring <= 4 << 16
         assert predicted.resident <= budget
         assert resident == pytest.approx(predicted.resident, rel=0.005, abs=0)
-        # A host that has less is told of before, one that pins more is not needed.
+        # The predicted host memory equals the pinned memory: users learn of a lack of host memory
+        # in advance, and no more than that is pinned.
         assert sum(links[0].pinned if links else []) == pytest.approx(predicted.host, abs=4096)
 
 
@@ -195,4 +196,4 @@ def test_small_states_of_neighbours_are_one_copy(links):
     optimizer = onepass.AdamW(params, states="mx8", paged=True)
     train(optimizer, params, 1)
     assert paged_pages(optimizer) == 1
-    assert links[0].copies == 2  # one in, one out
+    assert links[0].copies == 2  # one to the device, one back

@@ -1,4 +1,4 @@
-"""The plan stays true: whatever changes between two steps, the next one is right."""
+"""A plan detects every change between two steps, so the next step is correct."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def build(backend, states="fp32", cls=onepass.AdamW, **options):
 
 
 def both(backend, change, cls=onepass.AdamW, **options):
-    """Runs three steps, a change, three steps; and the same with the plan thrown away each time."""
+    """Runs three steps, a change and three more steps, with the plan reused and with a new plan at
+    each step. Returns the optimizer that reused the plan after comparing both."""
     results = []
     for fresh in (False, True):
         params, optimizer = build(backend, cls=cls, **options)
@@ -198,7 +199,7 @@ def test_changes_between_steps(backend, change):
 
 
 def test_a_change_is_seen_at_all(backend):
-    """The comparison above would pass if both sides ignored the change."""
+    """Each change affects the result; otherwise test_changes_between_steps would prove nothing."""
     unchanged = both(backend, lambda *_: None).param_groups[0]["params"]
     for change in (replace_state, swap_state_storage, move_weight, set_the_counter):
         changed = both(backend, change).param_groups[0]["params"]
@@ -217,7 +218,7 @@ def test_a_parameter_that_gets_its_first_gradient_later(backend):
         optimizer.step()
         if step < 2:
             assert late not in optimizer.state
-        if step == 2:  # its buffer starts at the gradient, undampened
+        if step == 2:  # the first gradient initializes the buffer, without dampening
             assert torch.equal(optimizer.state[late]["momentum_buffer"], grad)
     assert optimizer.state[late]["step"] == 2
     assert optimizer.state[params[0]]["step"] == 4
@@ -268,7 +269,7 @@ def test_no_gradients_no_parameters(backend):
 
 
 def test_random_bits_are_keyed_by_the_parameters_position(backend):
-    """A parameter's bits do not change because another one has no gradient."""
+    """The random bits of a parameter do not depend on whether other parameters have gradients."""
     results = []
     for skip in (False, True):
         params, optimizer = build(backend, states="bf16")
@@ -285,7 +286,7 @@ def test_random_bits_are_keyed_by_the_parameters_position(backend):
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of all storages that operations return for the first time: temporaries included."""
+    """Sums the bytes of all storages that operations allocate, temporaries included."""
 
     def __init__(self, held=()):
         super().__init__()
@@ -306,7 +307,7 @@ class Allocated(TorchDispatchMode):
 @pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
 @pytest.mark.parametrize("states", ["fp32", "bf16"])
 def test_a_step_needs_under_a_megabyte_beside_weights_gradients_and_states(states):
-    """Torch's storages, and the process's own peak while 64 MiB of weights are stepped."""
+    """Measures the storages of torch and the peak memory of the process for 64 MiB of weights."""
     import resource
 
     params = [torch.nn.Parameter(torch.ones(1 << 24)), torch.nn.Parameter(torch.ones(1000, 33))]
@@ -321,7 +322,7 @@ def test_a_step_needs_under_a_megabyte_beside_weights_gradients_and_states(state
             optimizer.step()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert allocated.bytes < 1 << 20
-    assert grown < 1 << 10  # KiB
+    assert grown < 1 << 10  # ru_maxrss is in KiB
 
 
 def test_the_first_step_makes_the_states_and_nothing_else():
@@ -335,5 +336,5 @@ def test_the_first_step_makes_the_states_and_nothing_else():
     held_now = sum(
         v.untyped_storage().nbytes() for s in optimizer.state.values() for v in s.values()
     )
-    # The step counter, and beside it whether one has been taken.
+    # The fp32 step counter, and the fp32 flag that says whether a step was taken.
     assert held_now == held + 2 * 4
