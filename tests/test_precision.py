@@ -1,4 +1,4 @@
-"""Training in 16 bits: the cast of a model, groups, fp32 weights out of it, and the 8-bit names."""
+"""Training in 16 bits: cast_model, parameter_groups, full_precision_state_dict, 8-bit names."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ WEIGHTS = [name for name, form in WEIGHT_FORMATS.items() if form.key]
 
 
 class MyNorm(nn.LayerNorm):
-    """Found as a LayerNorm, whatever it is called."""
+    """A subclass of LayerNorm, which cast_model must recognize as a LayerNorm."""
 
 
 class Model(nn.Module):
-    """Embedding tied to the output, two kinds of norms, buffers of all sorts."""
+    """A model with an embedding tied to the output, two kinds of norms and several buffers."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def test_a_cast_model_trains():
 
 
 def test_a_kept_norm_computes_in_fp32():
-    """Its input comes in bf16 and its output leaves so; between them nothing is rounded."""
+    """The input and the output of a kept norm are bf16; the norm computes in fp32 between them."""
     model = onepass.cast_model(nn.Sequential(nn.LayerNorm(8)), BF16)
     exact = nn.LayerNorm(8)
     x = torch.randn(5, 8).to(BF16)
@@ -106,7 +106,7 @@ def test_keep_takes_types_and_names_of_modules_parameters_and_buffers():
     inside = {name for name in model.state_dict() if name.startswith(("blocks.1.", "last."))}
     assert kept == inside - {"last.num_batches_tracked"} | {"scale", "angles"}
     assert model(TOKENS).dtype == BF16
-    model = onepass.cast_model(Model(), BF16, keep="blocks")  # a list is never called itself
+    model = onepass.cast_model(Model(), BF16, keep="blocks")  # a ModuleList is never called
     assert model(TOKENS).dtype == BF16
     assert set(dtypes(nn.ModuleList(model.blocks)).values()) == {torch.float32}
 
@@ -205,7 +205,7 @@ def test_groups_by_the_callers_choice():
     assert alone["weights"] == "native"
     assert "states" not in alone
     first, second = onepass.parameter_groups(model, fp32_states=["head"])
-    # named_parameters() gives the tied weight after the parameter of the model itself.
+    # named_parameters() yields the parameter of the model itself before the tied weight.
     assert first["params"][0] is model.scale
     assert second["params"] == [model.embedding.weight]
     with pytest.raises(ValueError, match="fp32_states names 'heads'"):
@@ -225,7 +225,7 @@ def test_a_weight_format_on_an_fp32_parameter_says_what_to_do():
         onepass.AdamW([half], weights="split16")
 
 
-# --- fp32 weights out of a model ---
+# --- full_precision_state_dict ---
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -248,7 +248,8 @@ def test_full_precision_weights_are_those_that_are_trained(weights):
     assert full._metadata == model.state_dict()._metadata
     assert full["head.weight"] is full["embedding.weight"]
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dtype == BF16}
-    # Of the weight, what one of five steps rounds: none, the 24th bit, or the compensation's last.
+    # The relative rounding error of a weight over five steps: none, the 24th bit, or the last bit
+    # of the Kahan compensation.
     eps = {"master": 0, "split16": 0, "split8": 2**-15, "kahan": 2**-17}[weights]
     for name, value in full.items():
         assert not value.requires_grad
@@ -283,7 +284,8 @@ def test_full_precision_with_several_optimizers_and_with_the_wrong_one():
 @pytest.mark.parametrize("weights", [name for name in WEIGHT_FORMATS if name != "native"])
 @pytest.mark.parametrize("change", ["zero", "loaded", "negated"])
 def test_a_weight_changed_from_outside_counts(weights, change):
-    """What companions hold of the old weight moves the new one by half its step at most."""
+    """After a change of the weight by the user, a stale companion moves the new weight by at most
+    half of its bf16 spacing."""
     found = []
     for backend in BACKENDS:
         torch.manual_seed(0)
@@ -305,7 +307,7 @@ def test_a_weight_changed_from_outside_counts(weights, change):
         optimizer.step()
         for name, p, before in zip(new, params, old, strict=True):
             want = new[name].float()
-            # Half of the spacing of bf16; Kahan's compensation is the old weight's.
+            # Half of the bf16 spacing; the Kahan compensation has the size of the old weight.
             size = torch.maximum(want.abs(), before.abs()) if weights == "kahan" else want.abs()
             limit = 2**-8 * size + 1e-38
             assert ((full[name].float() - want).abs() <= limit).all()
@@ -315,7 +317,7 @@ def test_a_weight_changed_from_outside_counts(weights, change):
         assert_same(found[0], other)
 
 
-# --- bytes, and names from bitsandbytes ---
+# --- state bytes, and the names of bitsandbytes ---
 
 
 @pytest.mark.parametrize("states", STATE_FORMATS)

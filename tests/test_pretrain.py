@@ -1,4 +1,4 @@
-"""The pretraining benchmark: its runs, resuming, the number of steps, and its page. On a CPU."""
+"""The pretraining benchmark on the CPU: runs, resuming, the number of steps and the report page."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HERE = [config.name for config in CONFIGS if not config.unavailable(CPU)]
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """The model is too small for more. conftest's fixture restores the number."""
+    """One thread is fastest for a model this small. A fixture in conftest restores the number."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The file of a quick run of every configuration that is available here."""
+    """The result file of a quick run of every available configuration."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("pretrain") / "pretrain.jsonl"
@@ -68,7 +68,7 @@ def test_onepass_in_fp32_has_the_losses_of_torch_fused(runs):
 def test_bytes_per_parameter_are_those_of_the_formats(runs):
     found = {line["settings"]["name"]: line["bytes_per_parameter"] for line in read(runs)}
     expected = {"torch-fused": 16.0, "onepass-fp32": 16.0}
-    # Two bytes of weight and gradient each; what else is kept; norms are in fp32.
+    # Weight and gradient take 2 bytes each, then come companion and states. Norms are in fp32.
     expected |= {"onepass-split8-mx8": 4 + 1 + 2 + 2 / 32, "onepass-stochastic-mx4": 4 + 1 + 2 / 32}
     for name, least in expected.items():
         assert least <= found[name] <= 1.03 * least
@@ -155,7 +155,7 @@ def test_differences_are_of_the_same_seeds(runs):
     lines += [line("onepass-fp32", seed, 2.1 + 1.1 * seed) for seed in range(5)]
     lines += [line("onepass-split8-mx8", 1, 2.5)]
     page = pretrain_report.markdown(lines, "somewhere", "pretrain.png")
-    # Standard deviation 0.158114 over the root of 5, times 2.776 (four degrees of freedom).
+    # Standard deviation 0.158114, divided by sqrt(5), times 2.776 (t with 4 degrees of freedom).
     assert "| +0.3000 ± 0.1963 |" in page
     assert "| -0.5000 |" in page
     assert "with 5 seeds" in page

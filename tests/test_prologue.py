@@ -1,5 +1,7 @@
-"""What comes before a sweep, on every target: the verdict (the factor for the gradients, and
-whether the step is skipped), step counters, and hyperparameters."""
+"""The work before a sweep, on every target: verdict, step counters and hyperparameters.
+
+The verdict is the factor for the gradients and whether the step is skipped.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ OWN = {
         for warm_up in (None, 1, 1000, 1 << 25)
     ],
 }
-"""Values of the options of each rule. A rule that is not here takes those of adam that it has."""
+"""The option values to test for each rule. Rules without an entry use those of adam that apply."""
 DEFAULTS = {case.ours.rule.name: case.ours([torch.nn.Parameter(torch.ones(1))]) for case in CASES}
 
 
@@ -61,13 +63,14 @@ def groups_of(rule):
 
 
 def table_of(rule, device="cpu", most=None):
-    """A row for each combination of options, number of steps and history; at most so many rows."""
+    """One row per combination of options, step count and history; at most `most` rows if given."""
     rows = [
         (group, history(RULES[rule], steps, fresh))
         for group, steps, fresh in itertools.product(groups_of(rule), STEPS, (False, True))
     ]
     if most:
-        # No factor of the product divides the stride, so that each value of each option occurs.
+        # The stride has no common factor with the number of rows, so the selection contains every
+        # value of each option.
         stride = next(n for n in itertools.count(len(rows) // most) if math.gcd(n, len(rows)) == 1)
         rows = rows[::stride]
         assert {row.steps for _, row in rows} == set(STEPS)
@@ -87,7 +90,7 @@ VERDICTS += [(NAN, 0.0)]
 @pytest.mark.parametrize("rule", RULES)
 @other_targets
 def test_hyperparameters_are_those_of_the_host(target, rule):
-    """Each step begins with what the one before it has left; a skipped step changes nothing."""
+    """Each step starts from the tables of the step before; a skipped step changes nothing."""
     most = 40 if target.interpreted else None
     ours, reference = table_of(rule, target.device, most), table_of(rule, "cpu", most)
     for judged in VERDICTS:
@@ -104,17 +107,17 @@ def test_hyperparameters_are_those_of_the_host(target, rule):
         assert bool((ours.counters[:, 1] == 0).all()) == bool(skipped)
         if skipped:
             assert all(map(same_bits, before, (ours.steps, ours.fresh, ours.hyper)))
-            # The reference leaves other seeds in the counters of a skipped step.
+            # The reference writes the random seeds of a skipped step differently.
             assert torch.equal(ours.counters[:, 1].cpu(), reference.counters[:, 1])
         else:
             assert_same_tables(ours, reference)
-    assert target.interpreted or len(ours.rows) > 128  # more than a thread block has threads
+    assert target.interpreted or len(ours.rows) > 128  # more rows than a thread block has threads
     assert not ours.fresh.any()
 
 
 @every_target
 def test_retreat_takes_back_what_advance_has_counted(target):
-    """Whatever torch's defaults are. Skipped rows are left alone."""
+    """retreat undoes advance, whatever torch's default dtype is, and ignores skipped rows."""
     backend = BACKENDS[target.backend]
     table = table_of("sgd", target.device, 40 if target.interpreted else None)
     before = [t.clone() for t in (table.steps, table.fresh)]
@@ -132,7 +135,7 @@ def test_retreat_takes_back_what_advance_has_counted(target):
             torch.set_default_dtype(dtype)
         assert same_bits(table.steps[counted], before[0][counted])
         assert same_bits(table.fresh, before[1])
-    # The rows' own tensors, which optimizer states share.
+    # The optimizer states share the tensors of the rows.
     assert [float(row.step) for row in table.rows] == table.steps.tolist()
 
 
@@ -205,7 +208,7 @@ def test_the_verdict_is_that_of_the_host(target, found):
     policies = [Policy(*policy) for policy in policies]
     scales, infs = (None, 1.0, 65536.0, 1 / 3, 0.0, INF, NAN), (None, 0.0, 1.0, NAN)
     asked = list(itertools.product(policies, scales, infs))
-    # 9 and the numbers of values have no common factor: each pair of values occurs.
+    # 9 has no common factor with the numbers of values, so each pair of values occurs.
     asked = asked[::9] if target.interpreted else asked
 
     def number(value, device):

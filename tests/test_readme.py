@@ -1,4 +1,4 @@
-"""README.md and docs: code blocks run, links and anchors lead somewhere, tables are up to date."""
+"""README.md and docs: code blocks run, links and anchors resolve, tables are up to date."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
-GENERATED = ("algorithms/", "comparison/")  # tests/test_algorithm_docs.py; onepass compare
-# Names that the blocks of a page take from the reader's program.
+GENERATED = ("algorithms/", "comparison/")  # see tests/test_algorithm_docs.py and onepass compare
+# Definitions that the code blocks of a page expect from the reader's program.
 SETUP = {
     "step.md": """
 model = torch.nn.Linear(4, 4)
@@ -88,10 +88,10 @@ def run(code, folder):
 
 
 def needed(code):
-    """The packages that a block imports and that are not installed."""
+    """The packages that a code block imports and that are not installed."""
     names = re.findall(r"^(?:from|import) (\w+)", code, re.M)
     if "timm" in names:
-        names.append("torchvision")  # timm imports it
+        names.append("torchvision")  # timm imports torchvision
     return sorted({name for name in names if find_spec(name) is None})
 
 
@@ -135,7 +135,7 @@ def test_blocks_are_marked_with_their_language():
 
 
 def commands():
-    """The calls of the onepass command in the shell blocks of every page."""
+    """The onepass commands in the shell blocks of every page."""
     for page in PAGES:
         for language, code in FENCE.findall(page.read_text()):
             if language in ("", "bash"):
@@ -150,7 +150,7 @@ def test_a_command_is_accepted(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = command.split()[1:]
     if words[0] in SLOW or "my_package" in command or "--measure" in command:
-        words = [words[0], "--help"]  # its options are checked by tests/test_memory_cli.py
+        words = [words[0], "--help"]  # tests/test_memory_cli.py checks the options
     try:
         code = main(words)
     except SystemExit as stop:
@@ -160,7 +160,7 @@ def test_a_command_is_accepted(command, tmp_path, monkeypatch, capsys):
 
 @cache
 def anchors(page):
-    """The anchors of the headings of a page, as GitHub and MkDocs make them."""
+    """The anchors of the headings of a page, as GitHub and MkDocs generate them."""
     text = FENCE.sub("", page.read_text())
     found = set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
     for heading in re.findall(r"^#+ (.+)$", text, re.M):
@@ -201,7 +201,7 @@ def test_links_of_a_release_are_absolute_or_text(tmp_path):
     assert 'Issues = "https://example.com/owner/name/issues"' in metadata
 
     (tmp_path / "README.md").write_text("![a](docs/demo.png) [text](docs/step.md) [b](#c)")
-    links.prepare_release(tmp_path, "/a/path")  # a remote without an address
+    links.prepare_release(tmp_path, "/a/path")  # a remote without a web address
     assert (tmp_path / "README.md").read_text() == " text [b](#c)"
 
 
@@ -232,7 +232,7 @@ def test_tables_are_those_of_the_result_lines():
 
 
 def test_the_readme_has_no_figure_beside_the_tables():
-    """Times and bytes change with the results: the prose names none."""
+    """The prose of the README contains no times or bytes, because they change with the results."""
     text = re.sub(r"<!-- table.*?<!-- end", "", FENCE.sub("", README.read_text()), flags=re.S)
     assert re.findall(r"\d+(?:\.\d+)? (?:ms|GB/s|bytes per parameter)\b", text) == []
 

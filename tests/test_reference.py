@@ -1,4 +1,4 @@
-"""The specification's own pieces: 16-bit codes, random bits, the derived hyperparameters."""
+"""The building blocks of the specification: 16-bit codes, random bits, hyperparameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from onepass.rules import HYPER_WIDTH, OPTIONS_WIDTH, RULES, StepOf, power
 from .cases import CASES
 
 ALL_CODES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
-# Every value with 19 significant leading bits: all rounding decisions of both 16-bit formats.
+# Every fp32 value whose last 13 bits are 0. With their neighbours (NEAR_TIES), these values cover
+# all rounding decisions of bf16 and fp16.
 MANY = (np.arange(1 << 19, dtype=np.uint32) << np.uint32(13)).view(np.float32)
 with np.errstate(all="ignore"):
     NEAR_TIES = np.concatenate(
@@ -77,7 +78,7 @@ def test_stochastic_bf16_keeps_what_bf16_holds_and_brackets_the_rest():
 
 @pytest.mark.parametrize("value", [1.0 + 2.0**-12, 3.1e-5, -0.7, 1e-40, 2.0**-133 / 3, 1.9999])
 def test_stochastic_bf16_is_unbiased(value):
-    """Within 4 standard errors over 65,536 draws."""
+    """The mean of 65,536 draws differs from the value by at most 4 standard errors."""
     draws = 1 << 16
     random = random_bits(3, 5, 8, 0, draws) & np.uint32(0xFFFF)
     values = np.full(draws, value, np.float32)
@@ -88,7 +89,7 @@ def test_stochastic_bf16_is_unbiased(value):
 
 
 def test_random_bits_known_answers():
-    """Worked out once with Python integers from the definition, so that no backend may drift."""
+    """random_bits returns the values of its definition, recomputed here with Python integers."""
 
     def by_hand(seed, step, param_id, index, word):
         mask = (1 << 32) - 1
@@ -100,7 +101,7 @@ def test_random_bits_known_answers():
         x ^= (x >> 15) ^ (key >> 32)
         return x * 0x846CA68B & mask
 
-    # SplitMix64 from state 0: the first outputs published with the generator.
+    # The first two outputs of SplitMix64 with seed 0, as published with the generator.
     assert splitmix64(0) == 0xE220A8397B1DCDAF
     assert splitmix64(0x9E3779B97F4A7C15) == 0x6E789E6AA1B965F4
     for where in [(0, 1, 0, 0, 0), (7, 3, 2, 12345, 1), (1 << 62, 9, 5, (1 << 32) - 2, 0)]:
@@ -120,7 +121,7 @@ def test_random_bits_do_not_depend_on_where_they_are_cut():
 
 
 def test_random_bits_look_independent():
-    """Uniform halves, neighbours, blocks, words, steps and parameters: |z| of each under 5."""
+    """Halves, neighbours, blocks, words, steps and parameters: every |z| score is below 5."""
     n = 1 << 19
     scores = {}
     base = random_bits(11, 4, 6, 0, n)

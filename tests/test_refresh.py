@@ -1,4 +1,4 @@
-"""What a plan notices when it takes the gradients of a later step."""
+"""Plan.refresh detects changed tensors when it reads the gradients of a later step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .test_gradients import needs_library, randn
 
 
 def planned():
-    """An optimizer that has stepped, its parameters, and the part of its plan."""
+    """An optimizer after one step, its parameters, and the device plan of its plan."""
     params = [torch.nn.Parameter(randn(3, 3)) for _ in range(4)]
     for param in params:
         param.grad = randn(3, 3)

@@ -1,4 +1,4 @@
-"""Gradients stepped and freed inside the backward pass."""
+"""Gradient release: parameters are updated, and gradients freed, in the backward pass."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_gradients_are_freed_as_they_arrive():
     net = model()
     optimizer = onepass.AdamW(net.parameters())
     onepass.release_gradients(net, optimizer)
-    # Hooks run in the order in which they were registered: this one after the release's.
+    # Hooks run in the order of registration, so this hook runs after that of release_gradients.
     alive = []
     for p in net.parameters():
         p.register_post_accumulate_grad_hook(
@@ -145,7 +145,7 @@ def test_a_saved_run_goes_on_released_or_not():
     fresh = onepass.AdamW(resumed.parameters(), lr=0.02)
     fresh.load_state_dict(released.state_dict())
     onepass.release_gradients(resumed, fresh)
-    released.load_state_dict(plain.state_dict())  # in the middle of a released run
+    released.load_state_dict(plain.state_dict())  # in the middle of a run with gradient release
     for step in range(2, 4):
         backward(ours, step)
         backward(resumed, step)

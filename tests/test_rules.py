@@ -1,4 +1,4 @@
-"""The definition of a rule: its limits, and libraries that were built for other rules."""
+"""Rule definitions: their limits, and libraries that were built for other rules."""
 
 from dataclasses import replace
 

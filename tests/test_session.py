@@ -1,4 +1,4 @@
-"""bench/gpu.sh: every stage on the CPU, and a session that is killed and goes on."""
+"""bench/gpu.sh: a dry run of every stage on the CPU, and resuming a killed session."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_session_that_is_killed_goes_on(tmp_path):
 
 
 def of(*commands, seconds=20, needs=("cuda",)):
-    """A stage of parts named a, b, ..."""
+    """A stage whose parts, named a, b, ..., run these commands."""
     made = [
         Part("abc"[i], "-", seconds, command, command, needs) for i, command in enumerate(commands)
     ]
@@ -94,7 +94,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
     assert not subprocess.run(["pgrep", "-f", "^sleep 60$"], capture_output=True).stdout
     said = {x["part"]: (x["status"], x["said"]) for x in lines(tmp_path / "results.jsonl")}
     assert said["c"] == ("passed", "fine")
-    # Only what passed is left out of the next call.
+    # The next call skips only the parts that passed.
     code, ended = run(tmp_path, of("echo now", "echo now", "exit 1"))
     assert (code, ended) == (0, {"a": "passed", "b": "passed", "c": "passed before"})
     assert run(tmp_path, of("exit 1"), repeat=True) == (1, {"a": "failed"})
@@ -152,7 +152,7 @@ def test_a_part_that_shows_nothing_is_no_evidence(tmp_path, command, how):
     ["digest", "phase", "paging", "tuning", "tuning_step", "pretrain", "sizes", "share", "steps"],
 )
 def test_a_stage_needs_torch_numpy_and_pytest_alone(module):
-    """A borrowed machine has nothing else."""
+    """Stages import no other packages, which may be missing on the machine with a GPU."""
     lacking = ("rich", "tqdm", "matplotlib", "hypothesis", "expecttest", "xdist", "safetensors")
     code = f"import sys\nfor m in {lacking}: sys.modules[m] = None\nimport bench.{module}\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
