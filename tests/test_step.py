@@ -1,4 +1,4 @@
-"""What comes between gradients and the rule, on every target: clipping, unscaling, skipping."""
+"""Clipping, unscaling and skipping of steps, on every target."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SLACK = 4 * torch.finfo(torch.float32).eps
 
 
 def close(a, b):
-    """Weights that differ as an update differs whose clip coefficient is a few eps off."""
+    """Compares weights whose clip coefficients may differ by a few eps."""
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=SLACK, atol=0.02 * SLACK)
 
@@ -56,16 +56,17 @@ def test_clipping_agrees_with_torch(target, norm_type, case):
         set_grads(theirs, torch.float32, seed=step)
         before = [p.grad.clone() for p in ours]
         clipped.step()
-        # Of nothing, torch has no largest magnitude.
+        # torch cannot compute the largest magnitude of an empty gradient.
         some = [p for p in theirs if p.numel()]
         norm = torch.nn.utils.clip_grad_norm_(some, 0.5, norm_type)
         plain.step()
         assert clipped.grad_norm.shape == ()
         assert clipped.grad_norm.dtype == torch.float32
         torch.testing.assert_close(clipped.grad_norm, norm, rtol=SLACK, atol=0)
-        # Gradients are only read.
+        # The step does not change the gradients.
         assert all(same_bits(p.grad, g) for p, g in zip(ours, before, strict=True))
-    # Rules that divide by the gradient's own size amplify the coefficient's last bit near zero.
+    # Rules that divide by the size of the gradient amplify a rounding difference of the coefficient
+    # for elements near zero.
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=2e-6)
 
@@ -114,7 +115,7 @@ def test_settings_may_change_between_steps_and_are_copied():
 def test_no_gradients_at_all():
     optimizer = adamw(make_params(STEP_LIST, torch.float32, seed=1), max_grad_norm=1.0)
     optimizer.step()
-    assert optimizer.grad_norm == 0  # as torch.nn.utils.clip_grad_norm_ returns
+    assert optimizer.grad_norm == 0  # torch.nn.utils.clip_grad_norm_ returns 0 too
     assert int(optimizer.skipped_steps) == 0
 
 
@@ -146,7 +147,7 @@ def test_a_nonfinite_gradient_changes_no_bit(target, options, value):
 
 @every_target
 def test_a_skipped_first_step_is_as_if_it_had_not_been(target):
-    """SGD's first buffer is the gradient itself, whatever dampening is."""
+    """The first momentum buffer of SGD equals the gradient, whatever the dampening."""
     make = {"lr": 0.02, "momentum": 0.9, "dampening": 0.25, "backend": target.backend}
     ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
@@ -155,7 +156,7 @@ def test_a_skipped_first_step_is_as_if_it_had_not_been(target):
     set_grads(ours, torch.float32, seed=9)
     ours[0].grad[0] = math.inf
     skipping.step()
-    ours[1].grad = None  # and the plan is made anew in between
+    ours[1].grad = None  # which also invalidates the plan
     skipping.step()
     train(skipping, ours, 3)
     train(plain, theirs, 3)
@@ -180,11 +181,11 @@ SETTINGS = {
         },
     ),
 }
-"""Name -> options of the optimizer, and what a loss scaler sets before step i."""
+"""Name -> the options of the optimizer, and what a loss scaler sets before step i."""
 
 
 def whole_steps(target, number, name):
-    """Tensors of an optimizer after five steps, and what each step has left."""
+    """The tensors of an optimizer after five steps, and the outputs of each step."""
     case, (options, settings) = CASES[number], SETTINGS[name]
     variant = {**next(case.variants()), **options, "states": "bf16"}
     if case.name == "sgd":
@@ -197,7 +198,7 @@ def whole_steps(target, number, name):
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
         for param in params:
-            # Whole numbers: the sum of their squares is exact in any order.
+            # Integers, so the sum of their squares is exact in any order of addition.
             grad = torch.randint(-9, 10, param.shape, generator=generator).float()
             param.grad = grad.to(target.device)
         if "skip_nonfinite" in options and step in (0, 2):
@@ -218,7 +219,7 @@ def whole_steps(target, number, name):
 
 
 def whole_rows(target):
-    """The interpreter takes each setting, and each rule, in turn."""
+    """All combinations of rules and settings; for the interpreter, one setting per rule."""
     for i, case in enumerate(CASES):
         for j, name in enumerate(SETTINGS):
             if not target.interpreted or j == i % len(SETTINGS):
@@ -227,7 +228,7 @@ def whole_rows(target):
 
 @with_rows("number,name", whole_rows)
 def test_whole_steps_are_those_of_the_reference(target, number, name):
-    """Where the first step is skipped, the momentum of SGD begins at the second."""
+    """If the first step is skipped, the second step initializes the momentum of SGD."""
     compare(target, whole_steps, number, name)
 
 
@@ -235,7 +236,8 @@ def test_whole_steps_are_those_of_the_reference(target, number, name):
 
 
 class _Loop:
-    """Loss scaling by hand, the oracle: unscale, look, step or leave alone, halve or double."""
+    """Loss scaling in plain Python, the oracle: unscales, checks, steps or skips, updates the
+    scale."""
 
     def __init__(self, scale, interval):
         self.scale, self.interval, self.good = scale, interval, 0
@@ -260,7 +262,7 @@ def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(target, sc
     ours = make_params([(33,), (4, 5), ()], torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
     scaled = adamw(ours, backend=target.backend, fused=scaler_of is torch.amp.GradScaler)
-    # Of the target, or of the cpu backend, whose steps are faster.
+    # The same target, or the cpu backend, which is faster.
     other = target.backend if target.device == "cuda" or target == REFERENCE else "cpu"
     plain = adamw(theirs, backend=other)
     scaler = scaler_of(target.device, init_scale=1024.0, growth_interval=7)
@@ -291,7 +293,7 @@ def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(target, sc
 @pytest.mark.parametrize("unscales", [False, True])
 @every_target
 def test_scaling_with_clipping_and_fp16_gradients(target, scaler_of, unscales):
-    dtype = torch.float32 if unscales else torch.float16  # torch unscales no fp16 gradients
+    dtype = torch.float32 if unscales else torch.float16  # torch refuses to unscale fp16 gradients
     ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
     fused = scaler_of is torch.amp.GradScaler

@@ -1,5 +1,5 @@
-"""What a sweep does besides the rule, on every target: zeroed gradients, averages, telemetry, rows
-that are left alone."""
+"""Optional work of a sweep, on every target: zeroing gradients, averages, telemetry, inactive
+rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_zeroed_gradients_and_the_same_bits(target, dtype):
     for step in range(2):
         for params in (ours, theirs):
             set_grads(params, dtype, seed=step)
-        ours[2].grad = ours[2].grad.t().contiguous().t()  # in another order than the weight
+        ours[2].grad = ours[2].grad.t().contiguous().t()  # another memory order than the weight
         at = [p.grad.data_ptr() for p in ours]
         zeroing.step()
         plain.step()
@@ -101,7 +101,7 @@ def test_averages_are_swapped_in_and_out():
         without.averaged_weights(),
     ):
         pass
-    # Before the first step the averages are the weights.
+    # Before the first step the averages equal the weights.
     weights = [p.detach().clone() for p in params]
     with optimizer.averaged_weights():
         assert all(map(torch.equal, params, weights))
@@ -135,7 +135,7 @@ def test_averages_are_saved_and_loaded():
     second.load_state_dict(optimizer.state_dict())
     train(second, resumed, 3, start=3)
     assert_same(second, uninterrupted)
-    # One that keeps no average takes the rest.
+    # An optimizer without averages loads the other states.
     none = adamw(clone(params))
     none.load_state_dict(optimizer.state_dict())
     assert all("ema" not in state for state in none.state.values())
@@ -148,7 +148,7 @@ def test_averages_are_saved_and_loaded():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @averaging_targets
 def test_telemetry(target, dtype):
-    """Sums of up to 300 squares: each backend adds in its own order, in fp32 at the least."""
+    """Sums of up to 300 squares, which each backend adds in its own order, at least in fp32."""
     params = make_params(STEP_LIST, dtype, seed=1, device=target.device)
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
     options = {"weights": "master"} if dtype == torch.bfloat16 else {}
@@ -212,16 +212,19 @@ def test_telemetry_is_the_same_run_after_run(target):
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
-# --- rows that are left alone ----------------------------------------------------------------
+# --- inactive rows ---------------------------------------------------------------------------
 
 LARGE = [*SIZES, (2085,), (16384 + 300,)]
 FEW = [0, 12, 14, 17, 20, 25, 29, 32, 40, 47, 54]
-"""Of EVERY_FORMAT: each format of states and of weights."""
+"""Indices into EVERY_FORMAT that cover each format of states and of weights."""
 
 
 def mixed(target, formats, sizes, offset, **options):
-    """Groups of these formats. The gradients lie in storages of 0.5, `offset` elements into them;
-    they are whole numbers, whose sums of squares are exact."""
+    """An optimizer with a group for each of these formats, and the storages of the gradients.
+
+    Each gradient starts `offset` elements into a storage filled with 0.5. Gradients are integers,
+    so the sums of their squares are exact.
+    """
     groups, storages = [], []
     for i in formats:
         states, weights, dtype = EVERY_FORMAT[i]
@@ -244,7 +247,8 @@ def mixed(target, formats, sizes, offset, **options):
 
 
 def left_alone(target, formats, sizes, offset, every, zero, measured):
-    """Two steps. In the second, one row of so many has step number 0, which leaves it alone."""
+    """Takes two steps. In the second, one of `every` rows has step number 0, which disables the
+    row."""
     optimizer, storages = mixed(target, formats, sizes, offset)
     optimizer.step()
     params = params_of(optimizer)
@@ -297,7 +301,7 @@ def test_rows_left_alone_zeroed_gradients_and_telemetry(
     expected, sums = left_alone(REFERENCE, *args)
     assert_same(found, expected)
     if measured:
-        # Groups of eight squares are added in fp32, the rest in float64.
+        # Groups of eight squares are added in fp32 and the group sums in float64.
         torch.testing.assert_close(telemetry, sums, rtol=9 * 2.0**-24, atol=0, equal_nan=True)
 
 
@@ -333,5 +337,5 @@ def test_telemetry_beyond_the_range_of_squares_in_fp32(target):
     optimizer.step()
     (found,) = optimizer.telemetry
     for name, value in (("grad_norm", 5e-30), ("weight_norm", 5e25), ("update_norm", 0.0)):
-        # The inputs are rounded to fp32 too.
+        # The inputs are rounded to fp32 as well.
         assert float(found[name]) == pytest.approx(value, rel=10 * 2.0**-24)

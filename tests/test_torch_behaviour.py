@@ -1,4 +1,4 @@
-"""Parameters, groups, steps and hooks: torch.optim's class and onepass's must do the same."""
+"""Parameters, groups, steps and hooks: onepass optimizers behave like those of torch.optim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .torch_scenarios import Scenarios, errors_of, param, rounded, steps
 scenario = Scenarios()
 
 
-# --- what params may be ----------------------------------------------------------------------
+# --- forms of params -------------------------------------------------------------------------
 
 
 @scenario
@@ -131,7 +131,7 @@ def closures(make):
 
     with torch.no_grad():
         losses = [optimizer.step(closure).item(), optimizer.step(closure=closure).item()]
-    # A difference of rounding in the first update shows in the second loss.
+    # The second loss depends on the rounding of the first update.
     return [round(x, 3) for x in losses], seen, optimizer.step(), rounded([p])
 
 
@@ -217,7 +217,7 @@ def a_scheduler_on_groups(make):
     return weights, [(g["lr"], g["initial_lr"]) for g in optimizer.param_groups]
 
 
-# --- changes from outside --------------------------------------------------------------------
+# --- changes by the user ---------------------------------------------------------------------
 
 
 @scenario

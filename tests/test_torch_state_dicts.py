@@ -1,4 +1,4 @@
-"""State dicts, their hooks, and copies: torch.optim's class and onepass's must do the same."""
+"""State dicts, their hooks and copies: onepass optimizers behave like those of torch.optim."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def hooks_that_replace_a_state_dict(make):
 
 @scenario
 def hooks_that_see_what_is_saved(make):
-    """Entries by position, with the keys that are saved; a hook may return anything."""
+    """A hook sees the saved dict, with states by index and all keys; it may return anything."""
     optimizer, seen = make([param(), param()]), []
     steps(optimizer)
     optimizer.register_state_dict_post_hook(lambda _, d: seen.append(d))

@@ -1,4 +1,4 @@
-"""A step is wholly before or wholly after: errors, Ctrl-C, and launches that fail."""
+"""A step either completes or changes nothing: errors, Ctrl-C and failing launches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def backend(request):
 
 
 def build(backend=None, cls=onepass.AdamW, states="fp32", **options):
-    """Two groups of two parameters each, with gradients."""
+    """An optimizer with two groups of two parameters each, which have gradients."""
     params = make_params([(7,), (3, 5), (33,), (2,)], torch.float32, 1)
     set_grads(params, torch.float32, 0)
     groups = [{"params": params[:2]}, {"params": params[2:]}]
@@ -36,7 +36,7 @@ def build(backend=None, cls=onepass.AdamW, states="fp32", **options):
 
 
 def snapshot(params, optimizer):
-    """Everything that a step changes."""
+    """Copies of all tensors that a step changes."""
     kept = [param.detach().clone() for param in params]
     for param in params:
         state = dict.get(optimizer.state, param, {})
@@ -45,7 +45,7 @@ def snapshot(params, optimizer):
 
 
 def same(a, b):
-    """Whether two snapshots are equal; their counters may be int64, their norms float64."""
+    """Whether two snapshots are equal; counters may be int64 and norms float64."""
     return len(a) == len(b) and all(
         torch.equal(x, y) if x.dtype.itemsize == 8 else same_bits(x, y)
         for x, y in zip(a, b, strict=True)
@@ -110,7 +110,7 @@ def test_an_error_before_the_sweep_changes_nothing(backend, mistake, options):
         with pytest.raises(ValueError, match=r"step|lr|betas|eps|decay|states|weights|seed"):
             optimizer.step()
         assert same(snapshot(params, optimizer), before)
-    # With the mistake taken back the next step is that of an optimizer that never had it.
+    # After the mistake is undone, the next step equals that of an optimizer without the mistake.
     for group, old in zip(optimizer.param_groups, groups, strict=True):
         for key in group.keys() - {"params"} - old.keys():
             del group[key]
@@ -148,7 +148,7 @@ def test_a_mistake_in_the_first_step_leaves_no_state(backend):
 
 
 class Interrupt:
-    """Sends SIGINT at the n-th line that the package runs."""
+    """Sends SIGINT at the n-th line of the package that runs."""
 
     def __init__(self, at):
         self.left = at
@@ -176,7 +176,11 @@ def step(params, optimizer, seed):
 
 
 def interrupted(make, at, steps):
-    """A run whose last step is interrupted at a line; whether it was, and what is left."""
+    """Takes `steps` steps, then another one that is interrupted at the at-th line.
+
+    Returns:
+        Whether the step was interrupted, the snapshot before it, the parameters, the optimizer.
+    """
     params, optimizer = make()
     for number in range(steps):
         step(params, optimizer, number)
@@ -201,7 +205,7 @@ KINDS = {
 }
 
 
-# Each kind of step is interrupted at every STRIDE-th line, from another first line than the others.
+# Each kind of step is interrupted at every STRIDE-th line, starting from a different line.
 # ONEPASS_EVERY_LINE=1 interrupts at every line.
 STRIDE = 1 if os.environ.get("ONEPASS_EVERY_LINE") == "1" else 7
 
@@ -227,7 +231,7 @@ def test_ctrl_c_at_any_line_leaves_a_whole_step(kind, steps):
         taken = same(now, after)
         outcomes.add(taken)
         assert taken or same(now, before), f"half a step at line {at}"
-        # The optimizer goes on as if nothing had happened.
+        # The optimizer works normally afterwards.
         if not taken:
             step(params, optimizer, steps)
         step(params, optimizer, 5)
@@ -237,8 +241,8 @@ def test_ctrl_c_at_any_line_leaves_a_whole_step(kind, steps):
 
 
 def test_sigint_of_other_threads_and_handlers():
-    """In other threads there is nothing to hold; a handler of the user's is called after the step;
-    where SIGINT is ignored it stays so."""
+    """A step in another thread does not handle SIGINT, a user's handler runs after the step, and an
+    ignored SIGINT stays ignored."""
     params, optimizer = build()
     thread = threading.Thread(target=optimizer.step)
     thread.start()
@@ -268,7 +272,7 @@ def test_sigint_of_other_threads_and_handlers():
         signal.signal(signal.SIGINT, old)
 
 
-# --- a sweep that fails -------------------------------------------------------------------------
+# --- failing sweeps -----------------------------------------------------------------------------
 
 
 class Fault(Exception):
@@ -276,7 +280,7 @@ class Fault(Exception):
 
 
 class Failing:
-    """Makes a backend's run raise: before the sweep, or after it."""
+    """Makes the run method of a backend raise, before or after the sweep."""
 
     def __init__(self, monkeypatch, name, after):
         backend = BACKENDS[name]
@@ -291,7 +295,7 @@ class Failing:
 
 
 def test_a_launch_that_fails_leaves_the_step_uncounted(monkeypatch):
-    """Of the backends whose run is one launch, as on a GPU."""
+    """Applies to backends whose run is one launch, as on a GPU."""
     name = "triton"
     if name not in NAMES:
         pytest.skip("Triton's interpreter is not used here")
