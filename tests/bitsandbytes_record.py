@@ -1,7 +1,7 @@
-"""Runs of bitsandbytes' 8-bit optimizers, with what they saved on the way.
+"""Records runs of the 8-bit optimizers of bitsandbytes, including saved state dicts.
 
-``python -m tests.bitsandbytes_record``, where bitsandbytes is installed, writes them to
-tests/data/bitsandbytes.pt for machines where it is not.
+Run ``python -m tests.bitsandbytes_record`` with bitsandbytes installed. It writes the runs to
+tests/data/bitsandbytes.pt, so tests do not need bitsandbytes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 PATH = Path(__file__).parent / "data" / "bitsandbytes.pt"
 
-SHAPES = [(30, 10), (7,)]  # one block and a short one; and one below min_8bit_size
-STEPS = 3  # before the state dict is taken; one more follows
+SHAPES = [(30, 10), (7,)]  # a full block and a short one; below min_8bit_size
+STEPS = 3  # before the state dict is saved; one more step follows
 OPTIONS: dict[str, dict[str, Any]] = {
     "Adam8bit": {"lr": 0.02, "weight_decay": 0.1},
     "AdamW8bit": {"lr": 0.02, "weight_decay": 0.1},
@@ -27,13 +27,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def values(shape: tuple[int, ...], number: int) -> torch.Tensor:
-    """Numbers from -1 to 1 that look random and are the same everywhere."""
+    """Pseudorandom numbers from -1 to 1 that are equal on all machines."""
     index = torch.arange(torch.Size(shape).numel(), dtype=torch.int64) + 1000 * number
     return ((index * 7919 % 1009 - 504).float() / 512).reshape(shape)
 
 
 def set_grads(params: list[torch.Tensor], step: int) -> None:
-    """Gradients of step 0, 1, ...: each row ten times smaller than the one before, thrice."""
+    """Sets the gradients of step 0, 1, ...: the scale of the rows cycles through 1, 0.1, 0.01,
+    0.001."""
     for i, param in enumerate(params):
         grad = values(tuple(param.shape), 10 + 2 * step + i)
         if grad.dim() == 2:
@@ -42,7 +43,7 @@ def set_grads(params: list[torch.Tensor], step: int) -> None:
 
 
 def record(name: str) -> dict[str, Any]:
-    """A run: its state dict and weights after STEPS steps, and its weights one later."""
+    """A run: state dict and weights after STEPS steps, and the weights one step later."""
     import bitsandbytes
 
     params = [torch.nn.Parameter(values(shape, i)) for i, shape in enumerate(SHAPES)]
@@ -60,7 +61,7 @@ def record(name: str) -> dict[str, Any]:
 def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
-    # Not the maps: all states share them, and a file then has them once.
+    # All states share the maps, so the maps are not cloned and the file contains each map once.
     return value.clone() if isinstance(value, torch.Tensor) and value.shape != (256,) else value
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     import bitsandbytes
 
     runs = {name: record(name) for name in OPTIONS}
-    # Every optimizer made the maps anew.
+    # Every optimizer created its own maps; keep one of each.
     maps: dict[str, torch.Tensor] = {}
     for run in runs.values():
         for state in run["state_dict"]["state"].values():

@@ -1,4 +1,4 @@
-"""The trainer: against the same loop written out, and bad input."""
+"""The trainer against the equivalent training loop in plain torch, and invalid input."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(autouse=True)
 def _one_thread(_two_threads):
-    """Such small models have nothing for a second one."""
+    """These models are too small for a second thread."""
     torch.set_num_threads(1)
 
 
-# --- the loop against torch.optim ------------------------------------------------------------
+# --- comparison with a loop on torch.optim ---------------------------------------------------
 
 TWINS = {
     "sgd": (torch.optim.SGD, {}),
@@ -38,7 +38,7 @@ TWINS = {
 
 
 class PaperLion(torch.optim.Optimizer):
-    """Program 1 of its paper, written out: torch.optim has none."""
+    """Program 1 of the Lion paper; torch.optim has no Lion."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
@@ -54,7 +54,7 @@ class PaperLion(torch.optim.Optimizer):
 
 
 def written_out(make, options, lr, x, y, steps):
-    """The guide's loop on torch.optim, clipping and schedule included."""
+    """The training loop of the guide with torch.optim, including clipping and the schedule."""
     net = model()
     decayed = [net[0].weight, net[3].weight]
     rest = [net[0].bias, net[1].weight, net[1].bias, net[3].bias]
@@ -77,10 +77,11 @@ def written_out(make, options, lr, x, y, steps):
 
 @pytest.mark.parametrize("name", [*TWINS, "lion"])
 def test_the_trainer_reaches_the_loss_of_the_loop_written_out(name):
-    """Losses of 80 steps. They differ by roundings, which training magnifies: measured at up to
-    3.2 eps, relative."""
+    """The losses of 80 steps agree. Training amplifies rounding differences; the largest relative
+    difference measured was 3.2 eps."""
     make, options = TWINS.get(name, (PaperLion, {}))
-    # RMSprop's first steps are sqrt(1 / (1 - alpha)) lr: at 0.01 it bounces, and that is chaotic.
+    # RMSprop's first steps have the size sqrt(1 / (1 - alpha)) lr. With lr = 0.01 training
+    # oscillates and is chaotic.
     lr, (x, y) = 0.001 if name == "rmsprop" else 0.01, data()
     trainer = Trainer(model(), name, lr)
     ours = [trainer.train_step(x, y) for _ in range(80)]
@@ -110,7 +111,7 @@ def test_every_format_of_states_by_its_name(states):
 
 
 def test_accumulation_is_the_gradient_of_the_batch():
-    x, y = data(50)  # not a multiple of four: parts of 13, 13, 13 and 11
+    x, y = data(50)  # not a multiple of 4: batches of 13, 13, 13 and 11
     whole, parts = Trainer(model(), "sgd", 0.1), Trainer(model(), "sgd", 0.1, accumulate=4)
     for _ in range(5):
         a, b = whole.train_step(x, y), parts.train_step(x, y)
@@ -128,10 +129,10 @@ def test_amp_learns(amp):
         trainer.train_step(x, y)
     assert trainer.losses[-1] < 0.7 * trainer.losses[0]
     plain = Trainer(model(), "adamw", 0.01, schedule="constant")
-    assert plain.train_step(x, y) != trainer.losses[0]  # it did compute in fewer bits
+    assert plain.train_step(x, y) != trainer.losses[0]  # the precision was reduced
 
 
-# --- the choice of the loader ----------------------------------------------------------------
+# --- batches and loaders ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(None, 1), (1, 50), (16, 4)])
@@ -150,7 +151,7 @@ def test_a_loader_needs_samples():
         loader(TensorDataset(torch.zeros(2, 6)), 0)
 
 
-# --- bad input -------------------------------------------------------------------------------
+# --- invalid input ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,8 @@ def test_an_empty_loader_is_an_error():
 def test_what_is_not_finite_changes_nothing(where, tmp_path):
     def loss(output, target):
         value = functional.mse_loss(output, target)
-        # sqrt has an infinite slope at zero, and 0 * inf is NaN: a finite loss, a bad gradient.
+        # sqrt has an infinite derivative at 0, and 0 * inf is NaN: the loss is finite, the gradient
+        # is not.
         bad = torch.sqrt((output * 0).sum()) if where == "gradient" else value * torch.inf
         return value + bad if target[0, 0] > 1e6 else value
 
@@ -209,7 +211,7 @@ def test_what_is_not_finite_changes_nothing(where, tmp_path):
 
 @pytest.mark.parametrize("bad", [torch.nan, 1e30])
 def test_a_bad_batch_is_passed_over(bad):
-    """1e30 squared is infinite; the mean of it too, and the loss that is recorded."""
+    """The square of 1e30 is infinite in fp32, and so are the mean and the recorded loss."""
     x, y = data()
     skipping = Trainer(model(), "momentum", nan_guard="skip", schedule="constant", warmup_steps=0)
     plain = Trainer(model(), "momentum", schedule="constant", warmup_steps=0)
@@ -220,7 +222,7 @@ def test_a_bad_batch_is_passed_over(bad):
     assert not np.isfinite(skipping.losses[1])
 
 
-# --- the bar ---------------------------------------------------------------------------------
+# --- the progress bar ------------------------------------------------------------------------
 
 
 def test_a_bar_only_on_a_terminal(capsys, monkeypatch):

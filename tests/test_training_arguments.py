@@ -1,4 +1,5 @@
-"""Arguments of the trainer and its parts: errors come before anything is trained or changed."""
+"""Arguments of the trainer and its parts: errors are raised before anything is trained or
+changed."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from tests.training_case import data, model, same_weights
 
 @pytest.fixture(autouse=True)
 def _one_thread(_two_threads):
-    """Such small models have nothing for a second one."""
+    """These models are too small for a second thread."""
     torch.set_num_threads(1)
 
 
-# --- a class in place of a name --------------------------------------------------------------
+# --- a class instead of a name ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_evaluate_and_save_check_theirs(tmp_path):
 
 
 def refused(path, message, trainer=None, error=ValueError):
-    """Asserts that a trainer refuses to load a path and stays as it is."""
+    """Asserts that a trainer refuses to load a path and does not change."""
     trainer = trainer or Trainer(model(), warmup_steps=3)
     trainer.train_step(*data())
     twin = model()
@@ -280,7 +281,7 @@ def test_a_checkpoint_of_another_schedule_or_loss_scale(tmp_path):
     refused(path, r"run\.pt has no loss scale, which amp=torch.float16 needs", scaled)
 
 
-# --- the parts -------------------------------------------------------------------------------
+# --- decay_groups, schedules and loaders -----------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2.0, "4", True])

@@ -1,4 +1,4 @@
-"""The training benchmark: what it watches, what it resumes, and what its page says. Seconds."""
+"""The training benchmark: measured quantities, resuming and the report page. Takes seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A file with two quick seeds of every configuration."""
+    """The result file of two quick seeds of every configuration."""
     out = tmp_path_factory.mktemp("training") / "training.jsonl"
     assert training.main(["--quick", "--seeds", "2", "--out", str(out)]) == 0
     return out
@@ -54,7 +54,7 @@ def test_bytes_are_those_of_the_formats(runs):
     expected |= {"bf16 + stochastic + mx4": 1 + 2 / 32}
     for line in read(runs):
         wanted = expected.pop(line["settings"]["name"], None)
-        if wanted is not None:  # short last blocks and the steps are the rest
+        if wanted is not None:  # short last blocks and step counters add to it
             assert wanted <= line["state_bytes"] <= 1.07 * wanted
     assert not expected
 
@@ -93,7 +93,8 @@ def test_the_step_that_is_watched_is_the_step_that_is_taken(rule):
 
 
 def test_a_run_of_16_bits_shows_the_model_its_weights(corpus):
-    """After six steps, what bf16 rounds off the weights is most of the difference."""
+    """The validation loss of a 16-bit run is computed with the bf16 weights; after six steps, their
+    rounding causes most of the difference from fp32."""
     exact = training.train(FP32, training.QUICK, 0, corpus)["validation_loss"]
     coarse = training.train(SPLIT8, training.QUICK, 0, corpus)["validation_loss"]
     assert 0 < abs(coarse - exact) < 0.02
@@ -119,7 +120,7 @@ def test_the_page_is_made_of_the_lines(runs, tmp_path):
     assert (tmp_path / "training.png").stat().st_size > 10_000
     missing = tmp_path / "none.jsonl"
     assert training.main(["--report", "--out", str(missing), "--docs", str(tmp_path)]) == 2
-    # The speed benchmark's page is not made of these lines.
+    # These lines are not results of the speed benchmark, so its page cannot be built.
     assert report.main(["--results", str(runs.parent), "--docs", str(tmp_path)]) == 2
 
 
@@ -159,7 +160,7 @@ def test_the_interval_is_that_of_the_paired_t():
     runs["x"] = fake("x", [1.1, 2.2, 3.3, 4.4, 5.5], baseline="fp32")
     (verdict,) = training_report.judge(runs)
     assert verdict.difference == pytest.approx(0.3)
-    # sd 0.158114, over the root of 5, times 2.776 (four degrees of freedom)
+    # Standard deviation 0.158114, divided by sqrt(5), times 2.776 (t with 4 degrees of freedom).
     assert verdict.interval == pytest.approx(0.19629, rel=1e-3)
     assert (
         training_report.judge({"fp32": runs["fp32"], "x": fake("x", [1.0], baseline="fp32")}) == []

@@ -1,4 +1,4 @@
-"""Parts of training: groups without decay, schedules."""
+"""Parts of training: groups without weight decay, and schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.training_case import model
 
 @pytest.fixture(autouse=True)
 def _one_thread(_two_threads):
-    """Such small models have nothing for a second one."""
+    """These models are too small for a second thread."""
     torch.set_num_threads(1)
 
 
@@ -21,14 +21,14 @@ def _one_thread(_two_threads):
 
 
 class Odd(nn.Module):
-    """What names alone, or shapes alone, would get wrong."""
+    """Parameters that a choice by name alone, or by shape alone, would misclassify."""
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(8, 4)
-        self.plane = nn.LayerNorm((4, 4))  # a norm's weight with two dimensions
-        self.scale = nn.Parameter(torch.ones(4))  # a norm of one's own
-        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)  # bias_k has three
+        self.plane = nn.LayerNorm((4, 4))  # the weight of a norm, with two dimensions
+        self.scale = nn.Parameter(torch.ones(4))  # the scale of a custom norm
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)  # bias_k has 3 dimensions
         self.head = nn.Linear(4, 8, bias=False)
         self.head.weight = self.embedding.weight
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
@@ -46,13 +46,13 @@ def test_groups_go_by_type_shape_and_name():
     ]
     both = [names[p] for p in (*decayed["params"], *plain["params"])]
     assert sorted(both) == sorted(n for n in names.values() if not n.startswith("frozen"))
-    torch.optim.AdamW([decayed, plain])  # nothing that is onepass's alone
+    torch.optim.AdamW([decayed, plain])  # the groups have no keys that torch.optim rejects
 
 
 def test_groups_take_types_and_names():
     plain = decay_groups(Odd(), no_decay=(nn.Embedding, "attention.in_proj_weight"))[1]
     shapes = [tuple(p.shape) for p in plain["params"]]
-    assert (8, 4) in shapes  # tied to the head, which is none
+    assert (8, 4) in shapes  # tied to the head, which is a Linear
     assert (12, 4) in shapes
     with pytest.raises(ValueError, match="no_decay names 'hed'"):
         decay_groups(Odd(), no_decay=("hed",))

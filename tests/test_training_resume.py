@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run is the uninterrupted one, in its bits."""
+"""Checkpoints of the trainer: a resumed run has the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training_case import data, model, same_weights
 
 @pytest.fixture(autouse=True)
 def _one_thread(_two_threads):
-    """Such small models have nothing for a second one."""
+    """These models are too small for a second thread."""
     torch.set_num_threads(1)
 
 
@@ -30,7 +30,7 @@ def _one_thread(_two_threads):
 
 
 class Jittered(Dataset):
-    """Samples that draw from every global generator."""
+    """A data set whose samples draw from every global random generator."""
 
     def __init__(self):
         self.x, self.y = data(40)
@@ -81,7 +81,8 @@ def run(which, path=None, epochs=2, crash_at=None, **options):
 @pytest.mark.parametrize("which", loaders())
 @pytest.mark.parametrize("crash_at", [1, 5, 10, 14])
 def test_a_resumed_run_is_the_uninterrupted_one(which, crash_at, tmp_path):
-    """Before the first checkpoint, within an epoch, at its end, in the second."""
+    """The crash comes before the first checkpoint, within an epoch, at its end or in the second
+    epoch."""
     path = tmp_path / "run.pt"
     whole = run(which)
     run(which, path, crash_at=crash_at)
@@ -161,14 +162,14 @@ def test_fewer_batches_than_the_checkpoint_had_done(tmp_path):
 
 
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
-    """SIGKILL at a time of no one's choosing, at any point of a step or of a save; then
-    compared with a run that was left alone."""
+    """A run that SIGKILL ends at a random time, in a step or in a save, resumes to the same
+    bits."""
     whole = killed_run.digest(killed_run.train(None))
     path = tmp_path / "run.pt"
     command = [sys.executable, killed_run.__file__, str(path)]
     chance = random.Random(time.time_ns())
     process = subprocess.Popen([*command, "--slow"], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()  # "training": it has begun
+    process.stdout.readline()  # the line "training": training has started
     time.sleep(chance.uniform(0.2, 2.0))
     process.send_signal(signal.SIGKILL)
     process.stdout.close()

@@ -1,4 +1,4 @@
-"""The study of mx4: its codes, one run from end to end, and the page. No real size."""
+"""The study of mx4: its codes, a small run from end to end, and the report page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench import training_study_report as report
 
 
 def spread(seed):
-    """16 blocks of second moments that span nine powers of two."""
+    """16 blocks of 32 second moments that span nine powers of two."""
     random = np.random.default_rng(seed)
     return np.exp2(random.uniform(-9, 0, 512)).astype(np.float32)
 
@@ -34,7 +34,8 @@ def test_second_moments_are_right_on_average_in_what_they_say(name, measure):
     draws = np.stack([study.SECOND[name](v, random) for _ in range(4000)])
     draws = measure(draws.astype(np.float64))
     error = draws.std(0) / 4000**0.5
-    # A neighbour so unlikely that no draw took it leaves no spread: 5 draws of 4,000 at the most.
+    # If the probability of a code is so small that no draw chose it, the spread is zero. The
+    # tolerance of 5 draws in 4,000 allows for this.
     assert (np.abs(draws.mean(0) - measure(v)) <= 5 * error + 5 / 4000).all()
     assert len(np.unique(draws[:, 0])) <= 2
     assert max(len(np.unique(draws[:, i : i + 32])) for i in range(0, 512, 32)) <= (
@@ -45,7 +46,7 @@ def test_second_moments_are_right_on_average_in_what_they_say(name, measure):
 def test_fine_codes_where_a_block_lies_within_their_range():
     random = np.random.default_rng(5)
     v = np.exp2(random.uniform(-5, 0, 64)).astype(np.float32)
-    v[40] = 1e-3  # the second block is too wide
+    v[40] = 1e-3  # the range of the second block is too wide
     fine = study.SECOND["E2M2"](v, np.random.default_rng(6))
     coarse = study.SECOND["mx4"](v, np.random.default_rng(6))
     assert (fine[32:] == coarse[32:]).all()
@@ -86,7 +87,7 @@ def test_runs_are_kept_and_not_repeated_and_make_a_page(tmp_path, capsys):
     fp32, noise, mx4 = lines[:3]
     assert fp32["rms_u"] == fp32["rms_u_exact"]
     assert fp32["projection"] == 1
-    # Noise at right angles to the step, of half of its rms.
+    # Noise orthogonal to the step, with half of its root mean square.
     assert noise["rms_u"] / noise["rms_u_exact"] == pytest.approx(1.25**0.5, abs=0.01)
     assert noise["projection"] == pytest.approx(1, abs=0.02)
     assert mx4["rms_u"] != mx4["rms_u_exact"]
@@ -113,7 +114,7 @@ def test_the_page_has_every_machine_with_a_spread_of_seeds():
     ]
     page = report.page(lines, ["fp32"])
     assert [x for x in page.splitlines() if x.startswith("## ")] == ["## new", "## old"]
-    # Of two lines of one seed the newer counts: (3 + 5) / 2.
+    # Of two lines with the same seed the newer one is used: (3 + 5) / 2.
     assert "| fp32 | 2 | 4.0000 |" in page
     with pytest.raises(ValueError, match="two seeds of fp32"):
         report.page(lines[-1:], ["fp32"])

@@ -1,4 +1,5 @@
-"""bench.tuning: a dry run, interrupted and resumed; its page; what the variants are. No time."""
+"""bench.tuning: an interrupted and resumed dry run, the report page, the variants. Takes no
+timings."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def lines_of(path, kind):
 
 @pytest.fixture
 def run(tmp_path):
-    """The command line of a dry run in a folder of its own, and the same with other arguments."""
+    """The command line of a dry run in a temporary folder; keyword arguments replace its
+    options."""
 
     def arguments(**other):
         settings = {
@@ -50,7 +52,7 @@ def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
     first = subprocess.Popen(
         [sys.executable, "-m", "bench.tuning", *run()],
         cwd=ROOT,
-        # As the tests themselves have: the number of threads is a part of the device's name.
+        # The same number of threads as in the tests, because it is part of the device name.
         env={**os.environ, "OMP_NUM_THREADS": "2"},
         stdout=subprocess.PIPE,
         text=True,
@@ -76,7 +78,7 @@ def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
         CHOSEN, "equal"
     )
 
-    # Everything is there: nothing is measured or compared again.
+    # All results are present, so nothing is measured or compared again.
     whole = out.read_text()
     capsys.readouterr()
     assert tuning.main(run()) == 0
@@ -95,7 +97,7 @@ def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
     for variant in dry:
         assert f"| {variant.name} | " in text
 
-    # A digest of the reference that is another one.
+    # A wrong digest of the reference.
     wrong = tmp_path / "wrong.jsonl"
     named = digest_cases(CHOSEN[0])
     known = [x for x in results.read_lines(digest.FILE) if x["case"].startswith(named)]
@@ -114,7 +116,8 @@ def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
 
 @compiled
 def test_a_process_that_fails_is_told_and_leaves_the_others(run, tmp_path, monkeypatch, capsys):
-    """The library of one variant does not load; nothing is compared, for there are no digests."""
+    """The library of one variant does not load. Nothing is compared, because there are no
+    digests."""
 
     def compile_one(variant, target):
         target.write_bytes(b"") if variant == TODAY else shutil.copy(onepass.ops.LIBRARY, target)
@@ -183,7 +186,7 @@ def test_the_cuda_library_is_the_one_that_the_environment_names():
 
 
 OTHER = Variant(256, 2, 8192, prefetch=False)
-# Lists that a variant has the kernels for, and one that it has none for.
+# Lists that the variant has kernels for, and one that it has no kernels for.
 COMPARE = """
 from bench import digest
 from bench.tuning_variants import FORMATS, digest_cases
@@ -198,7 +201,7 @@ assert check("Lion(lr=0.01,weight_decay=0.1) * mx8 chunks") == 1
 
 
 def test_a_variant_has_the_bits_and_refuses_other_lists():
-    """On the CPU, by the stand-in of tests/cuda_shim."""
+    """Runs on the CPU with the stand-in of tests/cuda_shim."""
     if why := cuda_shim.why_not():
         pytest.skip(why)
     command = [sys.executable, "-c", COMPARE]
@@ -209,7 +212,7 @@ def test_a_variant_has_the_bits_and_refuses_other_lists():
 
 
 def test_variants_compile_and_differ(tmp_path):
-    """Threads, registers and the prefetch, in the machine code of sm_90."""
+    """Variants differ in threads, registers and prefetches in the machine code of sm_90."""
     nvcc, dump = shutil.which("nvcc"), cuda_code.cuobjdump()
     if nvcc is None or dump is None:
         pytest.skip("nvcc is not on PATH" if nvcc is None else "cuobjdump is not there")
