@@ -1,4 +1,4 @@
-"""The triton backend's host side: who it serves, its tables, and how often it launches."""
+"""The host side of the triton backend: availability, tables and the number of launches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .cases import make_params, set_grads
 from .test_reference import NEAR_TIES
 
 try:
-    import triton.language as tl  # which kernels must see as a global
+    import triton.language as tl  # kernels find it as a global name
 except ImportError:
     tl = None
 
@@ -38,12 +38,12 @@ def param_with_grad(*size):
     return param
 
 
-# --- who it serves ---------------------------------------------------------------------------
+# --- availability ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """As if kernels were compiled: Triton 3.6, not interpreted, on an H100."""
+    """Simulates compiled kernels: Triton 3.6, not interpreted, on an H100."""
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0+git1"))
     monkeypatch.delitem(sys.modules, host._KERNELS, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -155,7 +155,7 @@ def test_chunks_cover_an_entry_once_and_cross_no_multiple_of_2_to_the_32(numel, 
 
 
 def test_chunks_of_a_tensor_beyond_2_to_the_32_start_at_multiples_of_their_size():
-    """A boundary inside adds a cut; the chunks behind it stay aligned."""
+    """A 2^32 boundary inside an entry adds one cut; the chunks after it stay aligned."""
     cuts = host._cuts((1 << 32) + 100_000, 5, 8192)
     assert (1 << 32) - 5 in cuts
     assert (cuts[:-1] % 8192 != 0).sum() == 1
@@ -202,7 +202,7 @@ def test_a_table_of_gradients_that_a_captured_step_reads_is_not_written_again():
     optimizer.step()
     (part,) = optimizer._plan._parts
     prepared = part.prepared
-    prepared.captured = True  # as after a capture, which takes a GPU
+    prepared.captured = True  # set by a graph capture, which needs a GPU
     table, address = prepared.grads, param.grad.data_ptr()
     optimizer.step()
     assert prepared.grads is table
@@ -222,8 +222,8 @@ def test_options_are_uploaded_again_beside_a_graph_that_copies_its_own():
     known = table.options.clone()
     table.options.zero_()
     table.upload()
-    assert not table.options.any()  # nothing has changed that the host knows of
-    table._captured.append(known)  # as after a capture, which takes a GPU
+    assert not table.options.any()  # the options have not changed, so they are not uploaded
+    table._captured.append(known)  # set by a graph capture, which needs a GPU
     table.counters.zero_()
     table.upload()
     assert torch.equal(table.options, known)
@@ -236,8 +236,8 @@ def test_options_are_uploaded_again_beside_a_graph_that_copies_its_own():
 @interpreted
 @pytest.mark.parametrize("count", [300, 20_000])
 def test_a_step_is_one_launch_beside_that_of_its_hyperparameters(count, monkeypatch):
-    """Counted where Triton launches. 20,000 programs would take the interpreter minutes: there the
-    launch's grid is compared with the tensors, one chunk each, and nothing is run."""
+    """Counts the launches of Triton. Interpreting 20,000 programs would take minutes, so that case
+    compares the grid with the number of tensors (one chunk each) and runs nothing."""
     from triton.runtime.interpreter import GridExecutor
 
     grids = []
@@ -267,7 +267,7 @@ def test_a_step_is_one_launch_beside_that_of_its_hyperparameters(count, monkeypa
 
 @interpreted
 def test_codes_of_both_16_bit_formats():
-    """Every rounding decision, without a rule in between."""
+    """Encoding and decoding of bf16 and fp16 for every rounding decision, without a rule."""
     import triton
     from onepass.triton_kernels import formats
 

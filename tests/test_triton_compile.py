@@ -1,4 +1,4 @@
-"""What Triton makes of the sweep for GPUs that need not be here."""
+"""The code that Triton generates for GPUs, which need not be present."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ RULES = ("sgd", "adagrad", "rmsprop", "adam", "lion", "nadam", "adabelief")
 EVERY = tuple(f"every-{rule}" for rule in RULES)
 SMALL = ("judge", "advance-adam", *(f"advance-{rule}" for rule in RULES if rule != "adam"))
 
-# A program is 256 threads and a multiprocessor has 65,536 registers: 64 a thread leave room for
-# four programs, 80 for three. In fp32 a thread has 4 loads of 16 bytes under way, 64 KiB a
-# multiprocessor; with 16-bit tensors and random bits 4 of 8 bytes, 24 KiB. Bandwidth times latency
-# on an H100 (3.35 TB/s over 132 multiprocessors, some 800 ns) is 20 KiB. On gfx942 the kernel may
-# have 64 before fewer than eight waves, all that a SIMD holds, fit.
+# A program has 256 threads and a multiprocessor 65,536 registers: 64 registers per thread allow
+# four programs, 80 allow three. In fp32 a thread has 4 loads of 16 bytes in flight, 64 KiB per
+# multiprocessor; with 16-bit tensors and random bits it has 4 loads of 8 bytes, 24 KiB. An H100
+# needs 20 KiB in flight (bandwidth times latency: 3.35 TB/s over 132 multiprocessors, about 800
+# ns). On gfx942, 64 registers still allow eight waves, the maximum of a SIMD.
 MAX_REGISTERS = {"adamw-fp32": 64, "adamw-bf16": 80, "adamw-bf16-weights": 64}
-# 8-bit states take eight elements a thread, 24 KiB with two programs on a multiprocessor.
+# With 8-bit states a thread processes eight elements: 24 KiB in flight with two programs per
+# multiprocessor.
 EIGHT_BITS = ("adamw-mx8", "adamw-mx8-split8", "adamw-mx8-fp32", "adamw-mx4")
 MAX_REGISTERS |= {"adamw-split16": 96, **dict.fromkeys(EIGHT_BITS, 128)}
-# A thread of the norm has 4 loads of 16 bytes under way in every format. On gfx942 it has 2, and a
-# program has 512 threads: with 128 registers four waves fit a SIMD and two programs a compute unit,
-# 32 KiB under way. Bandwidth times latency on an MI300X (5.3 TB/s over 304 compute units, some
-# 800 ns) is 14 KiB.
+# A thread of the norm has 4 loads of 16 bytes in flight in every format. On gfx942 it has 2, and a
+# program has 512 threads: 128 registers allow four waves per SIMD and two programs per compute
+# unit, 32 KiB in flight. An MI300X needs 14 KiB (bandwidth times latency: 5.3 TB/s over 304 compute
+# units, about 800 ns).
 MAX_REGISTERS |= {"norm": 80, "norm-total": 64}
-# What is asked for beside the rule: an average is a tensor more, 20 KiB under way with three
-# programs; telemetry has four sums in each thread, and room for two.
+# Kernels with optional work. The average is one more tensor, 20 KiB in flight with three programs;
+# telemetry keeps four sums per thread and leaves room for two programs.
 MAX_REGISTERS |= {"ema-fp32": 80, "extras-bf16": 128, "extras-mx8": 128, "telemetry-total": 64}
-# One warp, on its own.
+# These kernels run as a single warp.
 MAX_REGISTERS |= dict.fromkeys(("judge", "advance-adam"), 64)
 MAX_REGISTERS_AMD = {**MAX_REGISTERS, "norm": 128, "extras-mx8": 168}
-# The kernels with fp32 arithmetic on elements that are compiled for every target.
+# Kernels with fp32 arithmetic on elements, compiled for every target.
 FP32_KERNELS = ("adamw-fp32", "adamw-bf16", "adamw-bf16-weights", "adamw-split16", *EIGHT_BITS)
 FP32_KERNELS += ("ema-fp32", "extras-bf16", "extras-mx8", "norm")
 
@@ -52,7 +53,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_compiled(script: str, cache: Path, *arguments: str) -> str:
-    """Runs a script of this folder in a process in which kernels are compiled."""
+    """Runs a script of this folder in a process that compiles kernels; returns its output."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, str(HERE / script), *arguments]
@@ -63,7 +64,7 @@ def run_compiled(script: str, cache: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Name -> the code of each kernel. Triton keeps compiled kernels in build/."""
+    """Name -> the generated code of each kernel. Compiled kernels are cached in build/."""
     folder = tmp_path_factory.mktemp("kernels")
     run_compiled("triton_compile.py", HERE.parent / "build" / "tests" / "triton", str(folder))
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -73,7 +74,7 @@ ACCESS = re.compile(r"^\s*(@%p\d+ )?(ld|st)\.global(?:\.\w+)*?((?:\.v\d)?\.b\d+)
 
 
 def accesses(text: str) -> list[tuple[bool, str, int]]:
-    """(predicated, "ld" or "st", bytes) of every access to global memory in PTX."""
+    """Every access to global memory in PTX as (predicated, "ld" or "st", bytes)."""
     found = []
     for predicate, kind, shape in ACCESS.findall(text):
         numbers = [int(n) for n in re.findall(r"\d+", shape)]
@@ -84,7 +85,8 @@ def accesses(text: str) -> list[tuple[bool, str, int]]:
 
 
 def main_path(ptx: str) -> str:
-    """The basic block of the loop over whole blocks: the one that stores without a predicate."""
+    """The basic block of the loop over whole blocks: the only one with stores without
+    predicates."""
     blocks = re.split(r"^\$L__BB\w+:.*$", ptx, flags=re.MULTILINE)
     (block,) = [b for b in blocks if (False, "st") in {a[:2] for a in accesses(b)}]
     return block
@@ -101,14 +103,16 @@ def main_path(ptx: str) -> str:
     ],
 )
 def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, target):
-    """Parameter, gradient and two moments in, all but the gradient out, four elements a thread."""
+    """Loads the parameter, the gradient and two moments, and stores all but the gradient, with four
+    elements per thread."""
     ptx = kernels[f"{kernel}.{target}"]["text"]
     block = accesses(main_path(ptx))
     assert [size for _, kind, size in block if kind == "ld"] == loads
     assert [size for _, kind, size in block if kind == "st"] == stores
     assert not any(predicated for predicated, _, _ in block)
     assert "shared" not in main_path(ptx)
-    # Elsewhere: masked accesses of the rest of a chunk, and the numbers of the tables.
+    # The accesses outside the main path are masked accesses to the rest of a chunk, and reads of
+    # the tables.
     rest = [size for predicated, _, size in accesses(ptx) if not predicated]
     table = sorted(rest)[: len(rest) - len(block)]
     assert set(table) == {4, 8}
@@ -128,7 +132,7 @@ def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, ta
     ],
 )
 def test_formats_have_wide_accesses_and_shuffled_maxima(kernels, kernel, loads, stores, target):
-    """Eight elements a thread where no fp32 is written; beside them a byte for each scale."""
+    """Accesses eight elements per thread if no fp32 is written, and one byte per scale."""
     block = main_path(kernels[f"{kernel}.{target}"]["text"])
     found = accesses(block)
     for kind, expected in (("ld", loads), ("st", stores)):
@@ -136,8 +140,8 @@ def test_formats_have_wide_accesses_and_shuffled_maxima(kernels, kernel, loads, 
         scales = [size for p, k, size in found if k == kind and p]
         assert scales == ([1, 1] if kernel in EIGHT_BITS else [])
     assert not re.search(r"shared|bar\.sync", block)
-    # A block of 32 is four threads, or eight: two or three exchanges for each of two states; mx4
-    # asks for the least of the roots as well.
+    # A block of 32 is spread over four or eight threads, so its maximum takes two or three shuffles
+    # for each of two states. mx4 also needs the minimum of the roots.
     exchanges = {"adamw-mx8-fp32": 6, "adamw-mx4": 6, "adamw-split16": 0}.get(kernel, 4)
     assert len(re.findall(r"\bshfl\.sync", block)) == exchanges
 
@@ -154,7 +158,7 @@ def test_the_main_path_on_amd_has_wide_accesses_too(kernels):
     assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) == 4
     assert len(re.findall(r"\bglobal_store_dwordx4\b", text)) == 3
     text = kernels["adamw-bf16.gfx942"]["text"]
-    # The tables are read with scalar instructions: these four are the tensors.
+    # The tables are read with scalar instructions, so these four loads read the tensors.
     assert len(re.findall(r"\bglobal_load_dwordx2\b", text)) == 4
     assert len(re.findall(r"\bglobal_store_dwordx2\b", text)) == 3
 
@@ -175,7 +179,7 @@ def test_registers_and_spills(kernels, kernel, target):
     + [f"{k}.sm_90" for k in EVERY],
 )
 def test_arithmetic_on_nvidia(kernels, name):
-    """The PTX fuses nothing, flushes nothing to zero, approximates nothing."""
+    """The PTX has no fused operations, no flushing to zero and no approximations."""
     text = kernels[name]["text"]
     floats = re.findall(r"^\s*(?:@%p\d+ )?(\w[\w.]*\.f32[\w.]*)", text, re.MULTILINE)
     used = {op.removesuffix("x2") for op in floats}
@@ -183,8 +187,8 @@ def test_arithmetic_on_nvidia(kernels, name):
     if not name.startswith(("every-sgd", "every-lion")):
         expected |= {"div.rn.f32", "sqrt.rn.f32"}
     assert expected <= used
-    # Beside arithmetic: comparisons, selections, absolute values, conversions from and to fp16,
-    # and of the ratios of mx4, which are counts of steps.
+    # The other instructions are comparisons, selections, absolute values, conversions from and to
+    # fp16, and, in mx4, conversions of the ratios, which count steps.
     others = {op for op in used - expected if not op.startswith(("setp.", "selp."))}
     if name.startswith("adamw-mx4"):
         others -= {"cvt.rzi.s32.f32", "cvt.rn.f32.u32"}
@@ -196,7 +200,7 @@ def test_arithmetic_on_nvidia(kernels, name):
     "name", [f"{k}.{t}" for t in NVIDIA for k in FP32_KERNELS] + [f"{k}.sm_90" for k in EVERY]
 )
 def test_ptxas_contracts_nothing(kernels, name):
-    """Every multiplication and addition of the PTX is one in the machine code."""
+    """The machine code has every multiplication and addition of the PTX."""
     text, sass = kernels[name]["text"], kernels[name]["sass"]
     ptx = Counter(re.findall(r"\b(?:mul|add|sub|div|sqrt)\.rn\.f32(?:x2)?\b", text))
     machine = Counter(re.findall(r"\b(?:FMUL|FADD|FFMA)2?\b", sass))
@@ -204,12 +208,14 @@ def test_ptxas_contracts_nothing(kernels, name):
         assert machine["FFMA2"] > 0, "the table CONTRACTS in backends/triton.py is wrong"
         pytest.skip("this version of Triton contracts pairs there, and the backend refuses it")
     assert machine["FFMA2"] == 0
-    # ptxas expands a root into 2 FMUL and 2 FFMA and a division into 5 FFMA, and adds subroutines
-    # for arguments near the ends of the range, 15 FFMA (ptxas 12.8, 12.9, 13.1 and 13.3).
+    # ptxas expands a square root to 2 FMUL and 2 FFMA and a division to 5 FFMA, and adds
+    # subroutines with 15 FFMA for arguments near the ends of the range (ptxas 12.8, 12.9, 13.1 and
+    # 13.3).
     roots, divisions = ptx["sqrt.rn.f32"], ptx["div.rn.f32"]
     subroutines = 15 if roots or divisions else 0
     assert machine["FFMA"] <= 2 * roots + 5 * divisions + subroutines
-    # By elements: ptxas may split a pair. FADD also takes absolute values, so there may be more.
+    # Counted per element, because ptxas may split a pair. FADD also computes absolute values, so
+    # there may be more of them.
     products = ptx["mul.rn.f32"] + 2 * ptx["mul.rn.f32x2"]
     assert machine["FMUL"] + 2 * machine["FMUL2"] >= products + 2 * roots
     sums = ptx["add.rn.f32"] + ptx["sub.rn.f32"] + 2 * (ptx["add.rn.f32x2"] + ptx["sub.rn.f32x2"])
@@ -223,30 +229,31 @@ def test_arithmetic_on_amd(kernels, kernel):
         pytest.skip("Triton 3.6 writes the root for AMD out itself, with fma: see docs/triton.md")
     found = kernels[f"{kernel}.gfx942"]
     llir, text = found["llir"], found["text"]
-    # On the instructions themselves: no fused operation, no permission to contract or approximate.
+    # The LLVM IR has no fused operations and no flags that allow contraction or approximation.
     assert not re.search(r"llvm\.(fma|fmuladd)|!fpmath|unsafe-fp-math", llir)
     assert not re.search(r"\bf(?:add|sub|mul|div)\s+(?:fast|contract|arcp|afn|reassoc)\b", llir)
     assert re.search(r"\.amdhsa_float_round_mode_32 0\b", text)
     assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", text)
     if kernel not in ("every-sgd", "every-lion"):
-        # The last instruction of the correctly rounded division.
+        # The last instruction of a correctly rounded division.
         assert "v_div_fixup_f32" in text
         assert "llvm.sqrt" in llir
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_main_path_that_zeroes_averages_and_measures(kernels, target):
-    """The gradient is written too, and the average read and written; sums stay in their threads."""
+    """With zeroing, averages and telemetry, the main path also writes the gradient, updates the
+    average and adds its sums without communication between threads."""
     block = main_path(kernels[f"extras-bf16.{target}"]["text"])
     found = accesses(block)
     assert [size for _, kind, size in found if kind == "ld"] == [8, 8, 8, 8, 16]
     assert [size for _, kind, size in found if kind == "st"] == [16, 8, 8, 8, 8]
     assert not re.search(r"shared|shfl|bar\.sync", block)
-    # Three sums of one group of elements.
+    # Three sums for one group of elements.
     assert block.count("add.rn.f64") == 3
 
 
-# Beside arithmetic: what numbers are converted from and to, and selections.
+# All float64 instructions that may occur: arithmetic, conversions, selections and comparisons.
 FLOAT64 = {"mul.rn.f64", "add.rn.f64", "sub.rn.f64", "div.rn.f64", "sqrt.rn.f64", "selp.f64"}
 FLOAT64 |= {"cvt.f64.f32", "cvt.rn.f32.f64", "cvt.rn.f64.s64", "setp.gt.f64", "setp.gtu.f64"}
 
@@ -255,12 +262,12 @@ FLOAT64 |= {"cvt.f64.f32", "cvt.rn.f32.f64", "cvt.rn.f64.s64", "setp.gt.f64", "s
     "name", [f"{k}.sm_90" for k in SMALL] + [f"{k}.{t}" for k in SMALL[:2] for t in NVIDIA[::2]]
 )
 def test_float64_on_nvidia(kernels, name):
-    """No contraction: what is fused is within ptxas' own expansions of roots and divisions."""
+    """No contraction: all fused operations belong to ptxas' expansions of roots and divisions."""
     text, sass = kernels[name]["text"], kernels[name]["sass"]
     used = set(re.findall(r"^\s*(?:@!?%p\d+ )?(\w[\w.]*\.f64[\w.]*)", text, re.MULTILINE))
     assert {"cvt.f64.f32" if name.startswith("judge") else "cvt.rn.f32.f64"} <= used <= FLOAT64
     assert not re.search(r"\b(fma|mad)\.\w*\.?f64|\.ftz|\.approx", text)
-    # Of each sequence at least one: a division's DFMAs without any would be contraction.
+    # At least one root or division must be present: otherwise a DFMA would be a contraction.
     if not {"div.rn.f64", "sqrt.rn.f64"} & used:
         assert "DFMA" not in sass
     for op, ptx_op in (("DADD", r"(?:add|sub)\.rn\.f64"), ("DMUL", r"mul\.rn\.f64")):
@@ -280,32 +287,34 @@ def test_float64_on_amd(kernels, kernel):
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_norm_reads_16_bytes_at_a_time(kernels, target):
-    """Four accesses a thread in each of the three formats; only its three numbers are written."""
+    """A thread makes four accesses in each of three formats, and the program writes three
+    numbers."""
     text = kernels[f"norm.{target}"]["text"]
     found = accesses(text)
     assert [(p, size) for p, kind, size in found if kind == "ld"].count((False, 16)) == 3 * 4
     assert [size for _, kind, size in found if kind == "st"] == [8, 8, 8]
     blocks = re.split(r"^\$L__BB\w+:.*$", text, flags=re.MULTILINE)
     loops = [block for block in blocks if (False, "ld", 16) in accesses(block)]
-    # A group of elements rests in one thread.
+    # All elements of a group are in one thread.
     assert not any(re.search(r"shared|shfl|bar\.sync", block) for block in loops)
-    # Float64 for a group alone: two operations and a conversion, beside the sums at the end.
+    # Float64 is used once per group: two additions and one conversion, and the sums at the end.
     assert max(block.count("add.rn.f64") for block in loops) == 4
     assert sum(len(re.findall(r"\.f64\.f32", block)) for block in loops) == 3 * 4
 
 
 def test_the_norm_on_amd_reads_16_bytes_at_a_time(kernels):
-    """Two accesses a thread, of which a program has twice as many as on NVIDIA."""
+    """A thread makes two accesses; a program has twice as many threads as on NVIDIA."""
     text = kernels["norm.gfx942"]["text"]
     assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) == 3 * 2
 
 
 def test_numbers_that_change_compile_nothing(tmp_path):
-    """50 steps of a schedule, then other lists, are two kernels, and two launches a step: what
-    derives hyperparameters, and the sweep.
+    """A schedule and other parameter lists compile nothing new.
 
-    Norms of any list and dtypes are two kernels and two launches each. With clipping a step has
-    these, that of the verdict, and another that derives.
+    50 steps of a schedule, then other lists, compile two kernels: one derives the hyperparameters,
+    one is the sweep. Each is launched once per step. Norms compile two kernels for all lists and
+    dtypes, with two launches each. A step with clipping adds these, the kernel of the verdict, and
+    another kernel that derives hyperparameters.
     """
     counts = [
         tuple(map(int, line.split()))

@@ -1,4 +1,4 @@
-"""The triton backend on a GPU: streams, large tensors, launches."""
+"""The triton backend on a GPU: streams, large tensors and launches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _available():
-    """With a GPU, a backend that does not serve it is a failure, not a reason to skip."""
+    """On a machine with a GPU the triton backend must be available; the tests do not skip."""
     if torch.cuda.is_available():
         assert BACKENDS["triton"].unavailable(torch.device("cuda")) == ""
 
@@ -34,7 +34,8 @@ def test_none_picks_triton_where_there_is_no_cuda_library(monkeypatch):
 
 
 def test_a_side_stream_is_the_one_that_is_used():
-    """Gradients come from slow work on the same stream: a launch elsewhere would read old ones."""
+    """The stream also computes the gradients, slowly: a launch on another stream would read old
+    ones."""
     cpu_param = torch.nn.Parameter(torch.ones(1 << 16))
     (gpu_param,) = on_gpu([cpu_param])
     cpu = onepass.AdamW([cpu_param], backend="reference")
@@ -55,14 +56,14 @@ def test_a_side_stream_is_the_one_that_is_used():
 
 
 def test_many_steps_in_flight_keep_their_own_hyperparameters():
-    """The host runs ahead of a busy device, and rewrites no table that a copy still reads."""
+    """The host runs ahead of a busy device and must not overwrite tables that copies still read."""
     cpu_param = torch.nn.Parameter(torch.ones(1000))
     (gpu_param,) = on_gpu([cpu_param])
     optimizers = []
     for param, backend in ((cpu_param, "reference"), (gpu_param, "triton")):
         optimizer = onepass.SGD([param], lr=0.0, backend=backend)
         param.grad = torch.ones_like(param)
-        optimizer.step()  # compiled before the device is kept busy
+        optimizer.step()  # compiles the kernels before the device is busy
         torch.cuda._sleep(500_000_000)
         for step in range(100):
             optimizer.param_groups[0]["lr"] = 0.001 * step
@@ -101,7 +102,8 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(states):
     optimizer.step()
     exp_avg = optimizer.state[param]["exp_avg"]
     assert bool((param.detach() == 0.5).all())
-    # What reads its own index: the random bits, on either side of 2^31 and at both ends.
+    # The random bits depend on the element index. Compare them on both sides of 2^31 and at both
+    # ends.
     plain = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     plain.grad = torch.full_like(plain, 0.3)
     fp32 = onepass.Lion([plain], lr=0.5, backend="reference")
@@ -121,7 +123,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(states):
 def test_a_step_is_one_launch_beside_that_of_its_hyperparameters_and_a_schedule_compiles_once(
     count,
 ):
-    """Counted by the profiler, which sees every kernel that reaches the device."""
+    """Launches are counted by the profiler, which records every kernel on the device."""
     params = on_gpu(make_params([(1 + i % 50,) for i in range(count)], torch.float32, 0))
     groups = [{"params": params[::2]}, {"params": params[1::2], "states": "bf16", "lr": 0.1}]
     optimizer = onepass.AdamW(groups, backend="triton")
@@ -149,7 +151,8 @@ def test_a_step_is_one_launch_beside_that_of_its_hyperparameters_and_a_schedule_
 
 
 def test_the_norm():
-    """Two launches; the same bits each time, within the bound of tests/test_norm.py."""
+    """The norm takes two launches and has the same bits each time, within the bound of
+    test_norm.py."""
     from .test_norm import close, mixed, prepare
 
     backend = BACKENDS["triton"]

@@ -1,4 +1,4 @@
-"""The triton backend on a GPU: steps captured in a CUDA graph, and no waiting for the device."""
+"""The triton backend on a GPU: steps in a CUDA graph, and steps without synchronization."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def params_of(optimizer):
 
 
 def fill(optimizer, step, value=None):
-    """The gradients of a step where those of the step before were; value: one element of them."""
+    """Writes the gradients of a step in place; `value` replaces one element of them."""
     params = params_of(optimizer)
     sources = make_params(SIZES, params[0].dtype, seed=1)
     set_grads(sources, params[0].dtype, seed=step)
@@ -47,11 +47,11 @@ def fill(optimizer, step, value=None):
         params[1].grad[17] = value
 
 
-WARM = 2  # steps that plan and compile, before one is captured
+WARM = 2  # steps before a capture, which build the plan and compile the kernels
 
 
 def captured(optimizer):
-    """A graph of a step, after the first steps."""
+    """A CUDA graph of one step, captured after WARM steps."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -66,7 +66,7 @@ def captured(optimizer):
 
 
 def assert_replays_are_eager_steps(change=fill, steps=4, made=make, **options):
-    """change(optimizer, step) comes before each step and replay."""
+    """Compares replays with eager steps. change(optimizer, step) runs before each of them."""
     eager, replayed = made(**options), made(**options)
     for step in range(WARM):
         fill(eager, step)
@@ -142,7 +142,7 @@ def test_a_scale_and_a_flag_that_change_between_replays():
 
 
 def test_steps_with_other_gradients_between_replays():
-    """A captured step reads the gradients that it was captured with."""
+    """A captured step reads the gradient tensors of the capture, also after steps with others."""
     eager, mixed = make(), make()
     for step in range(WARM):
         fill(eager, step)
@@ -199,7 +199,7 @@ def test_telemetry_is_the_same_run_after_run():
     for _ in range(10):
         optimizer.step()
         found.append(optimizer.telemetry[0])
-    # Groups of eight squares at most are added in fp32, all else in float64.
+    # Groups of up to eight squares are added in fp32 and the group sums in float64.
     norm = torch.cat([q.grad.double() for q in cpu]).norm()
     assert float(found[0]["grad_norm"]) == pytest.approx(float(norm), rel=9 * 2.0**-24)
     assert all(torch.equal(f[name], found[0][name]) for f in found for name in f)

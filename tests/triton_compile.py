@@ -1,10 +1,10 @@
-"""Compiles the kernels for targets that need not be here; run by test_triton_compile.py.
+"""Compiles kernels for targets that need not be present; run by test_triton_compile.py.
 
     python tests/triton_compile.py FOLDER
 
-It writes one JSON file per kernel: the PTX or AMD assembly, the machine's resources, and for
-NVIDIA the machine code. In a process of its own, for kernels of one process are either compiled or
-interpreted.
+The script writes one JSON file per kernel: the PTX or AMD assembly, the resources and, for NVIDIA,
+the machine code. It runs in its own process because a process either compiles or interprets
+kernels.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def variant(
 
 
 def every_flag(rule: str, target: str) -> tuple[Variant, ...]:
-    """Flags of a rule, dtypes and formats changing from one to the next: half of them for each of
-    two targets, since all for both take minutes.
+    """Half of the flag sets of a rule, with changing dtypes and formats; each of two targets gets
+    one half, because compiling all for both takes minutes.
 
-    Blocks have kernels of their own: sixteen variants of them take minutes to compile.
+    Block formats are excluded: sixteen variants of their kernels take minutes to compile.
     """
     natives = list(NATIVE.values())
     weights = [c for form in WEIGHT_FORMATS.values() for c in form.codes.values()]
@@ -64,12 +64,13 @@ def every_flag(rule: str, target: str) -> tuple[Variant, ...]:
     return tuple(
         variant(rule, flags, weights[i % len(weights)], natives[i % 3], states[i % len(states)])
         for i, flags in enumerate(range(1 << len(RULES[rule].flags)))
-        # By the number of flags that are set, so that each target has each flag set and not set.
+        # Split by the parity of the number of set flags, so each target has every flag set and not
+        # set.
         if (flags.bit_count() + EVERY_ON.index(target)) % 2 == 0
     )
 
 
-# Where all flags, and all small kernels, are compiled for.
+# The targets for which all flags and all small kernels are compiled.
 EVERY_ON = ("sm_90", "gfx942")
 KERNELS = {
     "adamw-fp32": (variant("adam", 1, FP32, FP32, "fp32"),),
@@ -98,7 +99,7 @@ SWEEP = {
     "ZERO": "constexpr",
     "MEASURED": "constexpr",
 }
-# Numbers are not specialised: no divisibility is given for them.
+# Integer arguments are not specialized: no divisibility is declared for them.
 SMALL = {
     "norm": (
         norm.partial_norms,
@@ -185,7 +186,8 @@ def compiled(
         found["text"] = text = kernel.asm["amdgcn"]
         found["llir"] = kernel.asm["llir"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        # Scalar registers are spilled to lanes of vector registers, not to memory.
+        # Scalar registers are spilled to lanes of vector registers, not to memory, and do not
+        # count.
         found["spilled"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         found["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         return found

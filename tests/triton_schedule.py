@@ -1,7 +1,8 @@
-"""Counts what Triton compiles over a schedule; run by test_triton_compile.py.
+"""Counts the compilations of Triton over a schedule; run by test_triton_compile.py.
 
-Launches go as far as Triton's own look-up of a compiled kernel, for a target that is not here, and
-stop before the device. It prints the number of compilations after each part of the schedule.
+A launch ends after Triton has looked up the compiled kernel, for a target that need not be present;
+nothing reaches a device. The script prints the number of compilations and launches after each part
+of the schedule.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from onepass.rules import RULES
 
 
 class NoDevice:
-    """What a launch asks a driver before it has a kernel."""
+    """Answers the questions that a launch asks the driver before it has a kernel."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -49,7 +50,7 @@ TritonBackend.unavailable = lambda self, device: ""
 
 
 def train(sizes: list[int], steps: int, cls: Any = onepass.AdamW, **options: Any) -> None:
-    """Every number changes at every step, and every gradient is a new tensor."""
+    """Takes steps in which all options change and every gradient is a new tensor."""
     params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "states": "bf16"}]
@@ -74,18 +75,18 @@ def train(sizes: list[int], steps: int, cls: Any = onepass.AdamW, **options: Any
 
 train([5, 16, 1025, 40_000], steps=50)
 print(len(compilations), len(launches))
-# Another number of tensors, of other sizes: Triton treats 1 and multiples of 16 specially.
+# Lists of other lengths and sizes: Triton specializes 1 and multiples of 16.
 train([1, 1], steps=3)
 train([16] * 32, steps=3)
 train([7] * 33 + [100_000], steps=3)
 print(len(compilations), len(launches))
-# Another variant is another kernel: the count counts.
+# Another variant compiles another kernel, which shows that compilations are counted.
 train([5, 5], steps=3, amsgrad=True)
 print(len(compilations), len(launches))
-# So are a verdict, and a step that follows one.
+# Clipping adds the kernel of the verdict, and another one that derives hyperparameters.
 train([5, 5], steps=3, amsgrad=True, max_grad_norm=0.5)
 print(len(compilations), len(launches))
-# Norms of lists of any length, sizes and dtypes.
+# Norms of lists of different lengths, sizes and dtypes.
 for number, dtypes in enumerate(
     [
         [torch.float32],
