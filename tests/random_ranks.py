@@ -1,12 +1,13 @@
-"""A random run over several ranks and the same run in one process; see test_random_ranks.py.
+"""Runs a random case on several ranks and in one process; see test_random_ranks.py.
 
-A case follows from its seed: a model, an optimizer and segments of operations. Each segment runs on
+The seed determines a case: a model, an optimizer and segments of operations. Each segment runs on
 its own number of ranks and loads what the segment before it saved. Every rank also runs the case on
 full tensors with the same optimizer class (the twin) and, for fp32 training, with torch.optim in
 float64 (the oracle).
 
-Gradients are integers below 128 times a power of two. Sums of their squares are exact in float64 in
-any order, so the global norm and every clipped step must have the bits of one process too.
+Gradients are integers below 128 times a power of two. The sums of their squares are exact in
+float64 in any order, so the global norm and every clipped step must have the same bits as in one
+process.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ from .random_ranks_saving import IN_MEMORY, WAYS, load, save
 
 
 class Run:
-    """A case on full tensors and, after build, on this segment's ranks.
+    """A case on full tensors and, after build, on the ranks of this segment.
 
     Attributes:
-        sides: parameters and optimizer of the twin, of the oracle if there is one, of the ranks.
-        exact: of each parameter, whether it must have the twin's bits.
-        paths: of each parameter, the sum of the root mean squares of the twin's updates.
+        sides: (parameters, optimizer) of the twin, of the oracle if there is one, and of the ranks.
+        exact: for each parameter, whether it must have the bits of the twin.
+        paths: for each parameter, the sum of the root mean squares of the twin's updates.
     """
 
     def __init__(self, case):
         self.case, self.note, self.model, self.steps = case, lambda text: None, None, 0
         self.formats, self.settings = dict(case.formats), dict(case.settings)
-        self.held_in = self.formats["states"]  # the format that the last step left states in
+        self.held_in = self.formats["states"]  # state format after the last step
         self.twin = list(case.model().parameters())
         extras = {k: v for k, v in case.extras.items() if k != "paged"}
         options = {**case.options, **extras, **self.formats, **self.settings}
@@ -66,14 +67,19 @@ class Run:
         self.exact, self.paths = [True] * len(self.twin), [0.0] * len(self.twin)
 
     def build(self, solo, saving):
-        """Makes the model of the ranks. solo: a process group of this rank; saving: of all."""
+        """Builds the sharded model.
+
+        Args:
+            solo: a process group with this rank only.
+            saving: a process group of all ranks, for saving checkpoints.
+        """
         self.solo, self.saving, self.model = solo, saving, self.case.model()
         shard(self.model, self.case, dist.get_world_size())
         self.params = list(self.model.parameters())
         self.make_optimizer()
 
     def make_optimizer(self):
-        """Makes the ranks' optimizer, also anew to load a checkpoint into."""
+        """Creates the optimizer of the ranks, also to load a checkpoint into."""
         for p in self.params:
             p.grad = None
         kind = self.case.kind
@@ -88,7 +94,7 @@ class Run:
         self.skipped_before, self.judged = int(self.reference.skipped_steps), False
 
     def drop_oracle(self):
-        """Goes on without the oracle, which cannot do what comes."""
+        """Continues without the oracle, which does not support the next operation."""
         self.sides = [side for side in self.sides if side[1] is not self.oracle]
         self.oracle = None
 
@@ -104,11 +110,11 @@ class Run:
             vars(optimizer).update(settings)
 
     def lose_bits(self, keeps):
-        """Parameters of which keeps is false may differ from the twin from now on."""
+        """Parameters for which keeps(p) is false may differ from the twin from now on."""
         self.exact = [same and keeps(p) for same, p in zip(self.exact, self.params, strict=True)]
 
     def step(self, fulls, kinds):
-        """One step on all sides from the same full gradients, compared."""
+        """Takes one step on all sides with the same full gradients, and compares the results."""
         before = [q.detach().double() for q in self.twin]
         for params, _ in self.sides[: 2 if self.oracle else 1]:
             for q, full in zip(params, fulls, strict=True):
@@ -151,34 +157,34 @@ class Run:
                     self.compare_states(what, self.inner.state.get(p, {}), self.reference.state[q])
             elif mine.numel():
                 gap = float((mine.double() - theirs.double()).square().mean().sqrt())
-                # Each step may round a weight to another neighbour.
+                # Each step may round a weight to a neighbouring value.
                 part = cut_blocks(self.case.kind, mine.numel())
                 limit = part * self.paths[i] + self.steps * torch.finfo(q.dtype).eps * size
                 assert gap <= limit, f"{what}: {gap:.2e} from the twin, limit {limit:.2e}"
-            if self.oracle:  # a step is off by a few eps of the update and of the weight
+            if self.oracle:  # each step may add a few eps of the update and of the weight
                 atol = self.steps * (2e-5 * self.case.options["lr"] + 2**-23 * size)
                 theirs = part_of(self.sides[1][0][i].detach(), p)
                 gap = float((mine.double() - theirs).abs().max()) if mine.numel() else 0.0
                 assert gap <= atol, f"{what}: {gap:.2e} from torch.optim, limit {atol:.2e}"
 
     def compare_states(self, what, ours, theirs):
-        # Until a step an entry is as ZeroRedundancyOptimizer loaded it: with a second counter of
-        # steps, or without any where none is saved.
+        # ZeroRedundancyOptimizer loads states as they were saved: until the next step they may have
+        # a second step counter, or none if the rule saves none.
         keys = ours.keys() - {"codes_step"}
         lacking = set() if self.reference.rule.saves_step else {"step"} - keys
         assert keys == theirs.keys() - lacking, f"{what} has {[*ours]}, the twin {[*theirs]}"
         for key, value in ((key, ours[key]) for key in sorted(keys)):
-            # Plain tensors beside DTensors are codes and scales of the shard's own blocks.
+            # Plain tensors beside DTensors are codes and scales of blocks of the shard.
             if isinstance(value, DTensor) or key == "step" or self.case.layout == "zero":
                 mine = local(value)
                 other = part_of(theirs[key], value)
                 if other.dtype == torch.int16 and mine.dtype == torch.uint8:
-                    other = other.unsqueeze(-1).view(torch.uint8)  # as it was loaded
+                    other = other.unsqueeze(-1).view(torch.uint8)  # the byte form of a loaded state
                 other = other.reshape(mine.shape)
                 assert same_bits(mine, other), f"{key} of {what}: {differing(mine, other)}"
 
     def compare_gradients(self, fulls):
-        """Gradients are only read; with zero_grads they are zero afterwards."""
+        """Gradients are unchanged after a step, or zero if zero_grads is set."""
         for i, (p, full) in enumerate(zip(self.params, fulls, strict=True)):
             if full is None or p not in self.owned:
                 continue
@@ -198,11 +204,11 @@ class Run:
         assert ours == skipped, f"skipped_steps is {ours}, the twin's {skipped}"
 
 
-# --- operations: functions of the run and of random numbers that the ranks share ---
+# --- operations: functions of the run and of a random generator that is equal on all ranks ---
 
 
 def gradients(run, rng, infinite=False, missing=False):
-    """Full gradients, None where there is none, and kinds of GRADIENTS."""
+    """The full gradients, with None for missing ones, and their kinds (of GRADIENTS)."""
     fulls, kinds = [], []
     for p in run.twin:
         kinds.append(kind := rng.choice(["own"] * 8 + allowed(GRADIENTS)))
@@ -243,7 +249,7 @@ def options(run, rng):
 
 
 def formats(run, rng):
-    """Another format of states; a checkpoint before the next step has the old one."""
+    """Changes the state format. A checkpoint before the next step still has the old format."""
     known = [name for name in allowed(STATE_FORMATS) if served(run.case.options, name)]
     run.formats["states"] = states = rng.choice(known)
     run.note(f"states = {states!r}")
@@ -252,13 +258,13 @@ def formats(run, rng):
         run.drop_oracle()
     if rng.random() < 0.5 and allowed(IN_MEMORY):
         reload(run, rng, IN_MEMORY)
-    step(run, rng)  # dcp refuses to load a checkpoint into another format
+    step(run, rng)  # dcp cannot load a checkpoint into another format
 
 
 def replace(run, rng):
-    """Other tensors in optimizer.state, or other values in those tensors."""
+    """Replaces tensors in optimizer.state, or changes their values in place."""
     i, inplace = rng.randrange(len(run.twin)), rng.random() < 0.3
-    # Codes cannot be multiplied: a copy takes their place.
+    # Codes cannot be multiplied, so they are replaced by a copy.
     factor = 0.5 if STATE_FORMATS[run.formats["states"]].block == 1 else None
     run.note(f"states of parameter {i}, {'in place' if inplace else 'replaced'}, times {factor}")
     for params, optimizer in run.sides:
@@ -271,48 +277,52 @@ def replace(run, rng):
 
 
 def forget(run, rng):
-    """The states of a parameter start again."""
+    """Deletes the states of a parameter, which then start again."""
     i = rng.randrange(len(run.twin))
     run.note(f"del optimizer.state[parameter {i}]")
     if run.case.kind is onepass.Adagrad:
-        run.drop_oracle()  # torch makes Adagrad's states only in the constructor
+        run.drop_oracle()  # torch creates the states of Adagrad in the constructor only
     for params, optimizer in run.sides:
         optimizer.state.pop(params[i], None)
-    step(run, rng)  # torch refuses to save optimizers that lack the states of a parameter
+    step(run, rng)  # torch refuses to save an optimizer if states of a parameter are missing
 
 
 def take_first_step(run, rng):
-    """Takes a step where SGD has skipped all: it saves no buffer until then, and torch refuses
-    to save optimizers that lack the states of a parameter."""
+    """Takes a step if SGD has skipped all steps so far.
+
+    SGD saves no momentum buffer until the first step, and torch refuses to save an optimizer if
+    states of a parameter are missing.
+    """
     counts = [state.get("step") for state in run.reference.state.values()]
     if not run.reference.rule.saves_step and 0 in counts:
         step(run, rng)
 
 
 def count_anew(run):
-    """What loading does to the counts of SGD, which may not be saved, done to the twin's."""
+    """Reloads the twin as the ranks are reloaded, which restarts step counters that are not
+    saved."""
     if not run.reference.rule.saves_step:
         run.reference.load_state_dict(run.reference.state_dict())
 
 
 def way(run, how):
-    """How, or another way to save if this run does not know it."""
+    """The way `how` to save, or another way if this run does not support it."""
     if run.case.layout == "zero":
         return "consolidate"
     if how == "exchange" and (run.oracle is None or run.case.extras["ema_decay"] is not None):
         return "dcp"
     states = [v for state in run.reference.state.values() for v in state.values()]
-    # torch refuses to load full state dicts without any tensor of at least one dimension.
+    # torch cannot load a full state dict without a tensor of at least one dimension.
     return how if how != "full" or any(v.dim() for v in states if v is not None) else "dcp"
 
 
 def reload(run, rng, ways=None):
-    """Saves, maybe takes a step that is lost, and loads into a new optimizer."""
+    """Saves, sometimes takes a step whose result is lost, and loads into a new optimizer."""
     take_first_step(run, rng)
     how, lost = way(run, rng.choice(allowed(ways or WAYS))), rng.random() < 0.5
     fulls, kinds = gradients(run, rng)
     run.note(f"save by {how}, {f'lose a step with {kinds}, ' if lost else ''}load anew")
-    number = rng.getrandbits(32)  # drawn in both cases: what follows must be the same
+    number = rng.getrandbits(32)  # drawn before the return so that later draws are the same
     count_anew(run)
     if run.model is None:
         return
@@ -329,7 +339,7 @@ def reload(run, rng, ways=None):
     load(run, how, path, saved)
 
 
-OPERATIONS = {  # name: the function and how often it is chosen
+OPERATIONS = {  # name: (function, weight of the random choice)
     "step": (step, 6),
     "missing": (partial(step, missing=True), 2),
     "skip": (partial(step, infinite=True), 2),
@@ -342,7 +352,7 @@ OPERATIONS = {  # name: the function and how often it is chosen
 
 
 def leave(run, how):
-    """Saves a run for another number of ranks."""
+    """Saves a run for a segment on another number of ranks."""
     run.note(f"save by {how} for another number of ranks")
     saved = save(run, how, str(run.path / "moved"))
     weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in run.params]
@@ -352,7 +362,7 @@ def leave(run, how):
 
 
 def enter(run, how):
-    """Goes on from what another number of ranks saved."""
+    """Loads what a segment on another number of ranks saved."""
     run.note(f"load on {dist.get_world_size()} ranks what was saved by {how}")
     saved, weights, run.exact = torch.load(run.path / "moved.pt", weights_only=False)
     with torch.no_grad():
@@ -362,12 +372,12 @@ def enter(run, how):
 
 
 def worlds_of(seed):
-    """The numbers of ranks that a case runs on, one after another."""
+    """The number of ranks of each segment of a case."""
     return Case(seed, OPERATIONS).worlds
 
 
 def play(seed, segment, path, note, *groups):
-    """Runs a segment of a case on all ranks; raises where they do not do what one process does."""
+    """Runs a segment of a case on all ranks; raises if the result differs from one process."""
     case = Case(seed, OPERATIONS)
     run = Run(case)
     run.path = path

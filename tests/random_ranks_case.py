@@ -1,6 +1,5 @@
-"""What a seed of the random rank runs stands for: formats, options, a model, how it is sharded, and
-gradients of special kinds; see random_ranks.py.
-"""
+"""The cases of the random runs over several ranks: formats, options, a model, its sharding and
+kinds of gradients. See random_ranks.py."""
 
 from __future__ import annotations
 
@@ -32,18 +31,19 @@ SETTINGS = {
 }
 FP32 = ("fp32", "native", torch.float32)
 
-# Where a shard boundary cuts a block, its elements share another scale than in one process. The
-# root mean square of the difference may then be this fraction of that of all updates so far: codes
-# are 1/8 apart in mx8 and up to 1/2 in mx4, dynamic8 rounds small values to zero, and the sign of
-# Lion's update flips near zero. The largest of 500 cases was 0.24; a lost step would be 1.
+# A block that a shard boundary cuts has other scales than in one process. The root mean square of
+# the difference may then be this fraction of the root mean square of all updates so far: codes are
+# 1/8 apart in mx8 and up to 1/2 in mx4, dynamic8 rounds small values to zero, and the sign of
+# Lion's update flips near zero. The largest fraction in 500 cases was 0.24; a lost step is 1.
 CUT_BLOCKS = 0.5
 
 
 def cut_blocks(kind, count):
-    """The fraction that :data:`CUT_BLOCKS` describes, for an optimizer and a number of elements.
+    """The limit that :data:`CUT_BLOCKS` describes, for an optimizer class and a number of elements.
 
-    Lion moves an element whose sign flips by as much as all others, the other way: one of few
-    elements that flips at every step is 2 / sqrt(count) of the updates' root mean square.
+    If the sign of one element's update flips in Lion, the element moves as far as all others but in
+    the opposite direction. If that happens at every step, it adds 2 / sqrt(count) of the root mean
+    square of the updates.
     """
     return math.hypot(CUT_BLOCKS, 2 / math.sqrt(count) if kind is onepass.Lion else 0.0)
 
@@ -53,11 +53,11 @@ def allowed(names):
 
 
 class Case:
-    """What a seed stands for, whatever the number of ranks.
+    """The case of a seed, independent of the number of ranks.
 
     Args:
         seed: any integer.
-        operations: name -> (function, how often it is chosen).
+        operations: name -> (function, weight of the random choice).
     """
 
     def __init__(self, seed, operations):
@@ -70,7 +70,7 @@ class Case:
         states, weights, self.dtype = FP32 if rng.random() < 0.2 else rng.choice(known)
         self.formats = {"states": states, "weights": weights}
         fp32 = (states, weights, self.dtype) == FP32
-        # Decay that almost cancels a gradient magnifies the rounding errors of fp32.
+        # Weight decay that almost cancels a gradient amplifies the rounding errors of fp32.
         decay = 0.0 if fp32 and not self.kind.decoupled else 0.1
         self.options = {"lr": row.lr, "weight_decay": decay, **row.base, **chosen}
         self.has_oracle = fp32 and self.torch is not None and not chosen.get("eps_in_sqrt")
@@ -86,7 +86,7 @@ class Case:
         names = allowed(operations)
         often = [operations[name][1] for name in names]
         self.plan = [rng.choices(names, often, k=rng.randint(3, 6)) for _ in self.worlds]
-        # The first step of SGD with dampening differs from the others, so skip it now and then.
+        # The first step of SGD with dampening is special, so it is skipped in some cases.
         skips = "dampening" in chosen and "skip" in names and rng.random() < 0.5
         self.plan[0].insert(0, "skip" if skips else "step")
 
@@ -109,16 +109,16 @@ class Case:
 
 class Net(torch.nn.Module):
     def forward(self):
-        """fully_shard wants one; only the parameters are used."""
+        """Required by fully_shard; only the parameters are used."""
 
 
-@cache  # each one makes process groups
+@cache  # each call creates process groups
 def mesh(*shape):
     return init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
 
 
 def shard(model, case, world):
-    """Applies the layout of the case to a model."""
+    """Shards a model according to the layout of the case."""
     rng = random.Random(case.seed)
     copies = rng.choice((1, world))
     over = mesh(copies, world // copies) if case.layout == "hsdp" else mesh(world)
@@ -137,7 +137,7 @@ def shard(model, case, world):
 
 
 def cuts(p):
-    """The dimensions that a parameter is cut along, and over how many ranks."""
+    """The sharded dimensions of a parameter, each with its number of ranks."""
     if not isinstance(p, DTensor):
         return []
     pairs = enumerate(p.placements)
@@ -145,7 +145,7 @@ def cuts(p):
 
 
 def has_bits_of_one_process(p, states, weights):
-    """What docs/zero.md promises of a parameter in these formats."""
+    """Whether docs/zero.md promises the bits of one process for a parameter in these formats."""
     form = STATE_FORMATS[states]
     draws = form.stochastic or WEIGHT_FORMATS[weights].stochastic
     for dim, ranks in cuts(p):
@@ -159,31 +159,31 @@ def has_bits_of_one_process(p, states, weights):
 
 
 def is_saved_as_codes(p, states):
-    """Whether a checkpoint has the codes of a parameter's states, rather than fp32 values."""
+    """Whether a checkpoint stores the states of a parameter as codes instead of fp32 values."""
     block, dims = STATE_FORMATS[states].block, [dim for dim, _ in cuts(p)]
     tails = [math.prod(p.shape[k:]) for k in range(max(dims, default=-1) + 1, p.dim())]
     return block == 1 or not dims or any(size % block == 0 for size in tails)
 
 
 def local(value):
-    """The local tensor of a DTensor; other tensors themselves."""
+    """The local tensor of a DTensor; any other tensor is returned as it is."""
     value = value.to_local() if isinstance(value, DTensor) else value
     return value.wait() if isinstance(value, functional.AsyncCollectiveTensor) else value
 
 
 def part_of(full, like):
-    """This rank's part of a full tensor, placed as a DTensor is; no rank communicates."""
+    """This rank's part of a full tensor with the placements of `like`, without communication."""
     if not isinstance(like, DTensor):
         return full
     full = full.detach()
-    if full.dtype == torch.int16:  # DTensors hold it as pairs of bytes
+    if full.dtype == torch.int16:  # DTensors store int16 as pairs of bytes
         full = full.unsqueeze(-1).view(torch.uint8)
     full = full.reshape(like.shape)
     return local(distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None))
 
 
 def altered(tensor, kind, solo):
-    """A special tensor of the same values, for some kinds of GRADIENTS."""
+    """The same values as another form of tensor, for some kinds of GRADIENTS."""
     if kind == "pending":
         return functional.all_reduce(tensor, "sum", solo)
     if kind == "negative":
@@ -194,12 +194,13 @@ def altered(tensor, kind, solo):
 
 
 def gradient(p, full, kind, solo):
-    """A gradient for a parameter, of a kind of GRADIENTS or with the placements of its own."""
+    """A gradient for a parameter, of a kind of GRADIENTS or with the placements of the
+    parameter."""
     full = full.clone()
     if not isinstance(p, DTensor):
         return altered(full, kind, solo)
     over, placements = p.device_mesh, list(p.placements)
-    if kind == "partial":  # the first rank has all of it, the others add zeros
+    if kind == "partial":  # the first rank has the gradient, the others add zeros
         mine = full if not any(over.get_coordinate()) else torch.zeros_like(full)
         return DTensor.from_local(mine, over, [Partial()] * over.ndim, run_check=False)
     if kind in ("replicate", "other_dim"):

@@ -1,4 +1,4 @@
-"""How the random rank runs save an optimizer and load it again; see random_ranks.py."""
+"""Saving and loading an optimizer in the random runs over several ranks; see random_ranks.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .random_ranks_case import (
 
 
 def whole(run, how):
-    """Model and optimizer as torch.distributed.checkpoint takes them."""
+    """The state of model and optimizer for torch.distributed.checkpoint."""
     flat = StateDictOptions(flatten_optimizer_state_dict=how == "dcp_flat")
     model, optimizer = state_dicts.get_state_dict(run.model, run.optimizer, options=flat)
     return {"model": model, "optimizer": optimizer}
@@ -37,17 +37,18 @@ def torch_saved(state):
     return buffer.getvalue()
 
 
-IN_MEMORY = {  # name: how a state dict is saved and loaded
+IN_MEMORY = {  # name: (function that saves a state dict, function that loads it)
     "torch_save": (torch_saved, lambda saved: torch.load(io.BytesIO(saved), weights_only=False)),
     "pickle": (pickle.dumps, pickle.loads),
     "deepcopy": (copy.deepcopy, copy.deepcopy),
 }
-# direct: dcp of optimizer.state_dict(); exchange: dcp to torch.optim and back.
+# "direct" saves optimizer.state_dict() with dcp; "exchange" loads the dcp checkpoint into
+# torch.optim, saves it again and loads that into onepass.
 WAYS = (*IN_MEMORY, *WITH_WEIGHTS, "direct", "full")
 
 
 def save(run, how, path):
-    """Saves the states, and the weights too if how is one of WITH_WEIGHTS."""
+    """Saves the states, and for the ways in WITH_WEIGHTS the weights too."""
     if how in IN_MEMORY:
         return IN_MEMORY[how][0](run.optimizer.state_dict())
     if how == "direct":
@@ -55,7 +56,7 @@ def save(run, how, path):
     if how in WITH_WEIGHTS:
         write = dcp.async_save if how == "async" else dcp.save
         return write(whole(run, how), checkpoint_id=path, process_group=run.saving)
-    # What the others return may share memory with the states.
+    # The other functions may return tensors that share memory with the states.
     if how == "full":
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
         got = state_dicts.get_optimizer_state_dict(run.model, run.optimizer, options=full)
@@ -67,7 +68,7 @@ def save(run, how, path):
 
 
 def load(run, how, path, saved):
-    """Loads what save saved into a new optimizer."""
+    """Loads the result of save() into a new optimizer."""
     old = run.optimizer.state_dict() if how == "direct" else None
     run.make_optimizer()
     if how == "exchange":
@@ -87,6 +88,6 @@ def load(run, how, path, saved):
             saved = state["optimizer"]
         saved = IN_MEMORY[how][1](saved) if how in IN_MEMORY else saved
         run.optimizer.load_state_dict(saved)
-    # Values that a block format saves as fp32 are rounded once more when they are loaded.
+    # Values that a block format saves as fp32 are rounded again when they are loaded.
     formats = {run.held_in, run.formats["states"]}
     run.lose_bits(lambda p: all(is_saved_as_codes(p, states) for states in formats))

@@ -1,9 +1,13 @@
-"""Random runs over 1 to 3 gloo ranks on this machine, compared with one process.
+"""Random runs over 1 to 3 gloo ranks on this machine, compared with the same runs in one process.
 
-The suite runs SEEDS. ONEPASS_RANDOM_SEED=17 runs one seed, ONEPASS_RANDOM_SECONDS=600 runs fresh
-seeds for that time. A failure prints its seed and its operations. ONEPASS_RANDOM_WITHOUT is a list
-of names to leave out, such as pending,mx4,async: operations, gradients, layouts, ways to save,
-formats, algorithms and "norms", the check of norms. Seeds then stand for other cases.
+The test runs the seeds in SEEDS. A failure prints its seed and its operations. Environment
+variables change what runs:
+
+    ONEPASS_RANDOM_SEED=17        runs this seed only
+    ONEPASS_RANDOM_SECONDS=600    runs new random seeds for 600 seconds
+    ONEPASS_RANDOM_WITHOUT=a,b    leaves out operations, kinds of gradients, layouts, ways to save,
+                                  formats or algorithms by name, such as pending,mx4,async; "norms"
+                                  leaves out the check of norms. Each seed then gives another case.
 """
 
 from __future__ import annotations
@@ -30,16 +34,16 @@ SEEDS = [int(os.environ[name]) for name in ("ONEPASS_RANDOM_SEED",) if name in o
 SEEDS = SEEDS or range(48)
 SECONDS = float(os.environ.get("ONEPASS_RANDOM_SECONDS", 0))
 
-# Seconds after which a collective and a segment of a case fail, which takes less than one; and
-# after which a failing rank no longer waits for the reports of the others.
+# Timeouts in seconds: of a collective, of a segment of a case (which takes under 1 second), and of
+# the wait for the reports of other ranks after one has failed.
 COLLECTIVE, SEGMENT, OTHERS = 60, 75, 1
 
 
 class Ranks:
-    """Processes of one group that run segments of cases one after the other.
+    """The processes of one process group, which run segments of cases one after the other.
 
-    They are used again, because importing torch costs seconds, but not after a failure: the ranks
-    may then be in different collectives.
+    The processes are reused because importing torch takes seconds. They are replaced after a
+    failure, because the ranks may then be in different collectives.
     """
 
     def __init__(self, world, directory):
@@ -65,7 +69,7 @@ class Ranks:
         self.processes, self.pipes = [], []
 
     def play(self, seed, segment, directory):
-        """Runs a segment on all ranks; returns None, or its operations and what went wrong."""
+        """Runs a segment on all ranks; returns None, or the operations and the failure."""
         if not self.processes:
             self.start()
         for pipe in self.pipes:
@@ -90,7 +94,7 @@ class Ranks:
         return "\n".join([*notes, *problems]) if problems else None
 
     def receive(self, pipe):
-        """A rank's message, or that it ended."""
+        """Receives a message from a rank, or reports that the rank has exited."""
         try:
             return pipe.recv()
         except (EOFError, ConnectionError):
@@ -100,7 +104,7 @@ class Ranks:
             return "failed", f"rank {rank} ended with exit code {code}\n{self.trace(rank)}"
 
     def trace(self, rank):
-        """Where a rank was when it died or hung."""
+        """The stack trace of a rank when it died or hung."""
         path = self.directory / f"fault{rank}"
         return path.read_text() if path.exists() else ""
 
@@ -125,7 +129,7 @@ def _rank(rank, world, pipe, directory):
         try:
             random_ranks.play(seed, segment, path, note, *groups)
             pipe.send(("done", ""))
-        except BaseException:  # torch's errors about checkpoints are no Exceptions
+        except BaseException:  # some checkpoint errors of torch are not Exceptions
             pipe.send(("failed", f"rank {rank}: {traceback.format_exc()}"))
         faulthandler.cancel_dump_traceback_later()
 

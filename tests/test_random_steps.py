@@ -1,15 +1,15 @@
-"""Random sequences of operations: whatever happens between two steps, the next one is right.
+"""Random sequences of operations: the step after any operation is correct.
 
-A sequence is decided by its seed: the optimizer, and operations that each draw from a generator of
-their own, so that a part of a sequence can be replayed. What must be true after each step stands in
+The seed determines a sequence: the optimizer and the operations. Each operation draws from a random
+generator of its own, so a part of a sequence can be replayed. The checks after each step are in
 tests/support/random_world.py.
 
-    ONEPASS_RANDOM_SECONDS=600  runs new seeds for so many seconds in place of the fixed ones
-    ONEPASS_RANDOM_SEED=17      replays one seed and prints each operation before it runs;
-                                17:0,3,8 replays only these operations of it
-    ONEPASS_RANDOM_WITHOUT=a,b* leaves out operations, gradients, settings or faults by name
+    ONEPASS_RANDOM_SECONDS=600    runs new seeds for 600 seconds instead of the fixed ones
+    ONEPASS_RANDOM_SEED=17        replays one seed and prints each operation before it runs;
+                                  17:0,3,8 replays only the operations 0, 3 and 8 of the seed
+    ONEPASS_RANDOM_WITHOUT=a,b*   leaves out operations, gradients, settings or faults by name
 
-The message of a failure lists the operations that are enough to cause it.
+The message of a failure lists a reduced set of operations that still causes the failure.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .support.random_world import World
 
 SECONDS = float(os.environ.get("ONEPASS_RANDOM_SECONDS") or 0)
 SEED = os.environ.get("ONEPASS_RANDOM_SEED", "")
-SEQUENCES, LENGTH = 40, 30  # about 15 seconds on one core
-SHRINKING = 5.0  # seconds spent on leaving operations out of a sequence that fails
+SEQUENCES, LENGTH = 40, 30  # about 15 seconds on one CPU core
+SHRINKING = 5.0  # seconds spent on reducing a failing sequence
 
 # --- running ---------------------------------------------------------------------------------
 
 
 def play(seed: int, chosen: list[int], say: bool = False) -> tuple[World, Exception | None]:
-    """Runs some operations of a sequence; returns what they failed with."""
+    """Runs the operations `chosen` of a sequence; returns the error that one of them raised."""
     world = World(seed, say)
     for number in chosen:
         rng = random.Random(f"{seed}/{number}")
@@ -48,7 +48,7 @@ def play(seed: int, chosen: list[int], say: bool = False) -> tuple[World, Except
 
 
 def shrink(seed: int, chosen: list[int], error: Exception) -> list[int]:
-    """The operations without those that the failure does not need."""
+    """Removes the operations that are not needed to reproduce the failure."""
     end = time.monotonic() + SHRINKING
     for number in reversed(chosen[:]):
         without = [n for n in chosen if n != number]
@@ -64,7 +64,7 @@ def run(seed: int, chosen: list[int], say: bool = False) -> None:
     chosen = shrink(seed, [n for n in chosen if n <= world.number], error)
     world, last = play(seed, chosen)
     text, numbers = "\n  ".join(world.log), ",".join(map(str, chosen))
-    # What is left out decides which operations a seed stands for.
+    # The names that are left out change which operations a seed generates.
     without = f"ONEPASS_RANDOM_WITHOUT={','.join(WITHOUT)} " if any(WITHOUT) else ""
     raise AssertionError(
         f"seed {seed}: {type(last).__name__}: {last}\n  {text}\n"
@@ -74,7 +74,7 @@ def run(seed: int, chosen: list[int], say: bool = False) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_isa() -> Iterator[None]:
-    """Restores the instruction set: every sequence draws one."""
+    """Restores the CPU instruction set, which every sequence selects at random."""
     before = "" if onepass.ops.missing else onepass.ops.cpu_isa()
     yield
     if before:
@@ -99,6 +99,6 @@ def test_new_random_steps(capfd):
     end, seeds = time.monotonic() + SECONDS, 0
     while time.monotonic() < end:
         seed, seeds = random.SystemRandom().randrange(1 << 32), seeds + 1
-        with capfd.disabled():  # so that a crash leaves its seed to be read
+        with capfd.disabled():  # the seed stays visible if the process crashes
             print(f"\rsequence {seeds}: ONEPASS_RANDOM_SEED={seed} ", end="", flush=True)
         run(seed, list(range(LENGTH)))

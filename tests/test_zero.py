@@ -1,8 +1,8 @@
-"""Optimizers on torch.distributed: gloo, several processes on this machine.
+"""Optimizers with torch.distributed: several gloo processes on this machine.
 
-What is checked stands in zero_checks.py, zero_checkpoints.py and zero_reading.py. All checks of a
-number of ranks run in one set of processes; four ranks come first, because the others load what
-they save.
+The checks are in zero_checks.py, zero_checkpoints.py and zero_reading.py. All checks for one number
+of ranks run in one set of processes. Four ranks run first, because the others load the checkpoints
+that these save.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHECKS = [*zero_checks.EVERYWHERE, *zero_checkpoints.EVERYWHERE, *zero_reading.E
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Runs all checks of a number of ranks when one of them is first asked for."""
+    """Runs all checks for a number of ranks when the first of them is requested."""
     checkpoints = tmp_path_factory.mktemp("checkpoints")
     found = {}
 

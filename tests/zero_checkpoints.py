@@ -1,4 +1,4 @@
-"""What ranks check together of checkpoints: saved by four, loaded by any number, after a death."""
+"""Checks of checkpoints: saved by four ranks, loaded by any number, also after a rank died."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ RUNS = {
 AT_BLOCKS = {"mx8", "mx4", "lion"}  # the others are elementwise, or have longer blocks
 
 FLAT = {name: [False] for name in RUNS} | {"fp32": [True], "mx8": [True, False]}
-# What is encoded again comes to the same codes; of mx8 because no block here has a largest value
-# that had been rounded below a power of two.
+# Formats in which encoding decoded values gives the same codes. For mx8 this holds because no block
+# here has a maximum that was rounded down from a power of two.
 REPEATED = {"fp32", "stochastic", "mx8", "lion"}
 
 
 def _rows(param):
-    """Whether blocks of 32 are parts of rows."""
+    """Whether every block of 32 lies within a row."""
     return param.dim() == 2 and param.shape[1] % 32 == 0
 
 
@@ -55,7 +55,7 @@ def _made(name):
 
 
 def _train(model, optimizer, steps):
-    """Steps with gradients that do not depend on the number of ranks."""
+    """Takes steps with gradients that do not depend on the number of ranks."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
@@ -87,7 +87,7 @@ def _load(model, optimizer, path, flat):
 
 
 def save(directory, checkpoints):
-    """Saves every run in the middle, each way, and where it ends without a stop."""
+    """Saves every run after three steps in each way, and the weights after six steps."""
     for name in RUNS:
         model, optimizer = _made(name)
         _train(model, optimizer, range(3))
@@ -112,8 +112,8 @@ def a_run_goes_on_from_what_four_ranks_saved(directory, checkpoints):
             assert {float(s["step"]) for s in optimizer.state.values()} == {6.0}
             end = torch.load(f"{checkpoints}/{name}")
             for (key, p), q in zip(model.named_parameters(), end, strict=True):
-                # To the bit where codes go over as they are, and where the same shards come to the
-                # same codes from fp32 values.
+                # The weights have the same bits if codes are loaded as they are, or if the same
+                # shards encode fp32 values to the same codes.
                 again = world == 4 and name in REPEATED
                 if again or name in ("fp32", "stochastic") or (name in AT_BLOCKS and _rows(p)):
                     assert torch.equal(whole(p), q), (name, key)
@@ -128,7 +128,7 @@ def a_whole_state_dict_serves_one_process(directory, checkpoints):
         kind, dtype, options = RUNS[name]
         model, optimizer = _made(name)
         _train(model, optimizer, range(2))
-        # Of one rank they share memory with what they were taken from.
+        # On one rank the state dicts share memory with the model and the optimizer.
         weights, states = copy.deepcopy(get_state_dict(model, optimizer, options=full))
         twin = make(dtype)
         reference = kind(twin.parameters(), lr=LR, **options)
@@ -140,7 +140,7 @@ def a_whole_state_dict_serves_one_process(directory, checkpoints):
             ours = whole(p)
             if dist.get_rank() == 0 and (name == "stochastic" or _rows(p)):
                 assert torch.equal(ours, q)
-        # And back, to every rank.
+        # Load the full state dict into every rank.
         again, other = _made(name)
         back = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(again, weights, options=back)
@@ -152,7 +152,7 @@ def a_whole_state_dict_serves_one_process(directory, checkpoints):
 
 
 def codes_are_not_read_as_values(directory, checkpoints):
-    """A state in another form than the checkpoint's is an error, not a wrong number."""
+    """Loading a checkpoint into states of another format is an error."""
     model, optimizer = _made("fp32")
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     for group in state["optimizer"]["state"].values():
@@ -168,7 +168,7 @@ def weights_in_fp32_are_dtensors(directory, checkpoints):
     for name, p in model.named_parameters():
         assert full[name].dtype == torch.float32
         assert full[name].placements == p.placements
-        # Within half of the weight's spacing, with more bits than it has.
+        # The fp32 weights differ from the bf16 weights, by at most half of the bf16 spacing.
         below = (whole(full[name]) - whole(p).float()).abs()
         assert (below <= whole(p).float().abs() * 2**-8).all()
         assert below.any()
@@ -180,7 +180,7 @@ def weights_in_fp32_are_dtensors(directory, checkpoints):
 
 
 def a_rank_dies(directory, checkpoints):
-    """The second rank is killed in its third step; the others must hear of it soon."""
+    """The second rank is killed in its third step; the others must fail soon."""
     model = sharded(make())
     optimizer = onepass.AdamW(model.parameters(), lr=LR, max_grad_norm=1.0)
     for step in range(100):
@@ -214,7 +214,7 @@ def the_last_checkpoint_loads(directory, checkpoints):
 
 
 def fsdp1_takes_states_of_the_shape_of_their_parameter(directory, checkpoints):
-    """The others are refused by name, on every rank, and not by an error of sizes."""
+    """Formats with states of other shapes raise an error on every rank, which names the format."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 

@@ -1,4 +1,4 @@
-"""What ranks check together: FSDP2, ZeRO-1, DDP, norms, counters."""
+"""Checks that all ranks run: FSDP2, ZeRO-1, DDP, norms and step counters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def block_formats_have_them_where_shards_are_cut_at_blocks(directory, checkpoint
         four = pair(optimizer, states=states)
         train(*four, 3)
         assert same_as_twin(*four, block=32) >= 5
-        # Elsewhere other elements share a scale: a step is another within the format's precision.
+        # In the other parameters different elements share a scale, so steps differ within the
+        # precision of the format.
         for p, q in zip(four[0].parameters(), four[2].parameters(), strict=True):
             assert (whole(p) - q).abs().max() < (2 if optimizer is onepass.Lion else 1) * 3 * LR
 
@@ -53,7 +54,7 @@ def states_are_dtensors_of_the_same_placement(directory, checkpoints):
     model, optimizer, *_ = four = pair(onepass.AdamW, BF16, states="mx8", weights="split16")
     train(*four, 1)
     for p in model.parameters():
-        # int16 is held as pairs of bytes, which process groups can send.
+        # int16 is stored as pairs of bytes, because process groups cannot send int16.
         for key, more in (("exp_avg", ()), ("exp_avg_sq", ()), ("weight_low", (2,))):
             value = optimizer.state[p][key]
             assert value.placements == p.placements
@@ -75,7 +76,7 @@ def bytes_per_rank_are_a_share_of_the_whole(directory, checkpoints):
 
 
 def bytes_per_rank_are_as_predicted(directory, checkpoints):
-    """What `onepass memory --shards` says is what the rank that has the most holds."""
+    """`onepass memory --shards` predicts the bytes on the rank that holds the most."""
     world = dist.get_world_size()
     for name, states, weights in (
         ("adamw", "fp32", "native"),
@@ -122,7 +123,7 @@ def paged_states_have_the_bits_of_those_that_are_not(directory, checkpoints):
                 optimizer.zero_grad()
                 backward(model, step)
                 optimizer.step()
-            if step == 1:  # saved and loaded on the way, each by the other
+            if step == 1:  # save, and load into the other optimizer
                 saved = paged.state_dict(), plain.state_dict()
                 paged = onepass.AdamW(models[0].parameters(), paged=paging, **options)
                 plain = onepass.AdamW(models[1].parameters(), **options)
@@ -153,7 +154,7 @@ def clipping_is_by_the_norm_over_all_ranks(directory, checkpoints):
 
 
 def copies_count_once(directory, checkpoints):
-    """HSDP where four ranks allow it, and a mesh of parameters that are cut and that are not."""
+    """HSDP on four ranks, else a mesh with one copy, with sharded and unsharded parameters."""
     world = dist.get_world_size()
     rows = 2 if world == 4 else 1
     over = mesh(rows, world // rows, names=("copies", "shards"))
@@ -209,7 +210,7 @@ def one_bad_gradient_skips_the_step_on_all_ranks(directory, checkpoints):
         backward(model, step)
         if step == 1:
             before = [p.to_local().clone() for p in model.parameters()]
-            model.head.weight.grad.to_local()[:1] = math.inf  # of the first rank, the second has it
+            model.head.weight.grad.to_local()[:1] = math.inf  # no effect on ranks with empty shards
         optimizer.step()
         if step == 1:
             same = map(torch.equal, before, (p.to_local() for p in model.parameters()))
@@ -238,7 +239,7 @@ def loss_scalers_agree_on_all_ranks(directory, checkpoints):
 
 
 def runs_end_where_one_process_does(directory, checkpoints):
-    """FSDP2, ZeRO-1 and DDP, each rank with its part of the batch, clipped."""
+    """FSDP2, ZeRO-1 and DDP with clipping; each rank has its part of the batch."""
     single = make()
     reference = onepass.AdamW(single.parameters(), lr=LR, max_grad_norm=0.1, eps=1e-4)
     for step in range(4):
@@ -282,7 +283,7 @@ def zero1_has_the_bits_of_one_optimizer(directory, checkpoints):
             zero_model.copy_gradients(model, twin)
             optimizer.step()
             reference.step()
-            if step == 1:  # saved and loaded on the way
+            if step == 1:  # save and load between steps
                 optimizer.consolidate_state_dict(0)
                 saved = [optimizer.state_dict() if dist.get_rank() == 0 else None]
                 dist.broadcast_object_list(saved)
@@ -294,7 +295,7 @@ def zero1_has_the_bits_of_one_optimizer(directory, checkpoints):
 
 
 def counters_do_not_drift(directory, checkpoints):
-    """Frozen parameters, groups that are empty on a rank, parameters that are not always used."""
+    """Frozen parameters, groups that are empty on a rank, and parameters without a gradient."""
     model = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)])
     model[2].bias.requires_grad_(False)
     groups = [
@@ -324,7 +325,7 @@ def counters_do_not_drift(directory, checkpoints):
 
 
 class Alternating(torch.nn.Module):
-    """Uses its second part on odd steps, and on the first rank alone."""
+    """Uses parts[1] on odd steps and on the first rank only."""
 
     def __init__(self, parts):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model that ranks train together, and the same run in one process."""
+"""The model that the ranks train together, and the same training in one process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ LR = 1e-2
 
 
 class Model(torch.nn.Module):
-    """A small transformer: 50 rows are uneven on 3 and 4 ranks, the 2 of the head leave some
-    empty; rows of 32 and 64 are whole blocks of mx8, those of 48 are not."""
+    """A small transformer whose parameters shard unevenly.
+
+    50 rows are uneven on 3 and 4 ranks, and the 2 rows of the head leave some ranks empty. Rows of
+    32 and 64 elements are whole blocks of mx8, rows of 48 are not.
+    """
 
     def __init__(self):
         super().__init__()
@@ -54,7 +57,8 @@ def whole(tensor):
 
 
 def loss_of(model, step, parts=1, part=0):
-    """Of a batch, or of one rank's part of it; the mean over ranks is that of the batch."""
+    """The loss of a batch, or of one rank's part of it. The mean over ranks is the loss of the
+    batch."""
     tokens = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=_generator(step))
     mine = tokens.chunk(parts)[part]
     logits = model(mine).float()
@@ -66,18 +70,18 @@ def _generator(step):
 
 
 def backward(model, step):
-    """This rank's part of a step's gradients; all of them in one process."""
+    """Computes this rank's part of the gradients of a step; without ranks, the full gradients."""
     loss_of(model, step, dist.get_world_size(), dist.get_rank()).backward()
 
 
 def copy_gradients(model, twin):
-    """Gives a whole model the gradients of a sharded one."""
+    """Gives an unsharded model the full gradients of a sharded one."""
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         q.grad = None if p.grad is None else whole(p.grad).clone()
 
 
 def pair(optimizer, dtype=torch.float32, over=None, **options):
-    """A sharded model and its whole twin, each with an optimizer."""
+    """A sharded model and its unsharded twin, each with an optimizer."""
     model = make(dtype)
     twin = copy.deepcopy(model)
     sharded(model, over)
@@ -90,7 +94,7 @@ def pair(optimizer, dtype=torch.float32, over=None, **options):
 
 
 def train(model, optimizer, twin, reference, steps, first=0):
-    """Steps of both with the gradients of the sharded one."""
+    """Trains both models with the gradients of the sharded one."""
     for step in range(first, first + steps):
         optimizer.zero_grad()
         backward(model, step)
@@ -100,7 +104,7 @@ def train(model, optimizer, twin, reference, steps, first=0):
 
 
 def at_blocks(param, block=32):
-    """Whether every rank's shard begins with a block."""
+    """Whether the shard of every rank starts at a block boundary."""
     local = getattr(param, "_local_tensor", param)
     cuts = [None] * dist.get_world_size()
     dist.all_gather_object(cuts, local.numel())
@@ -108,7 +112,11 @@ def at_blocks(param, block=32):
 
 
 def same_as_twin(model, optimizer, twin, reference, block=1):
-    """Asserts the bits of weights and states, of parameters that are cut at blocks."""
+    """Asserts that weights and states of parameters cut at blocks equal those of the twin.
+
+    Returns:
+        The number of parameters that were compared.
+    """
     compared = 0
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if not at_blocks(p, block):
@@ -124,7 +132,7 @@ def same_as_twin(model, optimizer, twin, reference, block=1):
 
 
 def everywhere(value):
-    """The value of each rank."""
+    """A list of the values of all ranks."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

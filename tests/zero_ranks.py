@@ -1,7 +1,7 @@
-"""Processes on one machine that run checks together; what each of them found comes back.
+"""Runs checks in several processes on one machine and collects the results.
 
-All checks of a number of ranks run in one set of processes, one after the other: starting them and
-importing torch costs more than the checks.
+All checks for one number of ranks run in one set of processes, one after the other: starting
+processes and importing torch takes longer than the checks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Seconds for all checks of one number of ranks: four on two cores have taken 60.
+# Timeout in seconds of all checks of one number of ranks: four ranks on two CPU cores took 60.
 PATIENCE = 240
 
 
 def run(world, checks, directory, **arguments):
-    """Runs checks, functions of a directory, on so many ranks; returns name -> None or why not.
+    """Runs checks, which are functions of a directory, on `world` ranks.
 
-    Nothing waits for ever: a collective gives up before the parent does, which ends all ranks.
+    Collectives time out earlier than the parent process, which then ends all ranks.
+
+    Returns:
+        Name -> None if the check passed, else the traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.zero_ranks", "tests.zero_checks"])
@@ -57,7 +60,7 @@ def run(world, checks, directory, **arguments):
 
 def _rank(rank, world, checks, directory, arguments):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # A rank that dies of a signal leaves where it was.
+    # A rank that dies from a signal writes its stack trace to this file.
     faulthandler.enable(open(f"{directory}/fault{rank}", "w"))  # noqa: SIM115
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -75,7 +78,7 @@ def _rank(rank, world, checks, directory, arguments):
             told[check.__name__] = None
         except BaseException:
             told[check.__name__] = traceback.format_exc()
-            break  # the others may be in another collective: none after it can be trusted
+            break  # other ranks may be in another collective, so later checks are meaningless
         finally:
             Path(directory, f"found{rank}").write_bytes(pickle.dumps(told))
-    os._exit(0)  # without waiting for ranks that are gone
+    os._exit(0)  # does not wait for ranks that have exited

@@ -1,4 +1,4 @@
-"""How the gradients of DTensors are read: what is noticed, what is counted."""
+"""Reading the gradients of DTensors: which changes a plan detects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gradients_are_read_where_they_are(directory, checkpoints):
     plans, versions = [], [p._version for p in params]
     for step in range(6):
         for p, q in zip(params, locals, strict=True):
-            if not (step and p is params[20]):  # that one keeps its gradient
+            if not (step and p is params[20]):  # this parameter keeps its gradient
                 p.grad = cut(8, 2)
             q.grad = p.grad.to_local()
         if step == 4:
