@@ -24,7 +24,7 @@ def code(name):
 
 
 def memory(name):
-    """A row per state: when it is there, bytes per value in each format."""
+    """A table of the states of a rule: the flag of each, and bytes per value by format."""
     rule = RULES[name]
     rows = [
         f"| `{slot.key}` | {slot.flag or 'always'} | "

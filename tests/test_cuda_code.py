@@ -180,7 +180,7 @@ def test_the_library_needs_torch_and_the_system_alone():
 
 
 def test_the_library_loads_where_torch_has_a_cuda_part(tmp_path):
-    """A stub library that only defines that function replaces torch's CUDA library.
+    """A stub that only defines aoti_torch_get_current_cuda_stream replaces torch's CUDA library.
 
     Afterwards all ops are registered for CUDA.
     """

@@ -1,4 +1,4 @@
-"""The codes of the state formats: each against its definition in float64, at every edge."""
+"""The codes of the state formats, compared with their definition in float64 at every edge."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .moments import ADAM, ALL_RANDOM, F32, Moments, decode, encode, random_bits
 LARGEST = np.finfo(np.float32).max
 SMALLEST = np.float32(2.0**-149)
 
-# What the formats code of one moment: (format, kind, exponent bits, mantissa bits). mx4 codes the
-# root of a second moment, in finer codes where a block allows it; ratios have a test of their own.
+# How formats encode one moment: (format, kind, exponent bits, mantissa bits). mx4 encodes the root
+# of a second moment, with finer codes if the block allows it. Ratios are tested separately.
 CODES = {
     "mx8 first": ("mx8", "first", 4, 3),
     "mx8 second": ("mx8", "second", 5, 3),
     "mx4 first": ("mx4", "first", 2, 1),
     "mx4 second": ("mx4", "second", 3, 1),
 }
-# The least exponent of a block's lowest level: that of the normal numbers, but the second moment of
-# mx8 goes down to the denormals, and squares of what mx4 holds have to be exact.
+# The least exponent of a block's lowest level. It is that of the smallest normal number, except
+# that the second moment of mx8 includes denormals, and squares of mx4's roots must be exact.
 LEAST = {"mx8 first": -126, "mx8 second": -127, "mx4 first": -126, "mx4 second": -73}
-FINE, LEAST_FINE = (2, 2), -61  # of mx4's root; below, its scale has no value that says so
+FINE, LEAST_FINE = (2, 2), -61  # fine codes of mx4's root; no scale byte marks them below
 BLOCK_FORMATS = ("mx8", "mx4", "dynamic8")
 STOCHASTIC = ("bf16", "mx8", "mx4")
 
@@ -33,13 +33,13 @@ def signed(case: str) -> bool:
 
 
 def floats(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
-    """The levels of a minifloat without denormals, the lowest of them 1."""
+    """The levels of a minifloat without denormals; the lowest level is 1."""
     fractions = 1 + np.arange(1 << mantissa_bits) / (1 << mantissa_bits)
     return (2.0 ** np.arange(1 << exponent_bits)[:, None] * fractions).ravel()
 
 
 def lowest_exponent(unit: np.ndarray, largest: float, least: int) -> int:
-    """Of the scale: the smallest at which the largest value does not clip."""
+    """The smallest exponent of the scale at which the largest value does not clip."""
     exponent = least
     while unit[-1] * 2.0**exponent < largest:
         exponent += 1
@@ -47,7 +47,7 @@ def lowest_exponent(unit: np.ndarray, largest: float, least: int) -> int:
 
 
 def levels(case: str, block: np.ndarray) -> np.ndarray:
-    """The magnitudes, ascending and in float64, that a block of such values can hold."""
+    """The magnitudes that a block with such values can represent, ascending, in float64."""
     _, _, exponent_bits, mantissa_bits = CODES[case]
     if case == "mx4 second" and len(block) == 32:
         unit = floats(*FINE)
@@ -56,18 +56,18 @@ def levels(case: str, block: np.ndarray) -> np.ndarray:
             return unit * 2.0**exponent
     unit = floats(exponent_bits, mantissa_bits)
     if signed(case):
-        unit = unit - 1  # lifted by the lowest power of two, so that zero is one of them
+        unit = unit - 1  # lifted by the lowest power of two, so that zero is a level
     exponent = lowest_exponent(unit, block.max(), LEAST[case])
     values = unit * 2.0**exponent
     if case == "mx8 second":
-        values[0] = 0  # its place is the code of zero
-        if exponent == LEAST[case]:  # fp32's denormals
+        values[0] = 0  # this code means zero
+        if exponent == LEAST[case]:  # denormals of fp32
             values[:8] = np.arange(8) * 2.0**-129
     return values
 
 
 def bracket(case: str, value: float, held: np.ndarray) -> tuple[float, float]:
-    """The two levels that a value lies between; the lowest that it may have if it lies below."""
+    """The levels below and above a value; the lowest allowed level for both if it is below that."""
     if value == 0 and held[0] == 0:
         return 0.0, 0.0
     if not signed(case) and held[0] == 0:
@@ -79,12 +79,12 @@ def bracket(case: str, value: float, held: np.ndarray) -> tuple[float, float]:
 
 
 def roots(case: str, values: np.ndarray) -> np.ndarray:
-    """What the format codes of values of this kind."""
+    """The values that the format encodes: roots of second moments in mx4."""
     return np.sqrt(values) if case == "mx4 second" else values
 
 
 def blocks_to_try() -> dict[str, np.ndarray]:
-    """Blocks of 32 and short ones, of values of at least zero."""
+    """Nonnegative values in blocks of 32 and in shorter blocks."""
     rng = np.random.default_rng(5)
     found = {
         "normal": np.abs(rng.standard_normal(32)),
@@ -100,7 +100,7 @@ def blocks_to_try() -> dict[str, np.ndarray]:
         "one": np.array([3.3e-5]),
         "33": np.abs(rng.standard_normal(33)) * np.r_[np.ones(32), 1e-9],
     }
-    for exponent in range(-125, 126, 10):  # scales from end to end, the top's rounding included
+    for exponent in range(-125, 126, 10):  # the whole range, with rounding at its top
         x = 2.0**exponent * (1 + rng.random(32)) * 2.0 ** -rng.integers(0, 12, 32)
         found[f"2^{exponent}"] = np.r_[x[:31], 1.999 * 2.0**exponent]
         found[f"2^{exponent}, close"] = np.r_[np.full(31, 0.3 * x[:31].max()), 2.0**exponent]
@@ -117,7 +117,8 @@ def test_values_become_the_levels_beside_them_and_are_right_on_average(case):
             held = levels(case, roots(case, part))
             if case == "mx4 second" and not part.any():
                 held[:] = 0
-            # A block for each value of the random bits; every 64th of them does for most blocks.
+            # One block for each value of the random bits. Every 64th value is enough for most
+            # blocks.
             draws = ALL_RANDOM if label == "31 small beside one" else ALL_RANDOM[::64]
             rows = len(draws)
             whole = np.zeros((rows, 32), F32)
@@ -134,13 +135,13 @@ def test_values_become_the_levels_beside_them_and_are_right_on_average(case):
                 seen = np.unique(found[:, i])
                 assert set(seen) <= {below, above}, where
                 if below < above:
-                    # The draws are evenly spaced; what is left between them is lost.
+                    # The draws are evenly spaced, so the share is exact up to one draw.
                     share = (found[:, i] == above).mean()
                     assert abs(share - (value - below) / (above - below)) <= 1.01 / rows, where
 
 
 def stored_everything(case: str) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scales): every code at every scale, the highest of all at the end of each block."""
+    """Every code at every scale as (codes, scales); each block ends with the highest code."""
     _, _, exponent_bits, mantissa_bits = CODES[case]
     width = exponent_bits + mantissa_bits
     count = 1 << (width + signed(case))
@@ -150,7 +151,7 @@ def stored_everything(case: str) -> tuple[np.ndarray, np.ndarray]:
     lowest = LEAST[case] + 127
     highest = 127 + 62 if case == "mx4 second" else 254  # so that no value or square overflows
     scales = np.arange(lowest, highest - (1 << exponent_bits) + 2, dtype=np.uint8)
-    if case == "mx4 second":  # from 1, and those of the finer codes from 132
+    if case == "mx4 second":  # scale bytes count from 1, and from 132 for the finer codes
         fine = np.arange(132, 132 + highest - 3 - (LEAST_FINE + 127) + 1, dtype=np.uint8)
         scales = np.r_[scales - np.uint8(lowest - 1), fine]
     return np.tile(blocks.ravel(), len(scales)), np.repeat(scales, len(blocks))
@@ -170,7 +171,7 @@ def test_every_code_at_every_scale_comes_back(case, random):
     again = encode(name, [values], [kind], random)[0]
     np.testing.assert_array_equal(again[0], data)
     np.testing.assert_array_equal(again[1], scales)
-    # Other codes are other values, but for 0 and -0.
+    # Different codes decode to different values, except 0 and -0.
     one_scale = len(codes) // len(np.unique(scales))
     found, there = values[:one_scale], np.unique(codes[:one_scale])
     assert len(np.unique(found)) == len(there) - signed(case)
@@ -178,12 +179,12 @@ def test_every_code_at_every_scale_comes_back(case, random):
 
 @pytest.mark.parametrize("random", [0, 0xFFFF])
 def test_every_ratio_of_mx4_comes_back(random):
-    """Every code of m / sqrt(v) beside every code of sqrt(v), and the highest at the end."""
+    """Every code of m / sqrt(v) with every code of sqrt(v); blocks end with the highest codes."""
     ratio, root = (np.resize(x, (9, 31)) for x in np.divmod(np.arange(256), 16))
     ratio, root = (np.c_[x, np.full(9, top)].ravel() for x, top in ((ratio, 7), (root, 15)))
     first, second = ((x[0::2] | x[1::2] << 4).astype(np.uint8) for x in (ratio, root))
     for scale in range(255):
-        for of_roots in (70, 190):  # coarse and fine
+        for of_roots in (70, 190):  # coarse and fine codes
             stored = [(first, np.full(9, scale, np.uint8))]
             stored += [(second, np.full(9, of_roots, np.uint8))]
             values = decode("mx4", stored, ADAM, len(ratio))
@@ -194,7 +195,7 @@ def test_every_ratio_of_mx4_comes_back(random):
 
 
 def test_ratios_of_mx4_become_the_even_steps_beside_them_and_are_right_on_average():
-    """A step is the least float of three bits of mantissa that is a seventh of the largest."""
+    """A step is the least float with 3 mantissa bits >= 1/7 of the largest ratio."""
     rng = np.random.default_rng(12)
     cases = [rng.standard_normal(32), rng.random(5) * 1e-3, np.r_[3.0, np.zeros(31)], [7.0, -1e-3]]
     cases += [10.0 ** rng.uniform(-8, 0.8, 32), [7e-12, 1e-12], [0.0], [-6.999, 0.9]]
@@ -226,7 +227,7 @@ def test_mx4_limits_the_ratio_and_nothing_else():
         np.testing.assert_array_equal(np.abs(found[32:]), 2 * RATIO_LIMIT)
         assert found[3] == 2 * RATIO_LIMIT
         assert found[40] == -2 * RATIO_LIMIT
-        # Not where no ratio is coded: SGD, Lion.
+        # SGD and Lion encode no ratio, so nothing is clamped.
         alone = there_and_back("mx4", [exp_avg], ["first"], random)[0]
         assert abs(alone[40]) >= 1e30 / 2
 
@@ -235,7 +236,8 @@ def test_bytes_of_zero_are_zero():
     for name in BLOCK_FORMATS:
         scales = np.zeros(2, F32 if name == "dynamic8" else np.uint8)
         data = np.zeros(40 if name != "mx4" else 20, np.uint8)
-        # The signed map of dynamic8 has its zero at 127, times a scale of zero.
+        # In the signed map of dynamic8 zero has code 127. Code 0 decodes to 0 because its scale is
+        # 0.
         for values in decode(name, [(data, scales)] * 2, ADAM, 40):
             assert (values == 0).all()
 
@@ -248,18 +250,18 @@ def test_zero_stays_zero(name):
         exp_avg, exp_avg_sq = there_and_back(name, (mixed, mixed), ADAM, random)
         assert (exp_avg[mixed == 0] == 0).all()
         assert (exp_avg_sq[32:] == 0).all()
-        if name != "mx4":  # which has no zero in a block that is not all zero
+        if name != "mx4":  # mx4 encodes a zero as nonzero unless its block is all zero
             assert (exp_avg_sq[mixed == 0] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["mx8", "mx4"])
 def test_no_second_moment_is_lost(name):
-    """From the smallest denormal beside the largest value to blocks of denormals alone."""
+    """Tests denormals beside the largest values, and blocks of denormals only."""
     rng = np.random.default_rng(6)
     bits = rng.integers(1, 0x7F000000, 1 << 16).astype(np.uint32)
     wide = bits.view(F32)
     close = (bits & np.uint32(0x00FFFFFF) | np.uint32(1)).view(F32)
-    near = np.sort(bits).view(F32)  # neighbours of about their size
+    near = np.sort(bits).view(F32)  # neighbours of similar size
     for values in (wide, close, near, np.full(32, SMALLEST), np.full(1, SMALLEST)):
         assert (values > 0).all()
         for random in (0, 0xFFFF):
@@ -273,10 +275,11 @@ def test_no_second_moment_is_lost(name):
 def test_the_largest_finite_value_is_neither_lost_nor_small(name, kind, value):
     values = np.array([value, 1.0], F32)
     for random in (0, 0xFFFF):
-        with np.errstate(over="ignore"):  # mx4: the square of a root that was rounded up
+        with np.errstate(over="ignore"):  # mx4 squares a root that was rounded up
             found = there_and_back(name, [values], [kind], random)[0]
         assert found[0] >= 0.4 * value
-        # Rounding up may overflow, as lifting by an eighth does in mx4: never unseen.
+        # Rounding up may overflow to infinity, and in mx4 so may lifting by 1/8, but must not
+        # return a small value.
         assert np.isfinite(found[0]) or value == LARGEST or random
         assert np.isfinite(found[1])
 
@@ -287,17 +290,18 @@ def test_the_largest_finite_value_is_neither_lost_nor_small(name, kind, value):
 def test_a_block_with_a_value_that_is_not_finite_becomes_nan(name, bad, random):
     block = 256 if name == "dynamic8" else 32
     values = np.abs(np.random.default_rng(7).standard_normal(3 * block + 5)).astype(F32)
-    for at in (block + 3, 3 * block + 1):  # the second block; the last, a short one
+    for at in (block + 3, 3 * block + 1):  # the second block, and the last one, which is incomplete
         hurt = values.copy()
         hurt[at] = bad
         inside = np.arange(len(values)) // block == at // block
         for kind in ("first", "second"):
             if kind == "second" and bad == -np.inf:
-                continue  # not a mean of squares
+                continue  # a mean of squares is not negative
             found = there_and_back(name, [hurt], [kind], random)[0]
             assert np.isnan(found[inside]).all()
             assert np.isfinite(found[~inside]).all()
-        # As Adam's moments: a NaN in the second is one in the first, not the other way round.
+        # As moments of Adam: a NaN in the second moment makes the first NaN in mx4, but not vice
+        # versa.
         with np.errstate(invalid="ignore"):
             exp_avg, exp_avg_sq = there_and_back(name, (hurt, values), ADAM, random)
             assert np.isnan(exp_avg[inside]).all()
@@ -329,7 +333,7 @@ def test_scaled_gradients_have_the_same_codes(name, power):
         grad = (rng.standard_normal(count) * spread).astype(F32)
         u, v = plain.add(grad), scaled.add(grad * F32(2.0**power))
         np.testing.assert_array_equal(u, v)
-    shifts = (power, 2 * power) if name == "mx8" else (0, power)  # mx4: of a ratio, of a root
+    shifts = (power, 2 * power) if name == "mx8" else (0, power)  # mx4 stores a ratio and a root
     for a, b, shift in zip(plain.stored, scaled.stored, shifts, strict=True):
         np.testing.assert_array_equal(a[0], b[0])
         np.testing.assert_array_equal(a[1].astype(int) + shift, b[1].astype(int))
@@ -338,14 +342,17 @@ def test_scaled_gradients_have_the_same_codes(name, power):
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("kind", ["first", "second"])
 def test_draws_of_the_generator_are_unbiased(name, kind):
-    """4,096 draws, within four standard errors; a root where mx4 codes the root."""
+    """The mean of 4,096 draws is within four standard errors.
+
+    The mean is over roots if mx4 encodes roots.
+    """
     draws = 4096
-    top = 2.0**-3  # of the block
+    top = 2.0**-3  # the power of two below the block maximum
     small = {"mx8 first": top * 2**-18, "mx8 second": top * 2**-31 * 1.125}
     small |= {"mx4 first": top / 16, "mx4 second": (top * 2**-7) ** 2}
     least = small.get(f"{name} {kind}", 2.0**-133)
     points = {"just above the smallest": 1.02 * least, "between": 0.0371, "top": 1.61 * top}
-    if kind == "first":  # a second moment is held at its smallest code there
+    if kind == "first":  # a second moment is clamped to its smallest code there
         points |= {"just above zero": 0.01 * least, "halfway to the smallest": 0.5 * least}
     for label, value in points.items():
         values = np.zeros((draws, 32), F32)

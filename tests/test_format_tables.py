@@ -1,4 +1,4 @@
-"""The tables of formats: what has to agree with them, and what tells formats apart."""
+"""The tables of formats agree with the C++ enum, the option types and the file names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Averages that rest in the state formats stay right: over time, beside neighbours, as steps.
+"""Averages stored in the state formats stay close to fp32 averages of the same gradients.
 
-The exact averages are fp32's, of the same gradients. Where a limit was not chosen by us but follows
-from a property, the property is named; the others were measured and then rounded up.
+The tests cover long runs, blocks of unequal elements, and the resulting steps of Adam. A limit that
+follows from a property names the property; the other limits are measured values, rounded up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STOCHASTIC = ("bf16", "mx8", "mx4")
 
 # --- the second moment -------------------------------------------------------------------------
 
-# (format, beta2): the largest spread of ln sqrt(v) about the exact average's.
+# (format, beta2) -> the largest standard deviation of ln sqrt(v) from that of the exact average.
 SPREAD = {
     ("bf16", 0.95): 0.005,
     ("bf16", 0.99): 0.01,
@@ -29,18 +29,18 @@ SPREAD = {
     ("mx4", 0.99): 0.32,
     ("mx4", 0.999): 0.32,
 }
-# E[v] over that of the exact average. mx4 is unbiased in sqrt(v), and squaring adds the variance:
-# exp(4 * 0.3^2 / 2) is 1.20.
+# Limits of E[v] relative to the exact average. mx4 is unbiased in sqrt(v), and squaring adds the
+# variance: exp(4 * 0.3^2 / 2) = 1.20.
 MEAN = {"bf16": (0.97, 1.03), "mx8": (0.97, 1.03), "mx4": (0.97, 1.28)}
-# When the mean of v has gone half the way after gradients 10 times as large, and is twice the truth
-# after gradients a tenth as large, in time constants; ln(99 / 50) and ln(99) where it is exact.
-# mx4 still has its E[v] of 1.2 then.
+# Limits of the delay, in time constants: until the mean of v has changed half way after gradients
+# became 10 times as large, and until it is twice the new value after gradients became a tenth as
+# large. The exact delays are ln(99 / 50) and ln(99). For mx4 E[v] is 1.2 times too large.
 LAG = {"bf16": (0.9, 4.7), "mx8": (0.9, 4.7), "mx4": (0.9, 6.0)}
 COUNT = {0.95: 8192, 0.99: 4096, 0.999: 2048}
 
 
 class Seconds:
-    """v of gradients of a given scale each, exact and in a format."""
+    """Second moments of gradients of given scales, exact and in a format."""
 
     def __init__(self, name: str, beta2: float, scale: np.ndarray, seed: int) -> None:
         self.name, self.beta2, self.scale = name, beta2, scale
@@ -61,19 +61,19 @@ class Seconds:
         self._put(F32(self.beta2) * self.found + added)
 
     def ratio(self, where: np.ndarray) -> float:
-        """E[v] / E[exact v], each element in units of its gradients."""
+        """E[v] / E[exact v], with each element in units of its squared scale."""
         units = np.square(self.scale[where].astype(np.float64))
         return float((self.found[where] / units).mean() / (self.exact[where] / units).mean())
 
 
 def scales(count: int, decades: float) -> np.ndarray:
-    """Scales of gradients, mixed within each block."""
+    """Scales of gradients that differ within each block."""
     return (10 ** np.random.default_rng(1).uniform(-decades, 0, count)).astype(F32)
 
 
 @pytest.mark.parametrize(("name", "beta2"), SPREAD)
 def test_second_moments_are_right_on_average_and_do_not_wander(name, beta2):
-    decades = 1.5 if name == "mx4" else 4  # mx4 reaches down to 1/128 of a block's largest root
+    decades = 1.5 if name == "mx4" else 4  # mx4 represents roots down to 1/128 of the block maximum
     seconds = Seconds(name, beta2, scales(COUNT[beta2], decades), seed=2)
     ratios: dict[float, list[float]] = {}
     steps = round(3 / (1 - beta2))
@@ -94,14 +94,17 @@ def test_roots_of_mx4_are_finer_where_a_block_is_even(beta2):
     seconds = Seconds("mx4", beta2, scales(COUNT[beta2], 0.5), seed=2)
     for _ in range(round(3 / (1 - beta2))):
         seconds.step()
-    assert (seconds.stored[0][1] >= 132).mean() >= 0.9  # the share of blocks in E2M2
+    assert (seconds.stored[0][1] >= 132).mean() >= 0.9  # share of blocks with E2M2 codes
     assert 0.97 <= seconds.ratio(seconds.scale > 0) <= 1.12
     assert np.std(np.log(seconds.found / seconds.exact) / 2) <= 0.23
 
 
 @pytest.mark.parametrize(("name", "beta2"), SPREAD)
 def test_second_moments_follow_and_neighbours_stay(name, beta2):
-    """Whole blocks change, up or down by ten; in others only every second element does."""
+    """Two groups of blocks change by a factor of 10 up or down.
+
+    In two others only every second element does.
+    """
     group = COUNT[beta2] // 4
     seconds = Seconds(name, beta2, scales(4 * group, 0.5), seed=3)
     for _ in range(round(1 / (1 - beta2))):
@@ -124,19 +127,19 @@ def test_second_moments_follow_and_neighbours_stay(name, beta2):
         assert lag["found", way] <= LAG[name][way]
         if name != "mx4":
             assert abs(lag["found", way] - lag["exact", way]) <= 0.15
-            # Neither what changed beside others nor what did not.
+            # Both the changed and the unchanged elements of mixed blocks.
             for part in (kept, ~kept):
                 assert abs(np.sqrt(seconds.ratio(part & (which == 2 + way))) - 1) <= 0.05
 
 
 # --- the first moment --------------------------------------------------------------------------
 
-# beta: bias over the mean, and rms error over the rms of the exact average, of mx8.
+# beta -> limits for mx8: bias over the mean, and RMS error over the RMS of the exact average.
 FIRST = {0.9: (0.01, 0.11), 0.99: (0.02, 0.32)}
 
 
 class Firsts:
-    """m of one format, exact and as stored."""
+    """First moments, exact and in one format."""
 
     def __init__(self, name: str, beta: float, count: int, seed: int) -> None:
         self.name, self.beta, self.count, self.seed = name, beta, count, seed
@@ -159,7 +162,7 @@ class Firsts:
 @pytest.mark.parametrize("noise", [0, 1])
 @pytest.mark.parametrize("name", ["bf16", "mx8"])
 def test_first_moments_are_unbiased(name, beta, noise):
-    """Steady gradients, some with noise: where rounding to nearest stops short of the mean."""
+    """Steady gradients with and without noise; rounding to nearest would stop short of the mean."""
     count, mean = 4096, scales(4096, 3)
     firsts, rng = Firsts(name, beta, count, seed=4), np.random.default_rng(4)
     bias = []
@@ -180,7 +183,7 @@ def test_first_moments_of_noise_stay_close_and_end(name, beta):
     size = np.sqrt(np.mean(np.square(firsts.exact / scale)))
     error = np.sqrt(np.mean(np.square((firsts.found - firsts.exact) / scale)))
     assert error <= FIRST[beta][1] * size
-    # In every second block one element goes on, so that the scale of the block stays.
+    # In every second block one element continues, so that the scale of the block stays.
     going = np.arange(count) % 64 == 0
     for _ in range(round(20 / (1 - beta))):
         firsts.step(np.where(going, scale * rng.standard_normal(count, F32), F32(0)))
@@ -217,7 +220,7 @@ def test_steady_elements_beside_a_noisy_one_take_the_right_steps(name, betas):
     means = sums[0] / sums[1]
     assert largest <= 1.7
     if name == "mx4":
-        # Below 1/128 of the block's largest root, v is held at that: small steps, not large ones.
+        # Below 1/128 of the block's largest root, v is clamped there, which makes steps smaller.
         assert ((means > 0) & (means < 1)).all()
     else:
         assert np.abs(means - 1).max() <= 0.03
@@ -226,7 +229,7 @@ def test_steady_elements_beside_a_noisy_one_take_the_right_steps(name, betas):
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("betas", ADAM_BETAS)
 def test_elements_whose_gradient_is_mostly_zero_take_no_leaps(name, betas):
-    """As a rare token's row of an embedding. One element of each block is busy."""
+    """Gradients like those of a rare token's embedding row. One element per block is never zero."""
     blocks = 48
     coded, exact = both(name, 32 * blocks, betas)
     rng = np.random.default_rng(7)
@@ -245,12 +248,12 @@ def test_elements_whose_gradient_is_mostly_zero_take_no_leaps(name, betas):
 
 
 def adversaries(count: int):
-    """Gradients that make Adam's steps large: growing as fast as it can follow, and bursts."""
+    """Gradients that make Adam's steps large: growth as fast as Adam can follow, and bursts."""
     rng = np.random.default_rng(8)
     ones = np.ones(count, F32)
     for growth in (1.04, 1.11):
         yield f"growth {growth}", [F32(growth**i) * ones for i in range(80)]
-    scale = (10 ** rng.uniform(-2, 0, count)).astype(F32)  # the neighbours are not equal
+    scale = (10 ** rng.uniform(-2, 0, count)).astype(F32)  # so that neighbours differ
     yield "mixed growth", [F32(1.07**i) * scale for i in range(80)]
     yield "heavy tails", [rng.standard_cauchy(count).astype(F32) for _ in range(200)]
     yield "bursts", [ones * F32(1000 if i % 50 > 42 else 0.1) for i in range(150)]
@@ -259,13 +262,16 @@ def adversaries(count: int):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99), (0.9, 0.95), (0.95, 0.999)])
 @pytest.mark.parametrize("name", ["mx8", "mx4"])
 def test_no_gradients_make_a_step_without_bound(name, betas):
-    """An exact step is at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) by Cauchy and Schwarz,
-    below 7.3 here. mx4 holds |m| to 7 sqrt(v), so that its steps are bounded as well."""
+    """Steps of mx8 are at most twice the largest exact step, and steps of mx4 are at most 8.
+
+    By the Cauchy-Schwarz inequality an exact step is at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 /
+    b2)), below 7.3 here. mx4 clamps |m| to 7 sqrt(v).
+    """
     count, (beta1, beta2) = 32 * 64, betas
     exact = (1 - beta1) / np.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
     for label, grads in adversaries(count):
         coded = Moments(name, count, betas)
-        coded.steps = 20_000  # bias corrections are 1
+        coded.steps = 20_000  # so that bias corrections are 1
         coded.put(np.zeros(count, F32), np.ones(count, F32))
         largest = max(np.abs(coded.add(grad)).max() for grad in grads)
         assert largest <= (8 if name == "mx4" else 2 * exact), label
@@ -294,7 +300,7 @@ def test_momentum_of_tiny_and_of_huge_gradients_survives(name, size):
 
 @pytest.mark.parametrize("name", ["bf16", "mx8", "mx4"])
 def test_a_sum_that_only_grows_keeps_growing(name):
-    """Adagrad: each gradient is a smaller part of the sum than the one before."""
+    """In Adagrad each gradient is a smaller part of the sum than the previous one."""
     count = 32 * 32
     rule = RULES["adagrad"]
     scale = scales(count, 1)
@@ -308,5 +314,5 @@ def test_a_sum_that_only_grows_keeps_growing(name):
         random = random_bits(step, count, slots=1)
         stored = encode(name, [values], rule.kinds, random)
     root = np.sqrt(decode(name, stored, rule.kinds, count)[0] / exact).mean()
-    # mx4: what is added to a root is g^2 / (2 root), more on average where the root has noise.
+    # mx4 adds g^2 / (2 root) to a root, which is more on average if the root has noise.
     assert 0.97 <= root <= (1.06 if name == "mx4" else 1.03)

@@ -1,4 +1,4 @@
-"""How weights of 16 bits keep their precision: the codes, exactness, and what training gains."""
+"""Weight formats for 16-bit weights: their codes, their exactness, and training results."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ ADAMW |= {"decoupled_weight_decay": True, "amsgrad": False, "maximize": False, "
 
 
 def encode(name, values, random=0, dtype=BF16):
-    """(weight, companion) of fp32 values; random: 16 bits an element, or one number for all."""
+    """The weight and companion of fp32 values.
+
+    Args:
+        random: 16 bits per element, or one number for all elements.
+    """
     random = np.broadcast_to(np.asarray(random, np.uint32), np.shape(values)).copy()
     return encode_weight(WEIGHT_FORMATS[name], dtype, values, random)
 
 
 def decode(name, weight, companion=None, dtype=BF16):
-    """The fp32 values behind :func:`encode`."""
+    """The fp32 values of a weight and companion that :func:`encode` returned."""
     return decode_weight(WEIGHT_FORMATS[name], dtype, weight, companion)
 
 
 def every_exponent(count):
-    """Bit patterns of all kinds but NaN: both signs, denormals, zeros, infinities, ties."""
+    """Values of every kind except NaN: both signs, denormals, zeros, infinities, ties."""
     bits = np.random.default_rng(1).integers(0, 1 << 32, count, dtype=np.uint32)
-    bits[::8] &= np.uint32(0xFFFF8000)  # a tie, or a value of bf16
+    bits[::8] &= np.uint32(0xFFFF8000)  # a tie, or exact in bf16
     bits[1::16] &= np.uint32(0x807FFFFF)  # denormals
     bits[:4] = 0, 0x80000000, 0x7F800000, 0xFF800000
     values = bits.view(F32)
@@ -60,7 +64,7 @@ def test_split8_keeps_24_bits_and_is_right_on_average():
         assert (found % 256 == 0).all()
         assert (np.abs(found - bits) < 256).all()
         assert (found[bits % 256 == 0] == bits[bits % 256 == 0]).all()
-        # The weight alone is the nearest bf16 of what is kept, ties away from zero.
+        # The bf16 weight is the stored value rounded to nearest, with ties away from zero.
         np.testing.assert_array_equal(weight, encode("master", found.astype("u4").view(F32))[0])
     for value in F32([1.2345678, -3e-7, 1e-44, 0, 2 - 2**-20]):
         found = decode("split8", *encode("split8", np.full(1 << 16, value), ALL_RANDOM))
@@ -100,7 +104,11 @@ def test_kahan_keeps_twice_the_bits():
 
 
 def train(name, target, steps, lr, noise, seed=4):
-    """AdamW towards target, weights at rest in a format: (weights, fp32 behind them), by step."""
+    """Trains weights in a format with AdamW towards a target.
+
+    Returns:
+        For each step, the stored weights and their fp32 values.
+    """
     rng, rule, count = np.random.default_rng(seed), RULES["adam"], len(target)
     start = target + F32(0.1) * rng.standard_normal(count, F32)
     stored = encode(name, start)
@@ -108,7 +116,7 @@ def train(name, target, steps, lr, noise, seed=4):
     history = []
     for step in range(1, steps + 1):
         param = decode(name, *stored)
-        # What the model computes with is the bf16 weight, not what is kept beside it.
+        # The model computes with the bf16 weight, without its companion.
         shown = decode("native", stored[0])
         grad = shown - target + F32(noise) * rng.standard_normal(count, F32)
         group = ADAMW | {"lr": lr * (1 - step / (steps + 1)), "weight_decay": 0}
@@ -130,9 +138,9 @@ def test_split16_is_bit_equal_to_master_over_1000_steps():
         np.testing.assert_array_equal(value.view(np.uint32), master.view(np.uint32))
 
 
-# How many times nearer to the target than native's, the weight that the model sees. Steps are a
-# tenth of bf16's spacing here, so that none survives rounding to nearest. All others end where that
-# spacing lets them: no weight of 16 bits is nearer than 1 / sqrt(12) of it.
+# The factor by which the 16-bit weight is closer to the target than with native. Steps are a tenth
+# of bf16's spacing, so rounding to nearest discards all of them. The other formats stop at the
+# spacing: the RMS distance of a 16-bit weight is at least 1 / sqrt(12) of it.
 GAIN = {"stochastic": 15, "split8": 30, "kahan": 30, "split16": 30, "master": 30}
 
 
@@ -145,5 +153,5 @@ def test_weights_move_where_native_stalls(name):
         return float(np.sqrt(np.mean(np.square(shown - target, dtype=np.float64))))
 
     native, found = distance("native"), distance(name)
-    assert native >= 0.05  # of the 0.1 that it starts with: it stalls
+    assert native >= 0.05  # native stalls: the distance starts at 0.1
     assert found * GAIN[name] <= native

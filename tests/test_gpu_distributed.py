@@ -39,7 +39,7 @@ each_format = pytest.mark.parametrize(("dtype", "options"), FORMATS.values(), id
 
 @pytest.fixture
 def target(device, backend, monkeypatch):
-    """Device and backend, with a process group of this process alone."""
+    """The device and the backend, with a process group of only this process."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "lo")
     options = {}
@@ -76,14 +76,16 @@ def backward(net, step):
 
 
 def options_of(target, options):
-    """The backend is named, except where onepass chooses one that averages."""
+    """Names the backend, except with averages: onepass must choose one that supports them."""
     backend = None if "ema_decay" in options else target[1]
     return {"lr": 0.02, "weight_decay": 0.1, "backend": backend, **options}
 
 
 def assert_same_shards(ours, theirs, passed_over=lambda p: False):
-    """The weights and states of two optimizers, of shards or of whole parameters, are the same
-    bits; but for parameters that are passed over."""
+    """Asserts that the weights and states of two optimizers are equal bit by bit.
+
+    Parameters may be shards or whole. Those for which passed_over returns True are skipped.
+    """
     pairs = zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True)
     for i, (p, q) in enumerate(pairs):
         if passed_over(p):
@@ -146,7 +148,7 @@ def test_a_run_goes_on_from_a_distributed_checkpoint(target, dtype, options, tmp
     train(net, optimizer, range(3, 5))
 
     other, resumed = made()
-    train(other, resumed, range(7, 8))  # states to load into, and weights to replace
+    train(other, resumed, range(7, 8))  # makes states to load into, and weights to replace
     found = get_state_dict(other, resumed)
     state = dict(zip(("model", "optimizer"), found, strict=True))
     dcp.load(state, checkpoint_id=tmp_path)
@@ -155,8 +157,8 @@ def test_a_run_goes_on_from_a_distributed_checkpoint(target, dtype, options, tmp
     )
     assert {float(s["step"]) for s in resumed.state.values()} == {3.0}
     train(other, resumed, range(3, 5))
-    # The codes of biases and norms are saved as fp32 values, and may be others when they are
-    # encoded again: docs/zero.md. The rows of the matrices are whole blocks.
+    # Codes of biases and norms are saved as fp32 values, and may change when they are encoded again
+    # (docs/zero.md). The rows of matrices are whole blocks.
     blocks = options.get("states") == "mx8"
     assert_same_shards(resumed, optimizer, passed_over=lambda p: blocks and p.dim() == 1)
     for p, q in zip(net.parameters(), other.parameters(), strict=True):

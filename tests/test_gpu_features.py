@@ -1,4 +1,4 @@
-"""Averages, telemetry, released gradients, paging, loss scalers and streams, on each device."""
+"""Averages, telemetry, gradient release, paging, loss scalers and streams, on each device."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def loss_of(net, step):
 @each_device
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
 def test_averages_of_weights(device, dtype, options):
-    """onepass chooses a backend that averages. The averages have the reference's bits, and the
-    weights return after averaged_weights()."""
+    """Averages have the bits of the reference, and averaged_weights() restores the weights.
+
+    onepass chooses a backend that supports averages.
+    """
     pair = Pair(device, None, dtype=dtype, ema_decay=0.9, **options)
     for step in range(3):
         pair.step(step)
@@ -62,7 +64,7 @@ def test_averages_of_weights(device, dtype, options):
 @pytest.mark.parametrize("skipped", [False, True], ids=["", "skipped"])
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
 def test_telemetry(device, dtype, options, skipped):
-    """The weights have the reference's bits. Norms differ in the rounding of their sums alone."""
+    """Weights have the bits of the reference; norms differ only by the rounding of their sums."""
     pair = Pair(device, None, dtype=dtype, telemetry=True, skip_nonfinite=True, **options)
     for step in range(3):
         pair.set_grads(step)
@@ -86,15 +88,18 @@ def test_telemetry(device, dtype, options, skipped):
     pair.assert_same()
 
 
-# --- released gradients ----------------------------------------------------------------------
+# --- gradient release ---
 
 
 def released(device, backend, cls=onepass.AdamW, dtype=torch.float32, previous=False, **options):
-    """A network whose gradients are released, its pair, and the list that each backward pass
-    fills with copies of the gradients."""
+    """A network with gradient release, its Pair, and the gradients.
+
+    Returns:
+        (net, pair, grads). Each backward pass fills grads with a copy of every gradient.
+    """
     net = network(device, dtype)
     pair = Pair(device, backend, params=net.parameters(), cls=cls, **options)
-    # The optimizer must have the parameters of the network themselves.
+    # The optimizer must have the network's own parameters.
     assert pair.params[0] is net[0].weight
     grads = {}
     for p in pair.params:
@@ -155,8 +160,10 @@ def test_released_gradients_are_clipped_by_the_norm_of_the_step_before(device, b
 @each_target
 @pytest.mark.parametrize("budget", [0, 1 << 17])
 def test_paged_states_while_torchs_allocator_runs_out_of_memory(device, backend, budget):
-    """Gradients are freed and their memory is overwritten while pages are still on their way; torch
-    gives memory back to the driver when it reaches its limit."""
+    """The memory of gradients is freed and overwritten while pages are still being copied.
+
+    At its limit, torch returns cached memory to the driver.
+    """
     gpu = device == "cuda"
     net = network(device, width=1024 if gpu else 256)
     paging = {"paged": Paging(budget, page_bytes=1 << 16)}
@@ -176,8 +183,8 @@ def test_paged_states_while_torchs_allocator_runs_out_of_memory(device, backend,
             pair.ours.step()
             pair.ours.zero_grad()
             garbage = [torch.full_like(p, math.nan) for p in pair.params]
-            # Three blocks that are larger than the limit together, each too large for the memory
-            # of those before.
+            # Three blocks that together exceed the limit. No block fits into the memory of the
+            # previous ones.
             for size in (300, 350, 400) if gpu else (1, 2, 3):
                 numel = (size << 18) + step * (1 << 22 if gpu else 0)
                 garbage = torch.full((numel,), math.nan, device=device)
@@ -201,7 +208,7 @@ def test_paged_states_while_torchs_allocator_runs_out_of_memory(device, backend,
 @pytest.mark.parametrize("kind", ["torch", "torch-fused", "onepass"])
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
 def test_a_step_that_a_loss_scaler_skips_changes_nothing(device, backend, kind, dtype, options):
-    """The other steps have the bits of steps without a scaler: scales are powers of two."""
+    """The other steps have the bits of steps without a scaler, because scales are powers of two."""
     if kind != "onepass" and dtype == BF16:
         pytest.skip("torch's scaler has no CUDA kernel for gradients in bf16")
     ours = {"fused": True} if kind == "torch-fused" else {}
@@ -235,7 +242,7 @@ def test_a_loss_scaler_around_a_backward_pass_in_fp16(device, backend, kind):
     ours = {"fused": True} if kind == "torch-fused" else {}
     pair = Pair(device, backend, params=net.parameters(), ours=ours, states="mx8")
     library = onepass if kind == "onepass" else torch.amp
-    # The first scale overflows in fp16.
+    # The initial scale overflows in fp16.
     scaler = library.GradScaler(device, init_scale=2.0**18)
     taken = 0
     for step in range(16):
@@ -261,7 +268,7 @@ def test_a_loss_scaler_around_a_backward_pass_in_fp16(device, backend, kind):
 @pytest.mark.parametrize("paged", [False, True], ids=["", "paged"])
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
 def test_a_backward_pass_on_another_stream(device, backend, dtype, options, paged):
-    """The step is on the current stream, which waits for the one of the backward pass."""
+    """The step runs on the current stream, which waits for the stream of the backward pass."""
     net = network(device, dtype)
     pair = Pair(device, backend, params=net.parameters(), ours={"paged": paged}, **options)
     side, on_side = stream_of(device)
@@ -282,6 +289,6 @@ def test_a_backward_pass_on_another_stream(device, backend, dtype, options, page
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
 def test_a_gpu_serves_both_of_its_backends(device):
-    """The tests of this file that name a backend would otherwise be skipped unseen."""
+    """Otherwise the tests of this file that name a backend would be skipped without notice."""
     for name in ("cuda", "triton"):
         assert BACKENDS[name].unavailable(torch.device(device)) == ""

@@ -1,4 +1,4 @@
-"""Rows of zero gradients, as those of an embedding, on each device."""
+"""Embeddings whose gradients have zero rows, on each device."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ ROWS = [
 @pytest.mark.parametrize("cls", [onepass.AdamW, onepass.Lion], ids=["adamw", "lion"])
 @pytest.mark.parametrize(("dtype", "options"), ROWS, ids=["fp32", "mx8-split8", "mx4-stochastic"])
 def test_an_embedding_whose_rows_mostly_have_no_gradient(device, backend, dtype, options, cls):
-    """Seven rows of eight are zeros. Rows of two eighths have a gradient in every other step: their
-    states decay and come back. The others never have one."""
+    """Seven of eight rows of the gradient are zero in each step.
+
+    Rows of two eighths have a gradient in every second step, so their states decay in between. The
+    other rows never have a gradient.
+    """
     pair = Pair(device, backend, dtype=dtype, shapes=[(512, 64)], cls=cls, **options)
     for step in range(4):
         pair.set_grads(step)
@@ -38,7 +41,7 @@ def test_an_embedding_whose_rows_mostly_have_no_gradient(device, backend, dtype,
 
 @each_target
 def test_an_embedding_with_all_its_gradients_zero(device, backend):
-    """From the first step on: blocks of zeros have a scale too."""
+    """All gradients are zero from the first step on; blocks of zeros need a valid scale too."""
     for dtype, options in ROWS:
         pair = Pair(device, backend, dtype=dtype, shapes=[(512, 64)], **options)
         for _ in range(3):

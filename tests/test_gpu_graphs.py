@@ -35,7 +35,7 @@ COMPILERS = {
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_a_compiled_step(device, backend, compiler, options):
-    """Without a graph break. An option that changes later counts; zeroed gradients are zero."""
+    """Has no graph break, reads an option that changes later, and zeroes gradients if asked."""
     net = network(device)
     pair = Pair(device, backend, params=net.parameters(), **options)
     step = torch.compile(pair.ours.step, fullgraph=True, **COMPILERS[compiler])
@@ -58,7 +58,7 @@ def test_a_compiled_step(device, backend, compiler, options):
 @pytest.mark.parametrize("options", [{}, {"states": "mx8"}], ids=["fp32", "mx8"])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_training_step(device, backend, compiler, options):
-    """Forward and backward pass as well; the reference steps with the gradients that they left."""
+    """Compiles the forward and backward pass as well; the reference takes the same gradients."""
     if (device, compiler) == ("cpu", "inductor"):
         pytest.skip("compiling C++ takes half a minute")
     net = network(device)
@@ -81,7 +81,7 @@ def test_a_compiled_training_step(device, backend, compiler, options):
 @each_target
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_gradients_that_the_graph_itself_computes(device, backend, compiler):
-    """What the graph reads after the step are the weights that the step wrote."""
+    """After the step, the graph reads the weights that the step wrote."""
     net = network(device)
     pair = Pair(device, backend, params=net.parameters())
     loss_of(net, 0).backward()
@@ -107,7 +107,7 @@ def test_gradients_that_the_graph_itself_computes(device, backend, compiler):
 
 
 def warmed_up(device, run):
-    """Runs twice on a side stream, as torch asks for before a backward pass is captured."""
+    """Runs twice on a side stream, as torch requires before a backward pass is captured."""
     side, on_side = stream_of(device)
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
@@ -122,10 +122,10 @@ def warmed_up(device, run):
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "made"])
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
 def test_a_captured_training_step(device, backend, dtype, options, kept):
-    """Forward pass, backward pass and step in one graph, with a learning rate that changes, and a
-    step that is skipped, against the reference with the gradients that each replay left.
+    """Captures forward pass, backward pass and step; each replay is compared with the reference.
 
-    Gradients are kept from the steps before the capture and zeroed in the graph, or made in it.
+    The learning rate changes, and one step is skipped. Gradients are either kept from the steps
+    before the capture and zeroed in the graph, or made in the graph.
     """
     net = network(device, dtype)
     x = torch.zeros(5, 8, device=device, dtype=dtype)
@@ -168,7 +168,7 @@ def test_a_captured_training_step(device, backend, dtype, options, kept):
     assert int(pair.ours.skipped_steps) == int(pair.reference.skipped_steps) == 1
     assert {float(state["step"]) for state in pair.ours.state.values()} == {6.0}
     if device == "cuda":
-        # An eager step after the graph's, and a replay after that.
+        # An eager step after replays, and a replay after the eager step.
         gradients = [p.grad for p in pair.params]
         pair.ours.zero_grad()
         eager()
@@ -183,7 +183,7 @@ def test_a_captured_training_step(device, backend, dtype, options, kept):
 @each_target
 @pytest.mark.parametrize("zeroes", [False, True], ids=["", "zero"])
 def test_a_captured_step_with_a_loss_scale_and_a_flag(device, backend, zeroes):
-    """The scale and the flag are read at every replay. A skipped step zeroes gradients as well."""
+    """Every replay reads the scale and the flag. A skipped step zeroes gradients as well."""
     pair = Pair(device, backend, zero_grads=zeroes, states="mx8")
     both = (pair.ours, device), (pair.reference, "cpu")
     for optimizer, where in both:

@@ -1,4 +1,7 @@
-"""What a step takes as a gradient: everything that torch lets be one, or an error that names it."""
+"""Gradients that a step accepts, and errors that name the ones that it refuses.
+
+A step accepts every readable dense tensor that torch allows as a gradient.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ def randn(*shape):
 
 
 class Plain(torch.Tensor):
-    """A subclass without operations of its own."""
+    """A subclass that overrides nothing."""
 
 
 class Doubled(torch.Tensor):
-    """A subclass that stands for twice what is in its memory, by __torch_function__."""
+    """A subclass whose __torch_function__ makes its values twice those in memory."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -41,7 +44,7 @@ class Doubled(torch.Tensor):
 
 
 class Wrapper(torch.Tensor):
-    """A subclass without memory that computes with another tensor."""
+    """A subclass without memory that forwards operations to another tensor."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -56,7 +59,7 @@ class Wrapper(torch.Tensor):
 
 
 class Closed(Wrapper):
-    """A wrapper that cannot be read."""
+    """A wrapper whose values cannot be read."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -67,7 +70,7 @@ def expanded(value):
     return value[:, :1].expand(value.shape)
 
 
-# Gradient of a value, and the plain tensor that it stands for.
+# (the gradient made from a value, the plain tensor with the same values).
 READABLE = {
     "subclass": (lambda v: v.as_subclass(Plain), lambda v: v),
     "parameter": (torch.nn.Parameter, lambda v: v),
@@ -88,7 +91,7 @@ READABLE = {
 @pytest.mark.parametrize("zero_grads", [False, True])
 @pytest.mark.parametrize(("make", "meant"), READABLE.values(), ids=READABLE)
 def test_gradients_count_with_the_values_that_they_stand_for(backend, make, meant, zero_grads):
-    """As the first gradient, as a later one, and ordinary ones between."""
+    """Tests such a gradient in the first, third and fourth step, and a plain one in the second."""
     made = []
     for own in (make, meant):
         params = [torch.nn.Parameter(randn(4, 4)) for _ in range(3)]
@@ -233,7 +236,7 @@ def test_a_parameter_that_is_a_wrapper_is_refused(backend):
 
 
 def test_pending_collectives_and_dtensors(backend, tmp_path):
-    """A pending result is waited for; a DTensor on a plain parameter, and the reverse, is named."""
+    """A step waits for a pending collective; a DTensor and a plain tensor must not be mixed."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -272,7 +275,7 @@ def test_pending_collectives_and_dtensors(backend, tmp_path):
         dist.destroy_process_group()
 
 
-# --- memory that gradients share ---------------------------------------------------------------
+# --- gradients and parameters that share memory ---
 
 
 @pytest.mark.parametrize("zero_grads", [False, True])

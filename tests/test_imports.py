@@ -1,4 +1,4 @@
-"""What importing the package loads, and which of its parts import which."""
+"""The modules that importing the package loads, and the layers of its packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import onepass
 PACKAGE = Path(onepass.__file__).parent
 PYTHON = Path(__file__).parents[1] / "python"
 
-# --- which file imports which --------------------------------------------------------------------
+# --- layers ---
 
 ROWS = {
     "onepass.rules": 1,
@@ -31,17 +31,20 @@ ROWS = {
     "onepass.integrations": 5,
     "onepass_tools": 6,
 }
-"""A file imports only from its own row and from rows below. Other modules of onepass are row 1."""
+"""Package -> layer.
+
+A file imports only from its own and lower layers; other modules are layer 1.
+"""
 
 APART = ({"onepass.paging", "onepass.distributed"},)
-"""Packages of one row that do not import each other."""
+"""Packages of one layer that must not import each other."""
 
 EXEMPT = {"onepass", "onepass.__main__"}
-"""Names that are imported when they are first used, and the entry of the command."""
+"""Modules with lazy imports, and the entry point of the command."""
 
 
 def modules():
-    """Module name -> file, of both packages."""
+    """Module name -> file, for both packages."""
     found = {}
     for name in ("onepass", "onepass_tools"):
         for path in sorted((PYTHON / name).rglob("*.py")):
@@ -52,7 +55,7 @@ def modules():
 
 
 def targets(node, module, path):
-    """The names of modules, or of names in modules, that an import statement is about."""
+    """Full names of the modules, or names in modules, that an import statement imports."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -66,7 +69,7 @@ def targets(node, module, path):
 
 
 def imports(module, path, known):
-    """The files that a file imports: anywhere in it, for type checkers too."""
+    """The modules that a file imports anywhere, including imports for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         for name in targets(node, module, path):
@@ -76,7 +79,7 @@ def imports(module, path, known):
 
 
 def package_of(module):
-    """The row's name of a module."""
+    """The key in ROWS of a module's package."""
     parts = module.split(".")
     return parts[0] if parts[0] == "onepass_tools" else ".".join(parts[:2])
 
@@ -123,11 +126,11 @@ def test_no_file_imports_from_a_row_above(graph):
 
 def test_no_two_files_import_each_other_on_any_way(graph):
     above = {name: set(found) for name, found in graph.items() if name not in EXEMPT}
-    # Files that import nothing that is left cannot be in a circle.
+    # A file that imports none of the remaining files is not part of a cycle.
     while leaves := [name for name, found in above.items() if not found & above.keys()]:
         for name in leaves:
             del above[name]
-    # Likewise files that nothing left imports.
+    # Neither is a file that none of the remaining files imports.
     while roots := above.keys() - set().union(*above.values()):
         for name in roots:
             del above[name]
@@ -145,7 +148,7 @@ def test_only_the_command_imports_the_tools():
     assert found == {"onepass.__main__"}
 
 
-# --- what importing loads ------------------------------------------------------------------------
+# --- loaded modules ---
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "bench --help", "memory --help"])
@@ -165,7 +168,7 @@ def test_names_are_there_when_they_are_used():
     assert {*onepass.__all__, "__version__"} <= {*dir(onepass)}
     for name in onepass.__all__:
         value = getattr(onepass, name)
-        assert name in vars(onepass)  # the second use finds it at once
+        assert name in vars(onepass)  # found without __getattr__ from now on
         if isinstance(value, type):
             assert pickle.loads(pickle.dumps(value)) is value
     namespace = {}

@@ -1,4 +1,4 @@
-"""The rungs of the kernel ladders come to the same weights. No time."""
+"""All rungs of the kernel ladders compute the same weights. Times are not tested."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ def test_rungs_of_the_gpu_in_the_interpreter():
 
 
 def test_rungs_of_the_gpu_move_what_they_say():
-    """The PTX for a GPU that need not be here; in a process of its own, not interpreting."""
+    """Counts instructions in PTX for sm_90.
+
+    A new process is used because the interpreter is on here.
+    """
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE]

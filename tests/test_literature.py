@@ -1,8 +1,9 @@
-"""Where the textbooks' momentum and Nesterov equal ours, and where they do not.
+"""Where momentum and Nesterov momentum of onepass equal the textbook formulas, and where not.
 
 Textbook momentum: v = gamma v + lr g(theta); theta = theta - v.
 Textbook Nesterov: v = gamma v + lr g(theta - gamma v); theta = theta - v.
-Ours, as torch.optim: buf = gamma buf + g(theta); theta = theta - lr buf (or lr (g + gamma buf)).
+onepass and torch.optim: buf = gamma buf + g(theta); theta = theta - lr buf, or theta - lr (g +
+gamma buf) with Nesterov momentum.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def textbook_momentum(lrs):
 
 
 def textbook_nesterov(lrs):
-    """Returns the points theta and the points theta - gamma v at which the gradient is taken."""
+    """The points theta, and the points theta - gamma v at which the gradient is taken."""
     theta, v, path, ahead = START.clone(), torch.zeros(2), [], []
     for lr in lrs:
         v = GAMMA * v + lr * gradient(theta - GAMMA * v)
@@ -65,7 +66,7 @@ def test_momentum_is_the_textbooks_while_lr_is_constant():
 
 
 def test_momentum_differs_once_lr_changes():
-    """The textbook's v still carries the old lr; ours scales the whole buffer by the new one."""
+    """The textbook's v contains the old lr; onepass multiplies the buffer by the new lr."""
     path, _ = ours(HALVED)
     expected, _ = textbook_momentum(HALVED)
     torch.testing.assert_close(path[:10], expected[:10], rtol=1e-4, atol=1e-5)
@@ -73,12 +74,12 @@ def test_momentum_differs_once_lr_changes():
 
 
 def test_nesterov_holds_the_point_ahead_while_lr_is_constant():
-    """Our weight is the textbook's theta - gamma v: a change of variable, the same sequence."""
+    """The weight is the textbook's theta - gamma v, so the sequence is that of theta - gamma v."""
     path, _ = ours(CONSTANT, nesterov=True)
     theta, ahead = textbook_nesterov(CONSTANT)
     torch.testing.assert_close(path, ahead, rtol=1e-4, atol=1e-5)
     assert (path - theta).abs().max() > 0.05
-    # Both end in the same place: v goes to zero with the gradient.
+    # Both converge to the same point, because v goes to zero with the gradient.
     assert (path[-1] - theta[-1]).norm() < 0.2 * theta[0].norm()
 
 

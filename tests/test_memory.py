@@ -1,4 +1,4 @@
-"""onepass.memory: predictions against real steps, for every rule and format."""
+"""onepass.memory: predictions compared with real steps, for every rule and format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .cases import CASES, EVERY_FORMAT, last_variant
 
 BIG = 1 << 16
 SHAPES = [(BIG + 3,), (256, 300), (), (0,), (33,), (1023,), (7, 5, 3)]
-"""Beside large tensors, some that share an arena's storage, of sizes that no block divides."""
+"""Large tensors, and small ones that the state allocator joins, with incomplete blocks."""
 
 
 def meta(dtype, shapes=SHAPES):
@@ -45,7 +45,7 @@ def test_every_rule_and_format_takes_what_is_predicted(case, states, weights, dt
     report = MemoryReport(case.name, 1, predicted=predict(make(params)))
     report.measured, _ = measure(make, params)
     assert_close(report)
-    # What is held is right to the byte; all that a step makes beside it are small tables.
+    # Predicted states are exact to the byte; a step also allocates small tables.
     assert report.predicted.held == report.measured.held
     assert report.predicted.temporary == 0
     assert report.measured.temporary < 2000
@@ -81,7 +81,7 @@ def test_gradients_of_another_dtype_and_frozen_parameters():
     assert report.predicted.held == report.measured.held
 
 
-# Tensors large enough that the counters of steps, 4 bytes each, do not show.
+# Tensors so large that the step counters, 4 bytes each, are negligible.
 PEERS = {
     "adamw-foreach": (lambda p: torch.optim.AdamW(p, foreach=True), 1.0),
     "adamw-loop": (lambda p: torch.optim.AdamW(p, foreach=False), None),
@@ -106,7 +106,7 @@ def test_simulated_steps_of_torch_take_what_real_ones_do(name, dtype):
 
 
 def test_torch_foreach_has_a_copy_of_the_list_and_ours_has_none():
-    """By the process's own peak, which no allocator of torch could hide anything from."""
+    """Measures the peak of the process, which includes memory outside of torch's allocators."""
     found = {}
     for name, make in (
         ("torch", lambda p: torch.optim.AdamW(p, foreach=True)),
@@ -124,7 +124,7 @@ def test_torch_foreach_has_a_copy_of_the_list_and_ours_has_none():
 
 
 def test_a_new_average_takes_no_tensor_beside_it():
-    """Until the states are all there, too: the last parameter may be the largest."""
+    """Also while the states are being made: the last parameter may be the largest."""
 
     def make(params):
         return onepass.AdamW(params, states="mx8", ema_decay=0.9)

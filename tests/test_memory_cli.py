@@ -1,4 +1,4 @@
-"""`onepass memory`: what it prints, writes and refuses, and its exit codes."""
+"""`onepass memory`: its output, files, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_a_table(capsys):
     out = call(capsys, *SMALL, "--optimizers", "adamw,adamw+mx8+split8,lion8bit,sgd").out
     assert out.startswith("bert-base: 109,482,240 parameters in bfloat16\n")
     rows = {line.split()[0]: line for line in out.splitlines() if line}
-    assert "12.00" in rows["adamw"]  # bytes a parameter: 2 + 2 + 8
+    assert "12.00" in rows["adamw"]  # bytes per parameter: 2 + 2 + 8
     assert "7.06" in rows["adamw+mx8+split8"]
     assert "master/split" in rows["optimizer"]
-    assert "EMA" not in rows["optimizer"]  # of nothing but zeros
+    assert "EMA" not in rows["optimizer"]  # columns of zeros are left out
     assert "activations" in out
 
 
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_marked_and_what_would_is_named(capsys):
     assert "adamw does not fit; --shards 8 would" in call(capsys, *argv, "24GB").out
     zero1 = [*argv, "24GB", "--shards", "8", "--sharding", "zero1"]
     assert "adamw does not fit; --sharding fsdp2 would fit: 12." in call(capsys, *zero1).out
-    # Which holds of what it names.
+    # The configuration that the advice names does fit.
     assert "does not fit" not in call(capsys, *argv, "24GB", "--shards", "8").out
     assert "+mx4 would" in call(capsys, *argv, "50GB", "--reserve", "2GB").out
 
@@ -81,7 +81,7 @@ def test_measured_beside_predicted(capsys):
     content = json.loads(call(capsys, *argv, "--json").out)
     found = {row["name"]: row for row in content["optimizers"]}
     assert all(abs(row["difference"]) < 0.005 for row in found.values())
-    # The copy of the whole list that foreach makes, and that nobody else does.
+    # Only foreach makes a copy of the whole parameter list.
     whole = found["torch-adamw-foreach"]["measured"]["weights"]
     for name, row in found.items():
         share = 1 if name == "torch-adamw-foreach" else 0
@@ -107,7 +107,7 @@ def test_pictures(tmp_path, capsys):
     assert captured.err.count("wrote ") == 2
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
-    assert not re.search(r"https?://|<script|@import|url\(", page)  # nothing to load
+    assert not re.search(r"https?://|<script|@import|url\(", page)  # loads no other file
     assert "moments: 226 MB" in page
     assert "does not fit" in page
     assert "pagedadamw8bit" in page
@@ -216,7 +216,7 @@ def test_a_progress_bar_on_a_terminal_alone(quiet):
     try:
         while chunk := os.read(leader, 4096):
             shown += chunk
-    except OSError:  # how Linux says that the other end was closed
+    except OSError:  # Linux reports a closed pseudoterminal as an error
         pass
     os.close(leader)
     out = process.stdout.read()
@@ -268,7 +268,10 @@ def test_nothing_fits(capsys):
 
 
 def test_adapters_are_as_many_as_published():
-    """Llama 2 7B, rank 64 on every matrix: 159,907,840, as PEFT counts them; and 4.127 bits."""
+    """For Llama 2 7B with rank 64 on every matrix, PEFT counts 159,907,840 parameters.
+
+    NF4 takes 4.127 bits per value.
+    """
     adapted = lora(known("llama-2-7b"), 64)
     assert adapted.trained == 159_907_840
     assert adapted.numel == 159_907_840 + known("llama-2-7b").numel

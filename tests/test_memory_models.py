@@ -1,4 +1,4 @@
-"""Models as shapes: published numbers of parameters, configurations, factories, shards."""
+"""Models as lists of shapes: parameter counts, configurations, factories and shards."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_factories(tmp_path, monkeypatch):
         "def broken():\n"
         "    raise RuntimeError('not today')\n"
     )
-    model = find("my_model_for_memory:big")  # 400 GB, were it not on the meta device
+    model = find("my_model_for_memory:big")  # would be 400 GB if it were not on the meta device
     assert model.numel == 10**11 + 16
     assert [s.kind for s in model.shapes] == [EMBEDDING, NORM, NORM]
     for name, says in {
@@ -182,12 +182,12 @@ def test_fsdp2_cuts_rows_and_zero1_the_states():
     for part in ("weights", "gradients", "moments"):
         assert getattr(fsdp, part) == pytest.approx(getattr(whole, part) / count, rel=0.001)
     assert (zero.weights, zero.gradients) == (whole.weights, whole.gradients)
-    # Whole parameters are dealt out: the embedding's rank has no other, and more than its share.
+    # zero1 assigns whole parameters: the rank of the embedding has only that, more than 1/8.
     assert zero.moments == pytest.approx(2 * 4 * 50257 * 768, rel=0.001)
 
 
 def test_fsdp2_cuts_as_torch_does():
-    """The first rank's part: what torch.chunk gives it."""
+    """The shard of the first rank is the first part of torch.chunk."""
     for rows in (1, 7, 8, 9, 50257):
         for count in (1, 2, 3, 8, 16):
             shape = sharded([known("gpt2").shapes[0].__class__("w", (rows, 4), MATRIX)], count)[0]

@@ -1,4 +1,4 @@
-"""onepass.memory.track: a timeline by category."""
+"""onepass.memory.track: a timeline of memory by category."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_categories(make, each):
     assert most["weights"] == 4 * count
     assert most["gradients"] == 4 * count
     assert most["states"] == pytest.approx(each * count, rel=0.01)
-    # Saved: the input, the input and the output of the activation.
+    # Autograd saves the input of the model, and the input and output of the activation.
     assert 32 * (64 + 2 * 256) * 4 <= most["activations"] <= 1.5 * 32 * (64 + 2 * 256) * 4
-    # When it ends, gradients and activations have gone.
+    # At the end, gradients and activations are freed.
     left = {category: values[-1] for category, values in timeline.bytes.items()}
     assert left["gradients"] == left["activations"] == 0
     assert left["states"] == most["states"]

@@ -17,8 +17,9 @@ from .cases import DTYPES, SIZES, same_bits
 from .support.targets import on_targets
 
 CPU = torch.device("cpu")
-# Of the sum of squares, relatively, as the backends' docstrings derive them. The reference adds in
-# float64 alone, fewer than 2^20 elements here; the CUDA kernels add in float64, few in a row.
+# Relative error of the sum of squares, derived in the docstrings of the backends. The reference
+# adds fewer than 2^20 elements here, in float64. The CUDA kernels also add in float64, with few
+# additions in sequence.
 BOUNDS = {"cpu": 20 * 2**-24, "triton": 9 * 2**-24, "reference": 2.0**-33, "cuda": 1e-13}
 
 
@@ -36,7 +37,7 @@ def stateless(params):
 
 
 def prepare(backend, grads):
-    """A plan that has taken the gradients, which the caller keeps alive."""
+    """A plan that has read the gradients; the caller must keep them alive."""
     params = [torch.zeros_like(grad) for grad in grads]
     prepared = backend.prepare(stateless(params))
     assert backend.refresh(prepared, params, grads)
@@ -50,7 +51,10 @@ def norm(backend, grads):
 
 
 def exact(grads):
-    """Squares of fp32 are exact in float64, and fsum rounds once."""
+    """The sum of squares, rounded once, and the largest magnitude.
+
+    Squares of fp32 values are exact in float64.
+    """
     values = np.concatenate([g.cpu().double().reshape(-1).numpy() for g in grads])
     return math.fsum(values * values), float(np.abs(values).max(initial=0.0))
 
@@ -64,7 +68,7 @@ def close(backend, grads):
 
 
 def mixed(sizes, scale=1.0, seed=0):
-    """Every dtype in turn; fp16 holds no large or small scale."""
+    """Gradients of each dtype in turn; fp16 limits the scale to 1e-3 to 1e3."""
     generator = torch.Generator().manual_seed(seed)
     grads = []
     for i, size in enumerate(sizes):
@@ -74,7 +78,7 @@ def mixed(sizes, scale=1.0, seed=0):
     return grads
 
 
-# From denormals of fp32 to its largest number: neither squares fits fp32.
+# From denormals to the largest fp32 number; squares at both ends do not fit fp32.
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-22, 1e-3, 1.0, 1e15, 1e22, 5e37])
 @on_each
 def test_every_dtype_size_and_magnitude(target, backend, scale):
@@ -109,7 +113,7 @@ def test_no_elements_at_all(target, backend):
 @pytest.mark.parametrize("size", [1, 37, 9000])
 @on_each
 def test_elements_that_are_not_finite_are_counted(target, backend, dtype, size):
-    """Infinity is the largest magnitude, NaN is none; in a sum they are what they always are."""
+    """Infinity is the largest magnitude and NaN is ignored; sums become inf or NaN as usual."""
     inf, nan = math.inf, math.nan
     others = [torch.full((100,), -2.0), torch.full((3,), 0.5, dtype=torch.float16)]
     for value, places, squares, largest in (
@@ -186,7 +190,7 @@ def test_denormals_count_under_set_flush_denormal():
 
 
 def test_more_chunks_than_programs(monkeypatch):
-    """Programs take chunks in turn, whatever the format of the last one was."""
+    """A program takes several chunks in turn, whose dtypes may differ."""
     backend = BACKENDS["triton"]
     if why_not := backend.unavailable(CPU):
         pytest.skip(why_not)

@@ -1,4 +1,4 @@
-"""The compiled ops: schemas, fakes, and calls that would touch memory that is not theirs."""
+"""The compiled ops: schemas, fakes, and refused calls that would access invalid memory."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.onepass.sweep_.default, (params, grads, states, spec, hyper, counters)
     )
-    # A plan made from fake tensors is only a shape: the checks that compare schemas and fakes.
+    # A plan of fake tensors has only a shape, so only the checks of schemas and fakes apply.
     some = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.onepass.make_plan.default, (params, states, spec), test_utils=some[:2]
     )
-    # A plan is known by the address of its handle, and the other checks copy their arguments.
+    # The address of its handle identifies a plan, so checks that copy arguments do not apply.
     plan = torch.ops.onepass.make_plan(params, states, spec)
     assert torch.ops.onepass.refresh(plan, params, grads) == 0
     torch.library.opcheck(torch.ops.onepass.norm.default, (plan,), test_utils=some[1:2])
@@ -56,7 +56,7 @@ def test_every_op_has_a_fake():
         plan = ops.make_plan(params, states, spec)
         assert plan.shape == (1,)
         assert plan.dtype == torch.int64
-        assert ops.refresh(plan, params, grads) == 1  # they have no memory
+        assert ops.refresh(plan, params, grads) == 1  # fake tensors have no memory
         assert ops.run(plan, hyper, counters) is None
         found = ops.norm(plan)
         assert (found.shape, found.dtype) == ((3,), torch.float64)

@@ -1,4 +1,4 @@
-"""The classes as users of torch.optim use them: groups, schedulers, hooks, saving, errors."""
+"""The classes in use like torch.optim: groups, schedulers, hooks, saving and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_positional_order_and_defaults_are_torchs(case):
     assert ours == theirs
 
 
-# --- torch's machinery around an optimizer ---
+# --- features of torch.optim ---
 
 
 def test_groups_overrides_and_add_param_group():
@@ -106,7 +106,7 @@ def test_schedulers_and_a_tensor_lr(as_tensor):
             set_grads(ps, torch.float32, step)
             optimizer.step()
             scheduler.step()
-    # OneCycleLR also cycles beta1: the bias correction follows it as torch.optim's does.
+    # OneCycleLR also cycles beta1, and the bias correction follows it as in torch.optim.
     assert ours.param_groups[0]["betas"] == theirs.param_groups[0]["betas"]
     torch.testing.assert_close(params[0], twin[0], rtol=1e-5, atol=1e-5)
 
@@ -137,7 +137,7 @@ def test_autograd_notices_that_weights_changed():
 
 
 def test_a_compiled_training_step():
-    """torch.compile runs the model's part and leaves the step to us."""
+    """torch.compile compiles the model and calls the step as an op."""
 
     def losses(compiled):
         torch.manual_seed(0)
@@ -167,7 +167,7 @@ def test_nan_gradients_show_in_the_weight():
         assert param.isnan().tolist() == [False, True, False], case.name
 
 
-# --- bad input ---
+# --- invalid arguments ---
 
 NAN, INF = math.nan, math.inf
 BAD_OPTIONS = [

@@ -1,4 +1,4 @@
-"""Against float64: one step in eps of the dtype, 100 steps by the error of the update."""
+"""Errors against float64: one step in eps of the dtype, 100 steps relative to the update."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def test_the_oracle_is_torch_optim_in_float64(case, variant, name):
     torch.testing.assert_close(param.detach(), oracle.p, rtol=limit, atol=limit)
 
 
-# In eps of the weight's dtype, at the size of the weight or of its change, whichever is larger.
-# Half an eps is the rounding of the weight itself.
+# In eps of the weight's dtype, relative to the weight or its change, whichever is larger. Rounding
+# the weight itself takes half an eps.
 ONE_STEP = {torch.float32: 2.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
 @pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
 @pytest.mark.parametrize("dtype", ONE_STEP, ids=str)
 def test_one_step(case, variant, name, dtype):
-    """From fresh states and from states with a history; weights of size 1 to 2, steps below 1."""
+    """Tests new states and states after steps; weights are 1 to 2 and steps are below 1."""
     generator = torch.Generator().manual_seed(5)
 
     def draw(low, high, shape):
@@ -83,7 +83,7 @@ def test_one_step(case, variant, name, dtype):
 
 @pytest.mark.parametrize(("case", "variant", "name"), TWINS, ids=TWIN_IDS)
 def test_hundred_steps(case, variant, name):
-    """After 100 steps we are no farther from float64 than torch.optim's own fp32, by the update."""
+    """After 100 steps the relative error is no larger than that of torch.optim in fp32."""
     ours = make_params([(4099,), (64, 33)], torch.float32, seed=5)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     start = [p.detach().double().clone() for p in ours]
@@ -103,25 +103,25 @@ def test_hundred_steps(case, variant, name):
             ((x.detach().double() - oracle.p).square().mean().sqrt() / update).item()
             for x in (p, q)
         )
-        # 1e-6 is 8 eps: a beta rounded to fp32 is off by 3e-8, times the 10 to 100 steps that an
-        # average remembers here.
+        # 1e-6 is 8 eps. A beta rounded to fp32 is off by 3e-8, times the 10 to 100 steps that an
+        # average covers here.
         assert error <= max(1.1 * theirs_error, 1e-6), (
             f"{error:.1e}, torch.optim {theirs_error:.1e}"
         )
 
 
 def test_lion_against_its_pseudo_code_where_the_sign_decides():
-    """sign(0) is 0: a weight whose gradient is and was zero only decays."""
+    """sign(0) is 0, so a weight whose gradients are all zero only decays."""
     param = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     optimizer = onepass.Lion([param], lr=0.1, betas=(0.5, 0.5), weight_decay=0.0)
     param.grad = torch.tensor([1.0, 0.0, -1.0])
     optimizer.step()
     assert param.tolist() == pytest.approx([0.9, -2.0, 3.1])
-    # Now the average 0.5 and this gradient -0.5 cancel exactly.
+    # The average 0.5 and this gradient -0.5 cancel exactly.
     param.grad = torch.tensor([-0.5, 0.0, 0.5])
     optimizer.step()
     assert param.tolist() == pytest.approx([0.9, -2.0, 3.1])
-    # And the average is 0 with the next gradient 0.
+    # The average is 0, and so is this gradient.
     param.grad = torch.zeros(3)
     optimizer.step()
     assert param.tolist() == pytest.approx([0.9, -2.0, 3.1])

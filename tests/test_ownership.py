@@ -1,4 +1,4 @@
-"""Who owns which memory: replaced states are free at once, and torch can swap parameters."""
+"""Memory of states is freed as soon as they are replaced, and torch can swap parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(sizes=(1 << 16, 100, 3), dtype=torch.float32, cls=onepass.AdamW, **opt
 
 
 def memory_of(optimizer):
-    """Weak references to the storages of all states but the counters."""
+    """Weak references to the storages of all states except the step counters."""
     return [
         StorageWeakRef(value.untyped_storage())
         for state in optimizer.state.values()
@@ -51,7 +51,7 @@ def replace_entries(params, optimizer):
 
 
 def offload(params, optimizer):
-    """As frameworks do it: the data of each state goes elsewhere."""
+    """Replaces the data of each state, as frameworks do to offload it."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):
@@ -155,7 +155,7 @@ def test_torch_can_swap_parameters_after_a_step(states, weights, options):
                     grad, other = param.grad, torch.nn.Parameter(param.detach().clone())
                     torch.utils.swap_tensors(param, other)
                     param.grad = grad
-                    if step == 2:  # on the same memory
+                    if step == 2:  # swaps in a parameter on the same memory
                         torch.utils.swap_tensors(param, torch.nn.Parameter(param.data))
                         param.grad = grad
         made.append(optimizer)
@@ -212,7 +212,7 @@ def test_small_states_are_neighbours_and_aligned():
 @pytest.mark.parametrize("how", ["state dict", "deepcopy", "pickle", "entry"])
 @pytest.mark.parametrize("states", ["fp32", "mx8"])
 def test_a_first_step_that_was_skipped_is_still_to_come(states, how):
-    """SGD's buffer starts at the gradient, undampened, whatever has been saved before."""
+    """SGD's buffer starts at the undampened gradient, even after the skipped step is saved."""
     made = []
     for resumed in (False, True):
         params, optimizer = build(
@@ -263,7 +263,7 @@ def test_a_state_dict_loads_where_an_option_adds_a_state():
 
 @pytest.mark.parametrize("how", ["entry", "deepcopy", "pickle", "loaded"])
 def test_codes_of_one_element_keep_their_format(how):
-    """In mx8 and mx4 they have one shape; only the dtype tells which it is."""
+    """Codes of one element have the same shape in mx8 and mx4; only the dtype tells the format."""
     made = []
     for copied in (False, True):
         params, optimizer = build([1], states="mx8")
@@ -287,7 +287,7 @@ def test_codes_of_one_element_keep_their_format(how):
 
 
 def test_codes_keep_their_order_while_momentum_is_off():
-    """Of a parameter that is not contiguous; they go on where they were when momentum returns."""
+    """The states of a permuted parameter keep their codes and stride until momentum is on again."""
     weight = torch.nn.Parameter(
         torch.randn(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
     )
@@ -299,5 +299,5 @@ def test_codes_keep_their_order_while_momentum_is_off():
         optimizer.step()
         state = optimizer.state[weight]
         kept.append((state["momentum_buffer"].clone(), state["stride"]))
-        optimizer.state[weight] = dict(state)  # the plan is made anew
+        optimizer.state[weight] = dict(state)  # a new plan is built
     assert all(torch.equal(codes, kept[0][0]) and at == kept[0][1] for codes, at in kept)
