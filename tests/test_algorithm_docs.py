@@ -57,7 +57,7 @@ def test_a_page_has_the_rule_and_its_memory(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_page_says_what_is_to_be_said(name):
+def test_a_page_has_the_required_headings(name):
     text = PAGES[name].read_text()
     for heading in (
         "## The rule",

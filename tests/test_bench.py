@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_tensors_that_a_step_walks(rule, dtype, weights, 
     assert case.bytes == moved == 512 * expected
 
 
-def test_lists():
+def test_parameter_lists_have_the_published_sizes():
     assert one(50_000_000).numel == 50_000_000
     assert [in_words(n) for n in (7, 1000, 2500, 1_500_000_000)] == ["7", "1K", "2.5K", "1.5B"]
     assert in_words(124_439_808) == "124M"
@@ -111,7 +111,7 @@ def outcome(case, *chosen):
 @pytest.mark.parametrize(
     "case", [c for c in cases.cpu_cases(quick=True) if c.list.name == "1M"], ids=lambda c: c.name
 )
-def test_the_providers_that_every_machine_has_are_right(case):
+def test_torch_and_onepass_cpu_pass_the_check(case):
     small = Case(case.rule, case.dtype, case.states, many(3, 130))
     found = outcome(small, *(p for p in BY_NAME.values() if p.name.startswith("torch-")))
     assert found.failed == []
@@ -157,7 +157,7 @@ def steps_in_blocks(states, damage, other_codes=False):
     return expected, expected.problem(step, weights, grads, 0.0, other_codes)
 
 
-def test_a_second_moment_that_dynamic8_loses_is_judged_by_what_it_may_do():
+def test_the_check_widens_the_limit_of_second_moments_that_dynamic8_loses():
     expected, problem = steps_in_blocks("dynamic8", lambda expected, weights: None)
     assert problem == ""
     # Elements whose v is below half of the lowest value of the dynamic map.
@@ -216,7 +216,7 @@ def test_the_check_sees_a_wrong_step_with_mx8(small, side):
 
 
 @pytest.mark.parametrize(("count", "wrong"), [(40, False), (41, True)])
-def test_codes_of_its_own_may_lose_one_element_in_a_hundred(count, wrong):
+def test_a_provider_with_other_codes_may_have_one_percent_wrong(count, wrong):
     def damage(expected, weights):
         weights[:count] += 1.0
 
@@ -243,12 +243,12 @@ def test_the_check_also_sees_the_end_of_a_long_tensor(monkeypatch):
     assert torch.equal(grads[0], kept)
 
 
-def test_a_provider_that_is_not_there_says_so():
+def test_a_missing_provider_gives_the_reason():
     absent = Provider("absent", Library("absent", "no-such-distribution", "no_such_module"), {})
     assert absent.unavailable() == "no-such-distribution is not installed"
 
 
-def test_providers_of_a_device_have_names_of_their_own_and_are_found_by_patterns():
+def test_provider_names_are_unique_and_match_patterns():
     for device in devices.DEVICES:
         names = [provider.name for provider in providers.all_providers(device)]
         assert len(set(names)) == len(names)
@@ -264,7 +264,7 @@ def test_providers_of_a_device_have_names_of_their_own_and_are_found_by_patterns
         providers.find(found, "nobody")
 
 
-def test_what_does_not_fit_beside_the_others_is_left_out():
+def test_a_provider_that_does_not_fit_in_memory_is_skipped():
     """Only the first provider fits once the extra memory of the second is known."""
 
     class Full(devices.Device):
@@ -283,7 +283,7 @@ def test_what_does_not_fit_beside_the_others_is_left_out():
     assert found.failed == []
 
 
-def test_bytes_of_formats_of_their_own():
+def test_bytes_of_the_formats_of_other_libraries():
     case = Case("adamw", "bf16", "mx8", one(1000), "split8")
     moved = {
         "torch-fused-fp32": 28_000,
@@ -375,7 +375,7 @@ def fake(provider, p50, date="2026-01-01", **more):
     return {**line, "gbps": 1400 / p50, "copy_gbps": 25.0, "share": 56 / p50, **more}
 
 
-def test_report_says_where_ours_is_slower_and_takes_the_newest(tmp_path):
+def test_report_names_slower_cases_and_uses_the_newest_lines(tmp_path):
     old = fake("torch-fused", 99.0, "2025-01-01")
     lines = report.newest([fake("torch-fused", 30.0), fake("onepass-cpu", 33.0), old])
     assert [line["ms"]["p50"] for line in lines] == [30.0, 33.0]

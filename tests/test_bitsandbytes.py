@@ -53,7 +53,7 @@ def test_the_record_names_its_version():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_dynamic_map_is_theirs_within_a_rounding(signed, run_of):
+def test_the_dynamic_map_is_that_of_bitsandbytes_within_rounding(signed, run_of):
     held = flat(run_of("AdamW8bit")["state_dict"]["state"][0])
     theirs = held["qmap1" if signed else "qmap2"]
     ours = torch.tensor(dynamic_map(signed))
@@ -62,7 +62,7 @@ def test_the_dynamic_map_is_theirs_within_a_rounding(signed, run_of):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_codes_come_over_unchanged(name, run_of):
+def test_import_keeps_the_codes(name, run_of):
     run = run_of(name)
     params, optimizer = loaded(name, run)
     for i, param in enumerate(params):
@@ -88,7 +88,7 @@ def assert_same_step(found, expected, before):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_run_of_theirs_continues_here(name, run_of):
+def test_onepass_continues_a_run_of_bitsandbytes(name, run_of):
     run = run_of(name)
     params, optimizer = loaded(name, run)
     assert optimizer.param_groups[0]["lr"] == OPTIONS[name]["lr"]
@@ -117,7 +117,7 @@ def test_export_is_the_inverse_of_import(name, run_of):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bitsandbytes_continues_a_run_from_here(name):
+def test_bitsandbytes_continues_a_run_of_onepass(name):
     import bitsandbytes
 
     params = [torch.nn.Parameter(values(shape, i)) for i, shape in enumerate(SHAPES)]
@@ -165,7 +165,7 @@ def test_blocks_of_2048_become_blocks_of_256():
     assert optimizer.state[param]["exp_avg_scale"].tolist() == [2.0] * 8 + [3.0] * 2
 
 
-def test_another_layout_here_is_reordered():
+def test_codes_are_reordered_for_another_memory_layout():
     """bitsandbytes stores codes in index order, onepass in memory order."""
     shape = (2, 40, 5, 3)
     params = make_params([shape], torch.float32, 1)
@@ -188,7 +188,7 @@ def test_another_layout_here_is_reordered():
     assert not torch.equal(other.state[last]["exp_avg"].flatten(), back["state1"].flatten())
 
 
-def test_what_does_not_fit_is_refused_before_anything_changes():
+def test_invalid_state_dicts_are_refused_before_anything_changes():
     run = RUNS["AdamW8bit"]
     params, optimizer = loaded("AdamW8bit", run)
     before = copy.deepcopy(optimizer)
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
         (onepass.Adagrad, {"lr_decay": 0.1}, "lr_decay"),
     ],
 )
-def test_what_bitsandbytes_lacks_is_not_exported(cls, options, message):
+def test_export_refuses_options_that_bitsandbytes_lacks(cls, options, message):
     optimizer = cls(make_params([(5,)], torch.float32, 1), **options)
     with pytest.raises(ValueError, match=message):
         onepass.to_bitsandbytes(optimizer)

@@ -80,7 +80,7 @@ def test_differentiable_is_refused_by_name(cls):
         ({"colour": "red"}, "Its keywords: amsgrad, backend"),
     ],
 )
-def test_unknown_keywords_name_what_is_meant(given, answer):
+def test_unknown_keywords_name_the_equivalent(given, answer):
     with pytest.raises(TypeError, match=answer):
         onepass.AdamW([param()], **given)
 
@@ -203,7 +203,7 @@ def test_a_scaler_of_torch_skips_the_call_unless_fused(fused):
     assert optimizer.state[weight]["step"] == 1
 
 
-def test_our_scaler_scales_in_the_step_for_its_time_alone():
+def test_the_onepass_scaler_scales_in_the_step_only_during_its_call():
     weight = param()
     optimizer = onepass.AdamW([weight])
     scaler = onepass.GradScaler("cpu", init_scale=8.0)
@@ -321,7 +321,7 @@ def test_checkpoints_go_between_torch_and_onepass(name, given, flat):
     ids=["seed", "ema", "decoupled", "eps_in_sqrt", "lion"],
 )
 @pytest.mark.usefixtures("one_rank")
-def test_a_checkpoint_with_options_of_ours_resumes(make, flat):
+def test_a_checkpoint_with_options_of_onepass_resumes(make, flat):
     assert exchange(make, make, flat) == 0
 
 

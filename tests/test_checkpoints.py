@@ -168,7 +168,7 @@ def test_pickle_and_deepcopy(case):
         assert_same(mine, copied)
 
 
-def test_state_dicts_of_others_are_refused_before_anything_changes():
+def test_state_dicts_that_do_not_fit_are_refused_before_anything_changes():
     params = make_params([(5,), (6, 4)], torch.float32, 1)
     optimizer = onepass.AdamW(params)
     train(optimizer, params, 1)
@@ -208,7 +208,7 @@ def test_state_dicts_of_others_are_refused_before_anything_changes():
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 33, (6, 5)])
-def test_codes_of_version_2_load(size):
+def test_version_2_state_dicts_load(size):
     """In version 2 the codes of mx4 were uint8, as those of mx8 still are."""
     for states in ("mx8", "mx4"):
         sizes = [size if isinstance(size, tuple) else (size,)]
@@ -230,7 +230,7 @@ def test_dtypes_tell_every_format():
     assert len({(form.dtype, form.scale) for form in forms}) == len(forms)
 
 
-def test_codes_of_version_1_are_what_they_were_but_those_of_mx4():
+def test_version_1_state_dicts_load_except_mx4():
     for states in ("fp32", "bf16", "mx8", "mx4", "dynamic8"):
         params = make_params([(6, 4)], torch.float32, 0)
         optimizer = onepass.AdamW(params, states=states)

@@ -55,7 +55,7 @@ def test_sizes(text, number):
         (["--numel", "900T", "--device", "cpu"], "GB are free on cpu"),
     ],
 )
-def test_what_it_refuses_in_one_line(arguments, message, capsys):
+def test_usage_errors_are_one_line(arguments, message, capsys):
     assert main(["bench", *arguments]) == EXIT_USAGE
     out, err = capsys.readouterr()
     assert out == ""
@@ -64,7 +64,7 @@ def test_what_it_refuses_in_one_line(arguments, message, capsys):
     assert message in err
 
 
-def test_a_table_for_a_pipe(capsys, monkeypatch):
+def test_the_table_is_plain_text_in_a_pipe(capsys, monkeypatch):
     monkeypatch.setattr(devices.Device, "smallest_copy", 1 << 12)
     monkeypatch.setattr(timing, "BEYOND_CACHE", 1 << 14)
     ours = "onepass-cpu" if not onepass.ops.missing else "torch-fused-fp32"

@@ -109,7 +109,7 @@ def test_sharpness_changes_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_intervals_are_students():
+def test_intervals_use_students_t():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2
     assert half == pytest.approx(4.303 / math.sqrt(3))
@@ -149,14 +149,14 @@ def test_minima_are_minima_and_inside_the_picture(surface):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.key)
-def test_every_algorithm_gets_down_every_surface(algorithm):
+def test_every_algorithm_descends_every_surface(algorithm):
     assert algorithm.key in OPTIMIZERS
     for surface in SURFACES:
         path = best_path(surface, algorithm, 100)
         assert path.losses[-1] < 0.3 * path.losses[0], surface.key
 
 
-def test_rates_do_not_know_of_each_other():
+def test_learning_rates_run_independently():
     noisy = SURFACES[-1]
     together = descend(noisy, "adamw", [0.01, 0.3], 20)
     alone = descend(noisy, "adamw", [0.3], 20)
@@ -165,7 +165,7 @@ def test_rates_do_not_know_of_each_other():
     assert not np.array_equal(alone, descend(SURFACES[0], "adamw", [0.3], 20))
 
 
-def test_all_begin_at_the_same_line_and_most_find_it():
+def test_all_start_at_the_same_line_and_all_but_adagrad_fit_it():
     found = line_fit.run_algorithms()
     assert len({run["loss"][0] for run in found["runs"].values()}) == 1
     assert found["exact"] == pytest.approx([2, 1], abs=0.05)
@@ -174,7 +174,7 @@ def test_all_begin_at_the_same_line_and_most_find_it():
         assert (run["loss"][-1] < 1.1 * found["floor"]) == (key != "adagrad")
 
 
-def test_smaller_batches_are_sooner_there_by_samples_and_noisier():
+def test_smaller_batches_need_fewer_samples_and_are_noisier():
     batch, mini, stochastic = line_fit.run_batches().values()
     assert batch["samples"][1] == 100
     assert stochastic["samples"][1] == 1
@@ -196,7 +196,7 @@ def test_tasks_depend_on_their_seed_alone():
         assert runs[0].state_bytes == pytest.approx(8, abs=0.1)
 
 
-def test_a_run_that_diverges_is_no_result():
+def test_a_diverged_run_has_no_result():
     result = training_runs.train(tasks.cnn_task(30), BY_KEY["sgd"], 1e8, 0, max_grad_norm=None)
     assert math.isnan(result.train)
     assert len(result.curve) < 30
@@ -219,7 +219,7 @@ def written(tmp_path_factory):
     return out
 
 
-def test_every_picture_is_there_and_linked(written):
+def test_every_plot_exists_and_is_linked(written):
     page = (written / "comparison.md").read_text()
     names = {path.name for path in written.iterdir()}
     assert names >= {"line.png", "batches.png", "models.png", "paths.png", *path_plots.files()}
@@ -240,7 +240,7 @@ def test_every_algorithm_is_in_every_table(written):
 
 
 @pytest.mark.parametrize("folder", [DOCS], ids=["docs"])
-def test_the_page_in_the_docs_is_that_of_its_figures(folder):
+def test_the_docs_page_matches_its_json(folder):
     results = json.loads((folder / "comparison.json").read_text())
     assert (folder / "comparison.md").read_text() == report.markdown(results)
     assert results["about"]["command"] == "onepass compare"

@@ -39,7 +39,7 @@ def loss_of(net, step):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-def test_the_step_alone_compiles_whole_and_is_the_same_bits(compiler, options):
+def test_the_step_compiles_without_graph_breaks_to_the_same_bits(compiler, options):
     (ours, theirs), (compiled, plain) = twins(**options)
     step = torch.compile(compiled.step, backend=compiler, fullgraph=True)
     for i in range(4):
@@ -58,7 +58,7 @@ def test_the_step_alone_compiles_whole_and_is_the_same_bits(compiler, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_training_step_has_no_graph_break_of_ours(options):
+def test_a_training_step_has_no_graph_break_from_onepass(options):
     (ours, theirs), (compiled, plain) = twins(**options)
 
     def train(net, optimizer, x):

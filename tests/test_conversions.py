@@ -263,7 +263,7 @@ def test_companions_come_within_the_target_formats_error(source, target):
     assert_same(optimizer, loaded)
 
 
-def test_a_run_may_take_up_and_give_up_a_companion():
+def test_a_run_may_add_and_drop_a_companion():
     params = make_params([(50,)], BF16, 1)
     optimizer = onepass.AdamW(params)
     train(optimizer, params, 1)

@@ -26,7 +26,7 @@ def of_library() -> dict[str, list[int]]:
 @pytest.mark.skipif(not COPIES, reason="looks for an instruction of x86-64 or aarch64")
 @pytest.mark.skipif(not shutil.which("objdump"), reason="objdump, of binutils, is not there")
 @pytest.mark.parametrize("formats", LINES)
-def test_a_kernel_asks_for_all_its_streams(formats: str) -> None:
+def test_a_kernel_prefetches_all_its_streams(formats: str) -> None:
     copies = of_library()[formats]
     assert len(copies) == COPIES
     assert min(copies) >= LINES[formats]

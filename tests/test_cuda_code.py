@@ -90,7 +90,7 @@ def test_registers():
         ("lion-1 bf16 bf16 bf16sr", 3, 2),
     ],
 )
-def test_the_main_path_is_of_accesses_of_16_bytes_all_in_flight_at_once(name, loads, stores):
+def test_the_main_path_reads_16_bytes_per_access_before_it_writes(name, loads, stores):
     """All reads of a round are 16 bytes wide and precede its first write.
 
     The fast arithmetic ends in a vote of the warp. The exact arithmetic, which runs if the vote
@@ -121,13 +121,13 @@ def test_the_next_round_is_fetched_ahead():
             assert [op for op in kernel.opcodes if op.startswith("CCTL.E.PF2")], name
 
 
-def test_accesses_know_that_they_are_of_global_memory():
+def test_no_access_uses_generic_addresses():
     for kernel in kernels():
         generic = [op for op in kernel.opcodes if re.match(r"(LD|ST)\.", op)]
         assert not generic, (kernel.name, generic)
 
 
-def test_nothing_is_contracted():
+def test_no_formula_is_contracted():
     """Only square roots and divisions contain fused multiply-adds.
 
     SGD and Lion have neither operation, so they have no FFMA. In other kernels each root and each
@@ -170,7 +170,7 @@ def test_the_library_uses_only_the_stable_abi():
     assert [n for n in others if not n.startswith(("aoti_torch_", "torch_"))] == []
 
 
-def test_the_library_needs_torch_and_the_system_alone():
+def test_the_library_needs_only_torch_and_the_system():
     text = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", text)
     assert {"libtorch_cuda.so", "libtorch_cpu.so"} <= set(needed)

@@ -32,7 +32,7 @@ def test_none_picks_cuda():
     assert onepass.backends.choose(torch.device("cuda")).name == "cuda"
 
 
-def test_a_side_stream_is_the_one_that_is_used():
+def test_a_step_runs_on_the_current_stream():
     """Slow work on the same stream makes the gradients; another stream would read old ones."""
     cpu_param = torch.nn.Parameter(torch.ones(1 << 16))
     (gpu_param,) = on_gpu([cpu_param])

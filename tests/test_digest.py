@@ -69,7 +69,7 @@ def test_numbers_do_not_depend_on_torch():
 NUMBERS = "4277654620307ab6"
 
 
-def test_what_differs_fails_and_has_no_line_is_named(tmp_path, monkeypatch, capsys):
+def test_a_check_names_cases_that_differ_fail_or_have_no_digest(tmp_path, monkeypatch, capsys):
     lines = [x for x in results.read_lines(digest.FILE) if x["backend"] == "reference"]
     chosen = [case.name for case in CASES if case.optimizer == "SGD" and case.list == "odd"][:3]
     altered = [x | {"digest": "0" * 64} if x["case"] == chosen[0] else x for x in lines]
@@ -94,7 +94,7 @@ def test_what_differs_fails_and_has_no_line_is_named(tmp_path, monkeypatch, caps
     assert path.read_text().count("\n") == len(kept)  # a check writes nothing
 
 
-def test_lines_are_kept_where_they_are_asked_for(tmp_path):
+def test_out_writes_the_lines_to_the_given_file(tmp_path):
     out = tmp_path / "lines.jsonl"
     name = CASES[0].name
     pattern = name.replace("[", "?")
@@ -113,6 +113,6 @@ def test_wrong_usage(arguments):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
+def test_a_missing_gpu_is_a_usage_error(capsys):
     assert digest.main(["--device", "cuda", "--check"]) == 2
     assert "sees no GPU" in capsys.readouterr().err

@@ -109,7 +109,7 @@ def blocks_to_try() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", CODES)
-def test_values_become_the_levels_beside_them_and_are_right_on_average(case):
+def test_values_round_to_neighbouring_levels_without_bias(case):
     name, kind, *_ = CODES[case]
     for label, block in blocks_to_try().items():
         for start in range(0, len(block), 32):
@@ -159,7 +159,7 @@ def stored_everything(case: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("case", CODES)
 @pytest.mark.parametrize("random", [0, 1, 0x8000, 0xFFFF])
-def test_every_code_at_every_scale_comes_back(case, random):
+def test_every_code_at_every_scale_round_trips(case, random):
     name, kind, *_ = CODES[case]
     codes, scales = stored_everything(case)
     data = codes if name == "mx8" else codes[0::2] | codes[1::2] << 4
@@ -178,7 +178,7 @@ def test_every_code_at_every_scale_comes_back(case, random):
 
 
 @pytest.mark.parametrize("random", [0, 0xFFFF])
-def test_every_ratio_of_mx4_comes_back(random):
+def test_every_ratio_of_mx4_round_trips(random):
     """Every code of m / sqrt(v) with every code of sqrt(v); blocks end with the highest codes."""
     ratio, root = (np.resize(x, (9, 31)) for x in np.divmod(np.arange(256), 16))
     ratio, root = (np.c_[x, np.full(9, top)].ravel() for x, top in ((ratio, 7), (root, 15)))
@@ -194,7 +194,7 @@ def test_every_ratio_of_mx4_comes_back(random):
                 np.testing.assert_array_equal(scales, others)
 
 
-def test_ratios_of_mx4_become_the_even_steps_beside_them_and_are_right_on_average():
+def test_ratios_of_mx4_round_to_neighbouring_steps_without_bias():
     """A step is the least float with 3 mantissa bits >= 1/7 of the largest ratio."""
     rng = np.random.default_rng(12)
     cases = [rng.standard_normal(32), rng.random(5) * 1e-3, np.r_[3.0, np.zeros(31)], [7.0, -1e-3]]

@@ -175,7 +175,7 @@ def test_first_moments_are_unbiased(name, beta, noise):
 
 @pytest.mark.parametrize("beta", FIRST)
 @pytest.mark.parametrize("name", ["bf16", "mx8"])
-def test_first_moments_of_noise_stay_close_and_end(name, beta):
+def test_first_moments_of_noise_stay_close_and_decay(name, beta):
     count, scale = 4096, scales(4096, 2)
     firsts, rng = Firsts(name, beta, count, seed=5), np.random.default_rng(5)
     for _ in range(round(8 / (1 - beta))):
@@ -228,7 +228,7 @@ def test_steady_elements_beside_a_noisy_one_take_the_right_steps(name, betas):
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("betas", ADAM_BETAS)
-def test_elements_whose_gradient_is_mostly_zero_take_no_leaps(name, betas):
+def test_elements_whose_gradient_is_mostly_zero_take_no_large_steps(name, betas):
     """Gradients like those of a rare token's embedding row. One element per block is never zero."""
     blocks = 48
     coded, exact = both(name, 32 * blocks, betas)

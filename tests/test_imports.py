@@ -111,7 +111,7 @@ def test_every_kind_of_import_is_read(tmp_path, graph):
     assert {name.split(".")[0] for name in graph} == {"onepass", "onepass_tools"}
 
 
-def test_no_file_imports_from_a_row_above(graph):
+def test_no_file_imports_from_a_higher_layer(graph):
     wrong = []
     for module, found in graph.items():
         own = package_of(module)
@@ -124,7 +124,7 @@ def test_no_file_imports_from_a_row_above(graph):
     assert wrong == []
 
 
-def test_no_two_files_import_each_other_on_any_way(graph):
+def test_imports_have_no_cycles(graph):
     above = {name: set(found) for name, found in graph.items() if name not in EXEMPT}
     # A file that imports none of the remaining files is not part of a cycle.
     while leaves := [name for name, found in above.items() if not found & above.keys()]:
@@ -164,7 +164,7 @@ def test_help_does_not_load_torch(arguments):
     assert done.returncode == 0, done.stderr
 
 
-def test_names_are_there_when_they_are_used():
+def test_names_load_on_first_use():
     assert {*onepass.__all__, "__version__"} <= {*dir(onepass)}
     for name in onepass.__all__:
         value = getattr(onepass, name)
@@ -179,7 +179,7 @@ def test_names_are_there_when_they_are_used():
 
 
 @pytest.mark.parametrize("name", ["Adamw", "nothing", "_private", "__wrapped__"])
-def test_a_name_that_is_not_there(name):
+def test_an_unknown_name_is_an_attribute_error(name):
     with pytest.raises(AttributeError, match=f"module 'onepass' has no attribute '{name}'"):
         getattr(onepass, name)
 

@@ -78,7 +78,7 @@ def test_rungs_of_the_gpu_in_the_interpreter():
     rungs.check(lambda: gpu.rungs(ODD, "cpu"), steps=1)
 
 
-def test_rungs_of_the_gpu_move_what_they_say():
+def test_rungs_of_the_gpu_compile_to_the_expected_accesses():
     """Counts instructions in PTX for sm_90.
 
     A new process is used because the interpreter is on here.

@@ -123,7 +123,7 @@ def test_torch_foreach_has_a_copy_of_the_list_and_ours_has_none():
     assert found["onepass"] < 0.02 * whole
 
 
-def test_a_new_average_takes_no_tensor_beside_it():
+def test_making_an_average_takes_no_temporary_tensor():
     """Also while the states are being made: the last parameter may be the largest."""
 
     def make(params):
@@ -186,7 +186,7 @@ def test_bytes_add_up():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("states", "weights", "dtype"), EVERY_FORMAT)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_on_a_gpu_too(case, states, weights, dtype):
+def test_predictions_match_measurements_on_a_gpu(case, states, weights, dtype):
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA GPU here: the caching allocator cannot be asked")
     options = {**last_variant(case, states), "states": states, "weights": weights}

@@ -43,7 +43,7 @@ def test_a_table(capsys):
     assert "activations" in out
 
 
-def test_what_does_not_fit_is_marked_and_what_would_is_named(capsys):
+def test_what_does_not_fit_is_marked_with_a_configuration_that_fits(capsys):
     argv = ["--model", "llama-3-8b", "--optimizers", "adamw,lion8bit,adamw+mx8", "--gpu"]
     out = call(capsys, *argv, "50GB").out
     assert re.search(r"^adamw .*no: 46.4 GB over$", out, re.M)
@@ -100,7 +100,7 @@ def test_a_wrong_prediction_is_exit_code_1(capsys, monkeypatch):
     assert "more than 0.5 % off" in call(capsys, *argv, code=1).err
 
 
-def test_pictures(tmp_path, capsys):
+def test_plot_and_html_files(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     argv = [*SMALL, "--gpu", "1GB", "--plot", str(tmp_path / "a.png")]
     captured = call(capsys, *argv, "--html", str(tmp_path / "a.html"))
@@ -162,7 +162,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(argv, says, capsys):
     assert says in captured.err
 
 
-def test_lists(capsys):
+def test_lists_of_models_and_optimizers(capsys):
     out = call(capsys, "--list-models").out
     assert re.search(r"^llama-3-8b +8,030,261,248 +https://\S+$", out, re.M)
     out = call(capsys, "--list-optimizers").out
@@ -205,7 +205,7 @@ def test_no_control_characters_in_a_pipe():
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_a_progress_bar_on_a_terminal_alone(quiet):
+def test_the_progress_bar_is_shown_only_on_a_terminal(quiet):
     pytest.importorskip("tqdm")
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
@@ -234,7 +234,7 @@ def advice(name, gigabytes, task="pretrain"):
     return recommend(known(name), Terms(), gigabytes * 10**9, 0, task)
 
 
-def test_the_fields_guide_for_enough_memory():
+def test_advice_with_enough_memory():
     assert advice("resnet-50", 1000).chosen.name.startswith("sgd+momentum")
     assert advice("llama-3-8b", 1000).chosen.name.startswith("adamw")
     assert advice("llama-3-8b", 1000, "finetune").chosen.name.startswith("adamw")

@@ -81,7 +81,7 @@ def test_a_name_in_the_hubs_cache(tmp_path, monkeypatch):
         (json.dumps({**CONFIG, "num_attention_heads": 0}), "not a valid configuration of llama"),
     ],
 )
-def test_what_is_no_configuration(content, says, tmp_path, monkeypatch):
+def test_invalid_configurations_are_refused(content, says, tmp_path, monkeypatch):
     without = "transformers is not installed"
     monkeypatch.setattr(from_transformers, "missing", lambda: without)
     path = tmp_path / "config.json"
@@ -153,7 +153,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["24GX", "", "GB", "-1GB", "0", "1e9", "24 GB left", "nan"])
-def test_what_is_no_size(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ValueError, match="a size must be a number with B, KB"):
         parse_size(text)
 
@@ -211,5 +211,5 @@ def test_careful_groups_are_those_of_the_library():
     assert plain.moments < found.moments
 
 
-def test_every_family_is_in_the_table_or_tested_by_its_kin():
+def test_every_family_but_gemma3_text_is_in_the_table():
     assert FAMILIES.keys() - {row.family for row in KNOWN.values()} == {"gemma3_text"}

@@ -74,7 +74,7 @@ def test_foreach_is_temporary_in_the_step_and_ours_is_not():
     assert extra["onepass"] < 0.01 * count
 
 
-def test_results_are_those_without_it_and_nothing_is_kept():
+def test_tracking_changes_no_result_and_leaves_no_hook():
     losses = []
     for tracked in (False, True):
         model, optimizer = model_and_optimizer()
@@ -90,7 +90,7 @@ def test_results_are_those_without_it_and_nothing_is_kept():
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_an_exception_ends_it_and_leaves_the_timeline():
+def test_an_exception_ends_tracking_and_keeps_the_timeline():
     model, optimizer = model_and_optimizer()
     with pytest.raises(RuntimeError, match="stop"), memory.track(model, optimizer) as timeline:
         raise RuntimeError("stop")
@@ -99,7 +99,7 @@ def test_an_exception_ends_it_and_leaves_the_timeline():
         timeline.mark("late")
 
 
-def test_it_can_be_saved_and_drawn(tmp_path):
+def test_a_timeline_can_be_saved_and_plotted(tmp_path):
     pytest.importorskip("matplotlib")
     model, optimizer = model_and_optimizer()
     with memory.track(model, optimizer) as timeline:

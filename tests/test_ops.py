@@ -90,7 +90,7 @@ def test_sweep_is_plan_refresh_run():
         assert same_bits(a, b)
 
 
-def test_a_pointer_is_good_for_one_run():
+def test_a_refresh_serves_one_run():
     params, grads, states, spec, hyper, counters = arguments()
     plan = torch.ops.onepass.make_plan(params, states, spec)
     with pytest.raises(RuntimeError, match="run without refresh"):

@@ -211,7 +211,7 @@ def test_small_states_are_neighbours_and_aligned():
 
 @pytest.mark.parametrize("how", ["state dict", "deepcopy", "pickle", "entry"])
 @pytest.mark.parametrize("states", ["fp32", "mx8"])
-def test_a_first_step_that_was_skipped_is_still_to_come(states, how):
+def test_the_step_after_a_skipped_first_step_counts_as_the_first(states, how):
     """SGD's buffer starts at the undampened gradient, even after the skipped step is saved."""
     made = []
     for resumed in (False, True):
