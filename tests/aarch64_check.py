@@ -1,12 +1,13 @@
 """Compares the plain CPU kernels built for aarch64 with those built for this machine.
 
-    python -m tests.aarch64_check [folder for the builds, build/aarch64 unless given]
+    python -m tests.aarch64_check [folder for the builds, default build/aarch64]
 
-Compiles ``csrc/cpu/kernels_plain.cpp`` and ``tests/aarch64_driver.cpp`` twice with the flags of
-setup.py, runs the aarch64 program with qemu-aarch64, and compares the bytes that every format, rule
-and fused kernel writes; two NaNs count as the same. Then it checks the machine code: prefetches,
-and no fused multiply-add. The driver checks that ``DefaultRounding`` keeps denormals. The exit
-status is 1 if anything differs, 2 if a program is missing. ``make test`` does not run this script.
+The script compiles ``csrc/cpu/kernels_plain.cpp`` and ``tests/aarch64_driver.cpp`` for both
+processors with the flags of setup.py, runs the aarch64 program with qemu-aarch64, and compares the
+bytes that every format, rule and fused kernel writes; two NaNs count as equal. It then checks the
+machine code for prefetches and for the absence of fused multiply-adds. The driver checks that
+``DefaultRounding`` keeps denormals. The exit status is 1 if anything differs and 2 if a program is
+missing. ``make test`` does not run this script.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from .support.machine_code import LINES, PREFETCH, disassembly, prefetches
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc/cpu/kernels_plain.cpp", "tests/aarch64_driver.cpp")
-# Program -> the Debian package that has it.
+# Program -> the Debian package that contains it.
 PACKAGES = {
     "g++": "g++",
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
     "aarch64-linux-gnu-objdump": "binutils-aarch64-linux-gnu",
     "qemu-aarch64": "qemu-user",
 }
-# Element type of a record -> its NumPy type, and what the magnitude of a NaN exceeds.
+# Element type of a record -> its NumPy type, and the magnitude bits of infinity, which those of a
+# NaN exceed.
 TYPES = {
     "f8": ("u8", 0x7FF0000000000000),
     "f4": ("u4", 0x7F800000),
@@ -50,7 +52,7 @@ Record = tuple[str, str, bytes]
 
 
 def setup_flags() -> list[str]:
-    """FLAGS of setup.py, which also writes csrc/generated."""
+    """FLAGS of setup.py. Running setup.py also writes csrc/generated."""
     argv, sys.argv = sys.argv, ["setup.py", "--version"]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -60,7 +62,7 @@ def setup_flags() -> list[str]:
 
 
 def compile_all(folder: Path) -> None:
-    """Compiles every source for both processors, and links ``native`` and ``aarch64``."""
+    """Compiles every source for both processors and links ``native`` and ``aarch64``."""
     flags = setup_flags()
     compilers = {
         "aarch64": ["aarch64-linux-gnu-g++", *flags],
@@ -78,13 +80,13 @@ def compile_all(folder: Path) -> None:
             for target in compilers
         }
         for target, compiled in objects.items():
-            # Static: qemu then needs no folder of aarch64 libraries.
+            # With static linking, qemu needs no folder of aarch64 libraries.
             command = [compilers[target][0], "-static", *(done.result() for done in compiled)]
             subprocess.run([*command, "-o", str(folder / target)], check=True)
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Name, element type and bytes of each record that the driver wrote."""
+    """Reads the name, element type and bytes of each record that the driver wrote."""
     with path.open("rb") as file:
         while line := file.readline():
             name, kind, size = line.decode().split()
@@ -92,7 +94,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def elements(record: Record) -> tuple[np.ndarray, np.ndarray]:
-    """The bits of each element with every NaN replaced by one, and which elements are NaN."""
+    """The bits of each element, with the same bits for every NaN, and which elements are NaN."""
     _, kind, data = record
     dtype, infinity = TYPES.get(kind, (kind, 0))
     bits = np.frombuffer(data, dtype)
@@ -103,7 +105,12 @@ def elements(record: Record) -> tuple[np.ndarray, np.ndarray]:
 
 
 def differences(pair: tuple[Record, Record], codes: tuple[Record, Record]) -> int:
-    """How many elements differ. codes: the preceding records, of the weights of a companion."""
+    """The number of elements that differ.
+
+    Args:
+        pair: the records to compare.
+        codes: the records before them, which for companions hold the codes of the weights.
+    """
     (found, _), (expected, _) = elements(pair[0]), elements(pair[1])
     differ = found != expected
     if pair[0][0].endswith(".extra") and codes[0][1] in TYPES:
@@ -112,7 +119,7 @@ def differences(pair: tuple[Record, Record], codes: tuple[Record, Record]) -> in
 
 
 def compare(aarch64: Path, native: Path) -> int:
-    """Prints a line for each group of records, and returns how many records differ."""
+    """Prints a line for each group of records; returns the number of records that differ."""
     functions: dict[str, set[str]] = {}
     compared, sizes, nans, wrong = Counter[str](), Counter[str](), Counter[str](), 0
     before: tuple[Record, Record] | None = None
@@ -144,7 +151,7 @@ def compare(aarch64: Path, native: Path) -> int:
 
 
 def check_code(path: Path) -> int:
-    """Prints what the aarch64 object has of prefetches, and returns how many checks fail."""
+    """Prints the prefetches in the aarch64 object; returns the number of failed checks."""
     instruction, copies = PREFETCH["aarch64"]
     lines = disassembly(path, "aarch64-linux-gnu-objdump")
     found, wrong = prefetches(lines, instruction), 0

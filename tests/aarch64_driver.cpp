@@ -1,8 +1,8 @@
 // Runs the kernels of csrc/cpu/kernels_plain.cpp on fixed inputs, without torch, and writes their
-// outputs to stdout: tests/aarch64_check.py compares those of an aarch64 and of a native build.
+// outputs to stdout. tests/aarch64_check.py compares the outputs of an aarch64 and a native build.
 //
-// The output is a list of records. A record is a line "<name> <element type> <bytes>", then the
-// bytes. The name is "<group>/<function>/<input>/<size>/<tensor>".
+// The output is a list of records. A record is a line "<name> <element type> <number of bytes>",
+// followed by the bytes. The name is "<group>/<function>/<input>/<size>/<tensor>".
 
 #include <cstdio>
 #include <cstring>
@@ -22,7 +22,8 @@ const char* const kFormatNames[kFormats] = {
     "fp32",     "bf16",       "fp16",       "bf16sr",      "fp16sr",      "mx8",     "mx4",
     "dynamic8", "kahan-bf16", "kahan-fp16", "master-bf16", "master-fp16", "split16", "split8"};
 const char* const kKindNames[kKinds] = {"first", "second", "relative"};
-// mx4 measures a relative first moment in the root of the second, which therefore comes first.
+// mx4 stores a relative first moment divided by the root of the second moment, so the second is
+// encoded and decoded first.
 constexpr Kind kKindOrder[kKinds] = {kSecond, kFirst, kRelative};
 
 // --- records ---
@@ -49,8 +50,8 @@ void record(const std::string& name, const char* type, const void* data, size_t 
 
 // --- inputs ---
 
-// kTiny: denormals, zeros and the smallest normal numbers; kNonfinite: ordinary values among which
-// are NaNs, infinities and the largest finite numbers.
+// kTiny: denormals, zeros and the smallest normal numbers. kNonfinite: ordinary values mixed with
+// NaNs, infinities and the largest finite numbers.
 enum Content { kOrdinary, kTiny, kNonfinite, kContents };
 const char* const kContentNames[kContents] = {"ordinary", "tiny", "nonfinite"};
 
@@ -104,11 +105,11 @@ struct Tensor {
   Tensor(Format format, Kind kind, int n) : format(format), kind(kind), n(n) {
     data.resize(bytes_of(format, n));
     extra.resize(extra_bytes_of(format, n));
-    data.reserve(64);  // not null without elements either
+    data.reserve(64);  // the pointers are not null without elements either
     extra.reserve(64);
   }
   Stored at() { return {data.data(), extra.data()}; }
-  // A tile: elements [first, first + count).
+  // Encodes or decodes one tile: elements [first, first + count).
   void encode(const float* tile, int first, int count, int use, float* roots) {
     if (format == Format::kFp32)
       std::memcpy(data.data() + bytes_of(format, first), tile, count * sizeof(float));
@@ -190,7 +191,7 @@ void run_format(Format format, int n) {
 
 // --- rules ---
 
-// Options of three kinds, because a small number stands for another option in each rule.
+// Three sets of values, because the option that needs a small value differs between rules.
 constexpr int kOptionSets = 3;
 constexpr double kOwn[kOptionSets][4] = {
     {0.9, 0.99, 1e-8, 0.96}, {0.9, 1e-8, 0.5, 0.96}, {1e-8, 0.99, 0.9, 0.96}};
@@ -225,8 +226,8 @@ void add_cases(const char* name, int code, std::vector<RuleCase>& cases) {
   }
 }
 
-// One step, as sweep_entry in csrc/cpu/sweep.cpp takes it: the fused kernel for whole multiples of
-// its step, then decode, rule and encode for the rest.
+// Updates the elements as sweep_entry in csrc/cpu/sweep.cpp does: the fused kernel processes whole
+// multiples of direct.step elements; the rest is decoded, updated by the rule and encoded.
 void run_rule(const Direct& direct, const RuleCase& rule, int set, Content content, int n) {
   const float* row = rule.rows[set];
   const RuleInfo info = kRuleInfo[rule.code];
@@ -285,7 +286,7 @@ void run_rule(const Direct& direct, const RuleCase& rule, int set, Content conte
     if (has(k)) states[k].write(name + "state" + std::to_string(k));
 }
 
-// --- what a step does beside the rule ---
+// --- telemetry, norm and average ---
 
 void run_extras(Content content, int n) {
   const std::string input = input_name(kContentNames[content], n);
@@ -331,7 +332,7 @@ void run_all() {
 
 // --- rounding ---
 
-// Flushes denormals and rounds towards zero: the opposite of what DefaultRounding sets.
+// Sets flush-to-zero and rounding towards zero, the opposite of DefaultRounding.
 void spoil_rounding() {
 #if defined(__aarch64__)
   uint64_t fpcr;

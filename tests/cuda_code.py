@@ -1,4 +1,4 @@
-"""The machine code in the built CUDA library, as cuobjdump shows it."""
+"""The machine code in the built CUDA library, as printed by cuobjdump."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMATS += ("kahan-fp16", "master-bf16", "master-fp16", "split16", "split8")
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture: names as in onepass, its resources, its instructions."""
+    """One kernel for one architecture: its name in onepass, resources and instructions."""
 
     name: str
     arch: str
@@ -40,7 +40,7 @@ def opcode(line: str) -> str:
 
 @cache
 def cuobjdump() -> str | None:
-    """Of CUDA_HOME, of PATH, or the one that Triton brings."""
+    """The path of cuobjdump in CUDA_HOME, on PATH or in the Triton package."""
     home = os.environ.get("CUDA_HOME")
     places = [Path(home, "bin")] if home else []
     spec = importlib.util.find_spec("triton")
@@ -51,14 +51,15 @@ def cuobjdump() -> str | None:
 
 
 def why_not() -> str:
-    """Why there is no code to look at; empty when there is."""
+    """The reason why the machine code cannot be read; empty if it can."""
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built: there was no CUDA toolkit"
     return "" if cuobjdump() else "cuobjdump, of a CUDA toolkit or of Triton, is not there"
 
 
 def _readable(symbol: str) -> str:
-    """adam-1 bf16 bf16 mx8: rule, flags, formats; "adam-1 formats" and "adam any" read the rest."""
+    """A short name of a kernel: "adam-1 bf16 bf16 mx8" names the rule, flags and formats. Kernels
+    named "adam-1 formats" and "adam any" read the rest at run time."""
     rule = re.search(r"INS_\d+([A-Z][a-z]+)E|sweep_anyI[^E]*?\d+([A-Z][a-z]+)E", symbol)
     if rule is None:
         return re.sub(r".*cuda\d+((norm|judge|advance)_[a-z]+)E.*", r"\1", symbol)
@@ -79,7 +80,7 @@ def _dump(*options: str) -> str:
 
 @cache
 def kernels() -> list[Kernel]:
-    """Every kernel of the library, once for each architecture."""
+    """Every kernel of the library, once per architecture."""
     found: dict[tuple[str, str], Kernel] = {}
     arch = ""
     for line in _dump("--dump-resource-usage").splitlines():

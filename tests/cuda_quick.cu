@@ -1,5 +1,5 @@
-// On a GPU: whether the roots and quotients of csrc/cuda/fast_path.cuh have the bits of the compiler's
-// correctly rounded ones wherever Quick says that they are right. Built and run by bench/gpu.sh.
+// Checks on a GPU that the square roots and quotients of csrc/cuda/fast_path.cuh have the bits of
+// the compiler's correctly rounded ones if Quick::right() is true. Built and run by bench/gpu.sh.
 #include <cstdio>
 
 #include "../csrc/cuda/fast_path.cuh"
@@ -33,7 +33,7 @@ __global__ void roots() {
   for (uint64_t bits = thread(); bits <= 0xFFFFFFFFu; bits += threads()) {
     Quick quick;
     const float x = from_bits(static_cast<uint32_t>(bits)), root = quick.sqrt(x);
-    // What a rule divides by; a root that is not a number is refused here.
+    // Rules divide by the root. The division makes right() false if the root is NaN.
     quick.div(1.0f, root);
     if (!quick.right()) continue;
     ++count;
@@ -42,13 +42,13 @@ __global__ void roots() {
   atomicAdd(&tested[kRoots], count);
 }
 
-// The bits with the exponent of one between the bounds.
+// The bits with the exponent replaced by a random one between the bounds of Quick.
 __device__ uint32_t bounded(uint32_t bits, uint64_t random) {
   constexpr uint32_t kFirst = (Quick::kLeast >> 23) + 1, kSpan = (Quick::kMost >> 23) - kFirst;
   return (bits & 0x807FFFFFu) | (kFirst + static_cast<uint32_t>(random % kSpan)) << 23;
 }
 
-// The bits with so many of the lowest all set, or all clear.
+// The bits with a random number of the lowest mantissa bits all set or all cleared.
 __device__ uint32_t plain(uint32_t bits, uint64_t random) {
   const uint32_t lowest = (1u << (random & 31)) - 1 & 0x7FFFFFu;
   return random & 32 ? bits | lowest : bits & ~lowest;

@@ -1,4 +1,4 @@
-"""A step of everything, for compute-sanitizer: python tests/cuda_sanitize.py."""
+"""Steps in every format, for compute-sanitizer: python tests/cuda_sanitize.py."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STORED = [
 
 
 def steps(device: str, backend: str) -> int:
-    """Steps of lists of each format, and of a list of all, and the norm of each list.
+    """Steps one list per format and a list with all formats, and computes the norm of each list.
 
     Args:
-        device: of the parameters.
-        backend: name of the backend that steps them.
+        device: device of the parameters.
+        backend: name of the backend.
 
     Returns:
         The number of lists.

@@ -1,6 +1,7 @@
-"""One AdamW step of an installed onepass against torch's own, in fp64: run by wheel_check.sh.
+"""Compares one AdamW step of an installed onepass with torch.optim in fp64.
 
-With the argument "cuda" the CUDA library must load as well, and register its ops.
+wheel_check.sh runs this script. With the argument "cuda", the CUDA library must load and register
+its ops as well.
 """
 
 import platform
@@ -21,7 +22,7 @@ if not package.is_relative_to(Path(sys.argv[1]).resolve()):
 torch.manual_seed(0)
 start, grad = torch.randn(1025), torch.randn(1025)
 
-# backend="cpu" is an error where the library does not load, so that it is what is tried here.
+# With backend="cpu" the constructor raises an error if the CPU library does not load.
 param = start.clone().requires_grad_()
 param.grad = grad.clone()
 onepass.AdamW([param], LR, BETAS, EPS, WEIGHT_DECAY, backend="cpu").step()
@@ -30,7 +31,8 @@ oracle = start.double().requires_grad_()
 oracle.grad = grad.double()
 torch.optim.AdamW([oracle], LR, BETAS, EPS, WEIGHT_DECAY).step()
 
-# Two roundings of the weight: a step moves it by less than its own size.
+# Two roundings of the weight. A step moves the weight by about LR, so the tolerance is relative to
+# LR for smaller weights.
 tolerance = 2 * torch.finfo(torch.float32).eps * start.abs().clamp(min=LR)
 error = ((param.detach().double() - oracle.detach()).abs() / tolerance).max().item()
 if not error <= 1 or torch.equal(param.detach(), start):

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Builds the wheel and tries it where it was not built: under another CPython, with another torch
-# if one is named. Not part of `make test`, for it installs torch once more.
+# Builds the wheel and tests it with another CPython and, if TORCH_OTHER is set, another torch.
+# `make test` does not run this script, because it installs torch again.
 #
 #   PYTHON_OTHER=python3.13 TORCH_OTHER=2.10.0 tests/wheel_check.sh
 #   CUDA=1 TORCH_OTHER=2.11.0 tests/wheel_check.sh
 #
-# CUDA=1: the wheel must have the CUDA library, and the other torch, one for CUDA, must load it. That
-#   takes a CUDA toolkit but no GPU, and one architecture unless ONEPASS_CUDA_ARCH names more.
-# VENV_OTHER: an environment that has the other torch already, to install into; default a new one.
-# PYTHON_OTHER: default the first of python3.13 to python3.10 that is not the version in .venv, or
-#   that version when no other one runs. TORCH_OTHER: default the version in .venv.
-# pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) say where torch comes from.
+# CUDA=1: the wheel must contain the CUDA library, and the other torch, built for CUDA, must load
+#   it. This needs a CUDA toolkit but no GPU. It builds for compute capability 9.0 unless
+#   ONEPASS_CUDA_ARCH names others.
+# VENV_OTHER: a virtual environment to install into, which may have the other torch already;
+#   default: a new one.
+# PYTHON_OTHER: default: the first of python3.13 to python3.10 whose version differs from .venv, or
+#   the Python of .venv if there is none.
+# TORCH_OTHER: default: the version in .venv.
+# The settings of pip (PIP_INDEX_URL, PIP_FIND_LINKS, ...) determine where torch comes from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -68,8 +71,8 @@ if .venv/bin/python -m mypy --config-file= --cache-dir "$work/cache" --python-ex
 fi
 grep -q 'incompatible type "Literal\[' "$work/types.log" || { cat "$work/types.log"; exit 1; }
 
-# From another folder, so that it is the installed package that is imported; -P does not exist
-# before Python 3.11.
+# Run in another folder, so that Python imports the installed package. The option -P would do the
+# same but needs Python 3.11.
 cp tests/wheel_check.py "$work/"
 cd "$work"
 unset PYTHONPATH

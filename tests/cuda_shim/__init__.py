@@ -1,7 +1,7 @@
-"""csrc/cuda compiled by g++ against the stand-in beside this file, as a backend for CPU tensors.
+"""Compiles csrc/cuda with g++ against a stand-in for CUDA, as a backend for CPU tensors.
 
-Kernels, plan and launches are the sources as they are; the ops are registered for CUDA tensors, so
-they are called by that dispatch key.
+The sources of kernels, plans and launches are unchanged. The ops are registered for CUDA tensors,
+so they are called with that dispatch key.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
     *("-ffp-contract=off", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={2 << 56 | 10 << 48}ULL"),
     *("-I", str(HERE), "-isystem", str(TORCH / "include")),
-    # As setup.py takes them: a variant of csrc/cuda/tuning.h.
+    # Macros that select a variant of csrc/cuda/tuning.h, as in setup.py.
     *(f"-D{name}" for name in os.environ.get("ONEPASS_CUDA_DEFINES", "").split()),
 ]
 
 
 def why_not() -> str:
-    """Why there is no such backend here; empty when there is."""
+    """The reason why the stand-in is unavailable; empty if it is available."""
     if onepass.ops.missing:
         return onepass.ops.missing
     if torch.version.cuda and not onepass.ops.cuda_missing():
@@ -46,8 +46,11 @@ def why_not() -> str:
 
 
 def _build() -> Path:
-    """The library in build/. It is built when a source has changed, by the first process that needs
-    it; others wait for that process."""
+    """The path of the library in build/.
+
+    The library is built if a source has changed. The first process that needs it builds it; others
+    wait for that process.
+    """
     runpy.run_path(str(CSRC / "generate.py"))["write"]()
     sources = [p for p in CSRC.rglob("*.c[up]*") if "cuda" in p.parts]
     sources.append(HERE / "shim.cpp")
@@ -66,7 +69,7 @@ def _build() -> Path:
 
 
 def _compile(sources: list[Path], library: Path) -> None:
-    """Compiles and links the stand-in."""
+    """Compiles the sources and links the library."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
 
         def compile_one(source: Path) -> str:
@@ -75,7 +78,7 @@ def _compile(sources: list[Path], library: Path) -> None:
             subprocess.run(command, check=True)
             return target
 
-        # The longest first.
+        # Start with the sources that take the longest to compile.
         longest = ("sweep_adam", "sweep_lion", "sweep_sgd", "sweep_rmsprop", "ops")
         sources = sorted(sources, key=lambda s: (s.stem not in longest, s.stem))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -94,17 +97,17 @@ def _library() -> ctypes.CDLL:
 
 
 def launches() -> int:
-    """Kernels launched so far."""
+    """The number of kernels launched so far."""
     return int(_library().shim_launches())
 
 
 def set_devices(*devices: tuple[int, int], driver: int = 0) -> None:
-    """Replaces the stand-in's devices and makes the first the current one; one H200 by default.
+    """Replaces the devices of the stand-in and selects the first; the default is one H200.
 
     Args:
-        devices: of each its compute capability times 10, and the error that loading a kernel on it
-            returns, 0 for none.
-        driver: the error that asking for the current device returns.
+        devices: for each device, its compute capability times 10 and the error that loading a
+            kernel on it returns, 0 for none.
+        driver: the error that cudaGetDevice returns.
     """
     devices = devices or ((90, 0),)
     _library().shim_devices(len(devices), driver)
@@ -113,63 +116,66 @@ def set_devices(*devices: tuple[int, int], driver: int = 0) -> None:
 
 
 def current_device() -> int:
-    """The stand-in's current device."""
+    """The current device of the stand-in."""
     return int(_library().shim_current_device())
 
 
 def select(device: int = 0, stream: int = 0) -> None:
-    """Makes a device and a stream the current ones; stream 0 is the default one."""
+    """Makes a device and a stream current; stream 0 is the default stream."""
     _library().shim_select(device, ctypes.c_ssize_t(stream))
 
 
 def fail(call: str, error: int, after: int = 0) -> None:
-    """Lets a call of the stand-in return an error once: cudaLaunchKernelEx and those on events.
+    """Makes a call of the stand-in return an error once.
 
     Args:
-        call: name of the function.
-        error: of cudaError_t.
-        after: how many calls of that function succeed before.
+        call: name of the function: cudaLaunchKernelEx or a function on events.
+        error: value of cudaError_t.
+        after: number of calls of that function that succeed before the error.
     """
     _library().shim_fail(call.encode(), after, error)
 
 
 def pending(stream: int) -> int:
-    """Launches that a stream was given, or waits for, and that the host has not waited for."""
+    """The number of launches on a stream, including those it waits for, that the host has not
+    waited for."""
     return int(_library().shim_pending(ctypes.c_ssize_t(stream)))
 
 
 def rename_stream(old: int, new: int) -> None:
-    """Gives a stream another number, as if it was destroyed and its handle free for a new one."""
+    """Moves the launches of a stream to another, as if the first was destroyed and its handle
+    reused."""
     _library().shim_rename_stream(ctypes.c_ssize_t(old), ctypes.c_ssize_t(new))
 
 
 def forget() -> None:
-    """Forgets launches on streams, waits, and the fault of a capture."""
+    """Forgets launches on streams, waits, and errors in captures."""
     _library().shim_forget()
 
 
 def events() -> int:
-    """Events that have not been destroyed."""
+    """The number of events that have not been destroyed."""
     return int(_library().shim_events())
 
 
 def last_wait() -> tuple[int, int]:
-    """Of the host's last wait the device that was current and that of the event, -1 for none."""
+    """For the last wait of the host, the current device and the device of the event, -1 if none."""
     return int(_library().shim_wait_current()), int(_library().shim_wait_of())
 
 
 def capture_broken() -> bool:
-    """Whether a call came during a capture that would have invalidated it."""
+    """Whether any call would have invalidated a capture."""
     return bool(_library().shim_capture_broken())
 
 
 def capture_mode() -> int:
-    """The capture mode of the thread: 0, global, unless it has been exchanged."""
+    """The capture mode of the thread: 0 (global) unless it was exchanged."""
     return int(_library().shim_mode())
 
 
 class Capture:
-    """Within it launches are kept for replay() instead of run; torch's copies are done at once."""
+    """A context that records launches for replay() instead of running them. Copies by torch still
+    run immediately."""
 
     number = 0
     active = False
@@ -185,7 +191,7 @@ class Capture:
         _library().shim_capture(ctypes.c_ulonglong(0))
 
     def replay(self) -> None:
-        """Runs what the last capture has kept."""
+        """Runs the launches that the last capture recorded."""
         _library().shim_replay()
 
 

@@ -1,6 +1,6 @@
-// A stand-in for the CUDA header, with which g++ compiles csrc/cuda as it is: the threads of a
-// block are fibers that take turns, and give way only where they meet. Only what csrc/cuda uses is
-// here.
+// A stand-in for the CUDA runtime header, with which g++ compiles csrc/cuda unchanged. The threads
+// of a block are fibers that switch only at synchronization points. The header has only the
+// functions that csrc/cuda uses.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __builtin_assume(condition)
-#define __shared__ static  // blocks run one after the other
+#define __shared__ static  // one copy: blocks run one after another
 
 struct dim3 {
   unsigned x, y, z;
@@ -41,7 +41,7 @@ namespace shim {
 
 constexpr int kWarp = 32, kMostThreads = 1024;
 
-// Where threads wait for each other.
+// A synchronization point of threads.
 struct Meeting {
   int arrived = 0, round = 0;
 };
@@ -53,12 +53,12 @@ struct Block {
   dim3 thread, block, grid, threads;
   Meeting meeting;
   Warp warps[kMostThreads / kWarp];
-  bool moved = false;  // whether anything happened since every thread had its turn
+  bool moved = false;  // whether any thread made progress in this round of turns
 };
 extern Block now;
 extern long launches;
 
-// The number of the capture under way, or 0; what it has kept of launches is run by a replay.
+// The number of the active capture, or 0, and the launches that it recorded for a replay.
 extern unsigned long long capture;
 extern std::vector<std::function<void()>> graph;
 
@@ -94,7 +94,7 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   std::memcpy(warp.values[lane], &value, sizeof value);
   shim::meet(warp.meeting, shim::kWarp);
   std::memcpy(&value, warp.values[lane ^ static_cast<unsigned>(distance)], sizeof value);
-  shim::meet(warp.meeting, shim::kWarp);  // nobody writes before all have read
+  shim::meet(warp.meeting, shim::kWarp);  // all threads read before any writes again
   return value;
 }
 
@@ -105,7 +105,7 @@ inline bool __all_sync(unsigned mask, bool value) {
   return all != 0;
 }
 
-// --- the host's side ---
+// --- host API ---
 
 #define CUDART_VERSION 13000
 
@@ -148,31 +148,32 @@ struct cudaLaunchConfig_t {
 namespace shim {
 
 struct Device {
-  int capability;       // ten times the major number, and the minor one
-  cudaError_t kernels;  // what loading a kernel returns
+  int capability;       // compute capability: 10 * major + minor
+  cudaError_t kernels;  // returned by loading a kernel
 };
 extern std::vector<Device> devices;
-extern int device;          // the current one
-extern cudaError_t driver;  // what asking for the current device returns
+extern int device;          // current device
+extern cudaError_t driver;  // returned by cudaGetDevice and cudaSetDevice
 
-// Launches are numbered. A kernel runs at once, but counts as ended only when the host has waited
-// for it. What a stream has been given, and what it waits for, comes before its next event.
+// Launches are numbered. A kernel runs immediately but counts as ended only after the host has
+// waited for it. The set of a stream has its launches and those that it waits for: they precede its
+// next event.
 using Launches = std::set<long>;
 extern std::map<cudaStream_t, Launches> streams;
 extern Launches ended;
-extern int events;  // that have not been destroyed
+extern int events;  // number of events that were not destroyed
 
-// The last wait of the host: the device that was current, and the device of the event.
+// The last wait of the host: the current device and the device of the event, -1 if none.
 struct Wait {
   int current = -1, of = -1;
 };
 extern Wait wait;
 
-// The mode of the one thread, and whether a call that the mode forbids came during a capture.
+// The capture mode of the only thread, and whether any call would have invalidated a capture.
 extern cudaStreamCaptureMode mode;
 extern bool capture_broken;
 
-// The error of a call that is to fail, once; else cudaSuccess.
+// The error that shim_fail set for this function, returned once; else cudaSuccess.
 cudaError_t failure(const char* call);
 
 inline bool breaks_capture() {
@@ -192,7 +193,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = shim::device;
   return shim::driver;
 }
-// torch gives tensors on the CPU the index -1: they are on device 0 here.
+// CPU tensors have device index -1 in torch; here they are on device 0.
 inline cudaError_t cudaSetDevice(int device) {
   const int index = device < 0 ? 0 : device;
   if (index >= static_cast<int>(shim::devices.size())) return cudaErrorInvalidDevice;
@@ -201,7 +202,7 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const int capability = shim::devices[device].capability;
-  *value = 1;  // so few multiprocessors that blocks of the norm take several chunks
+  *value = 1;  // one multiprocessor, so that a block of the norm processes several chunks
   if (attribute == cudaDevAttrComputeCapabilityMajor) *value = capability / 10;
   if (attribute == cudaDevAttrComputeCapabilityMinor) *value = capability % 10;
   return cudaSuccess;

@@ -1,4 +1,5 @@
-// Fibers for cuda_runtime.h beside this file, and the one function that torch's CUDA build has.
+// Runs the threads of cuda_runtime.h as fibers, and defines the one function of torch's CUDA build
+// that csrc/cuda needs.
 #include <ucontext.h>
 
 #include <memory>
@@ -32,7 +33,7 @@ struct Fiber {
   bool ended = true;
 };
 std::vector<Fiber> fibers;
-cudaStream_t stream = nullptr;  // the current one
+cudaStream_t stream = nullptr;  // current stream
 struct Failing {
   std::string call;
   int after;
@@ -110,8 +111,8 @@ EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = shim::stream;
   return 0;
 }
-// Sets the number of devices; each has capability 9.0 and runs kernels. Device 0 is the current
-// one.
+// Sets the number of devices. Each has compute capability 9.0 and runs kernels. Device 0 becomes
+// current.
 EXPORT void shim_devices(int count, int driver) {
   shim::devices.assign(count, {90, cudaSuccess});
   shim::device = 0;
@@ -120,23 +121,23 @@ EXPORT void shim_devices(int count, int driver) {
 EXPORT void shim_device(int device, int capability, int kernels) {
   shim::devices[device] = {capability, static_cast<cudaError_t>(kernels)};
 }
-// Makes device and stream the current ones; stream 0 is the default stream.
+// Makes a device and a stream current; stream 0 is the default stream.
 EXPORT void shim_select(int device, intptr_t stream) {
   shim::device = device;
   shim::stream = reinterpret_cast<cudaStream_t>(stream);
 }
-// The call of this name that comes after so many others returns an error.
+// Makes the function `call` return an error once, after `after` calls that succeed.
 EXPORT void shim_fail(const char* call, int after, int error) {
   shim::failing = {call, after, static_cast<cudaError_t>(error)};
 }
-// Launches on a stream that the host has not waited for.
+// The number of launches on a stream that the host has not waited for.
 EXPORT int shim_pending(intptr_t stream) {
   int count = 0;
   for (const long launch : shim::streams[reinterpret_cast<cudaStream_t>(stream)])
     count += !shim::ended.count(launch);
   return count;
 }
-// Gives the launches of a stream to another, as if the stream was destroyed and its handle free.
+// Moves the launches of a stream to another, as if the first was destroyed and its handle reused.
 EXPORT void shim_rename_stream(intptr_t from, intptr_t to) {
   auto& launches = shim::streams[reinterpret_cast<cudaStream_t>(from)];
   shim::streams[reinterpret_cast<cudaStream_t>(to)].swap(launches);
@@ -155,7 +156,8 @@ EXPORT int shim_capture_broken() { return shim::capture_broken; }
 EXPORT int shim_mode() { return shim::mode; }
 EXPORT int shim_current_device() { return shim::device; }
 EXPORT long shim_launches() { return shim::launches; }
-// Captures launches, not copies: those are torch's own, and done at once.
+// Starts a capture of this number, or ends it if the number is 0. Launches are captured; copies are
+// torch's own and run immediately.
 EXPORT void shim_capture(unsigned long long number) {
   shim::capture = number;
   if (number) shim::graph.clear();
