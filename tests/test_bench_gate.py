@@ -85,7 +85,7 @@ def test_the_fit_is_never_negative():
 
 
 def test_sizes_and_share_end_to_end(tmp_path, monkeypatch):
-    """Their lines make tables and a plot, and the benchmark report does not read them."""
+    """Lines of bench.sizes and bench.share make tables and a plot, and the report ignores them."""
     monkeypatch.setattr(devices.Device, "smallest_copy", 1 << 12)
     monkeypatch.setattr(timing, "BEYOND_CACHE", 1 << 14)
     results_dir = tmp_path / "results"

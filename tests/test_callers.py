@@ -155,7 +155,7 @@ def test_repr_shows_options_of_the_whole_step():
 
 
 def test_frozen_parameters_may_be_of_any_dtype():
-    """Quantized weights beside trained adapters are such parameters."""
+    """A model with adapters has frozen parameters with quantized weights."""
     model = torch.nn.ParameterDict(
         {
             "packed": torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False),

@@ -32,7 +32,7 @@ def largest(values, block):
 
 
 def limits(states, first, second, stored_second):
-    """The largest errors of a state format for Adam's moments, in the order of its blocks."""
+    """The largest errors of a state format for Adam's moments, with elements in memory order."""
     if states in ("fp32", "bf16"):
         eps = 2**-8 if states == "bf16" else 0.0
         return eps * first.abs(), eps * second

@@ -33,7 +33,7 @@ def test_none_picks_cuda():
 
 
 def test_a_step_runs_on_the_current_stream():
-    """Slow work on the same stream makes the gradients; another stream would read old ones."""
+    """Slow work on the same stream makes the gradients. A step elsewhere would read old ones."""
     cpu_param = torch.nn.Parameter(torch.ones(1 << 16))
     (gpu_param,) = on_gpu([cpu_param])
     cpu = onepass.AdamW([cpu_param], backend="reference")

@@ -17,7 +17,7 @@ STOCHASTIC = ("bf16", "mx8", "mx4")
 
 # --- the second moment -------------------------------------------------------------------------
 
-# (format, beta2) -> the largest standard deviation of ln sqrt(v) from that of the exact average.
+# (format, beta2) -> the largest standard deviation of ln sqrt(v / exact v).
 SPREAD = {
     ("bf16", 0.95): 0.005,
     ("bf16", 0.99): 0.01,
@@ -34,7 +34,8 @@ SPREAD = {
 MEAN = {"bf16": (0.97, 1.03), "mx8": (0.97, 1.03), "mx4": (0.97, 1.28)}
 # Limits of the delay, in time constants: until the mean of v has changed half way after gradients
 # became 10 times as large, and until it is twice the new value after gradients became a tenth as
-# large. The exact delays are ln(99 / 50) and ln(99). For mx4 E[v] is 1.2 times too large.
+# large. The exact delays are ln(99 / 50) and ln(99). The E[v] of mx4 is still 1.2 times the exact
+# value then.
 LAG = {"bf16": (0.9, 4.7), "mx8": (0.9, 4.7), "mx4": (0.9, 6.0)}
 COUNT = {0.95: 8192, 0.99: 4096, 0.999: 2048}
 
@@ -264,8 +265,9 @@ def adversaries(count: int):
 def test_no_gradients_make_a_step_without_bound(name, betas):
     """Steps of mx8 are at most twice the largest exact step, and steps of mx4 are at most 8.
 
-    By the Cauchy-Schwarz inequality an exact step is at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 /
-    b2)), below 7.3 here. mx4 clamps |m| to 7 sqrt(v).
+    By the Cauchy-Schwarz inequality an exact step is at most
+    (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), which is below 7.3 here.
+    mx4 clamps |m| to 7 sqrt(v).
     """
     count, (beta1, beta2) = 32 * 64, betas
     exact = (1 - beta1) / np.sqrt((1 - beta2) * (1 - beta1**2 / beta2))

@@ -139,8 +139,8 @@ def test_split16_is_bit_equal_to_master_over_1000_steps():
 
 
 # The factor by which the 16-bit weight is closer to the target than with native. Steps are a tenth
-# of bf16's spacing, so rounding to nearest discards all of them. The other formats stop at the
-# spacing: the RMS distance of a 16-bit weight is at least 1 / sqrt(12) of it.
+# of bf16's spacing, so rounding to nearest discards all of them. The spacing limits the other
+# formats: the RMS distance of a 16-bit weight is at least 1 / sqrt(12) of it.
 GAIN = {"stochastic": 15, "split8": 30, "kahan": 30, "split16": 30, "master": 30}
 
 

@@ -35,7 +35,7 @@ COMPILERS = {
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_a_compiled_step(device, backend, compiler, options):
-    """Has no graph break, reads an option that changes later, and zeroes gradients if asked."""
+    """The step has no graph break, reads changed options, and zeroes gradients on request."""
     net = network(device)
     pair = Pair(device, backend, params=net.parameters(), **options)
     step = torch.compile(pair.ours.step, fullgraph=True, **COMPILERS[compiler])

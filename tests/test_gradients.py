@@ -70,7 +70,7 @@ def expanded(value):
     return value[:, :1].expand(value.shape)
 
 
-# (the gradient made from a value, the plain tensor with the same values).
+# name -> functions of a value: the gradient, and the plain tensor with the gradient's values.
 READABLE = {
     "subclass": (lambda v: v.as_subclass(Plain), lambda v: v),
     "parameter": (torch.nn.Parameter, lambda v: v),
@@ -91,7 +91,7 @@ READABLE = {
 @pytest.mark.parametrize("zero_grads", [False, True])
 @pytest.mark.parametrize(("make", "meant"), READABLE.values(), ids=READABLE)
 def test_gradients_count_with_the_values_that_they_stand_for(backend, make, meant, zero_grads):
-    """Tests such a gradient in the first, third and fourth step, and a plain one in the second."""
+    """Tests an odd gradient in the first, third and fourth step, and a plain one in the second."""
     made = []
     for own in (make, meant):
         params = [torch.nn.Parameter(randn(4, 4)) for _ in range(3)]

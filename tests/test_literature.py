@@ -2,8 +2,8 @@
 
 Textbook momentum: v = gamma v + lr g(theta); theta = theta - v.
 Textbook Nesterov: v = gamma v + lr g(theta - gamma v); theta = theta - v.
-onepass and torch.optim: buf = gamma buf + g(theta); theta = theta - lr buf, or theta - lr (g +
-gamma buf) with Nesterov momentum.
+onepass and torch.optim: buf = gamma buf + g(theta); theta = theta - lr buf.
+Their Nesterov momentum: the same buf; theta = theta - lr (g + gamma buf).
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ from .cases import CASES, EVERY_FORMAT, last_variant
 
 BIG = 1 << 16
 SHAPES = [(BIG + 3,), (256, 300), (), (0,), (33,), (1023,), (7, 5, 3)]
-"""Large tensors, and small ones that the state allocator joins, with incomplete blocks."""
+"""Large tensors, and small ones that are no multiple of a block.
+
+The state allocator places the states of the small tensors side by side.
+"""
 
 
 def meta(dtype, shapes=SHAPES):
