@@ -299,8 +299,7 @@ def take_first_step(run, rng):
 
 
 def count_anew(run):
-    """Reloads the twin as the ranks are reloaded, which restarts step counters that are not
-    saved."""
+    """Reloads the twin as the ranks are reloaded: step counters that are not saved restart."""
     if not run.reference.rule.saves_step:
         run.reference.load_state_dict(run.reference.state_dict())
 

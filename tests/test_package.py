@@ -47,7 +47,7 @@ def test_library_has_no_python_symbol():
     assert [name for _, name in undefined_symbols() if re.match(r"_?Py", name)] == []
 
 
-def test_every_symbol_that_is_not_the_systems_is_torchs_c_interface():
+def test_library_uses_only_system_symbols_and_the_c_interface_of_torch():
     # Symbols of the system libraries have a version (memcpy@GLIBC_2.14), those of torch have none.
     # The types w and v mark weak symbols, which may stay undefined.
     others = [name for kind, name in undefined_symbols() if "@" not in name and kind not in "wv"]

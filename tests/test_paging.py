@@ -66,7 +66,7 @@ def test_every_backend(backend, options):
 
 
 @pytest.mark.parametrize("backend", runs_here())
-def test_pieces_of_large_parameters(backend):
+def test_large_parameters_are_split_over_pages(backend):
     params = make_params([(5, 1700), (300,)], torch.float32, 1)
     params[0] = torch.nn.Parameter(params[0].detach().t().contiguous().t())  # strides (1, 5)
     both = []
@@ -84,7 +84,7 @@ def test_pieces_of_large_parameters(backend):
 
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
 @pytest.mark.parametrize("budget", [0, 60_000])
-def test_what_rides_in_the_step(options, budget):
+def test_clipping_skipping_telemetry_and_schedules(options, budget):
     """Clipping, skipped steps, zeroed gradients, telemetry, parameter groups and a schedule."""
     dtype = torch.bfloat16 if options.get("weights") else torch.float32
     both = []
@@ -163,7 +163,7 @@ def test_released_gradients(links):
     assert_same(*both)
 
 
-def test_released_gradients_of_many_parameters_have_slabs_in_common(links):
+def test_gradient_release_shares_slabs_between_parameters(links):
     net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(50)))
     optimizer = adamw(net.parameters(), paged=Paging(page_bytes=SMALLEST_PAGE))
     onepass.release_gradients(net, optimizer)
@@ -171,7 +171,7 @@ def test_released_gradients_of_many_parameters_have_slabs_in_common(links):
     assert len(links[0].pinned) == 1
 
 
-def test_released_states_are_on_their_way_before_their_gradient():
+def test_gradient_release_prefetches_states():
     net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(5)))
     optimizer = adamw(net.parameters(), paged=Paging(page_bytes=SMALLEST_PAGE))
     handle = onepass.release_gradients(net, optimizer)
@@ -192,7 +192,7 @@ def test_released_states_are_on_their_way_before_their_gradient():
     assert sum(fetched) >= len(fetched) - 2
 
 
-def test_frozen_parameters_and_ones_that_come_later():
+def test_missing_gradients_and_parameters_added_later():
     both = []
     for paged in (False, Paging(40_000, SMALLEST_PAGE)):
         params = make_params(SHAPES, torch.float32, 1)

@@ -93,7 +93,7 @@ def test_malformed_paging(options):
         (onepass.PagedLion8bit, onepass.Lion8bit, "mx8"),
     ],
 )
-def test_names(ours, base, states):
+def test_paged_classes_default_to_paged(ours, base, states):
     """The Paged classes differ from their base classes only in the default paged=True."""
     params = make_params(SHAPES, torch.float32, 1)
     plain_params = clone(params)
@@ -111,7 +111,7 @@ def test_names(ours, base, states):
 # --- memory ----------------------------------------------------------------------------------
 
 
-def test_more_host_memory_than_there_is(monkeypatch):
+def test_too_little_host_memory_is_an_error_before_any_change(monkeypatch):
     params = make_params(SHAPES, torch.float32, 1)
     optimizer = adamw(params, paged=SMALL)
     needed = onepass.paging.footprints(optimizer)[torch.device("cpu")].host
@@ -131,13 +131,13 @@ def test_more_host_memory_than_there_is(monkeypatch):
     optimizer.step()  # the states exist already
 
 
-def test_the_machines_own_memory():
+def test_free_memory_of_this_machine_is_plausible():
     free = slabs.free_memory()
     assert free is None or 1 << 20 < free < 1 << 50
 
 
 @pytest.mark.parametrize("what", ["slab", "ring"])
-def test_memory_that_runs_out_while_states_are_made(what, monkeypatch):
+def test_failed_allocation_leaves_no_states(what, monkeypatch):
     params = make_params(SHAPES, torch.float32, 1)
     plain_params = clone(params)
     optimizer = adamw(params, paged=SMALL)
@@ -274,7 +274,7 @@ def test_a_fault_in_any_copy_of_a_step(links, at_once):
     assert outcomes == ({False, True} if at_once else {True})
 
 
-def test_a_backend_that_fails_in_a_page(monkeypatch):
+def test_backend_error_in_a_page_refuses_further_steps(monkeypatch):
     params = make_params([(5000,), (7001,)], torch.float32, 1)
     optimizer = adamw(params, paged=SMALL, backend="reference")
     train(optimizer, params, 1)
@@ -294,7 +294,7 @@ def test_a_backend_that_fails_in_a_page(monkeypatch):
     refuses(params, optimizer)
 
 
-def test_a_failed_release_refuses_too(links, monkeypatch):
+def test_failed_copy_in_gradient_release_refuses_further_steps(links, monkeypatch):
     net = torch.nn.Linear(64, 64)
     optimizer = adamw(net.parameters(), paged=SMALL)
     onepass.release_gradients(net, optimizer)
@@ -310,7 +310,7 @@ def test_a_failed_release_refuses_too(links, monkeypatch):
         net(torch.ones(1, 64)).sum().backward()
 
 
-def test_a_step_that_fails_before_it_begins_leaves_all_as_it_was():
+def test_error_before_the_sweep_changes_nothing():
     params = make_params(SHAPES, torch.float32, 1)
     plain_params = clone(params)
     optimizer, plain = adamw(params, paged=SMALL), adamw(plain_params)

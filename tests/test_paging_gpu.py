@@ -63,7 +63,7 @@ def big(paged, **options):
     return cpu, params, onepass.AdamW(gpu_params, **options, paged=paged), gpu_params
 
 
-def test_copies_are_waited_for_behind_a_busy_device():
+def test_reads_wait_for_copies_on_a_busy_device():
     """Steps are issued faster than the device runs them; reading a state waits for its copies."""
     cpu, params, gpu, gpu_params = big(Paging(page_bytes=1 << 20))
     for step in range(5):
@@ -85,7 +85,7 @@ def test_side_streams_one_after_another():
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_the_host_waits_for_nothing(backend):
+def test_step_does_not_synchronize(backend):
     params = [torch.nn.Parameter(torch.ones(1 << 18, device="cuda")) for _ in range(4)]
     optimizer = onepass.AdamW(
         params, max_grad_norm=1.0, paged=Paging(page_bytes=1 << 19), backend=backend
@@ -103,7 +103,7 @@ def test_the_host_waits_for_nothing(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_states_rest_in_pinned_memory():
+def test_states_are_in_pinned_memory():
     _, _, gpu, gpu_params = big(SMALL)
     for p in gpu_params:
         p.grad = torch.ones_like(p)
@@ -114,7 +114,7 @@ def test_states_rest_in_pinned_memory():
 
 
 @pytest.mark.parametrize("budget", [0, 24 << 20, 1 << 30])
-def test_device_memory_is_what_was_predicted(budget):
+def test_device_memory_matches_the_prediction(budget):
     paged = Paging(budget, page_bytes=1 << 20)
     params = [torch.nn.Parameter(torch.ones(1 << 20, device="cuda")) for _ in range(8)]
     for p in params:
@@ -193,7 +193,7 @@ def test_resuming(second):
     assert_same(resumed, cpu)
 
 
-def test_an_optimizer_that_is_deleted_at_once():
+def test_deleting_an_optimizer_with_pending_copies():
     """Deletes an optimizer while its last copies may still write to its memory."""
     for _ in range(10):
         _, _, gpu, gpu_params = big(Paging(page_bytes=1 << 20))

@@ -88,7 +88,7 @@ def test_streams_and_events(fake):
     assert done == [1]
 
 
-def test_copies_are_on_their_stream_and_do_not_wait(fake):
+def test_copies_run_asynchronously_on_their_stream(fake):
     link = CudaLink(DEVICE)
     target, asked = torch.zeros(4), []
 
@@ -124,6 +124,6 @@ def test_pinning(fake):
     assert fake.log == [("launch", DEVICE)]  # clears the error that the runtime holds
 
 
-def test_which_link():
+def test_link_matches_the_device_type():
     assert isinstance(link_for(torch.device("cpu")), HostLink)
     assert isinstance(link_for(torch.device("meta")), HostLink)

@@ -44,7 +44,7 @@ def rows(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("block", range(4))
-def test_a_thousand_orders_of_completion(count, block):
+def test_any_order_of_completion(count, block):
     """250 seeds per block: three steps over all pages, with or without prefetching and settling."""
     for seed in range(250 * block, 250 * (block + 1)):
         link = RandomLink(seed)
@@ -73,7 +73,7 @@ def without_waits(link: RandomLink, stream: str) -> None:
 
 
 @pytest.mark.parametrize("stream", ["incoming", "outgoing", "_current"])
-def test_the_random_orders_would_find_a_missing_wait(stream):
+def test_random_orders_detect_a_missing_wait(stream):
     found = 0
     for seed in range(20):
         link = RandomLink(seed)
@@ -112,7 +112,7 @@ def test_plans_that_share_a_ring():
         assert all(torch.equal(h, b + 3) for h, b in zip(hosts, before, strict=True)), seed
 
 
-def test_what_was_fetched_is_not_trusted_after_a_discard():
+def test_discard_invalidates_prefetched_pages():
     link = RandomLink(1)
     ring = Ring(link, CPU, 3, SIZE)
     host = rows(2)
@@ -150,7 +150,7 @@ def test_copies_and_work_overlap():
         assert link.now == pytest.approx(20 * max(1.0, work) + (2.0 if work >= 1 else 1 + work))
 
 
-def test_two_buffers_cannot_overlap_all_three():
+def test_two_buffers_cannot_overlap_both_copies_and_work():
     """Copies in, work and copies out overlap fully only with at least three buffers."""
     times = []
     for count in (1, 2, 3, 4):
@@ -164,7 +164,7 @@ def test_two_buffers_cannot_overlap_all_three():
     assert times[2] == times[3] == 22.0
 
 
-def test_on_the_host_every_copy_is_done_at_once():
+def test_host_link_copies_immediately():
     ring = Ring(HostLink(), CPU, 4, SIZE)
     host = rows(7)
     before, pages = host.clone(), pages_of(ring, host)

@@ -43,7 +43,7 @@ def test_resuming_with_another_budget(options):
         assert_same(resumed, plain)
 
 
-def test_a_state_dict_has_the_slabs_own_tensors(links, tmp_path):
+def test_state_dict_shares_memory_with_the_slabs(links, tmp_path):
     params = make_params(SHAPES, torch.float32, 1)
     optimizer = adamw(params, paged=Paging(page_bytes=SMALLEST_PAGE))
     train(optimizer, params, 2)
@@ -64,7 +64,7 @@ def test_a_state_dict_has_the_slabs_own_tensors(links, tmp_path):
     )
 
 
-def test_loading_its_own_state_dict_while_copies_are_on_their_way():
+def test_loading_own_state_dict_with_pending_copies():
     params = make_params(SHAPES, torch.float32, 1)
     optimizer = adamw(params, states="mx8", paged=Paging(page_bytes=SMALLEST_PAGE))
     train(optimizer, params, 1)
@@ -78,7 +78,7 @@ def test_loading_its_own_state_dict_while_copies_are_on_their_way():
         assert same_bits(optimizer.state[p]["exp_avg"], plain.state[q]["exp_avg"])
 
 
-def test_states_that_are_read_between_steps_have_arrived():
+def test_reading_a_state_waits_for_its_copy():
     params = make_params(SHAPES, torch.float32, 1)
     plain_params = clone(params)
     optimizer = adamw(params, weights="native", paged=Paging(page_bytes=SMALLEST_PAGE))
@@ -96,7 +96,7 @@ def test_states_that_are_read_between_steps_have_arrived():
         assert same_bits(read(optimizer, params[6]), read(plain, plain_params[6]))
 
 
-def test_states_that_are_changed_between_steps_count():
+def test_changed_states_are_used_by_the_next_step():
     both = []
     for paged in (False, Paging(page_bytes=SMALLEST_PAGE)):
         params = make_params(SHAPES, torch.float32, 1)
@@ -116,7 +116,7 @@ def test_states_that_are_changed_between_steps_count():
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_are_paged_too(how, tmp_path):
+def test_copied_optimizers_are_paged(how, tmp_path):
     params = make_params(SHAPES, torch.float32, 1)
     optimizer = adamw(params, paged=Paging(page_bytes=SMALLEST_PAGE))
     train(optimizer, params, 2)
@@ -172,7 +172,7 @@ def on_device(optimizer, link: RandomLink) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("states", ["fp32", "mx8"])
-def test_memory_is_what_was_predicted(states, links):
+def test_memory_matches_the_prediction(states, links):
     params = make_params([(50_000,)] * 20 + [(64,)] * 50, torch.float32, 1)
     for budget in (0, 1 << 17, 1 << 20, 1 << 24):
         links.clear()
@@ -191,7 +191,7 @@ def test_memory_is_what_was_predicted(states, links):
         assert sum(links[0].pinned if links else []) == pytest.approx(predicted.host, abs=4096)
 
 
-def test_small_states_of_neighbours_are_one_copy(links):
+def test_small_states_share_one_copy(links):
     params = make_params([(64,)] * 20, torch.float32, 1)
     optimizer = onepass.AdamW(params, states="mx8", paged=True)
     train(optimizer, params, 1)

@@ -44,7 +44,7 @@ def both(backend, change, cls=onepass.AdamW, **options):
     return results[0]
 
 
-def test_a_steady_run_is_planned_once(backend, monkeypatch):
+def test_plan_is_reused_without_changes(backend, monkeypatch):
     made = []
     original = onepass.engine.plan.Plan.__init__
     monkeypatch.setattr(
@@ -198,7 +198,7 @@ def test_changes_between_steps(backend, change):
     both(backend, change)
 
 
-def test_a_change_is_seen_at_all(backend):
+def test_each_change_affects_the_result(backend):
     """Each change affects the result; otherwise test_changes_between_steps would prove nothing."""
     unchanged = both(backend, lambda *_: None).param_groups[0]["params"]
     for change in (replace_state, swap_state_storage, move_weight, set_the_counter):
@@ -224,7 +224,7 @@ def test_a_parameter_that_gets_its_first_gradient_later(backend):
     assert optimizer.state[params[0]]["step"] == 4
 
 
-def test_counters_of_parameters_with_a_common_history_are_one_tensor(backend):
+def test_parameters_with_the_same_history_share_a_counter(backend):
     params, optimizer = build(backend)
     set_grads(params, torch.float32, 0)
     optimizer.step()
@@ -232,7 +232,7 @@ def test_counters_of_parameters_with_a_common_history_are_one_tensor(backend):
     assert steps[0] is steps[1] is steps[2]
 
 
-def test_falling_back_to_the_reference_is_said_and_works(monkeypatch):
+def test_fallback_to_the_reference_warns_and_works(monkeypatch):
     cpu = onepass.backends.BACKENDS["cpu"]
     monkeypatch.setattr(type(cpu), "unavailable", lambda self, device: "not built")
     params, optimizer = build(None)
@@ -306,7 +306,7 @@ class Allocated(TorchDispatchMode):
 
 @pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
 @pytest.mark.parametrize("states", ["fp32", "bf16"])
-def test_a_step_needs_under_a_megabyte_beside_weights_gradients_and_states(states):
+def test_step_allocates_less_than_1_mib(states):
     """Measures the storages of torch and the peak memory of the process for 64 MiB of weights."""
     import resource
 
@@ -325,7 +325,7 @@ def test_a_step_needs_under_a_megabyte_beside_weights_gradients_and_states(state
     assert grown < 1 << 10  # ru_maxrss is in KiB
 
 
-def test_the_first_step_makes_the_states_and_nothing_else():
+def test_first_step_allocates_only_states():
     params = [torch.nn.Parameter(torch.ones(1 << 20))]
     params[0].grad = torch.ones(1 << 20)
     optimizer = onepass.AdamW(params)

@@ -123,7 +123,7 @@ def test_a_tied_weight_is_kept_if_one_of_its_modules_is(keep):
     assert model.blocks[0][0].weight.dtype == BF16
 
 
-def test_casting_again_chooses_anew():
+def test_casting_again_applies_the_new_arguments():
     model, once = Model(), Model()
     once.load_state_dict(model.state_dict())
     onepass.cast_model(onepass.cast_model(model, BF16), BF16)
@@ -199,7 +199,7 @@ def test_groups_hold_every_parameter_once_in_its_formats():
     assert "weight_low" not in optimizer.state[model.last.weight]
 
 
-def test_groups_by_the_callers_choice():
+def test_fp32_states_chooses_the_groups():
     model = Model()
     (alone,) = onepass.parameter_groups(model, fp32_states=())
     assert alone["weights"] == "native"
@@ -283,7 +283,7 @@ def test_full_precision_with_several_optimizers_and_with_the_wrong_one():
 
 @pytest.mark.parametrize("weights", [name for name in WEIGHT_FORMATS if name != "native"])
 @pytest.mark.parametrize("change", ["zero", "loaded", "negated"])
-def test_a_weight_changed_from_outside_counts(weights, change):
+def test_weight_changed_by_the_user_is_used(weights, change):
     """After a change of the weight by the user, a stale companion moves the new weight by at most
     half of its bf16 spacing."""
     found = []
@@ -322,7 +322,7 @@ def test_a_weight_changed_from_outside_counts(weights, change):
 
 @pytest.mark.parametrize("states", STATE_FORMATS)
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
-def test_bytes_of_state_are_the_tables(states, weights):
+def test_state_bytes_match_the_formats(states, weights):
     count = 1 << 16
     (param,) = make_params([(count,)], BF16, 1)
     optimizer = onepass.AdamW([param], states=states, weights=weights)

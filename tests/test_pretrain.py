@@ -146,7 +146,7 @@ def test_the_page_is_made_of_the_lines(runs, tmp_path):
     assert f"{read(runs)[0]['parameters']:,} parameters" in page
 
 
-def test_differences_are_of_the_same_seeds(runs):
+def test_differences_pair_runs_with_the_same_seed(runs):
     def line(name, seed, loss):
         start = next(x for x in read(runs) if x["settings"]["name"] == name)
         return {**start, "seed": seed, "validation_loss": loss}
@@ -191,6 +191,6 @@ def test_wrong_usage(arguments):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_here(tmp_path):
+def test_missing_device_is_an_error(tmp_path):
     out = str(tmp_path / "none.jsonl")
     assert pretrain.main(["--quick", "--device", "cuda", "--out", out]) == 2

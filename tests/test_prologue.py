@@ -89,7 +89,7 @@ VERDICTS += [(NAN, 0.0)]
 
 @pytest.mark.parametrize("rule", RULES)
 @other_targets
-def test_hyperparameters_are_those_of_the_host(target, rule):
+def test_hyperparameters_match_the_reference(target, rule):
     """Each step starts from the tables of the step before; a skipped step changes nothing."""
     most = 40 if target.interpreted else None
     ours, reference = table_of(rule, target.device, most), table_of(rule, "cpu", most)
@@ -116,7 +116,7 @@ def test_hyperparameters_are_those_of_the_host(target, rule):
 
 
 @every_target
-def test_retreat_takes_back_what_advance_has_counted(target):
+def test_retreat_undoes_advance(target):
     """retreat undoes advance, whatever torch's default dtype is, and ignores skipped rows."""
     backend = BACKENDS[target.backend]
     table = table_of("sgd", target.device, 40 if target.interpreted else None)
@@ -140,7 +140,7 @@ def test_retreat_takes_back_what_advance_has_counted(target):
 
 
 @every_target
-def test_retreat_from_a_table_of_rows_that_count_and_rows_that_do_not(target):
+def test_retreat_ignores_skipped_rows(target):
     backend = BACKENDS[target.backend]
     table = table_of("adam", target.device, 40 if target.interpreted else None)
     advance(backend, table, None)
@@ -202,7 +202,7 @@ FOUND = [
 
 @pytest.mark.parametrize("found", FOUND, ids=str)
 @other_targets
-def test_the_verdict_is_that_of_the_host(target, found):
+def test_verdict_matches_the_reference(target, found):
     limits = (None,) if found is None else (None, 0.0, 1.0, 1 / 3, 1e30)
     policies = itertools.product(limits, (False, True), (False, True))
     policies = [Policy(*policy) for policy in policies]

@@ -40,7 +40,7 @@ def same_codes(a, b, dtype):
     return ((a == b) | nan).all()
 
 
-def test_bf16_is_torchs():
+def test_bf16_matches_torch():
     decoded = decode_bf16(ALL_CODES)
     expected = torch.from_numpy(ALL_CODES.view(np.int16)).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(decoded, expected)
@@ -51,7 +51,7 @@ def test_bf16_is_torchs():
         )
 
 
-def test_fp16_is_torchs():
+def test_fp16_matches_torch():
     decoded = decode_fp16(ALL_CODES)
     expected = torch.from_numpy(ALL_CODES.view(np.int16)).view(torch.float16).float().numpy()
     np.testing.assert_array_equal(decoded, expected)
@@ -114,7 +114,7 @@ def test_random_bits_known_answers():
 KNOWN = [3865129165, 2557184498, 1883049162]
 
 
-def test_random_bits_do_not_depend_on_where_they_are_cut():
+def test_random_bits_do_not_depend_on_the_start_of_a_call():
     whole = random_bits(1, 2, 3, (1 << 32) - 100, 200)
     parts = [random_bits(1, 2, 3, (1 << 32) - 100 + i, 50) for i in range(0, 200, 50)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
@@ -156,14 +156,14 @@ def test_random_bits_look_independent():
     assert abs(scores[worst]) < 5, f"{worst}: {scores[worst]:.1f}"
 
 
-def test_power_is_pow_to_a_few_ulp():
+def test_power_matches_pow_within_a_few_ulp():
     for base in (0.0, 0.5, 0.9, 0.95, 0.999, 0.9999):
         for exponent in (0, 1, 2, 3, 10, 1000, 16777216):
             assert power(base, exponent) == pytest.approx(base**exponent, rel=1e-9, abs=1e-300)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_derive_returns_what_the_table_says(case):
+def test_rows_have_the_declared_widths(case):
     rule, group = case.ours.rule, case.ours([torch.nn.Parameter(torch.ones(1))]).defaults
     options = rule.options_row(group)
     assert len(options) == OPTIONS_WIDTH

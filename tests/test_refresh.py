@@ -1,4 +1,4 @@
-"""Plan.refresh detects changed tensors when it reads the gradients of a later step."""
+"""DevicePlan.refresh detects changed tensors when it reads the gradients of a later step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHANGES = {
 
 @needs_library
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_has_changed_is_noticed(change):
+def test_refresh_detects_changes(change):
     optimizer, params, part = planned()
     assert part.refresh()
     change(params[2], optimizer.state[params[2]])
@@ -66,7 +66,7 @@ def test_a_parameter_of_another_dtype_in_the_same_place_is_noticed():
 
 
 @needs_library
-def test_new_gradients_are_taken_where_they_are():
+def test_new_gradients_are_read_in_place():
     optimizer, params, _ = planned()
     plan = optimizer._plan
     other, twins, _ = planned()
@@ -105,7 +105,7 @@ def test_a_parameter_appended_to_a_group_is_stepped():
 
 
 @needs_library
-def test_too_few_gradients_leave_nothing_to_run():
+def test_run_is_refused_after_a_refresh_with_too_few_gradients():
     _, params, part = planned()
     grads = [param.grad for param in params]
     assert part.backend.refresh(part.prepared, params, grads)

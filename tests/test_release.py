@@ -32,7 +32,7 @@ def backward(net, step, size=1.0):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("states", ["fp32", "mx8"])
-def test_the_bits_are_those_of_ordinary_steps(case, states):
+def test_gradient_release_has_the_bits_of_ordinary_steps(case, states):
     options = {**last_variant(case, states), "states": states}
     ours, theirs = twins()
     released, plain = (
@@ -132,7 +132,7 @@ def test_other_parameters_of_the_optimizer_wait_for_step():
     assert not torch.equal(other.detach(), torch.ones(3))
 
 
-def test_a_saved_run_goes_on_released_or_not():
+def test_state_dicts_load_with_and_without_gradient_release():
     ours, theirs = twins()
     released, plain = (onepass.AdamW(net.parameters(), lr=0.02) for net in (ours, theirs))
     onepass.release_gradients(ours, released)

@@ -100,7 +100,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
     assert run(tmp_path, of("exit 1"), repeat=True) == (1, {"a": "failed"})
 
 
-def test_evidence_is_of_the_sources_that_a_part_needs(tmp_path, monkeypatch):
+def test_part_runs_again_if_its_sources_change(tmp_path, monkeypatch):
     run(tmp_path, of("true"))
     hashes = session.sources.kernel_hashes()
     monkeypatch.setattr(session.sources, "kernel_hashes", lambda: {**hashes, "triton": "new"})
@@ -116,7 +116,7 @@ def test_a_folder_may_have_spaces_in_its_name(tmp_path):
     assert lines(folder / "results.jsonl")[0] == {}
 
 
-def test_the_page_says_whether_lines_are_of_these_sources():
+def test_page_marks_results_of_older_sources():
     part = STAGES[2].parts[0]
     line = {"device": "a GPU", "date": "2026-01-02T", "commit": "abcdefghi"}
     hashes = session.sources.kernel_hashes()
@@ -126,7 +126,7 @@ def test_the_page_says_whether_lines_are_of_these_sources():
     assert coverage._cell(part, "another", [], [line]) == "not yet"
 
 
-def test_a_part_that_does_not_fit_is_left(tmp_path):
+def test_part_longer_than_the_time_left_is_postponed(tmp_path):
     code, ended = run(tmp_path, of("true", seconds=50), limit=40)
     assert (code, ended) == (0, {"a": "left for the next call"})
 
@@ -138,7 +138,7 @@ def test_a_part_that_does_not_fit_is_left(tmp_path):
         ("tests /dev/null --collect-only", "skipped"),
     ],
 )
-def test_a_part_that_shows_nothing_is_no_evidence(tmp_path, command, how):
+def test_part_without_a_passed_test_does_not_pass(tmp_path, command, how):
     folder = tmp_path / "empty"
     folder.mkdir()
     (folder / "test_none.py").write_text("import pytest\npytest.skip('-', allow_module_level=True)")

@@ -146,7 +146,7 @@ def test_a_nonfinite_gradient_changes_no_bit(target, options, value):
 
 
 @every_target
-def test_a_skipped_first_step_is_as_if_it_had_not_been(target):
+def test_skipped_first_step_has_no_effect(target):
     """The first momentum buffer of SGD equals the gradient, whatever the dampening."""
     make = {"lr": 0.02, "momentum": 0.9, "dampening": 0.25, "backend": target.backend}
     ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
@@ -227,7 +227,7 @@ def whole_rows(target):
 
 
 @with_rows("number,name", whole_rows)
-def test_whole_steps_are_those_of_the_reference(target, number, name):
+def test_whole_steps_match_the_reference(target, number, name):
     """If the first step is skipped, the second step initializes the momentum of SGD."""
     compare(target, whole_steps, number, name)
 
@@ -236,8 +236,7 @@ def test_whole_steps_are_those_of_the_reference(target, number, name):
 
 
 class _Loop:
-    """Loss scaling in plain Python, the oracle: unscales, checks, steps or skips, updates the
-    scale."""
+    """Loss scaling in plain Python, the oracle: unscale, check, step or skip, update the scale."""
 
     def __init__(self, scale, interval):
         self.scale, self.interval, self.good = scale, interval, 0

@@ -1,5 +1,4 @@
-"""Optional work of a sweep, on every target: zeroing gradients, averages, telemetry, inactive
-rows."""
+"""Optional work of a sweep on every target: zeroing, averages, telemetry, inactive rows."""
 
 from __future__ import annotations
 
@@ -72,7 +71,7 @@ def averaged(target, number, decay):
 
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
 @on_targets(lambda target: target.averages and target.backend != "reference")
-def test_averages_are_the_bits_of_the_reference_and_change_no_others(target, options):
+def test_averages_match_the_reference_and_change_nothing_else(target, options):
     number = STEP_FORMATS.index(options)
     compare(target, averaged, number, 0.75)
     with_averages, without = averaged(target, number, 0.75), averaged(target, number, None)
@@ -80,7 +79,7 @@ def test_averages_are_the_bits_of_the_reference_and_change_no_others(target, opt
         assert same_bits(p, q)
 
 
-def test_an_average_is_what_its_formula_says_and_starts_at_the_weight():
+def test_average_follows_its_formula_and_starts_at_the_weight():
     params = make_params(STEP_LIST, torch.float32, seed=1)
     optimizer = adamw(params, ema_decay=0.75)
     expected = [p.detach().double() for p in params]
@@ -183,7 +182,7 @@ def test_telemetry(target, dtype):
 
 
 @averaging_targets
-def test_telemetry_of_a_skipped_step_counts_what_was_wrong(target):
+def test_telemetry_of_a_skipped_step_counts_nonfinite_gradients(target):
     params = make_params([(33,), (300,)], torch.float32, seed=1, device=target.device)
     optimizer = adamw(params, backend=target.backend, telemetry=True, skip_nonfinite=True)
     train(optimizer, params, 1)
@@ -247,8 +246,7 @@ def mixed(target, formats, sizes, offset, **options):
 
 
 def left_alone(target, formats, sizes, offset, every, zero, measured):
-    """Takes two steps. In the second, one of `every` rows has step number 0, which disables the
-    row."""
+    """Takes two steps. In the second, every `every`-th row has step number 0, which disables it."""
     optimizer, storages = mixed(target, formats, sizes, offset)
     optimizer.step()
     params = params_of(optimizer)
@@ -293,7 +291,7 @@ def alone_rows(target):
 
 
 @with_rows("formats,sizes,offset,every,zero,measured", alone_rows)
-def test_rows_left_alone_zeroed_gradients_and_telemetry(
+def test_inactive_rows_zeroed_gradients_and_telemetry(
     target, formats, sizes, offset, every, zero, measured
 ):
     args = (formats, sizes, offset, every, zero, measured)
@@ -307,7 +305,7 @@ def test_rows_left_alone_zeroed_gradients_and_telemetry(
 
 @every_target
 @pytest.mark.parametrize("offset", [0, 1])
-def test_a_skipped_step_zeroes_gradients_and_nothing_beside_them(target, offset):
+def test_skipped_step_zeroes_gradients_only(target, offset):
     optimizer, storages = mixed(target, FEW, [(33,), (), (1025,)], offset, zero_grads=True)
     optimizer.found_inf = torch.ones((), device=target.device)
     before = [param.detach().clone() for param in params_of(optimizer)]

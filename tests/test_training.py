@@ -186,7 +186,7 @@ def test_an_empty_loader_is_an_error():
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_changes_nothing(where, tmp_path):
+def test_nonfinite_loss_or_gradient_changes_nothing(where, tmp_path):
     def loss(output, target):
         value = functional.mse_loss(output, target)
         # sqrt has an infinite derivative at 0, and 0 * inf is NaN: the loss is finite, the gradient
@@ -210,7 +210,7 @@ def test_what_is_not_finite_changes_nothing(where, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, 1e30])
-def test_a_bad_batch_is_passed_over(bad):
+def test_nonfinite_batch_is_skipped(bad):
     """The square of 1e30 is infinite in fp32, and so are the mean and the recorded loss."""
     x, y = data()
     skipping = Trainer(model(), "momentum", nan_guard="skip", schedule="constant", warmup_steps=0)

@@ -1,5 +1,4 @@
-"""Arguments of the trainer and its parts: errors are raised before anything is trained or
-changed."""
+"""Invalid arguments of the trainer and its parts raise errors before anything changes."""
 
 from __future__ import annotations
 
@@ -189,11 +188,11 @@ def test_fit_refuses_an_argument_before_the_first_step(
     assert not list(tmp_path.iterdir())
 
 
-def test_no_epochs_are_no_steps():
+def test_zero_epochs_take_no_steps():
     assert Trainer(model()).fit([data()], epochs=0) == []
 
 
-def test_evaluate_and_save_check_theirs(tmp_path):
+def test_evaluate_and_save_check_their_arguments(tmp_path):
     trainer = Trainer(model())
     with pytest.raises(TypeError, match=r"loader must be an iterable .* got None"):
         trainer.evaluate(None)

@@ -32,7 +32,7 @@ def read(path):
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
-def test_what_is_done_is_left_out_and_the_rest_is_appended(runs, capsys):
+def test_finished_runs_are_skipped_and_missing_ones_appended(runs, capsys):
     first = runs.read_text()
     lines = read(runs)
     assert len(lines) == 2 * len(training.CONFIGS)
@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_formats(runs):
     assert not expected
 
 
-def test_exact_averages_are_those_of_the_optimizer_and_coarse_ones_are_not(runs):
+def test_updates_are_exact_with_fp32_states_only(runs):
     for line in read(runs):
         exact = line["settings"]["states"] == "fp32"
         assert (abs(line["projection"] - 1) < 1e-6) == exact
@@ -69,7 +69,7 @@ def test_exact_averages_are_those_of_the_optimizer_and_coarse_ones_are_not(runs)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
-def test_the_step_that_is_watched_is_the_step_that_is_taken(rule):
+def test_measured_step_equals_the_step_taken(rule):
     config = dataclasses.replace(FP32, rule=rule, states="mx8")
     options = {**training.RULES[rule], "weight_decay": 0.0}
     param = torch.nn.Parameter(torch.zeros(10_000))
@@ -92,7 +92,7 @@ def test_the_step_that_is_watched_is_the_step_that_is_taken(rule):
     assert line["projection"] != 1.0
 
 
-def test_a_run_of_16_bits_shows_the_model_its_weights(corpus):
+def test_16_bit_runs_evaluate_the_bf16_weights(corpus):
     """The validation loss of a 16-bit run is computed with the bf16 weights; after six steps, their
     rounding causes most of the difference from fp32."""
     exact = training.train(FP32, training.QUICK, 0, corpus)["validation_loss"]

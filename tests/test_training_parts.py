@@ -97,7 +97,7 @@ def test_warm_up_is_linear_and_reaches_the_rate(name):
     assert found[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
 
 
-def test_warm_restarts_are_torchs():
+def test_warm_restarts_match_torch():
     found = rates(40, name="warm_restarts", restart_steps=5, restart_factor=2, final=0.1)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     twin = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, 2, 0.05)

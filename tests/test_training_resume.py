@@ -81,8 +81,7 @@ def run(which, path=None, epochs=2, crash_at=None, **options):
 @pytest.mark.parametrize("which", loaders())
 @pytest.mark.parametrize("crash_at", [1, 5, 10, 14])
 def test_a_resumed_run_is_the_uninterrupted_one(which, crash_at, tmp_path):
-    """The crash comes before the first checkpoint, within an epoch, at its end or in the second
-    epoch."""
+    """Crashes before the first checkpoint, within an epoch, at its end and in the second epoch."""
     path = tmp_path / "run.pt"
     whole = run(which)
     run(which, path, crash_at=crash_at)
@@ -151,7 +150,7 @@ def test_a_checkpoint_of_something_else_changes_nothing(tmp_path):
     assert same_weights(trainer.model, twin.model)
 
 
-def test_fewer_batches_than_the_checkpoint_had_done(tmp_path):
+def test_resuming_with_too_few_batches_is_an_error(tmp_path):
     path, (x, y) = tmp_path / "run.pt", data()
     trainer = Trainer(model())
     with pytest.raises(ZeroDivisionError):
@@ -162,7 +161,7 @@ def test_fewer_batches_than_the_checkpoint_had_done(tmp_path):
 
 
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
-    """A run that SIGKILL ends at a random time, in a step or in a save, resumes to the same
+    """A run killed by SIGKILL at a random time, in a step or in a save, resumes to the same
     bits."""
     whole = killed_run.digest(killed_run.train(None))
     path = tmp_path / "run.pt"

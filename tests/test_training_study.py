@@ -12,7 +12,7 @@ from bench import training_study_report as report
 
 
 def spread(seed):
-    """16 blocks of 32 second moments that span nine powers of two."""
+    """512 second moments in 16 blocks, whose values span nine powers of two."""
     random = np.random.default_rng(seed)
     return np.exp2(random.uniform(-9, 0, 512)).astype(np.float32)
 
@@ -28,7 +28,7 @@ def spread(seed):
         ("2^k, log", np.log),
     ],
 )
-def test_second_moments_are_right_on_average_in_what_they_say(name, measure):
+def test_second_moments_are_unbiased(name, measure):
     v = spread(0)
     random = np.random.default_rng(1)
     draws = np.stack([study.SECOND[name](v, random) for _ in range(4000)])
@@ -55,7 +55,7 @@ def test_fine_codes_where_a_block_lies_within_their_range():
 
 
 @pytest.mark.parametrize("name", [name for name in study.FIRST if name != "nearest"])
-def test_first_moments_are_right_on_average(name):
+def test_first_moments_are_unbiased(name):
     v = spread(2)
     root = np.sqrt(v)
     m = np.random.default_rng(3).standard_normal(512).astype(np.float32) * root
@@ -66,7 +66,7 @@ def test_first_moments_are_right_on_average(name):
     assert (np.abs(draws.mean(0) - m) <= 5 * error + 1e-5 * root).all()
 
 
-def test_floored_changes_only_what_is_below_the_lowest_code():
+def test_floored_changes_only_values_below_the_lowest_code():
     v = np.full(32, 1.0, np.float32)
     v[5:8] = (0.5, 1e-3, 1e-8)
     found = study.floored(v, np.random.default_rng(0))

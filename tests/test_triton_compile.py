@@ -85,8 +85,7 @@ def accesses(text: str) -> list[tuple[bool, str, int]]:
 
 
 def main_path(ptx: str) -> str:
-    """The basic block of the loop over whole blocks: the only one with stores without
-    predicates."""
+    """The basic block of the loop over whole blocks, the only one with unpredicated stores."""
     blocks = re.split(r"^\$L__BB\w+:.*$", ptx, flags=re.MULTILINE)
     (block,) = [b for b in blocks if (False, "st") in {a[:2] for a in accesses(b)}]
     return block
@@ -103,8 +102,7 @@ def main_path(ptx: str) -> str:
     ],
 )
 def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, target):
-    """Loads the parameter, the gradient and two moments, and stores all but the gradient, with four
-    elements per thread."""
+    """Four elements per thread: loads all four tensors and stores all but the gradient."""
     ptx = kernels[f"{kernel}.{target}"]["text"]
     block = accesses(main_path(ptx))
     assert [size for _, kind, size in block if kind == "ld"] == loads
@@ -147,7 +145,7 @@ def test_formats_have_wide_accesses_and_shuffled_maxima(kernels, kernel, loads, 
 
 
 @pytest.mark.parametrize("target", NVIDIA)
-def test_the_machine_code_has_these_accesses_too(kernels, target):
+def test_machine_code_has_the_wide_accesses_of_the_main_path(kernels, target):
     sass = kernels[f"adamw-fp32.{target}"]["sass"]
     assert len(re.findall(r"\bLDG\.E\S*\.128\b", sass)) == 4
     assert len(re.findall(r"\bSTG\.E\S*\.128\b", sass)) == 3
@@ -188,7 +186,7 @@ def test_arithmetic_on_nvidia(kernels, name):
         expected |= {"div.rn.f32", "sqrt.rn.f32"}
     assert expected <= used
     # The other instructions are comparisons, selections, absolute values, conversions from and to
-    # fp16, and, in mx4, conversions of the ratios, which count steps.
+    # fp16, and, in mx4, conversions between the ratios and integers.
     others = {op for op in used - expected if not op.startswith(("setp.", "selp."))}
     if name.startswith("adamw-mx4"):
         others -= {"cvt.rzi.s32.f32", "cvt.rn.f32.u32"}
@@ -215,7 +213,7 @@ def test_ptxas_contracts_nothing(kernels, name):
     subroutines = 15 if roots or divisions else 0
     assert machine["FFMA"] <= 2 * roots + 5 * divisions + subroutines
     # Counted per element, because ptxas may split a pair. FADD also computes absolute values, so
-    # there may be more of them.
+    # there may be more FADD than additions.
     products = ptx["mul.rn.f32"] + 2 * ptx["mul.rn.f32x2"]
     assert machine["FMUL"] + 2 * machine["FMUL2"] >= products + 2 * roots
     sums = ptx["add.rn.f32"] + ptx["sub.rn.f32"] + 2 * (ptx["add.rn.f32x2"] + ptx["sub.rn.f32x2"])
@@ -267,7 +265,7 @@ def test_float64_on_nvidia(kernels, name):
     used = set(re.findall(r"^\s*(?:@!?%p\d+ )?(\w[\w.]*\.f64[\w.]*)", text, re.MULTILINE))
     assert {"cvt.f64.f32" if name.startswith("judge") else "cvt.rn.f32.f64"} <= used <= FLOAT64
     assert not re.search(r"\b(fma|mad)\.\w*\.?f64|\.ftz|\.approx", text)
-    # At least one root or division must be present: otherwise a DFMA would be a contraction.
+    # ptxas uses DFMA to expand roots and divisions. Without these, any DFMA is a contraction.
     if not {"div.rn.f64", "sqrt.rn.f64"} & used:
         assert "DFMA" not in sass
     for op, ptx_op in (("DADD", r"(?:add|sub)\.rn\.f64"), ("DMUL", r"mul\.rn\.f64")):
@@ -297,7 +295,7 @@ def test_the_norm_reads_16_bytes_at_a_time(kernels, target):
     loops = [block for block in blocks if (False, "ld", 16) in accesses(block)]
     # All elements of a group are in one thread.
     assert not any(re.search(r"shared|shfl|bar\.sync", block) for block in loops)
-    # Float64 is used once per group: two additions and one conversion, and the sums at the end.
+    # Float64 is used once per group, for two operations and a conversion, and in the final sums.
     assert max(block.count("add.rn.f64") for block in loops) == 4
     assert sum(len(re.findall(r"\.f64\.f32", block)) for block in loops) == 3 * 4
 

@@ -33,7 +33,7 @@ def test_none_picks_triton_where_there_is_no_cuda_library(monkeypatch):
     assert onepass.backends.choose(param.device).name == "triton"
 
 
-def test_a_side_stream_is_the_one_that_is_used():
+def test_step_runs_on_the_current_stream():
     """The stream also computes the gradients, slowly: a launch on another stream would read old
     ones."""
     cpu_param = torch.nn.Parameter(torch.ones(1 << 16))

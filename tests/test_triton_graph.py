@@ -92,7 +92,7 @@ def test_every_rule(case):
     assert_replays_are_eager_steps(cls=case.ours, **last_variant(case, "bf16"), states="bf16")
 
 
-def test_a_learning_rate_in_a_tensor_counts_between_replays():
+def test_tensor_lr_may_change_between_replays():
     def change(optimizer, step):
         fill(optimizer, step)
         for group in optimizer.param_groups:
@@ -110,7 +110,7 @@ def test_a_learning_rate_in_a_tensor_counts_between_replays():
 
 
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
-def test_clipping_skipping_and_what_else_a_step_may_do(norm_type):
+def test_clipping_skipping_averages_and_telemetry(norm_type):
     def change(optimizer, step):
         fill(optimizer, step, math.inf if step == WARM + 1 else None)
 

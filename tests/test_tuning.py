@@ -1,5 +1,4 @@
-"""bench.tuning: an interrupted and resumed dry run, the report page, the variants. Takes no
-timings."""
+"""bench.tuning: an interrupted and resumed dry run, the report page, the variants. No timings."""
 
 from __future__ import annotations
 
@@ -115,9 +114,8 @@ def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
 
 
 @compiled
-def test_a_process_that_fails_is_told_and_leaves_the_others(run, tmp_path, monkeypatch, capsys):
-    """The library of one variant does not load. Nothing is compared, because there are no
-    digests."""
+def test_failing_process_is_reported_and_the_others_run(run, tmp_path, monkeypatch, capsys):
+    """The library of one variant does not load. Without digests nothing is compared."""
 
     def compile_one(variant, target):
         target.write_bytes(b"") if variant == TODAY else shutil.copy(onepass.ops.LIBRARY, target)
@@ -158,7 +156,7 @@ def test_the_page_without_lines_and_without_markers(tmp_path, capsys):
     assert page.read_text() == "nothing"
 
 
-def test_the_page_that_is_committed_is_of_the_lines_that_are(tmp_path):
+def test_committed_page_matches_the_committed_lines(tmp_path):
     page = tmp_path / "cuda.md"
     shutil.copy(ROOT / "docs" / "cuda.md", page)
     assert tuning.main(["--report", "--docs", str(page)]) == 0
@@ -168,7 +166,7 @@ def test_the_page_that_is_committed_is_of_the_lines_that_are(tmp_path):
 # --- the variants ----------------------------------------------------------------------------
 
 
-def test_the_table():
+def test_variants_are_unique_and_include_the_defaults():
     assert len({v.name for v in VARIANTS}) == len(VARIANTS) <= 24
     assert {v.chunk for v in VARIANTS} == set(CHUNKS)
     header = (ROOT / "csrc" / "cuda" / "tuning.h").read_text()

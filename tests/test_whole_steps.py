@@ -241,7 +241,7 @@ def test_ctrl_c_at_any_line_leaves_a_whole_step(kind, steps):
 
 
 def test_sigint_of_other_threads_and_handlers():
-    """A step in another thread does not handle SIGINT, a user's handler runs after the step, and an
+    """A step in another thread does not defer SIGINT, a user's handler runs after the step, and an
     ignored SIGINT stays ignored."""
     params, optimizer = build()
     thread = threading.Thread(target=optimizer.step)

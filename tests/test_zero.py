@@ -45,7 +45,7 @@ def test_ranks(ranks, world, check):
     assert why is None, why
 
 
-def test_the_others_hear_of_a_rank_that_is_killed_and_its_checkpoint_loads(tmp_path):
+def test_killed_rank_ends_the_others_and_its_checkpoint_loads(tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     start = time.monotonic()

@@ -107,7 +107,7 @@ def set_devices(*devices: tuple[int, int], driver: int = 0) -> None:
     Args:
         devices: for each device, its compute capability times 10 and the error that loading a
             kernel on it returns, 0 for none.
-        driver: the error that cudaGetDevice returns.
+        driver: the error that cudaGetDevice and cudaSetDevice return.
     """
     devices = devices or ((90, 0),)
     _library().shim_devices(len(devices), driver)
@@ -143,8 +143,7 @@ def pending(stream: int) -> int:
 
 
 def rename_stream(old: int, new: int) -> None:
-    """Moves the launches of a stream to another, as if the first was destroyed and its handle
-    reused."""
+    """Moves the launches of a stream to another, as if the first stream's handle was reused."""
     _library().shim_rename_stream(ctypes.c_ssize_t(old), ctypes.c_ssize_t(new))
 
 
