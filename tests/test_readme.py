@@ -40,6 +40,7 @@ model = nn.Linear(4, 4)
 labels = torch.arange(64) % 4
 dataset = torch.utils.data.TensorDataset(torch.randn(64, 4), labels)
 """,
+    "own-rule.md": "model = torch.nn.Linear(4, 4)",
     "paging.md": "model = torch.nn.Linear(64, 64)",
     "formats.md": "model = torch.nn.Linear(64, 64, dtype=torch.bfloat16)",
     "zero.md": """
@@ -81,7 +82,9 @@ FRAMEWORK_BLOCKS = blocks(ROOT / "docs" / "frameworks.md", "python")
 
 def run(code, folder):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", code]
+    path = folder / "block.py"  # a file, because triton.jit reads the source of a function
+    path.write_text(code)
+    command = [sys.executable, str(path)]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result
