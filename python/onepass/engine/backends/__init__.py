@@ -66,7 +66,7 @@ def choose(
             unless the reference backend is named.
     """
     check_name(name)
-    why_not = {b.name: _why_not(b, device, extras, rule) for b in BACKENDS.values()}
+    why_not = {key: _why_not(b, device, extras, rule) for key, b in BACKENDS.items()}
     if name is not None:
         if why_not[name]:
             others = [other for other, reason in why_not.items() if not reason]
