@@ -66,19 +66,21 @@ def choose(
             unless the reference backend is named.
     """
     check_name(name)
-    why_not = {key: _why_not(b, device, extras, rule) for key, b in BACKENDS.items()}
     if name is not None:
-        if why_not[name]:
-            others = [other for other, reason in why_not.items() if not reason]
+        if why_not := _why_not(BACKENDS[name], device, extras, rule):
+            others = [b.name for b in BACKENDS.values() if not _why_not(b, device, extras, rule)]
             raise RuntimeError(
-                f"backend {name!r} cannot serve parameters on {device}: {why_not[name]}. "
+                f"backend {name!r} cannot serve parameters on {device}: {why_not}. "
                 f"Backends that can: {', '.join(others) or 'none'}"
             )
         return BACKENDS[name]
-    served = [b for b in why_not if device.type not in BY_NAME_ONLY.get(b, ())]
-    found = next(b for b in served if not why_not[b])
-    if found == "reference":
-        reasons = [f"{b}: {why_not[b]}" for b in served if b != found]
+    served = [b for b in BACKENDS.values() if device.type not in BY_NAME_ONLY.get(b.name, ())]
+    # The generator stops at the first backend that can: to ask Triton imports it.
+    found = next(b for b in served if not _why_not(b, device, extras, rule))
+    if found.name == "reference":
+        reasons = [
+            f"{b.name}: {_why_not(b, device, extras, rule)}" for b in served if b is not found
+        ]
         message = f"onepass uses its slow reference backend on {device} ({'; '.join(reasons)})"
         if rule is not None and rule.options is not None:
             if device.type == "cpu":
@@ -89,7 +91,7 @@ def choose(
                     "which is exact but slow"
                 )
         warnings.warn(message, stacklevel=2)
-    return BACKENDS[found]
+    return found
 
 
 def _why_not(backend: Backend, device: torch.device, extras: bool, rule: Rule | None) -> str:
