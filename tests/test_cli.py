@@ -166,7 +166,7 @@ def test_demo_table_is_plain_text_off_a_terminal(
     captured = capsys.readouterr()
     assert all(char.isprintable() or char == "\n" for char in captured.out)
     assert captured.err == ""
-    assert "2 steps for each of 5 optimizers (as asked with --steps)" in captured.out
+    assert "2 steps for each of 5 optimizers (set with --steps)" in captured.out
     assert f"wrote {tmp_path / 'loss.png'}" in captured.out
     assert f"wrote {tmp_path / 'results.json'}" in captured.out
 

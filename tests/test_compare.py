@@ -249,7 +249,7 @@ def test_the_docs_page_matches_its_json(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "1"], "--seeds must be at least 2, for intervals, not 1"),
+        (["--seeds", "1"], "--seeds must be at least 2, to compute confidence intervals; got 1"),
         (["--out", "/dev/null/x"], "--out /dev/null/x cannot be written"),
     ],
 )

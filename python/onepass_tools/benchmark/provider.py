@@ -35,7 +35,7 @@ class Provider:
     Attributes:
         name: the name in the results.
         library: the library of the classes; the results record its version.
-        rules: rule -> a function that makes the optimizer.
+        rules: rule -> a function that makes the optimizer; not used by a backend of onepass.
         devices: the supported device types.
         formats: the supported pairs (dtype of the weights, format of the states).
         kept: the supported weight formats besides native, by their onepass names.
@@ -49,6 +49,8 @@ class Provider:
         own_threads: whether the provider has a thread pool besides torch's.
         compiled: whether torch.compile compiles the step.
         ours: whether a wrong result is a failure of the benchmark.
+        backend: the backend of onepass, which serves every rule that it does not lack; empty for
+            other libraries.
     """
 
     name: str
@@ -65,16 +67,17 @@ class Provider:
     compared: frozenset[str] = frozenset()
     dtype: str | None = None
     state_bytes: float = 0.0
+    backend: str = ""
 
     def unavailable(self, device: str = "cpu") -> str:
         """The reason why the provider cannot be measured on a device here; empty if it can."""
         if device not in self.devices:
             return f"does not support {device}"
-        if not self.ours:
+        if not self.backend:
             return self.library.unavailable()
         from onepass.engine.backends import BACKENDS
 
-        return BACKENDS[self.name.removeprefix("onepass-")].unavailable(torch.device(device))
+        return BACKENDS[self.backend].unavailable(torch.device(device))
 
     @property
     def version(self) -> str:
@@ -85,12 +88,10 @@ class Provider:
         """The reason why the provider does not support a case; empty if it does."""
         if device not in self.devices:
             return f"does not support {device}"
-        if self.ours:
+        if self.backend:
             from onepass.engine.backends import BACKENDS
 
-            if lacks := BACKENDS[self.name.removeprefix("onepass-")].lacks(
-                class_of(case.rule).rule
-            ):
+            if lacks := BACKENDS[self.backend].lacks(class_of(case.rule).rule):
                 return lacks
         elif case.rule not in self.rules:
             return f"has no {case.rule}" + (" of this kind" if self.library == TORCH else "")
@@ -120,9 +121,8 @@ class Provider:
 
     def make(self, params: list[torch.Tensor], case: Case, device: str = "cpu") -> Any:
         """Makes a new optimizer over the parameters."""
-        if self.ours:
-            backend = self.name.removeprefix("onepass-")
-            options: dict[str, Any] = {**OPTIONS[case.rule], "backend": backend}
+        if self.backend:
+            options: dict[str, Any] = {**OPTIONS[case.rule], "backend": self.backend}
             options |= {"states": case.states, "weights": case.weights}
             return class_of(case.rule)(params, **options)
         return self.rules[case.rule](params, case, device)

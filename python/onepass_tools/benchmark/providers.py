@@ -27,7 +27,7 @@ ONEPASS = Library("onepass", "onepass", "onepass")
 
 def _onepass(backend: str) -> Provider:
     devices = CUDA if backend in ("cuda", "triton") else CPU
-    return Provider(f"onepass-{backend}", ONEPASS, {}, devices, ours=True)
+    return Provider(f"onepass-{backend}", ONEPASS, {}, devices, ours=True, backend=backend)
 
 
 def _torch(
