@@ -97,7 +97,7 @@ def test_a_wrong_prediction_is_exit_code_1(capsys, monkeypatch):
 
     monkeypatch.setattr(scenarios, "predicted", lambda *_: Bytes(weights=1))
     argv = [*SMALL, "--scale", "0.01", "--optimizers", "adamw", "--measure", "--device", "cpu"]
-    assert "more than 0.5 % off" in call(capsys, *argv, code=1).err
+    assert "differs from the prediction by more than 0.5 %" in call(capsys, *argv, code=1).err
 
 
 def test_plot_and_html_files(tmp_path, capsys):

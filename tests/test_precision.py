@@ -216,7 +216,7 @@ def test_a_weight_format_on_an_fp32_parameter_says_what_to_do():
     model = onepass.cast_model(Model(), BF16)
     message = (
         r"weights='split8' is for bfloat16 weights; parameter \d+ of the group, shape .* is "
-        r"torch.float32: give it a group with weights='native' \(onepass.parameter_groups"
+        r"torch.float32: put it in a group with weights='native' \(onepass.parameter_groups"
     )
     with pytest.raises(ValueError, match=message):
         onepass.AdamW(model.parameters(), weights="split8")

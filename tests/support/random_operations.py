@@ -178,7 +178,10 @@ def option(world: World, rng: Random) -> None:
     make = rng.choice(OPTIONS[key])
     world.tell(f"param_groups[{at}][{key!r}] = {make()!r}")
     for one in world.copies:
-        one.optimizer.param_groups[at][key] = make()
+        value = make()
+        if key == "betas" and len(one.optimizer.defaults["betas"]) == 3:
+            value = (*value, 0.9999)  # AdEMAMix has a third beta
+        one.optimizer.param_groups[at][key] = value
 
 
 @operation()
