@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import os
 import pickle
 import signal
@@ -152,15 +153,29 @@ class Interrupt:
 
     def __init__(self, at):
         self.left = at
+        self.entered = set()  # the `with` statements whose blocks are running
 
     def __call__(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
+        if event == "line" and not self._leaves_with(frame):
             self.left -= 1
             if self.left == 0:
                 signal.raise_signal(signal.SIGINT)
         return self
+
+    def _leaves_with(self, frame):
+        """Whether a `with` statement is about to call __exit__.
+
+        Python reports this line a second time then, but runs signal handlers only after the call.
+        """
+        place = frame, frame.f_lineno
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if not line.lstrip().startswith("with "):
+            return False
+        again = place in self.entered
+        self.entered ^= {place}
+        return again
 
     def __enter__(self):
         sys.settrace(self)
@@ -191,6 +206,7 @@ def interrupted(make, at, steps):
             optimizer.step()
     except KeyboardInterrupt:
         pass
+    assert torch._C._is_torch_function_enabled(), f"torch functions are off after line {at}"
     assert torch.is_grad_enabled(), f"autograd is off after an interrupt at line {at}"
     return interrupt.left <= 0, before, params, optimizer
 
