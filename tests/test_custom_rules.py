@@ -15,7 +15,8 @@ import torch.distributed as dist
 import onepass
 from onepass.engine.backends import BACKENDS
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
-from onepass.rules import Slot
+from onepass.rules import Flag, Option, ScalarState, Slot
+from onepass.rules.option_checks import check_real
 
 from . import zero_ranks
 from .cases import assert_same, make_params, same_bits, set_grads
@@ -255,7 +256,19 @@ MISTAKES = {
     "unknown flag": ({"slots": (Slot("exp_avg", "first", "on"),)}, "unknown flag 'on'"),
     "name of a state": ({"slots": (Slot("step", "first"),)}, "name of the state 'step' is taken"),
     "relative alone": ({"slots": (Slot("exp_avg", "relative"),)}, "needs one of kind 'second'"),
-    "a keyword": ({"options": {"beta": 0.9, "states": 1.0}}, "keyword 'states'"),
+    "a keyword": ({"options": {"beta": 0.9, "states": 1.0}}, "option 'states' is taken"),
+    "a key of groups": ({"options": {"beta": 0.9, "eps_in_sqrt": False}}, "'eps_in_sqrt' is taken"),
+    "flag without option": ({"flags": (Flag("highest"),)}, "no option 'highest'"),
+    "start without option": (
+        {"slots": (Slot("exp_avg", "first", starts_at="start"),)},
+        "no option 'start'",
+    ),
+    "derive raises": ({"derive": lambda o, step: (1 / 0,)}, "derive or advance raised Zero"),
+    "derive returns no numbers": ({"derive": lambda o, step: 1.0}, "derive or advance raised"),
+    "advance": (
+        {"scalar_states": (ScalarState("total", 0.0),), "advance": lambda o, number, s: ()},
+        "advance returns 0 scalar states; the rule has 1",
+    ),
     "too many options": (
         {"options": {"beta": 0.9, **{f"x{i}": 1.0 for i in range(9)}}, "update": signum},
         "at most 9 are allowed",
@@ -269,9 +282,23 @@ def test_a_mistake_is_one_clear_error_at_the_definition(change, message):
         onepass.optimizer(replace_rule(**change))
 
 
-def test_a_default_of_another_type_is_refused():
-    with pytest.raises(TypeError, match="default of 'beta'"):
-        replace_rule(options={"beta": "0.9"})
+@pytest.mark.parametrize("default", ["0.9", None, (), ("a", "b"), [0.9, 0.99]])
+def test_a_default_of_another_type_is_refused(default):
+    for value in (default, Option(default, check_real)):
+        with pytest.raises(TypeError, match="default of 'beta'"):
+            replace_rule(options={"beta": value})
+
+
+def test_the_flag_of_a_number_is_checked_with_and_without_it():
+    """A numeric option selects a variant by its truth value, as the momentum of SGD does."""
+    seen = []
+
+    def update(param, grad, states, h, flags):
+        seen.append((tuple(flags), round(float(h[2]), 6)))
+        return signum(param, grad, states, h, flags)
+
+    onepass.optimizer(replace_rule(update=update, flags=(Flag("beta"),)))
+    assert set(seen) == {((), 0.0), (("beta",), 0.9)}
 
 
 def test_a_rule_with_derive_needs_it_in_triton_too():

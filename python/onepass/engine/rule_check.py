@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..formats import STATE_FORMATS, WEIGHT_FORMATS
-from ..rules.custom import VALUES, Rule, check_definition, defaults_of
+from ..rules.custom import VALUES, Rule, check_definition, variants_of
 from .backends import BACKENDS, Backend, Entry, StepArgs
 from .hyper_table import History, RowTable
 
@@ -38,29 +38,18 @@ def check_rule(rule: Rule, device: str | torch.device | None = None) -> None:
     check_definition(rule)
     if rule.triton_update is None:
         return
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
     triton, reference = BACKENDS["triton"], BACKENDS["reference"]
+    if device is None:
+        interpreted = not triton.unavailable(torch.device("cpu"))
+        device = "cpu" if interpreted or not torch.cuda.is_available() else "cuda"
+    device = torch.device(device)
     if why_not := triton.unavailable(device):
         raise RuntimeError(f"check_rule cannot run Triton on {device}: {why_not}")
-    for bits in range(1 << len(rule.flags)):
-        group = _group(rule, bits)
-        if group is not None:
-            ours = _Run(rule, group, bits, triton, device)
-            theirs = _Run(rule, group, bits, reference, torch.device("cpu"))
-            _compare(rule, bits, ours, theirs)
-
-
-def _group(rule: Rule, bits: int) -> dict[str, Any] | None:
-    """The default options with these flags; None if the rule refuses the combination."""
-    values = {f.option or f.name: bool(bits >> i & 1) for i, f in enumerate(rule.flags)}
-    group = {**defaults_of(rule), "weight_decay": 0.1, **values}
-    try:
-        rule.check(group)
-    except ValueError:
-        return None
-    return group
+    for bits, variant in variants_of(rule):
+        group = {**variant, "weight_decay": 0.1}
+        ours = _Run(rule, group, bits, triton, device)
+        theirs = _Run(rule, group, bits, reference, torch.device("cpu"))
+        _compare(rule, bits, ours, theirs)
 
 
 class _Run:

@@ -8,11 +8,18 @@ from typing import Any
 from .. import optim
 from ..rules import RULES
 from ..rules.custom import Rule, check_definition
+from ..rules.group_options import DEFAULTS
 from .base import Optimizer
 from .keywords import KEYWORDS
 
-_RESERVED = frozenset(("self", "params", "options", "step", "param_names", "initial_lr"))
-"""Names that an option cannot have, besides the keywords of every class."""
+_RESERVED = frozenset(
+    (
+        *("self", "params", "options", "step", "param_names", "initial_lr"),
+        *(keyword.name for keyword in KEYWORDS),
+        *DEFAULTS,
+    )
+)
+"""Names that an option cannot have: the keywords of every class, and keys of parameter groups."""
 
 
 def optimizer(rule: Rule, name: str | None = None) -> type[Optimizer]:
@@ -79,5 +86,5 @@ def _check_names(rule: Rule, name: str) -> None:
     if name in optim.__all__:
         raise ValueError(f"{which}: onepass has a class {name}; choose another name")
     for option in rule.options or ():
-        if option in _RESERVED or option in {keyword.name for keyword in KEYWORDS}:
-            raise ValueError(f"{which}: every optimizer has a keyword {option!r}; choose another")
+        if option in _RESERVED:
+            raise ValueError(f"{which}: the option {option!r} is taken; choose another name")

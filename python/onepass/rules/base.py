@@ -168,7 +168,7 @@ class Rule:
         update: the specification of the step, in NumPy.
         options: custom rules only: option -> default, or an :class:`Option` with a check. lr (1e-3)
             and weight_decay (0) are added if they are missing. A boolean is also a flag.
-        flags: the flags, in the order of their bits; for a custom rule, those that are not options.
+        flags: the flags, in the order of their bits. A custom rule appends its boolean options.
         decoupled: custom rules only: whether weight decay is decoupled. With
             :data:`DECOUPLED_DECAY` in ``flags`` this is only the default.
         own: group -> the rule's own numbers in a row of the options table. Custom rules: the

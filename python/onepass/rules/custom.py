@@ -7,7 +7,7 @@ options, states and the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from ..numerics.arrays import F32, States
 from . import base
 from .base import DECOUPLED_DECAY, OWN, Flag, Group, Numbers, Slot, StepOf, derive_options, keep
-from .option_checks import check_flag, check_number, is_number
+from .option_checks import check_flag, check_real, is_number
 
 KINDS = ("first", "second", "relative")
 SHARED = ("lr", "weight_decay")
@@ -24,7 +24,6 @@ SHARED = ("lr", "weight_decay")
 
 VALUES = np.array([0.0, -0.0, 1e-40, -3e-39, 1e-20, -1e-7, 0.1, -0.5, 1.0, -3.0, 200.0], np.float32)
 """Weights and gradients with which an update is tried."""
-
 
 Derive = Callable[[Numbers, StepOf], tuple[float, ...]]
 
@@ -60,7 +59,8 @@ class Rule(base.Rule):
 
     Raises:
         TypeError: a default is not a number, a boolean or a tuple of numbers.
-        ValueError: a name is not an identifier, a function in Triton is missing, or a limit of
+        ValueError: a name is not an identifier, a flag or the start of a state has no option, a
+            function in Triton is missing, ``derive`` or ``advance`` raises, or a limit of
             :mod:`onepass.rules.limits` is exceeded.
     """
 
@@ -84,7 +84,8 @@ def complete(rule: Rule) -> dict[str, Any]:
 
     Raises:
         TypeError: a default is not a number, a boolean or a tuple of numbers.
-        ValueError: a name is not an identifier, or a function in Triton is missing.
+        ValueError: a name is not an identifier, a flag or the start of a state has no option, or a
+            function in Triton is missing.
     """
     assert rule.options is not None
     given = {"lr": 1e-3, **rule.options}
@@ -96,6 +97,9 @@ def complete(rule: Rule) -> dict[str, Any]:
     booleans = [name for name, one in options.items() if isinstance(one.default, bool)]
     own_names = [name for name in options if name not in (*SHARED, *booleans)]
     known = {flag.option or flag.name for flag in rule.flags}
+    starts = {slot.starts_at for slot in rule.slots if isinstance(slot, Slot) and slot.starts_at}
+    for name in (known - {"decoupled_weight_decay"} | starts) - options.keys():
+        raise ValueError(f"rule {rule.name!r} has no option {name!r}, which a flag or state needs")
     # dataclasses.replace passes the functions below on; take those that the caller gave.
     given_derive: Derive = getattr(rule.derive, "given", rule.derive)
     given_check: Callable[[Group], None] = getattr(rule.check, "given", rule.check)
@@ -147,34 +151,66 @@ def defaults_of(rule: base.Rule) -> dict[str, Any]:
     }
 
 
+def variants_of(rule: Rule) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(flag bits, group) of each combination of flags that the rule accepts.
+
+    A number whose truth value sets a flag is its default, or 0.5 if that is 0, and 0.
+    """
+    defaults = defaults_of(rule)
+    for bits in range(1 << len(rule.flags)):
+        group = dict(defaults)
+        for i, flag in enumerate(rule.flags):
+            name, on = flag.option or flag.name, bool(bits >> i & 1)
+            number = not isinstance(defaults[name], bool)
+            group[name] = (defaults[name] or 0.5 if on else 0.0) if number else on
+        try:
+            rule.check(group)
+        except ValueError:
+            continue
+        yield bits, group
+
+
 def _scalars(rule: Rule, group: Group) -> tuple[float, ...]:
-    """The scalars of the first step."""
+    """The scalars of the first step.
+
+    Raises:
+        ValueError: ``derive`` or ``advance`` raises or returns something else than numbers.
+    """
     row = rule.options_row(group)
     start = tuple(scalar.starts_at for scalar in rule.scalar_states)
-    return rule.derive(row, StepOf(1, True, rule.advance(row, 1, start)))
+    try:
+        advanced = tuple(map(float, rule.advance(row, 1, start)))
+        found = tuple(map(float, rule.derive(row, StepOf(1, True, advanced))))
+    except Exception as error:  # the user's code can raise anything
+        raise ValueError(
+            f"rule {rule.name!r}: derive or advance raised {type(error).__name__} in step 1 with "
+            f"the default options: {error}"
+        ) from error
+    if len(advanced) != len(start):
+        raise ValueError(
+            f"rule {rule.name!r}: advance returns {len(advanced)} scalar states; the rule has "
+            f"{len(start)}"
+        )
+    return found
 
 
 def _as_option(rule: str, name: str, value: Any) -> Option:
     """The option of a default, with a check that follows from the default's type."""
-    if isinstance(value, Option):
-        return value
-    if isinstance(value, bool):
-        return Option(value, check_flag)
-    if is_number(value):
-        return Option(value, check_real)
-    if isinstance(value, tuple) and value and all(map(is_number, value)):
-        return Option(value, lambda name, found: _check_numbers(name, found, len(value)))
-    raise TypeError(
-        f"the default of {name!r} of rule {rule!r} must be a number, a boolean, a tuple of numbers "
-        f"or an Option; got {value!r}"
-    )
-
-
-def check_real(name: str, value: Any) -> None:
-    """Raises ValueError unless value is a finite number."""
-    check_number(name, value, -math.inf)
-    if not math.isfinite(float(value)):
-        raise ValueError(f"{name} must be a finite number; got {value}")
+    default = value.default if isinstance(value, Option) else value
+    check: Callable[[str, Any], None]
+    if isinstance(default, bool):
+        check = check_flag
+    elif is_number(default):
+        check = check_real
+    elif isinstance(default, tuple) and default and all(map(is_number, default)):
+        count = len(default)
+        check = lambda name, found: _check_numbers(name, found, count)  # noqa: E731
+    else:
+        raise TypeError(
+            f"the default of {name!r} of rule {rule!r} must be a number, a boolean or a tuple of "
+            f"numbers; got {default!r}"
+        )
+    return value if isinstance(value, Option) else Option(default, check)
 
 
 def _check_numbers(name: str, value: Any, count: int) -> None:
@@ -206,18 +242,12 @@ def check_definition(rule: Rule) -> None:
     _check_slots(rule, which)
     group = defaults_of(rule)
     rule.check(group)
-    with np.errstate(all="ignore"):
-        scalars = _scalars(rule, group)
-    if not all(map(math.isfinite, scalars)):
-        raise ValueError(f"{which}: derive returns {scalars} in step 1 with the default options")
-    for bits in range(1 << len(rule.flags)):
-        flags = rule.flag_names(bits)
-        variant = group | {f.option or f.name: f.name in flags for f in rule.flags}
-        try:
-            rule.check(variant)
-        except ValueError:
-            continue  # the rule refuses this combination of flags
-        _check_update(rule, group, [np.float32(x) for x in scalars], flags, which)
+    first = _scalars(rule, group)
+    if not all(map(math.isfinite, first)):
+        raise ValueError(f"{which}: derive returns {first} in step 1 with the default options")
+    for bits, variant in variants_of(rule):
+        scalars = [np.float32(x) for x in _scalars(rule, variant)]
+        _check_update(rule, variant, scalars, rule.flag_names(bits), which)
 
 
 def _check_slots(rule: Rule, which: str) -> None:

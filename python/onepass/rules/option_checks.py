@@ -32,6 +32,12 @@ def check_number(name: str, value: Any, least: float = 0.0) -> None:
         raise ValueError(f"{name} must be a finite number >= {least:g}; got {_shown(value)}")
 
 
+def check_real(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a finite number."""
+    if not is_number(value) or not math.isfinite(float(value)):
+        raise ValueError(f"{name} must be a finite number; got {_shown(value)}")
+
+
 def check_fraction(name: str, value: Any) -> None:
     """Raises ValueError unless value is a number in [0, 1)."""
     if not is_number(value) or not 0.0 <= float(value) < 1.0:
