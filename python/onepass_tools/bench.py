@@ -138,17 +138,18 @@ def _case(args: argparse.Namespace) -> Case:
 
 def _add_custom(name: str) -> None:
     """Makes the class ``module:Class`` a rule of the benchmark."""
-    from onepass import optim
     from onepass.memory.models import load
+    from onepass.memory.variants import optimizer_class
     from onepass_tools.benchmark.cases import add_class
 
     try:
         made = load(name)
     except ValueError as error:
         raise UsageError(f"--rule {error}") from None
-    if not isinstance(made, type) or not issubclass(made, optim.Optimizer):
+    found = optimizer_class(made)
+    if found is None:
         raise UsageError(f"--rule {name} must be an optimizer class of onepass, not {made!r}")
-    add_class(name, made)
+    add_class(name, found)
 
 
 def _params(args: argparse.Namespace) -> ParamList:

@@ -99,10 +99,7 @@ def parse(text: str) -> Variant | None:
     name, *words = text.split("+")
     words = [word.lower() for word in words]
     if ":" in name:
-        found = load(name)
-        if not isinstance(found, type) or not issubclass(found, optim.Optimizer):
-            return None
-        made: type[optim.Optimizer] | None = found
+        made = optimizer_class(load(name))
     else:
         name = name.lower()
         made = classes().get(name)
@@ -111,6 +108,13 @@ def parse(text: str) -> Variant | None:
     variant = Variant(name, made).plus(*words)
     variant.make([torch.nn.Parameter(torch.empty(1, device="meta", dtype=torch.bfloat16))])
     return replace(variant, name="+".join([name, *words]))
+
+
+def optimizer_class(found: Any) -> type[optim.Optimizer] | None:
+    """The object if it is an optimizer class of onepass or of a custom rule, else None."""
+    if not isinstance(found, type) or not issubclass(found, optim.Optimizer):
+        return None
+    return found if hasattr(found, "rule") else None
 
 
 def _option(word: str, name: str) -> dict[str, Any]:

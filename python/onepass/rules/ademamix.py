@@ -27,7 +27,7 @@ from .base import (
     power,
     present,
 )
-from .option_checks import check_fraction, check_number, check_whole
+from .option_checks import check_betas, check_number, check_whole
 
 LEAST = 5e-324  # replaces a beta of 0 in logarithms
 
@@ -89,11 +89,7 @@ def check(group: Group) -> None:
     """Raises ValueError if an AdEMAMix option of a group is invalid."""
     check_number("eps", group["eps"])
     check_number("alpha", group["alpha"])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 3:
-        raise ValueError(f"betas must be three numbers; got {betas!r}")
-    for i, beta in enumerate(betas):
-        check_fraction(f"betas[{i}]", beta)
+    check_betas(group["betas"], 3)
     for name in ("t_alpha", "t_beta3"):
         if group[name] is not None:
             check_whole(name, group[name])

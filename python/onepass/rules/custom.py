@@ -16,7 +16,7 @@ import numpy as np
 from ..numerics.arrays import F32, States
 from . import base
 from .base import DECOUPLED_DECAY, OWN, Flag, Group, Numbers, Slot, StepOf, derive_options, keep
-from .option_checks import check_flag, check_real, is_number
+from .option_checks import check_flag, check_real, check_tuple, is_number
 
 KINDS = ("first", "second", "relative")
 SHARED = ("lr", "weight_decay")
@@ -215,9 +215,7 @@ def _as_option(rule: str, name: str, value: Any) -> Option:
 
 def _check_numbers(name: str, value: Any, count: int) -> None:
     """Raises ValueError unless value is a tuple or list of ``count`` finite numbers."""
-    if not isinstance(value, (tuple, list)) or len(value) != count:
-        raise ValueError(f"{name} must be {count} numbers; got {value!r}")
-    for i, number in enumerate(value):
+    for i, number in enumerate(check_tuple(name, value, count)):
         check_real(f"{name}[{i}]", number)
 
 

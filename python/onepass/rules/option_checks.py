@@ -44,9 +44,9 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [0, 1); got {_shown(value)}")
 
 
-def check_betas(betas: Any) -> None:
-    """Raises ValueError unless betas are two numbers in [0, 1)."""
-    for i, beta in enumerate(check_pair("betas", betas)):
+def check_betas(betas: Any, count: int = 2) -> None:
+    """Raises ValueError unless betas are ``count`` numbers in [0, 1)."""
+    for i, beta in enumerate(check_tuple("betas", betas, count)):
         check_fraction(f"betas[{i}]", beta)
 
 
@@ -75,11 +75,12 @@ def check_seed(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer in [0, 2**63); got {value!r}")
 
 
-def check_pair(name: str, value: Any) -> tuple[Any, Any]:
-    """Returns the two values of a pair; raises ValueError if ``value`` is not a pair."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be a pair of numbers; got {value!r}")
-    return value[0], value[1]
+def check_tuple(name: str, value: Any, count: int) -> tuple[Any, ...]:
+    """Returns the values of a tuple or list; raises ValueError unless it has ``count`` values."""
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        needed = "a pair of numbers" if count == 2 else f"{count} numbers"
+        raise ValueError(f"{name} must be {needed}; got {value!r}")
+    return tuple(value)
 
 
 def is_immutable(value: Any) -> bool:

@@ -25,10 +25,8 @@ _TASKS = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
-_AT_LEAST_1 = frozenset(
-    ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "hidden_size", "n_embd", "d_model",
-     "vocab_size", "num_attention_heads", "n_head", "num_heads", "intermediate_size")
-)  # fmt: skip
+_DEPTHS = frozenset(("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
+_COUNTS = ("layers", "layer", "heads", "head", "experts", "blocks")  # ends of keys
 
 
 def missing() -> str:
@@ -49,8 +47,8 @@ def of_transformers(config: Mapping[str, Any], name: str, source: str) -> Model:
         source: the path of the file, for messages.
 
     Raises:
-        ValueError: transformers does not know the model type, or cannot build the model; or a
-            number of the configuration is out of range.
+        ValueError: transformers does not know the model type or cannot build the model, or a count
+            of the configuration is out of range.
     """
     transformers, why = load("transformers", "transformers")
     if transformers is None:
@@ -63,7 +61,7 @@ def of_transformers(config: Mapping[str, Any], name: str, source: str) -> Model:
             f"{did_you_mean(family, known) or '.'} Give the model as module:factory, or install a "
             "version of transformers that has it"
         )
-    _check_sizes(config, source, family)
+    _check_counts(config, source, family)
     try:
         with _silenced(), torch.device("meta"):
             found = transformers.CONFIG_MAPPING[family].from_dict(dict(config))
@@ -92,18 +90,18 @@ def _build(transformers: Any, config: Any) -> torch.nn.Module:
     raise ValueError("no task has a model for this configuration")
 
 
-def _check_sizes(config: Mapping[str, Any], source: str, family: str) -> None:
-    """Raises ValueError for a size below its minimum: transformers builds a model of 0 layers for a
-    negative number of layers."""
+def _check_counts(config: Mapping[str, Any], source: str, family: str) -> None:
+    """Raises ValueError for a negative count of layers, heads or experts, or for no layers.
+
+    transformers builds a model without layers for a negative number of layers. torch refuses
+    negative sizes. Other numbers can be negative, such as -1 for a missing token.
+    """
     for key, value in config.items():
         if isinstance(value, Mapping):
-            _check_sizes(value, source, family)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            least = 1 if key in _AT_LEAST_1 else 0
-            counts = key.startswith(("num_", "n_")) or key.endswith(
-                ("_size", "_dim", "_layers", "_heads", "_experts")
-            )
-            if (counts or least) and value < least:
+            _check_counts(value, source, family)
+        elif isinstance(value, int) and not isinstance(value, bool) and key.endswith(_COUNTS):
+            least = int(key in _DEPTHS)
+            if value < least:
                 raise ValueError(
                     f"{source} is not a valid configuration of {family}: {key} must be an integer "
                     f">= {least}; got {value}"
