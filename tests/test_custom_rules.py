@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
+import re
 import warnings
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import onepass
+from onepass.__main__ import main
 from onepass.engine.backends import BACKENDS
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import Flag, Option, ScalarState, Slot
@@ -216,6 +219,40 @@ def test_the_class_has_the_options_of_the_rule():
     optimizer = Signum(make_params(SHAPES, torch.float32, 1), 0.5, 0.7)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["beta"] == 0.7
+
+
+# --- commands ---
+
+SIGNUM_NAME = "tests.support.custom_rules:Signum"
+
+
+def test_onepass_memory_predicts_a_custom_rule(capsys):
+    arguments = ["memory", "--model", "gpt2", "--optimizers", f"lion+mx8,{SIGNUM_NAME}+mx8"]
+    assert main([*arguments, "--json"]) == 0
+    lion, found = json.loads(capsys.readouterr().out)["optimizers"]
+    assert found["name"] == f"{SIGNUM_NAME}+mx8"
+    assert found["predicted"] == lion["predicted"]
+
+
+def test_onepass_memory_reports_a_factory_that_raises(capsys):
+    """The base class takes two arguments."""
+    name = "onepass.optim:Optimizer"
+    assert main(["memory", "--model", "gpt2", "--optimizers", f"lion,{name}"]) == 0
+    assert f"not predicted: {name} raised TypeError" in capsys.readouterr().out
+
+
+def test_onepass_bench_measures_a_custom_rule_against_float64(capsys):
+    arguments = ["bench", "--rule", SIGNUM_NAME, "--numel", "5000", "--samples", "1"]
+    assert main([*arguments, "--device", "cpu", "--providers", "onepass*"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^onepass-reference +[\d.]+", table, re.M)
+    assert "it has no kernel for the custom rule 'signum'" in table
+
+
+@pytest.mark.parametrize("name", ["onepass.optim:Optimizer", "torch.optim:AdamW", "tests:nothing"])
+def test_onepass_bench_refuses_other_classes(name, capsys):
+    assert main(["bench", "--rule", name]) == 2
+    assert f"--rule {name}" in capsys.readouterr().err
 
 
 # --- errors in a definition ---

@@ -69,7 +69,13 @@ class Candidate:
             if self.peer is not None:
                 return self.peer.optimizer(params)
             assert self.factory is not None
-            return self.factory([p for p in params if p.requires_grad])
+            try:
+                return self.factory([p for p in params if p.requires_grad])
+            except Exception as error:  # the user's code can raise anything
+                first = (str(error).splitlines() or [""])[0]
+                raise CannotSimulateError(
+                    f"{self.name} raised {type(error).__name__}: {first}"
+                ) from error
 
         return make
 
