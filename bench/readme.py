@@ -63,8 +63,9 @@ SETTINGS = (
 
 
 def newest_run(folder: Path, key: tuple[str, str, str, str, str]) -> dict[str, Line]:
-    """The lines of one run of a case on a GPU, by provider: of the runs with the most providers of
-    the table of speed, the newest.
+    """The lines of one run of a case on a GPU, by provider.
+
+    The run is the newest of those with the most providers of the speed table.
 
     Raises:
         ValueError: no line of this case was measured on a GPU.
@@ -106,7 +107,7 @@ def _speed_row(line: Line, ours: Line) -> str:
 
 
 def speed_table(folder: Path = COMMITTED) -> str:
-    """An AdamW step of each library, with the memory that it needs."""
+    """The time of an AdamW step with each library, and its bytes per parameter."""
     run, full = newest_run(folder, EIGHT_BITS), newest_run(folder, FP32)
     ours, exact = run[OURS], full[OURS]
     others = sorted(
@@ -145,7 +146,7 @@ def _origin(line: Line) -> str:
 
 
 def share_text(folder: Path = COMMITTED) -> str:
-    """The optimizer's share of a training step on a GPU: the newest run."""
+    """The optimizer's share of a training step on a GPU, in the newest run."""
     lines = [x for x in results.read_lines(folder / "share.jsonl") if x["driver"]]
     last = max(line["date"] for line in lines)
     run = {line["provider"]: line for line in lines if line["date"] == last}
@@ -204,7 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def page(text: str) -> str:
-    """A page with its tables made anew; those that it does not have are left out."""
+    """The page with each of its tables replaced by the current one."""
     for name, table in TABLES.items():
         begin, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
         if begin in text and end in text:
@@ -214,7 +215,7 @@ def page(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the pages; 1 where --check finds that one would change."""
+    """Writes the pages; with --check, returns 1 if a page is stale."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is stale")
     args = parser.parse_args(argv)

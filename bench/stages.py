@@ -64,7 +64,7 @@ STAGES = (
         (
             Part(
                 "digests",
-                "digests of 179 steps with the CUDA kernels",
+                "digests of steps with the CUDA kernels",
                 60,
                 "python -m bench.digest --device cuda --backends cuda --check --missing "
                 "--out {out}",
@@ -183,7 +183,7 @@ STAGES = (
         (
             Part(
                 "triton-digests",
-                "digests of 179 steps with the Triton kernels; most of the time is compilation",
+                "digests of steps with the Triton kernels; most of the time is compilation",
                 290,
                 "python -m bench.digest --device cuda --backends triton --check --missing "
                 "--out {out}",
