@@ -87,13 +87,7 @@ def complete(rule: Rule) -> dict[str, Any]:
         ValueError: a name is not an identifier, a flag or the start of a state has no option, or a
             function in Triton is missing.
     """
-    assert rule.options is not None
-    given = {"lr": 1e-3, **rule.options}
-    given.setdefault("weight_decay", 0.0)
-    for name in (rule.name, *given):
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"names of a rule and its options must be identifiers; got {name!r}")
-    options = {name: _as_option(rule.name, name, value) for name, value in given.items()}
+    options = _named_options(rule)
     booleans = [name for name, one in options.items() if isinstance(one.default, bool)]
     own_names = [name for name in options if name not in (*SHARED, *booleans)]
     known = {flag.option or flag.name for flag in rule.flags}
@@ -126,12 +120,7 @@ def complete(rule: Rule) -> dict[str, Any]:
         return given_derive(o[:end] if default_derive else o, step)
 
     derive.given, check.given = given_derive, given_check  # type: ignore[attr-defined]
-    if rule.triton_update is not None:
-        for part, needed in (("derive", not default_derive), ("advance", rule.advance is not keep)):
-            if needed and getattr(rule, f"triton_{part}") is None:
-                raise ValueError(
-                    f"rule {rule.name!r} has triton_update and {part}, but no triton_{part}"
-                )
+    _check_triton(rule, own_derive=not default_derive)
     return {
         "options": options,
         "derive": derive,
@@ -192,6 +181,33 @@ def _scalars(rule: Rule, group: Group) -> tuple[float, ...]:
             f"{len(start)}"
         )
     return found
+
+
+def _named_options(rule: Rule) -> dict[str, Option]:
+    """The options of a rule, with ``lr`` and ``weight_decay``, by name.
+
+    Raises:
+        TypeError: a default is not a number, a boolean or a tuple of numbers.
+        ValueError: a name is not an identifier.
+    """
+    assert rule.options is not None
+    given = {"lr": 1e-3, **rule.options}
+    given.setdefault("weight_decay", 0.0)
+    for name in (rule.name, *given):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"names of a rule and its options must be identifiers; got {name!r}")
+    return {name: _as_option(rule.name, name, value) for name, value in given.items()}
+
+
+def _check_triton(rule: Rule, *, own_derive: bool) -> None:
+    """Raises ValueError if a rule with an update in Triton lacks another function in Triton."""
+    if rule.triton_update is None:
+        return
+    for part, needed in (("derive", own_derive), ("advance", rule.advance is not keep)):
+        if needed and getattr(rule, f"triton_{part}") is None:
+            raise ValueError(
+                f"rule {rule.name!r} has triton_update and {part}, but no triton_{part}"
+            )
 
 
 def _as_option(rule: str, name: str, value: Any) -> Option:
