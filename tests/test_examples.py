@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from .support.scripts import run_script
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
@@ -21,14 +20,7 @@ BELOW = {"hf_trainer.py": 1.0, "low_rank.py": 0.01}  # the first losses are 4.2 
 def test_an_example_runs_and_learns(name, tmp_path):
     missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
     # One thread, because more threads only add waiting in such small models.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, str(FOLDER / name)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    result = run_script(FOLDER / name, tmp_path, threads=1)
     if missing:  # onepass does not depend on it; the example names it
         assert result.returncode == 1
         assert re.fullmatch(r"This example needs (\w+): pip install .*\n", result.stderr)

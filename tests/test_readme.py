@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -13,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from onepass.__main__ import main
+
+from .support.scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -81,11 +80,9 @@ FRAMEWORK_BLOCKS = blocks(ROOT / "docs" / "frameworks.md", "python")
 
 
 def run(code, folder):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     path = folder / "block.py"  # a file, because triton.jit reads the source of a function
     path.write_text(code)
-    command = [sys.executable, str(path)]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    result = run_script(path, folder, threads=2)
     assert result.returncode == 0, result.stderr
     return result
 
