@@ -35,7 +35,7 @@ export ONEPASS_CUDA_ARCH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-frameworks sanitize bench gpu lint format docs sdist wheel clean
+.PHONY: help setup demo test test-all test-frameworks sanitize bench gpu lint format docs sdist wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo: $(VENV)/.built ## train a small text model with onepass and with torch.opt
 
 test: $(VENV)/.built ## run the tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: export ONEPASS_THOROUGH = 1
+test-all: test ## run also the tests that take long: about half an hour on two cores
 
 test-frameworks: $(FRAMEWORKS)/.tools ## run the tests with transformers, accelerate, Lightning, peft, torchtitan
 	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest tests/frameworks -p no:cacheprovider

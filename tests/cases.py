@@ -21,6 +21,7 @@ from onepass.rules import HYPER_WIDTH, RULES, Rule
 
 from .support.comparison import assert_same as assert_same
 from .support.comparison import same_bits as same_bits
+from .support.thorough import THOROUGH
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,20 @@ EVERY_FORMAT = [
     for dtype in form.codes
 ]
 """Every combination of a state format, a weight format and a weight dtype that it serves."""
+
+
+def some_formats(number: int) -> list[int]:
+    """Indices of the combinations of EVERY_FORMAT with which the ``number``-th row of a test runs.
+
+    Each weight format occurs once, with the state formats in turn. As many rows as there are state
+    formats have every combination together. `make test-all` runs each row with all of them.
+    """
+    weights = len(EVERY_FORMAT) // len(STATE_FORMATS)
+    return [
+        i
+        for i in range(len(EVERY_FORMAT))
+        if THOROUGH or (sum(divmod(i, weights)) + number) % len(STATE_FORMATS) == 0
+    ]
 
 
 def served(variant: dict[str, Any], states: str) -> bool:

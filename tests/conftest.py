@@ -26,16 +26,20 @@ speed_up()
 # slow file that started last would leave one worker idle.
 SLOWEST = (
     "test_triton_compile",
-    "test_bits",
     "test_zero",
-    "test_random_ranks",
-    "test_session",
-    "test_sweep_extras",
-    "test_step",
-    "test_tuning",
-    "test_whole_steps",
-    "test_compare",
+    "test_bits",
     "test_memory_cli",
+    "test_session",
+    "test_whole_steps",
+    "test_format_tracking",
+    "test_cuda_code",
+    "test_random_ranks",
+    "test_step",
+    "test_conformance",
+    "test_bench",
+    "test_sweep_extras",
+    "test_compile",
+    "test_training_resume",
 )
 
 

@@ -1,8 +1,8 @@
 """Every target returns the bits of the reference, for every rule, option, format and layout.
 
-The `cpu` targets and GPUs run every rule with every combination of formats. The Triton interpreter
-runs each combination once, with options that change from one combination to the next. See
-tests/support/targets.py.
+GPUs, and `make test-all`, run every rule with every combination of formats. `make test` runs every
+pair of a rule and a state format, of a rule and a weight format, and of a state format and a weight
+format on each target of tests/support/targets.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from .cases import (
     mx4_at_its_edges,
     served,
     set_grads,
+    some_formats,
     step_of_shard,
 )
 from .support.comparison import params_of, states_of
-from .support.targets import REFERENCE, STAND_IN, compare, other_targets, with_rows
+from .support.targets import REFERENCE, STAND_IN, TARGETS, compare, other_targets, with_rows
 
 WEIGHTS = [(name, dtype) for name, form in WEIGHT_FORMATS.items() for dtype in form.codes]
 # Each state format and each weight format at least once, in as few rows as possible.
@@ -81,16 +82,27 @@ def mixed_list(target, number, formats, sizes):
 def mixed_rows(target):
     """Rows of KERNEL_VARIANTS with the formats that they run with.
 
-    Fast targets run every variant with every combination of formats. The interpreter runs every
-    rule with every combination and takes the variants of a rule in turn.
+    A GPU runs every variant with every combination of formats. On a CPU, each variant of a rule has
+    a part of the combinations. The interpreter runs each weight format once per rule.
     """
     chosen = {number: [] for number in range(len(KERNEL_VARIANTS))}
-    for case in CASES:
+    for c, case in enumerate(CASES):
         numbers = [n for n, row in enumerate(KERNEL_VARIANTS) if row[0] is case]
         for i, (states, _, _) in enumerate(EVERY_FORMAT):
             able = [n for n in numbers if served(KERNEL_VARIANTS[n][1], states)]
-            for n in [able[i % len(able)]] if target.interpreted else able:
+            if target.interpreted:
+                able = [min(able, key=lambda n: len(chosen[n]))] if i in some_formats(c) else []
+            elif target.device == "cpu":
+                able = [n for n in able if i in some_formats(n)]
+            for n in able:
                 chosen[n].append(i)
+        # A rule can have more variants than combinations in the interpreter.
+        for n in numbers:
+            if not chosen[n]:
+                states = (states for states, _, _ in EVERY_FORMAT)
+                chosen[n] = [
+                    next(i for i, s in enumerate(states) if served(KERNEL_VARIANTS[n][1], s))
+                ]
     for number, formats in chosen.items():
         name = KERNEL_VARIANTS[number][2]
         yield name, (number, tuple(formats), 1 if target.interpreted else 3)
@@ -101,18 +113,17 @@ def test_rules_options_and_formats_in_one_mixed_list(target, number, formats, si
     compare(target, mixed_list, number, formats, sizes)
 
 
-def test_the_interpreter_runs_every_rule_with_every_pair_of_formats():
-    from .support.targets import TARGETS
-
-    (interpreter,) = (target for target in TARGETS if target.interpreted)
-    found = {
-        (KERNEL_VARIANTS[number][0].name, i)
-        for _, (number, formats, _) in mixed_rows(interpreter)
-        for i in formats
-    }
-    assert found == {(case.name, i) for case in CASES for i in range(len(EVERY_FORMAT))}
-    variants = [number for _, (number, formats, _) in mixed_rows(interpreter) if formats]
-    assert len(variants) == len(KERNEL_VARIANTS)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_rows_have_every_pair_of_rule_and_formats(target):
+    rules, pairs, variants = set(), set(), set()
+    for _, (number, formats, _) in mixed_rows(target):
+        variants |= {number} if formats else set()
+        for states, *weight in (EVERY_FORMAT[i] for i in formats):
+            rules |= {(KERNEL_VARIANTS[number][0].name, part) for part in (states, tuple(weight))}
+            pairs.add((states, *weight))
+    assert rules == {(case.name, part) for case in CASES for part in (*STATE_FORMATS, *WEIGHTS)}
+    assert pairs == set(EVERY_FORMAT)
+    assert variants == set(range(len(KERNEL_VARIANTS)))
 
 
 def special_pairs(dtype, repeats=32):
@@ -147,21 +158,22 @@ def own_list(target, name, format_, sizes, steps):
 
 
 def own_rows(target):
-    """Every rule with every combination of formats, or a subset on slow targets.
+    """Every rule with every combination of formats on a GPU, and with some of them on a CPU.
 
     The stand-in runs only the rules that have kernels for single formats. The interpreter runs one
     rule with each combination of formats.
     """
     sizes, steps = (*SIZES, (2085,)), 20 if target.device == "cuda" else 2
+    on_stand_in = ("sgd", "adam", "adamw", "lion")
     for i, format_ in enumerate(EVERY_FORMAT):
-        for case in CASES:
+        for c, case in enumerate(CASES):
+            chosen = target.device == "cuda" or i in some_formats(c)
             if target.interpreted:
-                if CASES[i % len(CASES)] is not case:
-                    continue
-                sizes = ((33,),)
-            elif target.name == STAND_IN and case.name not in ("sgd", "adam", "adamw", "lion"):
-                continue
-            yield f"{case.name}-{format_id(*format_)}", (case.name, format_, sizes, steps)
+                chosen, sizes = c == i % len(CASES), ()
+            elif target.name == STAND_IN:
+                chosen = chosen and case.name in on_stand_in
+            if chosen:
+                yield f"{case.name}-{format_id(*format_)}", (case.name, format_, sizes, steps)
 
 
 @with_rows("name,format_,sizes,steps", own_rows)
@@ -189,8 +201,8 @@ def special_list(target, number):
 
 def special_rows(target):
     for number, (case, _, name) in enumerate(KERNEL_VARIANTS):
-        numbers = [n for n, row in enumerate(KERNEL_VARIANTS) if row[0] is case]
-        if not target.interpreted or number in (numbers[0], numbers[-1]):
+        last = max(n for n, row in enumerate(KERNEL_VARIANTS) if row[0] is case)
+        if not target.interpreted or number == last:
             yield name, (number,)
 
 
@@ -263,7 +275,7 @@ def test_misaligned_slices_write_nothing_beside_them(target, format_):
     compare(target, misaligned_slices, format_)
 
 
-def layouts(target, number, states):
+def layouts(target, number, states, steps):
     """Steps groups with different options whose parameters are misaligned or permuted.
 
     One gradient is expanded, one has another memory order than its parameter, and one is missing in
@@ -289,8 +301,8 @@ def layouts(target, number, states):
         {"params": params[5:], **variants[len(variants) // 2], "seed": 9},
     ]
     optimizer = case.ours(groups, states=states, backend=target.backend)
-    for step in range(4):
-        set_grads(params, torch.float32 if step < 2 else torch.bfloat16, seed=step)
+    for step in range(steps):
+        set_grads(params, torch.float32 if step < steps // 2 else torch.bfloat16, seed=step)
         params[3].grad = params[3].grad.contiguous()  # another memory order than the parameter
         params[1].grad = None if step % 2 else params[1].grad
         params[4].grad = torch.full((), 0.5, device=target.device).expand(50, 40)
@@ -302,12 +314,14 @@ def layout_rows(target):
     formats = tuple(STATE_FORMATS)
     for i, case in enumerate(CASES):
         for states in (formats[i % len(formats)], formats[(i + 2) % len(formats)]):
-            yield f"{case.name}-{states}", (i, states)
+            yield f"{case.name}-{states}", (i, states, 2 if target.interpreted else 4)
+            if target.interpreted:
+                break
 
 
-@with_rows("number,states", layout_rows)
-def test_a_mixed_list_of_groups_layouts_and_missing_gradients(target, number, states):
-    compare(target, layouts, number, states)
+@with_rows("number,states,steps", layout_rows)
+def test_a_mixed_list_of_groups_layouts_and_missing_gradients(target, number, states, steps):
+    compare(target, layouts, number, states, steps)
 
 
 def shard(target, first, states):

@@ -33,6 +33,8 @@ from onepass_tools.compare.lr_sweep import decades, steps_to_target
 from onepass_tools.compare.stats import interval
 from onepass_tools.compare.surfaces import SURFACES, best_path, descend
 
+from .support.thorough import thorough
+
 DOCS = Path(__file__).parents[1] / "docs" / "comparison"
 
 
@@ -219,6 +221,7 @@ def written(tmp_path_factory):
     return out
 
 
+@thorough
 def test_every_plot_exists_and_is_linked(written):
     page = (written / "comparison.md").read_text()
     names = {path.name for path in written.iterdir()}
@@ -232,6 +235,7 @@ def test_every_plot_exists_and_is_linked(written):
         assert animation.n_frames >= 3
 
 
+@thorough
 def test_every_algorithm_is_in_every_table(written):
     page = (written / "comparison.md").read_text()
     for algorithm in ALGORITHMS:

@@ -25,10 +25,11 @@ import onepass
 
 from .support.random_operations import OPERATIONS, WEIGHTS, WITHOUT
 from .support.random_world import World
+from .support.thorough import THOROUGH
 
 SECONDS = float(os.environ.get("ONEPASS_RANDOM_SECONDS") or 0)
 SEED = os.environ.get("ONEPASS_RANDOM_SEED", "")
-SEQUENCES, LENGTH = 40, 30  # about 15 seconds on one CPU core
+SEQUENCES, LENGTH = 40 if THOROUGH else 12, 30  # a sequence takes one second
 SHRINKING = 5.0  # seconds spent on reducing a failing sequence
 
 # --- running ---------------------------------------------------------------------------------

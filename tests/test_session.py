@@ -16,6 +16,8 @@ from bench import coverage, session, stages
 from bench.session import Session
 from bench.stages import STAGES, Part, Stage
 
+from .support.thorough import thorough
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry"]
 
@@ -34,6 +36,7 @@ def script(tmp_path, *arguments):
     return {"args": command, "env": environment, "stdout": subprocess.PIPE, "text": True}
 
 
+@thorough
 def test_every_stage_runs_dry(tmp_path):
     done = subprocess.run(**script(tmp_path, "--limit", "100000"), timeout=900)
     ended = parts(tmp_path / "results.jsonl")
@@ -56,6 +59,7 @@ def test_every_stage_runs_dry(tmp_path):
     assert parts(target / "gpu-parts.jsonl") == ended
 
 
+@thorough
 def test_a_session_that_is_killed_goes_on(tmp_path):
     process = subprocess.Popen(**script(tmp_path, "1"), start_new_session=True)
     kept = tmp_path / "kept.jsonl"

@@ -27,7 +27,7 @@ from .cases import (
     train,
 )
 from .support.comparison import params_of
-from .support.targets import REFERENCE, compare, every_target, with_rows
+from .support.targets import REFERENCE, compare, every_target, one_in, with_rows
 
 SLACK = 4 * torch.finfo(torch.float32).eps
 
@@ -45,6 +45,7 @@ def close(a, b):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @every_target
 def test_clipping_agrees_with_torch(target, norm_type, case):
+    one_in(3, target, CASES.index(case) + (norm_type == math.inf))
     options = last_variant(case, "fp32")
     ours = make_params(STEP_LIST, torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
@@ -126,6 +127,7 @@ def test_no_gradients_at_all():
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @every_target
 def test_a_nonfinite_gradient_changes_no_bit(target, options, value):
+    one_in(3, target, STEP_FORMATS.index(options) + math.isnan(value))
     dtype = torch.bfloat16 if "weights" in options else torch.float32
     if not target.averages:
         options = {key: value for key, value in options.items() if key != "ema_decay"}
@@ -257,7 +259,7 @@ class _Loop:
 @pytest.mark.parametrize("scaler_of", [torch.amp.GradScaler, onepass.GradScaler])
 @every_target
 def test_many_steps_with_a_scaler_and_infinities_equal_an_oracle_loop(target, scaler_of):
-    steps = 60 if target.interpreted else 200
+    steps = 30 if target.interpreted else 100
     ours = make_params([(33,), (4, 5), ()], torch.float32, seed=1, device=target.device)
     theirs = clone(ours)
     scaled = adamw(ours, backend=target.backend, fused=scaler_of is torch.amp.GradScaler)

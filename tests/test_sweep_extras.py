@@ -33,6 +33,7 @@ from .support.targets import (
     compare,
     every_target,
     on_targets,
+    one_in,
     with_rows,
 )
 
@@ -73,6 +74,7 @@ def averaged(target, number, decay):
 @on_targets(lambda target: target.averages and target.backend != "reference")
 def test_averages_match_the_reference_and_change_nothing_else(target, options):
     number = STEP_FORMATS.index(options)
+    one_in(2, target, number)
     compare(target, averaged, number, 0.75)
     with_averages, without = averaged(target, number, 0.75), averaged(target, number, None)
     for p, q in zip(params_of(with_averages), params_of(without), strict=True):
@@ -295,6 +297,7 @@ def test_inactive_rows_zeroed_gradients_and_telemetry(
     target, formats, sizes, offset, every, zero, measured
 ):
     args = (formats, sizes, offset, every, zero, measured)
+    one_in(2, target, offset + measured)
     found, telemetry = left_alone(target, *args)
     expected, sums = left_alone(REFERENCE, *args)
     assert_same(found, expected)

@@ -17,6 +17,7 @@ from bench.tuning_variants import CHUNKS, FORMATS, TODAY, VARIANTS, Variant, dig
 from onepass_tools.benchmark.devices import DEVICES
 
 from . import cuda_code, cuda_shim
+from .support.thorough import thorough
 from .test_package import ROOT
 
 CHOSEN = tuning.DRY_FORMATS
@@ -45,6 +46,7 @@ def run(tmp_path):
     return arguments
 
 
+@thorough
 @compiled
 def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
     out = tmp_path / "tuning.jsonl"
@@ -113,6 +115,7 @@ def test_a_dry_run_is_interrupted_and_resumed(run, tmp_path, capsys):
     assert known[0]["case"] in verdict["output"]
 
 
+@thorough
 @compiled
 def test_failing_process_is_reported_and_the_others_run(run, tmp_path, monkeypatch, capsys):
     """The library of one variant does not load. Without digests nothing is compared."""
@@ -198,6 +201,7 @@ assert check("Lion(lr=0.01,weight_decay=0.1) * mx8 chunks") == 1
 """
 
 
+@thorough
 def test_a_variant_has_the_bits_and_refuses_other_lists():
     """Runs on the CPU with the stand-in of tests/cuda_shim."""
     if why := cuda_shim.why_not():
@@ -209,6 +213,7 @@ def test_a_variant_has_the_bits_and_refuses_other_lists():
     assert "a variant built for bench.tuning" in found.stdout
 
 
+@thorough
 def test_variants_compile_and_differ(tmp_path):
     """Variants differ in threads, registers and prefetches in the machine code of sm_90."""
     nvcc, dump = shutil.which("nvcc"), cuda_code.cuobjdump()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import linecache
-import os
 import pickle
 import signal
 import sys
@@ -18,6 +17,7 @@ import onepass
 from onepass.engine.backends import BACKENDS
 
 from .cases import assert_same, make_params, same_bits, set_grads
+from .support.thorough import THOROUGH
 from .test_plan import BACKENDS as NAMES
 
 PACKAGE = str(Path(onepass.__file__).parent)
@@ -222,10 +222,18 @@ KINDS = {
 
 
 # Each kind of step is interrupted at every STRIDE-th line, starting from a different line.
-# ONEPASS_EVERY_LINE=1 interrupts at every line.
-STRIDE = 1 if os.environ.get("ONEPASS_EVERY_LINE") == "1" else 7
+STRIDE = 1 if THOROUGH else 23
 
 
+@pytest.fixture
+def python_handles_sigint():
+    """Python's own handler, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
 @pytest.mark.parametrize("steps", [0, 1], ids=["first", "later"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_at_any_line_leaves_a_whole_step(kind, steps):

@@ -1,10 +1,10 @@
 """Compiles kernels for targets that need not be present; run by test_triton_compile.py.
 
-    python tests/triton_compile.py FOLDER
+    python tests/triton_compile.py FOLDER [KERNEL.TARGET ...]
 
-The script writes one JSON file per kernel: the PTX or AMD assembly, the resources and, for NVIDIA,
-the machine code. It runs in its own process because a process either compiles or interprets
-kernels.
+The script compiles all kernels but those named, and writes one JSON file per kernel: the PTX or
+AMD assembly, the resources and, for NVIDIA, the machine code. It runs in its own process because a
+process either compiles or interprets kernels.
 """
 
 from __future__ import annotations
@@ -207,15 +207,27 @@ def compiled(
     return found
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *left_out: str) -> None:
+    """Compiles the kernels for every target and writes the files.
+
+    Args:
+        folder: where the files are written.
+        left_out: kernels that are not compiled, as kernel.target.
+    """
     for name, target in TARGETS.items():
         every = name in EVERY_ON
         small = {k: v for k, v in SMALL.items() if every or k in SMALL_EVERYWHERE}
-        found = {k: compiled(*kernel, target) for k, kernel in small.items()}
+        found = {
+            k: compiled(*kernel, target)
+            for k, kernel in small.items()
+            if f"{k}.{name}" not in left_out
+        }
         kernels = dict(KERNELS)
         if every:
             kernels |= {f"every-{rule}": every_flag(rule, name) for rule in RULES}
         for kernel, variants in kernels.items():
+            if f"{kernel}.{name}" in left_out:
+                continue
             block = TUNING[target.warp_size].block
             extras = kernel.startswith("extras-")
             constants = {
@@ -231,4 +243,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -17,6 +17,7 @@ from onepass.engine.backends import BACKENDS
 
 from .. import cuda_shim
 from .comparison import assert_same
+from .thorough import THOROUGH
 
 STAND_IN = "cuda-stand-in"
 """Name of the backend that runs csrc/cuda compiled by g++ against tests/cuda_shim."""
@@ -131,6 +132,16 @@ def on_targets(chosen: Callable[[Target], bool] = lambda target: True) -> Any:
     """A decorator that runs a test on each target, or on the chosen ones."""
     params = [_parameter(target) for target in TARGETS if chosen(target)]
     return pytest.mark.parametrize("target", params, indirect=True)
+
+
+def one_in(count: int, target: Target, number: int) -> None:
+    """Skips a row on the interpreter unless its number is a multiple of ``count``.
+
+    Args:
+        number: index of the row among those of the test.
+    """
+    if target.interpreted and number % count and not THOROUGH:
+        pytest.skip(f"the interpreter runs one row in {count}; make test-all runs every row")
 
 
 every_target = on_targets()
