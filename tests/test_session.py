@@ -92,10 +92,11 @@ def run(tmp_path, chosen, limit=1000.0, repeat=False):
 
 
 def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
-    code, ended = run(tmp_path, of("exit 3", "sleep 60 & sleep 60", "echo fine", seconds=2))
+    sleep = f"sleep 60.{os.getpid()}"  # no other process has this command
+    code, ended = run(tmp_path, of("exit 3", f"{sleep} & {sleep}", "echo fine", seconds=2))
     assert code == 1
     assert ended == {"a": "failed", "b": "timed out", "c": "passed"}
-    assert not subprocess.run(["pgrep", "-f", "^sleep 60$"], capture_output=True).stdout
+    assert not subprocess.run(["pgrep", "-f", f"^{sleep}$"], capture_output=True).stdout
     said = {x["part"]: (x["status"], x["said"]) for x in lines(tmp_path / "results.jsonl")}
     assert said["c"] == ("passed", "fine")
     # The next call skips only the parts that passed.
