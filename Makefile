@@ -105,15 +105,14 @@ clean: ## delete .venv and all build outputs
 	rm -rf $(VENV) build dist python/*.egg-info $(LIBRARY) $(CUDA_LIBRARY) gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# pip 22 and later build editable packages as pyproject.toml says. pip compiles what it installs on one
-# core, compileall on all of them; some files are templates for other versions of Python and fail.
+# pip 22 and later build editable packages as pyproject.toml says. --no-compile: Python compiles the
+# modules that are imported when they are imported; most are not.
 $(VENV)/.tools: requirements/dev.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: PYTHON must be Python 3.10 or later; $(PYTHON) is not on PATH"; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: PYTHON=$(PYTHON) is Python %d.%d; onepass needs 3.10 or later: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	"$(PYTHON)" -m venv $(VENV)
 	@$(RUN) -c 'import pip; raise SystemExit(int(pip.__version__.split(".")[0]) < 22)' || $(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --no-compile -r requirements/dev.txt
-	@$(RUN) -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 # A separate environment, because the frameworks need other versions and take gigabytes.
