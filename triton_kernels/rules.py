@@ -27,6 +27,7 @@ DECOUPLED = tl.constexpr(rule_table.DECOUPLED)
 LR = tl.constexpr(rule_table.LR)
 WEIGHT_DECAY = tl.constexpr(rule_table.WEIGHT_DECAY)
 OWN = tl.constexpr(rule_table.OWN)
+LOG_2 = tl.constexpr(rule_table.base.LOG_2)
 MAX_OPTIONS = tl.constexpr(rule_table.limits.MAX_OPTIONS)
 
 
@@ -56,6 +57,22 @@ def exponential(x):
         result = result * result
         halvings -= 1
     return result
+
+
+@triton.jit
+def logarithm(x):
+    """The natural logarithm of x in (0, 1], with the same bits as the reference."""
+    one = tl.full((), 1.0, tl.float64)
+    doublings = 0
+    while (x < 0.5) & (doublings < 1100):
+        x = x * 2.0
+        doublings += 1
+    part = (x - one) / (x + one)
+    square = part * part
+    series = tl.full((), 0.0, tl.float64)
+    for i in tl.static_range(21):
+        series = series * square + one / (41 - 2 * i)
+    return 2.0 * part * series - tl.full((), LOG_2, tl.float64) * doublings.to(tl.float64)
 
 
 @triton.jit
