@@ -52,6 +52,8 @@ class Case:
         for option, decoupled, maximize in itertools.product(
             self.options, (False, True), (False, True)
         ):
+            if option.get("cautious_weight_decay") and not decoupled:
+                continue
             yield {
                 "lr": self.lr,
                 "weight_decay": 0.1,
@@ -100,6 +102,7 @@ def ademamix(oracle: Any, g: torch.Tensor) -> torch.Tensor:
 
 
 BOTH = (False, True)
+CAUTIOUS = {"cautious_weight_decay": (True,)}
 CASES = [
     Case(
         "sgd",
@@ -126,8 +129,15 @@ CASES = [
         _product(momentum=(0, 0.9), centered=BOTH, eps_in_sqrt=BOTH),
     ),
     Case("adam", onepass.Adam, torch.optim.Adam, 0.01, {}, _product(amsgrad=BOTH)),
-    Case("adamw", onepass.AdamW, torch.optim.AdamW, 0.01, {}, _product(amsgrad=BOTH)),
-    Case("lion", onepass.Lion, None, 0.01, {}),
+    Case(
+        "adamw",
+        onepass.AdamW,
+        torch.optim.AdamW,
+        0.01,
+        {},
+        [*_product(amsgrad=BOTH), *_product(amsgrad=BOTH, **CAUTIOUS)],
+    ),
+    Case("lion", onepass.Lion, None, 0.01, {}, [{}, *_product(**CAUTIOUS)]),
     Case(
         "ademamix",
         onepass.AdEMAMix,
@@ -137,7 +147,15 @@ CASES = [
         [{}, {"alpha": 3.0, "t_alpha": 50, "t_beta3": 60}],
         direction=ademamix,
     ),
-    Case("nadam", onepass.NAdam, torch.optim.NAdam, 0.01, {}, direction=nadam),
+    Case(
+        "nadam",
+        onepass.NAdam,
+        torch.optim.NAdam,
+        0.01,
+        {},
+        [{}, *_product(**CAUTIOUS)],
+        direction=nadam,
+    ),
 ]
 
 VARIANTS = [

@@ -76,6 +76,13 @@ def logarithm(x):
 
 
 @triton.jit
+def cautious(delta, decayed, param):
+    """delta + decayed where delta * param >= 0, else delta."""
+    opposed = ((delta < 0) & (param > 0)) | ((delta > 0) & (param < 0))
+    return tl.where(opposed, delta, delta + decayed)
+
+
+@triton.jit
 def decay(o, lr):
     """The weight decay of an update; decoupled weight decay is multiplied by lr."""
     return tl.where(o[DECOUPLED] != 0, lr * o[WEIGHT_DECAY], o[WEIGHT_DECAY])
@@ -166,6 +173,7 @@ def derive_rmsprop(o, step, first, scalar_states):
 def adam(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
     AMSGRAD: tl.constexpr = FLAGS & 2
+    CAUTIOUS: tl.constexpr = FLAGS & 4
     step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
     exp_avg, exp_avg_sq, max_exp_avg_sq = states
     if not DECOUPLED:
@@ -178,7 +186,9 @@ def adam(param, grad, states, h, FLAGS: tl.constexpr):
         second = max_exp_avg_sq
     denom = tl.sqrt_rn(second) + eps
     delta = step_size * tl.div_rn(exp_avg, denom)
-    if DECOUPLED:
+    if CAUTIOUS:
+        delta = cautious(delta, weight_decay * param, param)
+    elif DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
@@ -233,6 +243,7 @@ def derive_ademamix(o, step, first, scalar_states):
 @triton.jit
 def lion(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
+    CAUTIOUS: tl.constexpr = FLAGS & 2
     lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = h
     exp_avg = states[0]
     if not DECOUPLED:
@@ -241,7 +252,9 @@ def lion(param, grad, states, h, FLAGS: tl.constexpr):
     sign = tl.where(blend > 0, 1.0, tl.where(blend < 0, -1.0, blend))
     exp_avg = beta2 * exp_avg + one_minus_beta2 * grad
     delta = lr * sign
-    if DECOUPLED:
+    if CAUTIOUS:
+        delta = cautious(delta, weight_decay * param, param)
+    elif DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg,)
 
@@ -255,6 +268,7 @@ def derive_lion(o, step, first, scalar_states):
 @triton.jit
 def nadam(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
+    CAUTIOUS: tl.constexpr = FLAGS & 2
     grad_size, avg_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
     exp_avg, exp_avg_sq = states
     if not DECOUPLED:
@@ -263,7 +277,9 @@ def nadam(param, grad, states, h, FLAGS: tl.constexpr):
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
     denom = tl.sqrt_rn(exp_avg_sq) + eps
     delta = tl.div_rn(grad_size * grad + avg_size * exp_avg, denom)
-    if DECOUPLED:
+    if CAUTIOUS:
+        delta = cautious(delta, weight_decay * param, param)
+    elif DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg, exp_avg_sq)
 

@@ -43,6 +43,9 @@ struct RuleDefaults {
   static constexpr uint32_t kReducedPrecision = 0;
   // States that are weights, which formats with blocks store in fp32 (StateFormat.for_weights).
   static constexpr unsigned kWeights = 0;
+  // Whether these flags run only the kernels that serve all flags and formats: the fp32 loop of the
+  // CPU, and the kernel of a rule that reads flags and formats from each chunk on CUDA.
+  static constexpr bool kUncommon = false;
 };
 
 ONEPASS_HD double sqrt_rn(double x) {
@@ -107,6 +110,12 @@ ONEPASS_HD double decay_of(const Options& o, double lr) {
 
 // Rounds a scalar from float64 to fp32.
 ONEPASS_HD float rounded(double value) { return static_cast<float>(value); }
+
+// delta + decayed where delta * param >= 0, else delta: see onepass/rules/base.py.
+ONEPASS_HD float cautious(float delta, float decayed, float param) {
+  const bool opposed = (delta < 0.0f && param > 0.0f) || (delta > 0.0f && param < 0.0f);
+  return opposed ? delta : delta + decayed;
+}
 
 // Updates one element. Passes the first kStates of the four states to the rule.
 template <class Rule, class Math = Exact>

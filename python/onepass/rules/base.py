@@ -75,6 +75,7 @@ class Flag(NamedTuple):
 
 
 DECOUPLED_DECAY = Flag("decoupled", "decoupled_weight_decay")
+CAUTIOUS_DECAY = Flag("cautious", "cautious_weight_decay")
 
 
 class ScalarState(NamedTuple):
@@ -353,6 +354,16 @@ def logarithm(x: float) -> float:
 
 
 LOG_2 = 0.6931471805599453
+
+
+def cautious(delta: F32, decayed: F32, param: F32) -> F32:
+    """delta + decayed where delta * param >= 0, else delta.
+
+    Adds the decay of a weight only if the update does not move the weight away from 0, see Chen et
+    al., "Cautious weight decay" (2025). Compares signs, because the product can underflow.
+    """
+    opposed = ((delta < 0) & (param > 0)) | ((delta > 0) & (param < 0))
+    return np.where(opposed, delta, delta + decayed)
 
 
 def decay(o: Numbers, lr: float) -> float:
