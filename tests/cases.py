@@ -101,6 +101,30 @@ def ademamix(oracle: Any, g: torch.Tensor) -> torch.Tensor:
     return (m / (1 - beta1**t) + alpha * slow) / denom
 
 
+def schedulefree(oracle: Any, g: torch.Tensor) -> torch.Tensor:
+    """The update of y in algorithm 1 of Defazio et al. (2024), with x computed from y and z.
+
+    The oracle multiplies the result by ``lr`` and adds the decoupled decay of y.
+    """
+    o, t = oracle.o, oracle.t
+    (beta1, beta2), eps = o.get("betas", (0.9, 0.999)), o.get("eps", 1e-8)
+    y, z = oracle.p, oracle.s.setdefault("z", oracle.p.clone())
+    x = (y - (1 - beta1) * z) / beta1
+    lr = o["lr"] * min(1.0, t / (o.get("warmup_steps") or 1))
+    highest = oracle.s["lr_max"] = max(oracle.s.get("lr_max", 0.0), lr)
+    weight = t ** o.get("r", 0.0) * highest ** o.get("weight_lr_power", 2.0)
+    total = oracle.s["weight_sum"] = oracle.s.get("weight_sum", 0.0) + weight
+    v = oracle.state("exp_avg_sq")
+    v.mul_(beta2).add_((1 - beta2) * g * g)
+    update = g / ((v / (1 - beta2**t)).sqrt() + eps)
+    decay = o["weight_decay"] * y if o["decoupled_weight_decay"] else 0.0
+    update = update + decay
+    z = oracle.s["z"] = z - lr * update
+    c = weight / total
+    x = (1 - c) * x + c * z
+    return (y - ((1 - beta1) * z + beta1 * x)) / o["lr"] - decay
+
+
 BOTH = (False, True)
 CAUTIOUS = {"cautious_weight_decay": (True,)}
 CASES = [
@@ -155,6 +179,15 @@ CASES = [
         {},
         [{}, *_product(**CAUTIOUS)],
         direction=nadam,
+    ),
+    Case(
+        "schedulefree",
+        onepass.AdamWScheduleFree,
+        None,
+        0.01,
+        {},
+        [{}, {"warmup_steps": 30, "r": 1.5, "weight_lr_power": 0.5}],
+        direction=schedulefree,
     ),
 ]
 

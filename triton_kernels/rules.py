@@ -309,6 +309,66 @@ def derive_nadam(o, step, first, scalar_states):
 
 
 @triton.jit
+def schedulefree(param, grad, states, h, FLAGS: tl.constexpr):
+    DECOUPLED: tl.constexpr = FLAGS & 1
+    step_size, weight_decay, beta2, one_minus_beta2, eps, share, scale = h
+    z, exp_avg_sq = states
+    if not DECOUPLED:
+        grad = grad + weight_decay * param
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+    denom = tl.sqrt_rn(exp_avg_sq) + eps
+    delta = step_size * tl.div_rn(grad, denom)
+    if DECOUPLED:
+        delta = delta + weight_decay * param
+    param = param - (scale * delta - share * (z - param))
+    return param, (z - delta, exp_avg_sq)
+
+
+@triton.jit
+def warmed_up(o, step):
+    """The learning rate of a step of schedulefree."""
+    number, warmup_steps = step.to(tl.float64), o[OWN + 3]
+    lr = o[LR]
+    if number < warmup_steps:
+        lr = lr * (number / warmup_steps)
+    return lr
+
+
+@triton.jit
+def advance_schedulefree(o, step, scalar_states):
+    r, lr_power = o[OWN + 4], o[OWN + 5]
+    weight_sum, lr_max = scalar_states[0], scalar_states[1]
+    largest = warmed_up(o, step).to(tl.float32).to(tl.float64)
+    if lr_max > largest:
+        largest = lr_max
+    total = tl.full((), 1.0, tl.float64)
+    if (largest <= 0) & (lr_power > 0):
+        total = tl.full((), 0.0, tl.float64)
+        largest = tl.full((), 0.0, tl.float64)
+    elif weight_sum > 0:
+        exponent = tl.full((), 0.0, tl.float64)
+        if (r > 0) & (step > 1):
+            exponent = r * logarithm((step - 1).to(tl.float64) / step.to(tl.float64))
+        if (lr_power > 0) & (lr_max > 0) & (lr_max < largest):
+            exponent = exponent + lr_power * logarithm(lr_max / largest)
+        total = weight_sum * exponential(exponent) + 1.0
+    return total, largest
+
+
+@triton.jit
+def derive_schedulefree(o, step, first, scalar_states):
+    beta1, beta2, eps = o[OWN], o[OWN + 1], o[OWN + 2]
+    weight_sum = scalar_states[0]
+    lr = warmed_up(o, step)
+    root = tl.sqrt(1.0 - power(beta2, step))
+    share = tl.full((), 0.0, tl.float64)
+    if weight_sum > 0:
+        share = 1.0 / weight_sum
+    scale = 1.0 - beta1 * (1.0 - share)
+    return lr * root, decay(o, lr), beta2, 1.0 - beta2, eps * root, share, scale
+
+
+@triton.jit
 def derive_options(o, step, first, scalar_states):
     """The default of custom rules: lr, the weight decay, and the rule's own numbers."""
     scalars = (o[LR], decay(o, o[LR]))
