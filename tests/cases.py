@@ -393,7 +393,8 @@ def step_of_shard(name: str, first: int, states: str, device: str = "cpu") -> li
 
 def history(rule: Rule, steps: float, fresh: bool) -> History:
     """The counters of a parameter after some steps; scalar states differ from their start."""
-    return History(steps, fresh, tuple(s.starts_at * 0.7**steps for s in rule.scalar_states))
+    values = (s.starts_at or steps % 1000 for s in rule.scalar_states)
+    return History(steps, fresh, tuple(value * 0.7 ** min(steps, 40) for value in values))
 
 
 def advance(backend: Any, table: Any, verdict: torch.Tensor | None) -> None:

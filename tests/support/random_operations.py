@@ -172,15 +172,17 @@ OPTIONS: dict[str, list[Callable[[], Any]]] = {
 @operation(2)
 def option(world: World, rng: Random) -> None:
     at = rng.randrange(len(world.plain.optimizer.param_groups))
-    key = rng.choice(
-        [k for k in OPTIONS if k in {**DEFAULTS, **world.plain.optimizer.param_groups[at]}]
-    )
+    group = {**DEFAULTS, **world.plain.optimizer.param_groups[at]}
+    kept = "decoupled_weight_decay" if group["cautious_weight_decay"] else ""
+    key = rng.choice([k for k in OPTIONS if k in group and k != kept])
     make = rng.choice(OPTIONS[key])
     world.tell(f"param_groups[{at}][{key!r}] = {make()!r}")
     for one in world.copies:
         value = make()
         if key == "betas" and len(one.optimizer.defaults["betas"]) == 3:
             value = (*value, 0.9999)  # AdEMAMix has a third beta
+        if key == "betas" and world.case.name == "schedulefree":
+            value = (0.9, value[1])  # the first beta must not be 0
         one.optimizer.param_groups[at][key] = value
 
 
