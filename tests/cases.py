@@ -111,9 +111,12 @@ def schedulefree(oracle: Any, g: torch.Tensor) -> torch.Tensor:
     y, z = oracle.p, oracle.s.setdefault("z", oracle.p.clone())
     x = (y - (1 - beta1) * z) / beta1
     lr = o["lr"] * min(1.0, t / (o.get("warmup_steps") or 1))
-    highest = oracle.s["lr_max"] = max(oracle.s.get("lr_max", 0.0), lr)
-    weight = t ** o.get("r", 0.0) * highest ** o.get("weight_lr_power", 2.0)
-    total = oracle.s["weight_sum"] = oracle.s.get("weight_sum", 0.0) + weight
+    r, power, before = o.get("r", 0.0), o.get("weight_lr_power", 2.0), oracle.s.get("lr_max", 0.0)
+    highest = oracle.s["lr_max"] = max(before, lr)
+    weight = t**r * highest**power
+    # weight_sum is divided by the weight of the last step.
+    total = oracle.s.get("weight_sum", 0.0) * (t - 1) ** r * before**power + weight
+    oracle.s["weight_sum"] = total / weight
     v = oracle.state("exp_avg_sq")
     v.mul_(beta2).add_((1 - beta2) * g * g)
     update = g / ((v / (1 - beta2**t)).sqrt() + eps)
