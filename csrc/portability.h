@@ -62,6 +62,9 @@ struct Exact {
 
   ONEPASS_HD static float sqrt(float x) { return sqrt_rn(x); }
   ONEPASS_HD static float div(float x, float y) { return div_rn(x, y); }
+  // div for operands of which cuda/fast_path.cuh knows more.
+  ONEPASS_HD static float div_by_root(float x, float y) { return div_rn(x, y); }
+  ONEPASS_HD static float div_in_range(float x, float y) { return div_rn(x, y); }
 };
 
 }  // namespace onepass

@@ -33,6 +33,24 @@ class Kernel:
         return Counter(opcode(line) for line in self.instructions)
 
 
+def main_path(kernel: Kernel) -> list[str]:
+    """The instructions of one round of a sweep kernel whose warp passes the vote of the fast path.
+
+    A round handles eight elements per thread. The path goes from the head of the loop to the branch
+    after the vote, and from there through the writes to the end of the loop. Instructions that are
+    skipped by a predicate or a short branch count.
+    """
+    branches = {
+        i: int(match[1], 16) // 16  # an instruction has 16 bytes
+        for i, line in enumerate(kernel.instructions)
+        if (match := re.search(r"\bBRA (0x[0-9a-f]+)", line))
+    }
+    (vote,) = [i for i, line in enumerate(kernel.instructions) if opcode(line) == "VOTE.ALL"]
+    head, end = min((to, i) for i, to in branches.items() if to < vote < i)
+    passed = min(i for i in branches if i > vote)
+    return kernel.instructions[head : passed + 1] + kernel.instructions[branches[passed] : end + 1]
+
+
 def opcode(line: str) -> str:
     """The opcode with its modifiers, without the predicate."""
     return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].rstrip(";")

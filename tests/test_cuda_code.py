@@ -115,6 +115,23 @@ def test_the_main_path_reads_16_bytes_per_access_before_it_writes(name, loads, s
         assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
 
 
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("adam-1 fp32 fp32 fp32", 39),
+        ("adam-1 split16 bf16 bf16sr", 59),
+        ("adam-1 split16 bf16 mx8", 78.5),
+        ("adam-1 split8 bf16 mx8", 81.5),
+        ("adam-1 bf16sr bf16 mx4", 119),
+    ],
+)
+def test_instructions_per_element_do_not_grow(name, most):
+    """On sm_90, 8-bit and 4-bit states are limited by instructions and not by memory."""
+    for kernel in named(name):
+        if kernel.arch == "sm_90":
+            assert len(cuda_code.main_path(kernel)) / 8 <= most
+
+
 def test_the_next_round_is_fetched_ahead():
     for name in ("adam-1 fp32 fp32 fp32", "adam-1 split16 bf16 mx8"):
         for kernel in named(name):

@@ -152,14 +152,22 @@ def test_part_without_a_passed_test_does_not_pass(tmp_path, command, how):
     assert run(tmp_path, of("true"))[1] == {"a": "passed"}
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["digest", "phase", "paging", "tuning", "tuning_step", "pretrain", "sizes", "share", "steps"],
-)
-def test_a_stage_needs_torch_numpy_and_pytest_alone(module):
+def test_stages_need_torch_numpy_and_pytest_alone():
     """Stages import no other packages, which may be missing on the machine with a GPU."""
     lacking = ("rich", "tqdm", "matplotlib", "hypothesis", "expecttest", "xdist", "safetensors")
-    code = f"import sys\nfor m in {lacking}: sys.modules[m] = None\nimport bench.{module}\n"
+    modules = [
+        "digest",
+        "phase",
+        "paging",
+        "tuning",
+        "tuning_step",
+        "pretrain",
+        "sizes",
+        "share",
+        "steps",
+    ]
+    code = f"import sys\nfor m in {lacking}: sys.modules[m] = None\n"
+    code += "".join(f"import bench.{module}\n" for module in modules)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

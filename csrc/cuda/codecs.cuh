@@ -214,7 +214,7 @@ struct StateCodec {
 #pragma unroll
     for (int v = 0; v < kScales; ++v) {
       const int at = lanes.at(v * Vector);
-      const int block = (offset + at) / (kScaled ? kBlock : 1);
+      const unsigned block = block_at(offset + at);
       state.scales[v] = 0;
       if (Full || at < lanes.left)
         state.scales[v] = kDynamic ? global(static_cast<const uint32_t*>(from.extra))[block]
@@ -222,13 +222,22 @@ struct StateCodec {
     }
   }
 
-  // Prefetches what load reads.
+  // Prefetches what load<true> reads Ahead elements later.
+  template <int Ahead>
   __device__ __forceinline__ static void fetch(const Stored& from, int offset, const L& lanes) {
-    C::fetch(static_cast<const char*>(from.data) + int64_t{offset} * bits_of(F) / 8, lanes);
-    if (kScaled && lanes.has(0))
+    C::template fetch<Ahead>(
+        static_cast<const char*>(from.data) + int64_t{offset} * bits_of(F) / 8, lanes);
+    constexpr int kScaleBytes = kDynamic ? 4 : 1;
+    if (kScaled)
       fetch_ahead(
-          static_cast<const char*>(from.extra) +
-          (offset + lanes.at(0)) / kBlock * (kDynamic ? 4 : 1));
+          static_cast<const char*>(from.extra) + block_at(offset + lanes.at(0)) * kScaleBytes +
+          Ahead / kBlock * kScaleBytes);
+  }
+
+  // The block of an element of the chunk. Unsigned, because a signed division rounds towards zero,
+  // which takes two more instructions.
+  ONEPASS_HD static unsigned block_at(int element) {
+    return static_cast<unsigned>(element) / (kScaled ? kBlock : 1);
   }
 
   template <class Math>
@@ -270,11 +279,10 @@ struct StateCodec {
       const float (&values)[kElements], const Random& random, int use, const L& lanes,
       State<Vector>& state, float (&roots)[kElements], Math& math) {
     uint32_t words[kElements];
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) math.template note_state<K>(values[j]);
     if constexpr (!kScaled) {
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
+        if constexpr (F != Format::kFp32) math.note_finite(values[j]);
         const auto draw = [&] { return random.draw(use, lanes.at(j)); };
         words[j] = encode_one<F, Math::kQuick>(values[j], draw).code;
       }
@@ -291,9 +299,13 @@ struct StateCodec {
         const uint32_t bits = to_bits(units[j]);
         largest[v] = max_u32(largest[v], measure(units[j]));
         least[v] = bits < least[v] ? bits : least[v];  // removed by the compiler if unused
+        if constexpr (F == Format::kMx8 && K == kSecond) math.note_second(values[j]);
       }
 #pragma unroll
-      for (int v = 0; v < kScales; ++v) largest[v] = largest_in<kLanes>(largest[v]);
+      for (int v = 0; v < kScales; ++v) {
+        math.note_largest(largest[v]);
+        largest[v] = largest_in<kLanes>(largest[v]);
+      }
       if constexpr (kDynamic) {
         const bool finite = largest[0] < kInfinity;
         const float divisor = largest[0] == 0 ? 1.0f : from_bits(largest[0]);
@@ -359,7 +371,7 @@ struct StateCodec {
 #pragma unroll
     for (int v = 0; v < kScales; ++v) {
       const int at = lanes.at(v * Vector);
-      const int block = (offset + at) / (kScaled ? kBlock : 1);
+      const unsigned block = block_at(offset + at);
       if (lanes.lane % kLanes == 0 && (Full || at < lanes.left)) {
         if (kDynamic)
           global(static_cast<uint32_t*>(to.extra))[block] = state.scales[v];

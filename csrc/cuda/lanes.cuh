@@ -189,12 +189,13 @@ struct Codes {
       put(raw, j, code);
     }
   }
-  // Prefetches what load reads.
+  // Prefetches what load<true> reads Ahead elements later. Ahead is a constant, so that it becomes
+  // an immediate offset from the address of the load.
+  template <int Ahead>
   __device__ __forceinline__ static void fetch(const void* warp, const L& lanes) {
     const char* from = global(static_cast<const char*>(warp) + lanes.lane * (Vector * Bits / 8));
 #pragma unroll
-    for (int v = 0; v < L::kVectors; ++v)
-      if (lanes.has(v * Vector)) fetch_ahead(from + v * L::kStretch * Bits / 8);
+    for (int v = 0; v < L::kVectors; ++v) fetch_ahead(from + (v * L::kStretch + Ahead) * Bits / 8);
   }
   template <bool Full>
   __device__ __forceinline__ static void store(void* warp, const L& lanes, const Raw& raw) {

@@ -9,8 +9,8 @@
 
 namespace onepass::cuda {
 
-// Prefetches what sweep_warp reads.
-template <class Rules, class Formats>
+// Prefetches what sweep_warp<true> reads Ahead elements later.
+template <int Ahead, class Rules, class Formats>
 __device__ __forceinline__ void fetch_warp(
     const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
     int offset) {
@@ -23,20 +23,21 @@ __device__ __forceinline__ void fetch_warp(
   formats.param([&](auto format) {
     constexpr Format F = decltype(format)::value;
     constexpr int kCompanion = companion_bits_of(F);
-    Codes<bits_of(F), kVector>::fetch(at(chunk.param.data, bits_of(F)), lanes);
+    Codes<bits_of(F), kVector>::template fetch<Ahead>(at(chunk.param.data, bits_of(F)), lanes);
     if constexpr (kCompanion > 0)
-      Codes<kCompanion, kVector>::fetch(at(chunk.param.extra, kCompanion), lanes);
+      Codes<kCompanion, kVector>::template fetch<Ahead>(at(chunk.param.extra, kCompanion), lanes);
   });
   formats.grad([&](auto format) {
     constexpr int kBits = bits_of(decltype(format)::value);
-    Codes<kBits, kVector>::fetch(at(grad_at, kBits), lanes);
+    Codes<kBits, kVector>::template fetch<Ahead>(at(grad_at, kBits), lanes);
   });
   for_each_slot<Sample::kStates>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
       constexpr Format F = format_in<Sample, k>(decltype(format)::value);
-      StateCodec<F, kind_in<Sample, k>(F), kVector>::fetch(chunk.states[k], offset, lanes);
+      StateCodec<F, kind_in<Sample, k>(F), kVector>::template fetch<Ahead>(
+          chunk.states[k], offset, lanes);
     });
   });
 }
@@ -80,9 +81,9 @@ __device__ __forceinline__ bool sweep_warp(
   });
 
   // Prefetch the next elements of the warp, so that their loads hit L2.
-  const int next = offset + kTuning.threads * kElements;
-  if (Full && Formats::kFetch && next < chunk.count)
-    fetch_warp(rules, formats, chunk, grad_at, next);
+  constexpr int kNext = kTuning.threads * kElements;
+  if (Full && Formats::kFetch && offset + kNext + kWarpElements <= chunk.count)
+    fetch_warp<kNext>(rules, formats, chunk, grad_at, offset);
 
   Math math;
   float param[kElements], grad[kElements], values[kMaxStates][kElements] = {}, roots[kElements];
@@ -120,7 +121,7 @@ __device__ __forceinline__ bool sweep_warp(
     for (int j = 0; j < kElements; ++j) {
       update_element<Rule>(
           hyper, param[j], grad[j], values[0][j], values[1][j], values[2][j], values[3][j], math);
-      math.note_weight(param[j]);
+      math.note_finite(param[j]);
     }
   });
 
@@ -209,8 +210,8 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   const char* grad = static_cast<const char*>(tables.grads[chunk.entry]);
   formats.grad([&](auto format) { grad += chunk.start * bits_of(decltype(format)::value) / 8; });
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (Formats::kFetch && warp * kWarpElements < chunk.count)
-    fetch_warp(rules, formats, chunk, grad, warp * kWarpElements);
+  if (Formats::kFetch && (warp + 1) * kWarpElements <= chunk.count)
+    fetch_warp<0>(rules, formats, chunk, grad, warp * kWarpElements);
   float row[kHyperWidth];
 #pragma unroll
   for (int i = 0; i < kHyperWidth; ++i)

@@ -22,6 +22,15 @@ constexpr uint32_t kNan32 = 0x7FC00000u;
 // second moment of its rule.
 enum Kind : uint8_t { kFirst, kSecond, kRelative, kKinds };
 
+// The magnitude of a value. On a GPU it is a modifier of the operand and takes no instruction.
+ONEPASS_HD float magnitude(float value) {
+#if defined(__CUDA_ARCH__)
+  return fabsf(value);
+#else
+  return from_bits(to_bits(value) & kMagnitude);
+#endif
+}
+
 // The larger of two unsigned integers.
 ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
@@ -182,13 +191,13 @@ struct Ratio {
   // The factor from values to steps in fixed point with 16 fraction bits.
   template <class Math = Exact>
   ONEPASS_HD static float encoder(uint32_t scale, Math&& math = Math()) {
-    return math.div(65536.0f, decoder(scale));
+    return math.div_in_range(65536.0f, decoder(scale));
   }
 
   ONEPASS_HD static uint32_t measure(float value) { return to_bits(value) & kMagnitude; }
   template <class Math = Exact>
   ONEPASS_HD static uint32_t scale(uint32_t largest, Math&& math = Math()) {
-    const float seventh = math.div(from_bits(max_u32(largest, kLeast)), 7.0f);
+    const float seventh = math.div_in_range(from_bits(max_u32(largest, kLeast)), 7.0f);
     const uint32_t finite = ((to_bits(seventh) + 0xFFFFF) >> 20) - kLeastStep;
     return largest >= kInfinity ? kNotFinite : finite;
   }
@@ -199,7 +208,7 @@ struct Ratio {
   }
   // The number of steps, stochastically rounded, in the upper half of the word.
   ONEPASS_HD static uint32_t dithered(float value, uint32_t random16, float per_step) {
-    const float steps = from_bits(to_bits(value) & kMagnitude) * per_step;
+    const float steps = magnitude(value) * per_step;
     return static_cast<uint32_t>(static_cast<int32_t>(steps)) + random16;
   }
   ONEPASS_HD static float decode(uint32_t stored, float step) {
@@ -230,7 +239,7 @@ struct Signed : Minifloat<Exponent, Mantissa> {
   }
   template <class Random>
   ONEPASS_HD static uint32_t encode_magnitude(float value, Random random, uint32_t scale) {
-    const float lifted = from_bits(to_bits(value) & kMagnitude) + from_bits(scale << 23);
+    const float lifted = magnitude(value) + from_bits(scale << 23);
     return Base::round(to_bits(lifted), random, scale);
   }
   ONEPASS_HD static float decode(uint32_t stored, uint32_t scale) {

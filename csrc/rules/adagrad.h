@@ -32,7 +32,7 @@ struct Adagrad : RuleDefaults {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     sum = sum + grad * grad;
     const float denom = kEpsInSqrt ? math.sqrt(sum + h.eps) : math.sqrt(sum) + h.eps;
-    float delta = h.lr * math.div(grad, denom);
+    float delta = h.lr * math.div_by_root(grad, denom);
     if (kDecoupled) delta = delta + h.weight_decay * param;
     param = param - delta;
   }

@@ -49,7 +49,7 @@ struct Adam : RuleDefaults {
       second = max_exp_avg_sq;
     }
     const float denom = math.sqrt(second) + h.eps;
-    float delta = h.step_size * math.div(exp_avg, denom);
+    float delta = h.step_size * math.div_by_root(exp_avg, denom);
     if (kCautious)
       delta = cautious(delta, h.weight_decay * param, param);
     else if (kDecoupled)

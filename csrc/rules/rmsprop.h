@@ -43,7 +43,7 @@ struct Rmsprop : RuleDefaults {
       variance = variance < 0.0f ? 0.0f : variance;
     }
     const float denom = kEpsInSqrt ? math.sqrt(variance + h.eps) : math.sqrt(variance) + h.eps;
-    float direction = math.div(grad, denom);
+    float direction = math.div_by_root(grad, denom);
     if (kMomentum) {
       momentum_buffer = h.momentum * momentum_buffer + direction;
       direction = momentum_buffer;
