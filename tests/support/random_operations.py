@@ -220,7 +220,13 @@ def flags(world: World, rng: Random) -> None:
     at = rng.randrange(len(world.plain.optimizer.param_groups))
     group = world.plain.optimizer.param_groups[at]
     keys = {key for row in world.case.options for key in row}
-    rows = [row for row in world.case.options if served(row, option_of(group, "states"))]
+    decoupled = option_of(group, "decoupled_weight_decay")
+    rows = [
+        row
+        for row in world.case.options
+        if served(row, option_of(group, "states"))
+        and (decoupled or not row.get("cautious_weight_decay"))
+    ]
     chosen = {**dict.fromkeys(keys, 0), **rng.choice(rows)}
     chosen = {
         k: bool(v) if isinstance(group.get(k, DEFAULTS.get(k)), bool) else v
