@@ -90,6 +90,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "Lion": [{}],
     "NAdam": [{"momentum_decay": 0.1}],
     "AdEMAMix": [{"t_alpha": 4, "t_beta3": 3}],
+    "AdamWScheduleFree": [{"warmup_steps": 2, "r": 0.5, "weight_lr_power": 1.5}],
 }
 """Optimizer -> every combination of the options that select the formula of a kernel."""
 
@@ -102,6 +103,7 @@ STORED = [
 """All combinations of (dtype of the weights, format of the weights, format of the states)."""
 
 _BASE = {"lr": 0.01, "weight_decay": 0.1}
+_CAUTIOUS = {"cautious_weight_decay": True, "decoupled_weight_decay": True}
 _MOST = {
     "SGD": 1,
     "Adagrad": 1,
@@ -111,6 +113,7 @@ _MOST = {
     "Lion": 0,
     "NAdam": 0,
     "AdEMAMix": 0,
+    "AdamWScheduleFree": 0,
 }
 """Optimizer -> index in RULES of the options for tests of formats; every format supports them."""
 
@@ -126,6 +129,9 @@ def _rules() -> Iterator[DigestCase]:
             options = {**_BASE, **row, "decoupled_weight_decay": decoupled}
             yield DigestCase(optimizer, options)
         yield DigestCase(optimizer, {**_BASE, **rows[-1], "maximize": True})
+    for optimizer in ("AdamW", "Lion", "NAdam"):
+        for options in RULES[optimizer]:
+            yield DigestCase(optimizer, {**_BASE, **options, **_CAUTIOUS})
 
 
 def _options(optimizer: str) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def _options(optimizer: str) -> dict[str, Any]:
 def _formats() -> Iterator[DigestCase]:
     for dtype, weights, states in STORED:
         yield DigestCase("AdamW", _BASE, states, weights, dtype, dtype, "chunks")
-    for optimizer in ("SGD", "Adagrad", "RMSprop", "Adam", "Lion", "NAdam", "AdEMAMix"):
+    for optimizer in (name for name in RULES if name != "AdamW"):
         for weights, states in (
             ("stochastic", "bf16"),
             ("split8", "mx8"),
@@ -146,6 +152,9 @@ def _formats() -> Iterator[DigestCase]:
             yield DigestCase(
                 optimizer, _options(optimizer), states, weights, "bf16", "bf16", "chunks"
             )
+    for weights, states in (("stochastic", "mx4"), ("split8", "mx8")):
+        options = {**_BASE, **_CAUTIOUS}
+        yield DigestCase("AdamW", options, states, weights, "bf16", "bf16", "chunks")
     yield DigestCase("Adam", {**_BASE, "amsgrad": True}, "mx8", list="chunks")
     yield DigestCase("AdamW", {**_BASE, "amsgrad": True}, "mx4", list="chunks")
 
@@ -193,7 +202,7 @@ def _steps() -> Iterator[DigestCase]:
             yield DigestCase("AdamW", _BASE, **stored, seed=(1 << 40) + 3)
         yield DigestCase("AdamW", _BASE, **stored, steps=5, graph=True)
         yield DigestCase("AdamW", _BASE, **stored, infinite=(1,))  # not skipped
-    for optimizer in ("SGD", "Lion", "NAdam", "AdEMAMix"):
+    for optimizer in ("SGD", "Lion", "NAdam", "AdEMAMix", "AdamWScheduleFree"):
         options = {**_options(optimizer), "skip_nonfinite": True}
         yield DigestCase(optimizer, options, infinite=(0,))
         yield DigestCase(optimizer, options, "mx8", infinite=(1,), steps=5, graph=True)

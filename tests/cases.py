@@ -52,6 +52,8 @@ class Case:
         for option, decoupled, maximize in itertools.product(
             self.options, (False, True), (False, True)
         ):
+            if option.get("cautious_weight_decay") and not decoupled:
+                continue
             yield {
                 "lr": self.lr,
                 "weight_decay": 0.1,
@@ -99,7 +101,35 @@ def ademamix(oracle: Any, g: torch.Tensor) -> torch.Tensor:
     return (m / (1 - beta1**t) + alpha * slow) / denom
 
 
+def schedulefree(oracle: Any, g: torch.Tensor) -> torch.Tensor:
+    """The update of y in algorithm 1 of Defazio et al. (2024), with x computed from y and z.
+
+    The oracle multiplies the result by ``lr`` and adds the decoupled decay of y.
+    """
+    o, t = oracle.o, oracle.t
+    (beta1, beta2), eps = o.get("betas", (0.9, 0.999)), o.get("eps", 1e-8)
+    y, z = oracle.p, oracle.s.setdefault("z", oracle.p.clone())
+    x = (y - (1 - beta1) * z) / beta1
+    lr = o["lr"] * min(1.0, t / (o.get("warmup_steps") or 1))
+    r, power, before = o.get("r", 0.0), o.get("weight_lr_power", 2.0), oracle.s.get("lr_max", 0.0)
+    highest = oracle.s["lr_max"] = max(before, lr)
+    weight = t**r * highest**power
+    # weight_sum is divided by the weight of the last step.
+    total = oracle.s.get("weight_sum", 0.0) * (t - 1) ** r * before**power + weight
+    oracle.s["weight_sum"] = total / weight
+    v = oracle.state("exp_avg_sq")
+    v.mul_(beta2).add_((1 - beta2) * g * g)
+    update = g / ((v / (1 - beta2**t)).sqrt() + eps)
+    decay = o["weight_decay"] * y if o["decoupled_weight_decay"] else 0.0
+    update = update + decay
+    z = oracle.s["z"] = z - lr * update
+    c = weight / total
+    x = (1 - c) * x + c * z
+    return (y - ((1 - beta1) * z + beta1 * x)) / o["lr"] - decay
+
+
 BOTH = (False, True)
+CAUTIOUS = {"cautious_weight_decay": (True,)}
 CASES = [
     Case(
         "sgd",
@@ -126,8 +156,15 @@ CASES = [
         _product(momentum=(0, 0.9), centered=BOTH, eps_in_sqrt=BOTH),
     ),
     Case("adam", onepass.Adam, torch.optim.Adam, 0.01, {}, _product(amsgrad=BOTH)),
-    Case("adamw", onepass.AdamW, torch.optim.AdamW, 0.01, {}, _product(amsgrad=BOTH)),
-    Case("lion", onepass.Lion, None, 0.01, {}),
+    Case(
+        "adamw",
+        onepass.AdamW,
+        torch.optim.AdamW,
+        0.01,
+        {},
+        [*_product(amsgrad=BOTH), *_product(amsgrad=BOTH, **CAUTIOUS)],
+    ),
+    Case("lion", onepass.Lion, None, 0.01, {}, [{}, *_product(**CAUTIOUS)]),
     Case(
         "ademamix",
         onepass.AdEMAMix,
@@ -137,7 +174,24 @@ CASES = [
         [{}, {"alpha": 3.0, "t_alpha": 50, "t_beta3": 60}],
         direction=ademamix,
     ),
-    Case("nadam", onepass.NAdam, torch.optim.NAdam, 0.01, {}, direction=nadam),
+    Case(
+        "nadam",
+        onepass.NAdam,
+        torch.optim.NAdam,
+        0.01,
+        {},
+        [{}, *_product(**CAUTIOUS)],
+        direction=nadam,
+    ),
+    Case(
+        "schedulefree",
+        onepass.AdamWScheduleFree,
+        None,
+        0.01,
+        {},
+        [{}, {"warmup_steps": 30, "r": 1.5, "weight_lr_power": 0.5}],
+        direction=schedulefree,
+    ),
 ]
 
 VARIANTS = [
@@ -342,7 +396,8 @@ def step_of_shard(name: str, first: int, states: str, device: str = "cpu") -> li
 
 def history(rule: Rule, steps: float, fresh: bool) -> History:
     """The counters of a parameter after some steps; scalar states differ from their start."""
-    return History(steps, fresh, tuple(s.starts_at * 0.7**steps for s in rule.scalar_states))
+    values = (s.starts_at or steps % 1000 for s in rule.scalar_states)
+    return History(steps, fresh, tuple(value * 0.7 ** min(steps, 40) for value in values))
 
 
 def advance(backend: Any, table: Any, verdict: torch.Tensor | None) -> None:

@@ -54,9 +54,11 @@ class Oracle:
         before = self.p.clone()
         if not o["decoupled_weight_decay"]:
             g = g + o["weight_decay"] * before
-        self.p = before - lr * self.direction(self, g)
+        update = self.direction(self, g)
+        self.p = before - lr * update
         if o["decoupled_weight_decay"]:
-            self.p -= lr * o["weight_decay"] * before
+            kept = update * before >= 0 if o.get("cautious_weight_decay") else True
+            self.p -= lr * o["weight_decay"] * before * kept
 
     def _sgd(self, g: Tensor) -> Tensor:
         mu = self.o.get("momentum", 0)

@@ -28,7 +28,9 @@ def memory(name):
     rule = RULES[name]
     rows = [
         f"| `{slot.key}` | {slot.flag or 'always'} | "
-        + " | ".join(f"{form.bytes:.4g}" for form in STATE_FORMATS.values())
+        + " | ".join(
+            f"{rule.format_of(slot.key, form).bytes:.4g}" for form in STATE_FORMATS.values()
+        )
         + " |"
         for slot in rule.slots
     ]

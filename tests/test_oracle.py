@@ -17,6 +17,7 @@ TWINS = [
     for case, variant, name in VARIANTS
     if case.torch is not None
     and not variant.get("eps_in_sqrt")
+    and not variant.get("cautious_weight_decay")
     and variant["decoupled_weight_decay"] == (case.name == "adamw")
 ]
 TWIN_IDS = [name for _, _, name in TWINS]

@@ -40,6 +40,11 @@ OWN = {
         for betas in ((0.9, 0.999, 0.9999), (0.0, 0.95, 0.5), (1 / 3, 0.0, 0.0))
         for warm_up in (None, 1, 1000, 1 << 25)
     ],
+    "schedulefree": [
+        {"betas": betas, "warmup_steps": steps, "r": r, "weight_lr_power": power}
+        for betas, steps in (((0.9, 0.999), 0), ((0.95, 0.0), 5), ((1 / 3, 0.9), 1 << 25))
+        for r, power in ((0.0, 2.0), (1.5, 0.0), (0.3, 1.7))
+    ],
 }
 """The option values to test for each rule. Rules without an entry use those of adam that apply."""
 DEFAULTS = {case.ours.rule.name: case.ours([torch.nn.Parameter(torch.ones(1))]) for case in CASES}

@@ -50,6 +50,21 @@ def block_formats_have_them_where_shards_are_cut_at_blocks(directory, checkpoint
             assert (whole(p) - q).abs().max() < (2 if optimizer is onepass.Lion else 1) * 3 * LR
 
 
+def schedule_free_modes_have_the_bits_of_one_process(directory, checkpoints):
+    for dtype, options, block in (
+        (torch.float32, {"states": "mx8"}, 32),
+        (BF16, {"weights": "kahan"}, 1),
+    ):
+        four = pair(onepass.AdamWScheduleFree, dtype, **options)
+        train(*four, 2)
+        for mode in ("eval", "train"):
+            for one in four[1::2]:
+                getattr(one, mode)()
+            assert same_as_twin(*four, block=block) >= 5
+        train(*four, 1, first=2)
+        assert same_as_twin(*four, block=block) >= 5
+
+
 def states_are_dtensors_of_the_same_placement(directory, checkpoints):
     model, optimizer, *_ = four = pair(onepass.AdamW, BF16, states="mx8", weights="split16")
     train(*four, 1)
@@ -339,6 +354,7 @@ class Alternating(torch.nn.Module):
 EVERYWHERE = [
     elementwise_formats_have_the_bits_of_one_process,
     block_formats_have_them_where_shards_are_cut_at_blocks,
+    schedule_free_modes_have_the_bits_of_one_process,
     states_are_dtensors_of_the_same_placement,
     bytes_per_rank_are_a_share_of_the_whole,
     bytes_per_rank_are_as_predicted,

@@ -27,6 +27,7 @@ DECOUPLED = tl.constexpr(rule_table.DECOUPLED)
 LR = tl.constexpr(rule_table.LR)
 WEIGHT_DECAY = tl.constexpr(rule_table.WEIGHT_DECAY)
 OWN = tl.constexpr(rule_table.OWN)
+LOG_2 = tl.constexpr(rule_table.base.LOG_2)
 MAX_OPTIONS = tl.constexpr(rule_table.limits.MAX_OPTIONS)
 
 
@@ -56,6 +57,29 @@ def exponential(x):
         result = result * result
         halvings -= 1
     return result
+
+
+@triton.jit
+def logarithm(x):
+    """The natural logarithm of x in (0, 1], with the same bits as the reference."""
+    one = tl.full((), 1.0, tl.float64)
+    doublings = 0
+    while (x < 0.5) & (doublings < 1100):
+        x = x * 2.0
+        doublings += 1
+    part = (x - one) / (x + one)
+    square = part * part
+    series = tl.full((), 0.0, tl.float64)
+    for i in tl.static_range(21):
+        series = series * square + one / (41 - 2 * i)
+    return 2.0 * part * series - tl.full((), LOG_2, tl.float64) * doublings.to(tl.float64)
+
+
+@triton.jit
+def cautious(delta, decayed, param):
+    """delta + decayed where delta * param >= 0, else delta."""
+    opposed = ((delta < 0) & (param > 0)) | ((delta > 0) & (param < 0))
+    return tl.where(opposed, delta, delta + decayed)
 
 
 @triton.jit
@@ -149,6 +173,7 @@ def derive_rmsprop(o, step, first, scalar_states):
 def adam(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
     AMSGRAD: tl.constexpr = FLAGS & 2
+    CAUTIOUS: tl.constexpr = FLAGS & 4
     step_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
     exp_avg, exp_avg_sq, max_exp_avg_sq = states
     if not DECOUPLED:
@@ -161,7 +186,9 @@ def adam(param, grad, states, h, FLAGS: tl.constexpr):
         second = max_exp_avg_sq
     denom = tl.sqrt_rn(second) + eps
     delta = step_size * tl.div_rn(exp_avg, denom)
-    if DECOUPLED:
+    if CAUTIOUS:
+        delta = cautious(delta, weight_decay * param, param)
+    elif DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
@@ -216,6 +243,7 @@ def derive_ademamix(o, step, first, scalar_states):
 @triton.jit
 def lion(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
+    CAUTIOUS: tl.constexpr = FLAGS & 2
     lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = h
     exp_avg = states[0]
     if not DECOUPLED:
@@ -224,7 +252,9 @@ def lion(param, grad, states, h, FLAGS: tl.constexpr):
     sign = tl.where(blend > 0, 1.0, tl.where(blend < 0, -1.0, blend))
     exp_avg = beta2 * exp_avg + one_minus_beta2 * grad
     delta = lr * sign
-    if DECOUPLED:
+    if CAUTIOUS:
+        delta = cautious(delta, weight_decay * param, param)
+    elif DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg,)
 
@@ -238,6 +268,7 @@ def derive_lion(o, step, first, scalar_states):
 @triton.jit
 def nadam(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
+    CAUTIOUS: tl.constexpr = FLAGS & 2
     grad_size, avg_size, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = h
     exp_avg, exp_avg_sq = states
     if not DECOUPLED:
@@ -246,7 +277,9 @@ def nadam(param, grad, states, h, FLAGS: tl.constexpr):
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
     denom = tl.sqrt_rn(exp_avg_sq) + eps
     delta = tl.div_rn(grad_size * grad + avg_size * exp_avg, denom)
-    if DECOUPLED:
+    if CAUTIOUS:
+        delta = cautious(delta, weight_decay * param, param)
+    elif DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg, exp_avg_sq)
 
@@ -273,6 +306,66 @@ def derive_nadam(o, step, first, scalar_states):
     avg_size = scale * mu_next / (1.0 - mu_product * mu_next)
     weight_decay = decay(o, o[LR])
     return grad_size, avg_size, weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root
+
+
+@triton.jit
+def schedulefree(param, grad, states, h, FLAGS: tl.constexpr):
+    DECOUPLED: tl.constexpr = FLAGS & 1
+    step_size, weight_decay, beta2, one_minus_beta2, eps, share, scale = h
+    z, exp_avg_sq = states
+    if not DECOUPLED:
+        grad = grad + weight_decay * param
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+    denom = tl.sqrt_rn(exp_avg_sq) + eps
+    delta = step_size * tl.div_rn(grad, denom)
+    if DECOUPLED:
+        delta = delta + weight_decay * param
+    param = param - (scale * delta - share * (z - param))
+    return param, (z - delta, exp_avg_sq)
+
+
+@triton.jit
+def warmed_up(o, step):
+    """The learning rate of a step of schedulefree."""
+    number, warmup_steps = step.to(tl.float64), o[OWN + 3]
+    lr = o[LR]
+    if number < warmup_steps:
+        lr = lr * (number / warmup_steps)
+    return lr
+
+
+@triton.jit
+def advance_schedulefree(o, step, scalar_states):
+    r, lr_power = o[OWN + 4], o[OWN + 5]
+    weight_sum, lr_max = scalar_states[0], scalar_states[1]
+    largest = warmed_up(o, step).to(tl.float32).to(tl.float64)
+    if lr_max > largest:
+        largest = lr_max
+    total = tl.full((), 1.0, tl.float64)
+    if (largest <= 0) & (lr_power > 0):
+        total = tl.full((), 0.0, tl.float64)
+        largest = tl.full((), 0.0, tl.float64)
+    elif weight_sum > 0:
+        exponent = tl.full((), 0.0, tl.float64)
+        if (r > 0) & (step > 1):
+            exponent = r * logarithm((step - 1).to(tl.float64) / step.to(tl.float64))
+        if (lr_power > 0) & (lr_max > 0) & (lr_max < largest):
+            exponent = exponent + lr_power * logarithm(lr_max / largest)
+        total = weight_sum * exponential(exponent) + 1.0
+    return total, largest
+
+
+@triton.jit
+def derive_schedulefree(o, step, first, scalar_states):
+    beta1, beta2, eps = o[OWN], o[OWN + 1], o[OWN + 2]
+    weight_sum = scalar_states[0]
+    lr = warmed_up(o, step)
+    root = tl.sqrt(1.0 - power(beta2, step))
+    share = tl.full((), 0.0, tl.float64)
+    if weight_sum > 0:
+        share = 1.0 / weight_sum
+    scale = 1.0 - beta1 * (1.0 - share)
+    return lr * root, decay(o, lr), beta2, 1.0 - beta2, eps * root, share, scale
 
 
 @triton.jit

@@ -30,7 +30,7 @@ constexpr RuleFn loop_of() {
     return nullptr;
   else if constexpr (L == kInFp32)
     return apply_fp32<Rule>;
-  else if constexpr (Rule::kStates > 3)
+  else if constexpr (Rule::kStates > 3 || Rule::kUncommon)
     return nullptr;
   else if constexpr (L == kInBf16)
     return apply_bf16<Rule>;

@@ -29,6 +29,12 @@ constexpr Kind kind_in(Format format) {
   return Rule::kRelative >> Slot & 1 ? kRelative : kFirst;
 }
 
+// The format of a state of a rule in a list whose states are in `format`; see state_format.
+template <class Rule, int Slot>
+constexpr Format format_in(Format format) {
+  return state_format(format, Rule::kWeights, Slot);
+}
+
 // Draws the 16 random bits of an element for one use: state_use of a slot, or weight_use.
 struct Random {
   RandomKey keys[kRandomWords];

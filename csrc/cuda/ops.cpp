@@ -24,11 +24,17 @@ const RuleKernels& kernels_of(int rule) {
   return *all[rule];
 }
 
-// The format of the first state; fp32 if the rule has no state.
-Format state_format(const Entry& entry) {
-  for (int k = 0; k < kMaxStates; ++k)
-    if (entry.has(k)) return entry.state_formats[k];
-  return Format::kFp32;
+// Bit k: state k of an entry is a weight.
+unsigned weights_of(const Entry& entry) { return kRuleInfo[entry.rule].weights; }
+
+// The format of the first state that is not a weight, or of the first state; fp32 without states.
+Format held_format(const Entry& entry) {
+  Format found = Format::kFp32;
+  for (int k = kMaxStates - 1; k >= 0; --k)
+    if (entry.has(k)) found = entry.state_formats[k];
+  for (int k = kMaxStates - 1; k >= 0; --k)
+    if (entry.has(k) && !(weights_of(entry) >> k & 1)) found = entry.state_formats[k];
+  return found;
 }
 
 // base + bytes; null stays null.
@@ -153,14 +159,15 @@ struct CudaPlan : Plan {
   void cut() {
     for (size_t e = 0; e < entries.size(); ++e) {
       const Entry& entry = entries[e];
-      const Format held = state_format(entry);
+      const Format held = held_format(entry);
+      const auto format_of = [&](int k) { return state_format(held, weights_of(entry), k); };
       STD_TORCH_CHECK(
           !entry.ema,
           "onepass: the cuda backend does not support ema_decay; use the triton backend", at(e));
       const int64_t block = block_of(held);
       for (int k = 0; k < kMaxStates; ++k)
         STD_TORCH_CHECK(
-            !entry.has(k) || entry.state_formats[k] == held,
+            !entry.has(k) || entry.state_formats[k] == format_of(k),
             "onepass: the states of a parameter must have the same format", at(e));
       const int64_t most = held == Format::kFp32 ? kTuning.wide_chunk : kTuning.chunk;
       const std::vector<int64_t> cuts = cut_chunks(entry.numel, entry.first, most);
@@ -173,8 +180,8 @@ struct CudaPlan : Plan {
         for (int k = 0; k < kMaxStates; ++k)
           if (entry.has(k))
             chunk.states[k] = {
-                offset(entry.states[k].data, bytes_of(held, start)),
-                offset(entry.states[k].extra, extra_bytes_of(held, start / block * block))};
+                offset(entry.states[k].data, bytes_of(format_of(k), start)),
+                offset(entry.states[k].extra, extra_bytes_of(format_of(k), start / block * block))};
         chunk.start = start;
         chunk.index = static_cast<uint64_t>(entry.first + start);
         chunk.param_id = entry.param_id;

@@ -33,7 +33,8 @@ constexpr bool has_reduced() {
 template <template <unsigned> class Rule, unsigned Flags = 0>
 SweepKernel find_fixed(unsigned flags, Format weight, Format grad, Format states) {
   if constexpr (Flags < kFlagSets) {
-    if constexpr (Rule<Flags>::kValid && (!kVariant || is_tuned<Rule<Flags>>())) {
+    if constexpr (
+        Rule<Flags>::kValid && !Rule<Flags>::kUncommon && (!kVariant || is_tuned<Rule<Flags>>())) {
       if (flags == Flags)
         return fixed_kernel<Rule, Flags, has_reduced<Rule<0>, Flags>()>(weight, grad, states);
     }

@@ -35,7 +35,7 @@ __device__ __forceinline__ void fetch_warp(
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
-      constexpr Format F = decltype(format)::value;
+      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
       StateCodec<F, kind_in<Sample, k>(F), kVector>::template fetch<Ahead>(
           chunk.states[k], offset, lanes);
     });
@@ -74,7 +74,7 @@ __device__ __forceinline__ bool sweep_warp(
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
-      constexpr Format F = decltype(format)::value;
+      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
       StateCodec<F, kind_in<Sample, k>(F), kVector>::template load<Full>(
           chunk.states[k], offset, lanes, states[k]);
     });
@@ -108,7 +108,7 @@ __device__ __forceinline__ bool sweep_warp(
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
-      constexpr Format F = decltype(format)::value;
+      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
       StateCodec<F, kind_in<Sample, k>(F), kVector>::decode(states[k], values[k], roots, math);
     });
   });
@@ -145,7 +145,7 @@ __device__ __forceinline__ bool sweep_warp(
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
-      constexpr Format F = decltype(format)::value;
+      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
       StateCodec<F, kind_in<Sample, k>(F), kVector>::template encode<Full>(
           values[k], random, state_use(k), lanes, states[k], roots, math);
     });
@@ -165,7 +165,7 @@ __device__ __forceinline__ bool sweep_warp(
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
-      constexpr Format F = decltype(format)::value;
+      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
       StateCodec<F, kind_in<Sample, k>(F), kVector>::template store<Full>(
           chunk.states[k], offset, lanes, states[k]);
     });

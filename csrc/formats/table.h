@@ -100,6 +100,12 @@ constexpr FormatInfo info_of(Format format) {
 constexpr int block_of(Format format) { return info_of(format).block; }
 constexpr bool is_stochastic(Format format) { return info_of(format).stochastic; }
 
+// The format of state k of a parameter whose states are in `format`. Bit k of weights says that the
+// state is a weight, which is stored in fp32 instead of a format with blocks.
+constexpr Format state_format(Format format, unsigned weights, int k) {
+  return (weights >> k & 1) && block_of(format) > 1 ? Format::kFp32 : format;
+}
+
 // The format of the dtype that a weight in this format has in torch.
 constexpr Format native_of(Format format) {
   const Dtype codes = info_of(format).codes;

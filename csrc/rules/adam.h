@@ -6,12 +6,15 @@
 
 namespace onepass {
 
-// Flag 0: decoupled weight decay (AdamW); flag 1: amsgrad, with state 2 as max_exp_avg_sq.
+// Flag 0: decoupled weight decay (AdamW); flag 1: amsgrad, with state 2 as max_exp_avg_sq; flag 2:
+// cautious weight decay.
 template <unsigned Flags>
 struct Adam : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
   static constexpr bool kAmsgrad = Flags & 2;
-  static constexpr bool kValid = Flags < 4;
+  static constexpr bool kCautious = Flags & 4;
+  static constexpr bool kValid = Flags < 8 && (kDecoupled || !kCautious);
+  static constexpr bool kUncommon = kCautious;
   static constexpr int kStates = 3;
   static constexpr unsigned kSlots = kAmsgrad ? 0b111 : 0b011;
   static constexpr unsigned kSecond = 0b110, kRelative = 0b001;     // kinds of its states
@@ -47,7 +50,10 @@ struct Adam : RuleDefaults {
     }
     const float denom = math.sqrt(second) + h.eps;
     float delta = h.step_size * math.div_by_root(exp_avg, denom);
-    if (kDecoupled) delta = delta + h.weight_decay * param;
+    if (kCautious)
+      delta = cautious(delta, h.weight_decay * param, param);
+    else if (kDecoupled)
+      delta = delta + h.weight_decay * param;
     param = param - delta;
   }
 };

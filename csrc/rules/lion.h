@@ -5,11 +5,13 @@
 
 namespace onepass {
 
-// Flag 0: decoupled weight decay.
+// Flag 0: decoupled weight decay; flag 1: cautious weight decay.
 template <unsigned Flags>
 struct Lion : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
-  static constexpr bool kValid = Flags < 2;
+  static constexpr bool kCautious = Flags & 2;
+  static constexpr bool kValid = Flags < 4 && (kDecoupled || !kCautious);
+  static constexpr bool kUncommon = kCautious;
   static constexpr int kStates = 1;
   static constexpr unsigned kSlots = 0b001;
   static constexpr unsigned kSecond = 0, kRelative = 0;  // kinds of its states
@@ -34,7 +36,10 @@ struct Lion : RuleDefaults {
     const float sign = blend > 0.0f ? 1.0f : (blend < 0.0f ? -1.0f : blend);
     exp_avg = h.beta2 * exp_avg + h.one_minus_beta2 * grad;
     float delta = h.lr * sign;
-    if (kDecoupled) delta = delta + h.weight_decay * param;
+    if (kCautious)
+      delta = cautious(delta, h.weight_decay * param, param);
+    else if (kDecoupled)
+      delta = delta + h.weight_decay * param;
     param = param - delta;
   }
 };

@@ -6,11 +6,13 @@
 
 namespace onepass {
 
-// Flag 0: decoupled weight decay.
+// Flag 0: decoupled weight decay; flag 1: cautious weight decay.
 template <unsigned Flags>
 struct Nadam : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
-  static constexpr bool kValid = Flags < 2;
+  static constexpr bool kCautious = Flags & 2;
+  static constexpr bool kValid = Flags < 4 && (kDecoupled || !kCautious);
+  static constexpr bool kUncommon = kCautious;
   static constexpr int kStates = 2;
   static constexpr unsigned kSlots = 0b11;
   static constexpr unsigned kSecond = 0b10, kRelative = 0b01;  // kinds of its states
@@ -55,7 +57,10 @@ struct Nadam : RuleDefaults {
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
     const float denom = math.sqrt(exp_avg_sq) + h.eps;
     float delta = math.div_by_root(h.grad_size * grad + h.avg_size * exp_avg, denom);
-    if (kDecoupled) delta = delta + h.weight_decay * param;
+    if (kCautious)
+      delta = cautious(delta, h.weight_decay * param, param);
+    else if (kDecoupled)
+      delta = delta + h.weight_decay * param;
     param = param - delta;
   }
 };

@@ -6,6 +6,7 @@
 //   kStates              the number of states with all flags set
 //   kSlots               bit k: state k exists with these flags
 //   kSecond, kRelative   bit k: state k is of that kind (Kind in formats/blocks.h)
+//   kWeights             bit k: state k is a second weight; see RuleDefaults
 //   Hyper, derive        the fp32 scalars of a step, and the function that computes them
 //   update               the step of one element
 #pragma once
@@ -40,6 +41,11 @@ struct RuleDefaults {
   // tiles of cpu/tiles_impl.h and the combinations of cuda/combinations.h. With other flags,
   // these formats run the kernels that serve every format.
   static constexpr uint32_t kReducedPrecision = 0;
+  // States that are weights, which formats with blocks store in fp32 (StateFormat.for_weights).
+  static constexpr unsigned kWeights = 0;
+  // Whether these flags run only the kernels that serve all flags and formats: the fp32 loop of the
+  // CPU, and the kernel of a rule that reads flags and formats from each chunk on CUDA.
+  static constexpr bool kUncommon = false;
 };
 
 ONEPASS_HD double sqrt_rn(double x) {
@@ -83,6 +89,20 @@ ONEPASS_HD double exponential(double x) {
   return result;
 }
 
+// The natural logarithm of x in (0, 1] by IEEE operations: see onepass/rules/base.py.
+ONEPASS_HD double logarithm(double x) {
+  int doublings = 0;
+  while (x < 0.5 && doublings < 1100) {
+    x = x * 2.0;
+    ++doublings;
+  }
+  const double part = div_rn(x - 1.0, x + 1.0);
+  const double square = part * part;
+  double series = 0.0;
+  for (int k = 41; k > 0; k -= 2) series = series * square + div_rn(1.0, static_cast<double>(k));
+  return 2.0 * part * series - 0.6931471805599453 * static_cast<double>(doublings);
+}
+
 // The weight-decay coefficient: lr * weight_decay if decoupled, else weight_decay.
 ONEPASS_HD double decay_of(const Options& o, double lr) {
   return o.decoupled != 0.0 ? lr * o.weight_decay : o.weight_decay;
@@ -90,6 +110,12 @@ ONEPASS_HD double decay_of(const Options& o, double lr) {
 
 // Rounds a scalar from float64 to fp32.
 ONEPASS_HD float rounded(double value) { return static_cast<float>(value); }
+
+// delta + decayed where delta * param >= 0, else delta: see onepass/rules/base.py.
+ONEPASS_HD float cautious(float delta, float decayed, float param) {
+  const bool opposed = (delta < 0.0f && param > 0.0f) || (delta > 0.0f && param < 0.0f);
+  return opposed ? delta : delta + decayed;
+}
 
 // Updates one element. Passes the first kStates of the four states to the rule.
 template <class Rule, class Math = Exact>

@@ -15,6 +15,7 @@ constexpr int kHyperWidth = kEmaDecay + 2;
 // The properties of a rule that the host looks up by its code.
 struct RuleInfo {
   uint8_t second, relative;  // bit k: state k is of that kind (Kind in formats/blocks.h)
+  uint8_t weights;           // bit k: state k is a weight; see state_format
   uint8_t scalar_states;     // number of scalar states
   uint32_t valid;            // bit f: the combination of flags f is valid
 };
@@ -29,7 +30,9 @@ constexpr uint32_t valid_flags() {
 template <template <unsigned> class Rule>
 constexpr RuleInfo info_of() {
   static_assert(sizeof(typename Rule<0>::Hyper) <= kMaxScalars * sizeof(float), "a row too narrow");
-  return {Rule<0>::kSecond, Rule<0>::kRelative, Rule<0>::kScalarStates, valid_flags<Rule>()};
+  return {
+      Rule<0>::kSecond, Rule<0>::kRelative, Rule<0>::kWeights, Rule<0>::kScalarStates,
+      valid_flags<Rule>()};
 }
 }  // namespace detail
 static_assert(kFlagSets <= 32, "a bit for each set of flags");

@@ -172,15 +172,17 @@ OPTIONS: dict[str, list[Callable[[], Any]]] = {
 @operation(2)
 def option(world: World, rng: Random) -> None:
     at = rng.randrange(len(world.plain.optimizer.param_groups))
-    key = rng.choice(
-        [k for k in OPTIONS if k in {**DEFAULTS, **world.plain.optimizer.param_groups[at]}]
-    )
+    group = {**DEFAULTS, **world.plain.optimizer.param_groups[at]}
+    kept = "decoupled_weight_decay" if group["cautious_weight_decay"] else ""
+    key = rng.choice([k for k in OPTIONS if k in group and k != kept])
     make = rng.choice(OPTIONS[key])
     world.tell(f"param_groups[{at}][{key!r}] = {make()!r}")
     for one in world.copies:
         value = make()
         if key == "betas" and len(one.optimizer.defaults["betas"]) == 3:
             value = (*value, 0.9999)  # AdEMAMix has a third beta
+        if key == "betas" and world.case.name == "schedulefree":
+            value = (0.9, value[1])  # the first beta must not be 0
         one.optimizer.param_groups[at][key] = value
 
 
@@ -218,7 +220,13 @@ def flags(world: World, rng: Random) -> None:
     at = rng.randrange(len(world.plain.optimizer.param_groups))
     group = world.plain.optimizer.param_groups[at]
     keys = {key for row in world.case.options for key in row}
-    rows = [row for row in world.case.options if served(row, option_of(group, "states"))]
+    decoupled = option_of(group, "decoupled_weight_decay")
+    rows = [
+        row
+        for row in world.case.options
+        if served(row, option_of(group, "states"))
+        and (decoupled or not row.get("cautious_weight_decay"))
+    ]
     chosen = {**dict.fromkeys(keys, 0), **rng.choice(rows)}
     chosen = {
         k: bool(v) if isinstance(group.get(k, DEFAULTS.get(k)), bool) else v

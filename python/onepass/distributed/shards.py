@@ -181,8 +181,8 @@ class Shard:
         """Wraps the local tensors of a state in DTensors that share their memory."""
         shape, local = self.whole.shape, self.local.shape
         units = {scale_key(key): form.block for key in rule.keys}
-        if form.packed > 1:
-            units |= dict.fromkeys(rule.keys, form.packed)
+        packed = {key: rule.format_of(key, form).packed for key in rule.keys}
+        units |= {key: count for key, count in packed.items() if count > 1}
         k, found = self._tail(form), dict(held)
         for key, value in held.items():
             unit, stride = units.get(key), self.whole.stride()
@@ -241,7 +241,8 @@ class Shard:
             return dict(state)
         form, fp32 = forms[0], STATE_FORMATS["fp32"]
         values = fit_states(inner, self.local, rule, fp32, which, copy=True)
-        marks = {scale_key(key): torch.zeros((), dtype=form.scale, device="cpu") for key in values}
+        scaled = [scale_key(key) for key in values if scale_key(key) in inner]
+        marks = {key: torch.zeros((), dtype=form.scale, device="cpu") for key in scaled}
         rest = {key: value for key, value in state.items() if key != STRIDE}
         return {**rest, **self.wrapped(values, rule, fp32), **marks}
 

@@ -16,7 +16,7 @@ from ..rules.group_options import option
 from .hyper_table import History, step_number
 from .plan_request import Member, ParamView, PlanRequest
 from .state_allocator import Arena
-from .state_conversion import fill, fit_companion, fit_ema, fit_states
+from .state_conversion import fill, fit_companion, fit_ema, fit_states, full_precision
 from .state_layouts import EMA, Home, state_layouts
 
 
@@ -68,7 +68,7 @@ class _Fitter:
         state, form = self.state.get(member.param, {}), STATE_FORMATS[option(group, "states")]
         for _, name in rule.state_slots(rule.flag_bits(group)):
             if state.get(name) is None:
-                for layout in state_layouts(view.local, name, form):
+                for layout in state_layouts(view.local, name, rule.format_of(name, form)):
                     self.arena.want(layout, view.local.device)
 
     def fit(self, member: Member, view: ParamView, home: Home | None) -> Fitted:
@@ -110,11 +110,13 @@ class _Fitter:
             if name in held:
                 continue
             fresh = rule.needs_first
-            for layout in state_layouts(param, name, form):
+            for layout in state_layouts(param, name, rule.format_of(name, form)):
                 new = self.arena.take(layout, param.device) if home is None else home.empty(layout)
                 held[layout.key] = new
             start = rule.initial_value(name, group)
-            if start:
+            if rule.kind_of(name) == "weight":
+                held[name].copy_(full_precision(param, saved))
+            elif start:
                 fill(held, name, form, start)
         weight = WEIGHT_FORMATS[option(group, "weights")]
         companion = fit_companion(saved, param, weight, which, home=home)

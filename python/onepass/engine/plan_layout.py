@@ -116,7 +116,7 @@ def _make_entry(rule: Rule, fitted: Fitted, row: int) -> backends.Entry:
     weight = WEIGHT_FORMATS[option(group, "weights")]
     flags = rule.flag_bits(group)
     slots = rule.state_slots(flags)
-    scaled = slots if form.scale is not None else []
+    scaled = [(i, name) for i, name in slots if rule.format_of(name, form).scale is not None]
     return backends.Entry(
         param=param,
         states={slot: held[name] for slot, name in slots},

@@ -70,7 +70,9 @@ class _Run:
         self.rule, self.backend, self.device = rule, backend, device
         self.param, self.grad = (torch.from_numpy(a.copy()).to(device) for a in pairs.T)
         self.states = {
-            slot: torch.full_like(self.param, rule.initial_value(key, group))
+            slot: self.param.clone()
+            if rule.kind_of(key) == "weight"
+            else torch.full_like(self.param, rule.initial_value(key, group))
             for slot, key in rule.state_slots(bits)
         }
         start = History(0.0, True, tuple(s.starts_at for s in rule.scalar_states))

@@ -127,12 +127,18 @@ def fit_states(
     if not slots:
         return {}
     home = home or OnDevice(param.device)
-    found, source = _checked_states(saved, param, slots, which)
-    strides = {key: found[key].stride() for _, key in slots}
-    if source.packed > 1:
-        strides = dict.fromkeys(strides, _saved_stride(saved, param, which))
-
-    layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
+    found, source = _checked_states(saved, param, rule, slots, which)
+    strides = {
+        key: _saved_stride(saved, param, which)
+        if rule.format_of(key, source).packed > 1
+        else found[key].stride()
+        for _, key in slots
+    }
+    layouts = [
+        layout
+        for _, key in slots
+        for layout in state_layouts(param, key, rule.format_of(key, form))
+    ]
     new = {layout.key: layout for layout in layouts}
     in_order = all(same_order(strides[key], param.stride(), param.shape) for key in strides)
     fits = source is form and in_order and not copy
@@ -149,7 +155,11 @@ def fit_states(
 
 
 def _checked_states(
-    saved: Mapping[str, Any], param: torch.Tensor, slots: list[tuple[int, str]], which: str
+    saved: Mapping[str, Any],
+    param: torch.Tensor,
+    rule: Rule,
+    slots: list[tuple[int, str]],
+    which: str,
 ) -> tuple[dict[str, torch.Tensor], StateFormat]:
     """The saved states and scales of these slots as dense tensors, and their format.
 
@@ -157,7 +167,7 @@ def _checked_states(
         ValueError: a value is not a tensor of the parameter's size, or the formats differ.
     """
     found: dict[str, torch.Tensor] = {}
-    forms = set()
+    forms, plain = set(), set()  # the formats of moments, and of weights
     for _, key in slots:
         data = _tensor(saved[key], f"{key} of {which}")
         scale = saved.get(scale_key(key))
@@ -178,7 +188,19 @@ def _checked_states(
             found[layout.key] = value if is_dense(value) else value.contiguous()
         if source.scale is None:
             found[key] = found[key].to(source.dtype)
-        forms.add(source.name)
+        if rule.kind_of(key) != "weight":
+            forms.add(source.name)
+        elif source.for_weights is None:
+            plain.add(source.name)
+        else:
+            raise ValueError(
+                f"{key} of {which} is in the format {source.name!r}, but a weight is stored in "
+                "fp32 or bf16"
+            )
+    if not any(STATE_FORMATS[name].for_weights for name in forms):
+        forms |= plain
+    elif plain:  # beside codes in blocks, weights are fp32
+        found |= {key: found[key].float() for _, key in slots if rule.kind_of(key) == "weight"}
     if len(forms) > 1 and any(STATE_FORMATS[name].scale is not None for name in forms):
         raise ValueError(f"the states of {which} are in different formats: {sorted(forms)}")
     if len(forms) > 1:
@@ -213,7 +235,7 @@ def _convert(
     slots: list[tuple[int, str]],
 ) -> None:
     """Decodes every state and encodes it in the new format, in the parameter's memory order."""
-    scaled = [(i, key) for i, key in slots if source.scale is not None]
+    scaled = [(i, key) for i, key in slots if rule.format_of(key, source).scale is not None]
     values = numpy_codec.read_states(
         source,
         rule.kinds,
@@ -240,7 +262,7 @@ def _convert(
         rule.kinds,
         tuple(ordered),
         {i: held[key] for i, key in slots},
-        {i: held[scale_key(key)] for i, key in slots if form.scale is not None},
+        {i: held[scale_key(key)] for i, key in slots if scale_key(key) in held},
     )
 
 

@@ -112,7 +112,11 @@ def held_layouts(param: torch.Tensor, rule: Rule, group: Mapping[str, Any]) -> l
     """The layouts of all state tensors that a group's options need, in allocation order."""
     form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
     slots = rule.state_slots(rule.flag_bits(group))
-    layouts = [layout for _, key in slots for layout in state_layouts(param, key, form)]
+    layouts = [
+        layout
+        for _, key in slots
+        for layout in state_layouts(param, key, rule.format_of(key, form))
+    ]
     companion = companion_layout(param, weight)
     if companion is not None:
         layouts.append(companion)

@@ -27,7 +27,9 @@ class Moment(NamedTuple):
 
     Attributes:
         kind: "first", a signed mean; "second", a mean of squares; "relative", a first moment whose
-            magnitude scales with the square root of the rule's first state of kind "second".
+            magnitude scales with the square root of the rule's first state of kind "second";
+            "weight", a second weight, which some formats store in another one
+            (:meth:`StateFormat.of`).
         slot: the position of the state among the states of the rule.
         root: fp32 [n], the square root of the decoded second moment, with 1 in place of 0. Set only
             for a relative moment in a format with ``needs_root``; else None.
@@ -57,6 +59,9 @@ class StateFormat:
             this is more than 1.
         needs_root: whether relative first moments are encoded as ratios to the square root of the
             second moment. ``Moment.root`` is then computed from the decoded second moment.
+        for_weights: the format that stores states of kind "weight" instead of this one; None for
+            this one. Formats with blocks name fp32: an update is much smaller than the spacing of
+            8-bit codes near the largest weight of a block.
         readable_since: the lowest ``format_version`` of checkpoints that this version can decode.
     """
 
@@ -70,7 +75,12 @@ class StateFormat:
     scale: torch.dtype | None = None
     packed: int = 1
     needs_root: bool = False
+    for_weights: StateFormat | None = None
     readable_since: int = 1
+
+    def of(self, kind: str) -> StateFormat:
+        """The format of a state of a kind if the option ``states`` selects this format."""
+        return self.for_weights or self if kind == "weight" else self
 
     @property
     def bytes(self) -> float:
@@ -142,7 +152,7 @@ def encode_states(
         if bits is None:
             bits = np.zeros(len(values), np.uint32)
         moment = _moment(form, kinds, slot, decoded)
-        data, scales = form.encode(values, bits, moment)
+        data, scales = form.of(moment.kind).encode(values, bits, moment)
         stored[slot] = data, scales
         if form.needs_root and moment.kind == "second":
             decoded[slot] = form.decode(data, scales, len(values), moment)
@@ -158,7 +168,7 @@ def decode_states(
         found = stored[slot]
         if found is not None:
             moment = _moment(form, kinds, slot, decoded)
-            decoded[slot] = form.decode(*found, count, moment)
+            decoded[slot] = form.of(moment.kind).decode(*found, count, moment)
     return tuple(decoded)
 
 

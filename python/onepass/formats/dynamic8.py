@@ -15,6 +15,7 @@ import torch
 from ..numerics.arrays import F32, U8, U32
 from .base import Moment, StateFormat, Stored
 from .block_scales import blocks_of
+from .fp32 import FORMAT as FP32
 
 DYNAMIC_BLOCK = 256
 
@@ -77,4 +78,5 @@ FORMAT = StateFormat(
     decode=decode,
     block=DYNAMIC_BLOCK,
     scale=torch.float32,
+    for_weights=FP32,
 )

@@ -26,6 +26,7 @@ from .block_scales import (
     lowest_binade,
     spread,
 )
+from .fp32 import FORMAT as FP32
 
 E2M1 = Minifloat(2, 1)  # signed; see encode_signed
 E3M1 = Minifloat(3, 1)  # without a code for zero
@@ -207,4 +208,5 @@ FORMAT = StateFormat(
     packed=2,
     needs_root=True,
     readable_since=2,
+    for_weights=FP32,
 )

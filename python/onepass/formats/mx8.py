@@ -22,6 +22,7 @@ from .block_scales import (
     lowest_binade,
     spread,
 )
+from .fp32 import FORMAT as FP32
 
 E4M3 = Minifloat(4, 3)  # signed; see encode_signed
 E5M3 = Minifloat(5, 3)  # code 0 is the value 0
@@ -74,4 +75,5 @@ FORMAT = StateFormat(
     stochastic=True,
     block=MX_BLOCK,
     scale=torch.uint8,
+    for_weights=FP32,
 )

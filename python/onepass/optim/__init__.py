@@ -23,6 +23,7 @@ from .lion import Lion
 from .nadam import NAdam
 from .options import Options as Options
 from .rmsprop import RMSprop
+from .schedulefree import AdamWScheduleFree
 from .sgd import SGD
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "AdamW",
     "AdamW4bit",
     "AdamW8bit",
+    "AdamWScheduleFree",
     "Lion",
     "Lion8bit",
     "NAdam",

@@ -35,6 +35,9 @@ class Adam(Optimizer):
         weight_decay: :math:`\lambda`.
         amsgrad: use the variant of Reddi, Kale, Kumar, "On the convergence of Adam and beyond"
             (2018).
+        cautious_weight_decay: keyword-only; decay a weight only in steps whose update does not move
+            it away from 0 (Chen et al., "Cautious weight decay", 2025), where update times weight
+            is at least 0. Needs ``decoupled_weight_decay=True``. Also per parameter group.
         options: keyword-only, see :class:`Options`.
 
     Raises:
@@ -53,6 +56,8 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
+        *,
+        cautious_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -61,6 +66,7 @@ class Adam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
+            "cautious_weight_decay": cautious_weight_decay,
         }
         super().__init__(params, defaults, **options)
 
@@ -91,6 +97,17 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
+        *,
+        cautious_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            cautious_weight_decay=cautious_weight_decay,
+            **options,
+        )

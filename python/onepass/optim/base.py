@@ -22,7 +22,7 @@ from ..paging.options import Paging
 from ..paging.pager import Pager
 from ..rules.group_options import DEFAULTS, GROUP_KEYWORDS, drop_defaults, option
 from .compile_op import register
-from .group_checks import check_names, check_torch_keywords, check_values
+from .group_checks import check_names, check_rule_options, check_torch_keywords, check_values
 from .keywords import KEYWORDS, STEP_KEYWORDS, STEP_WIDE, TORCH_KEYWORDS, defaults_of
 from .options import Options, describe, refuse, torch_keys
 from .stepping import Stepping
@@ -121,6 +121,7 @@ class Optimizer(Stepping):
         known = frozenset((*self.defaults, *(k.name for k in KEYWORDS), *DEFAULTS, "params"))
         check_names(group, known, self._given, type(self).__name__)
         check_values(group)
+        check_rule_options(group, self.rule, type(self).__name__)
         self.rule.check(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ..rules import Rule
 from ..rules.group_options import GROUP_KEYWORDS, option
-from ..rules.option_checks import check_lr, check_number
+from ..rules.option_checks import check_flag, check_lr, check_number
 from ..suggestions import nearest
 from .keywords import STEP_WIDE, TORCH_KEYWORDS
 
@@ -54,6 +55,31 @@ def check_values(group: Mapping[str, Any]) -> None:
     check_number("weight_decay", group["weight_decay"])
     for keyword in GROUP_KEYWORDS:
         keyword.check(keyword.name, option(group, keyword.name))
+
+
+def check_rule_options(group: Mapping[str, Any], rule: Rule, kind: str) -> None:
+    """Checks the options that only some rules have, and that groups store only if they are set.
+
+    Args:
+        group: the parameter group; it is only read.
+        rule: the rule of the optimizer.
+        kind: name of the optimizer class.
+
+    Raises:
+        ValueError: an option is not True or False, or the rule does not have it, or weight decay
+            is cautious but not decoupled.
+    """
+    known = {flag.option for flag in rule.flags} | {flag.name for flag in rule.flags}
+    for name in ("eps_in_sqrt", "cautious_weight_decay"):
+        value = option(group, name)
+        check_flag(name, value)
+        if value and name not in known:
+            raise ValueError(f"{kind} has no option {name!r}; got {name}={value!r}")
+    if option(group, "cautious_weight_decay") and not option(group, "decoupled_weight_decay"):
+        raise ValueError(
+            "cautious_weight_decay=True needs decoupled_weight_decay=True: decay that is added to "
+            "the gradient is part of the update, whose sign decides on the decay"
+        )
 
 
 def check_torch_keywords(options: Mapping[str, Any]) -> None:

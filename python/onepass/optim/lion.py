@@ -29,6 +29,9 @@ class Lion(Optimizer):
         lr: learning rate, a float or a 0-dim tensor; typically a third to a tenth of AdamW's.
         betas: :math:`\beta_1, \beta_2`, each in [0, 1).
         weight_decay: :math:`\lambda`; typically three to ten times AdamW's.
+        cautious_weight_decay: keyword-only; decay a weight only in steps whose update does not move
+            it away from 0 (Chen et al., "Cautious weight decay", 2025), where update times weight
+            is at least 0. Needs ``decoupled_weight_decay=True``. Also per parameter group.
         options: keyword-only, see :class:`Options`.
 
     Raises:
@@ -46,8 +49,14 @@ class Lion(Optimizer):
         lr: float | torch.Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        *,
+        cautious_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "cautious_weight_decay": cautious_weight_decay,
+        }
+        super().__init__(params, defaults, **options)

@@ -35,6 +35,9 @@ class NAdam(Optimizer):
         momentum_decay: :math:`\psi`, at least 0.
         decoupled_weight_decay: subtract lr * weight_decay * param from the weight instead of
             adding weight_decay * param to the gradient.
+        cautious_weight_decay: keyword-only; decay a weight only in steps whose update does not move
+            it away from 0 (Chen et al., "Cautious weight decay", 2025), where update times weight
+            is at least 0. Needs ``decoupled_weight_decay=True``. Also per parameter group.
         options: keyword-only, see :class:`Options`.
 
     Raises:
@@ -54,6 +57,8 @@ class NAdam(Optimizer):
         weight_decay: float = 0,
         momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False,
+        *,
+        cautious_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -62,5 +67,6 @@ class NAdam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "momentum_decay": momentum_decay,
+            "cautious_weight_decay": cautious_weight_decay,
         }
         super().__init__(params, defaults, decoupled_weight_decay=decoupled_weight_decay, **options)

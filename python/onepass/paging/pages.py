@@ -63,9 +63,9 @@ class _Stored:
 def _stored(entry: Entry) -> Iterator[_Stored]:
     """The state tensors of an entry in allocation order, which is also their order in slabs."""
     for slot, codes in entry.states.items():
-        yield _Stored("states", slot, codes, entry.format.packed)
+        yield _Stored("states", slot, codes, entry.format_of(slot).packed)
         if slot in entry.scales:
-            yield _Stored("scales", slot, entry.scales[slot], entry.format.block)
+            yield _Stored("scales", slot, entry.scales[slot], entry.format_of(slot).block)
     if entry.companion is not None:
         yield _Stored("companion", 0, entry.companion, 1)
     if entry.ema is not None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..numerics.arrays import F32, States
 from .base import (
+    CAUTIOUS_DECAY,
     DECOUPLED_DECAY,
     LR,
     OWN,
@@ -25,6 +26,7 @@ from .base import (
     Rule,
     Slot,
     StepOf,
+    cautious,
     decay,
     power,
     present,
@@ -53,7 +55,9 @@ def update(
         second = max_exp_avg_sq
     denom = np.sqrt(second) + eps
     delta = step_size * (exp_avg / denom)
-    if "decoupled" in flags:
+    if "cautious" in flags:
+        delta = cautious(delta, weight_decay * param, param)
+    elif "decoupled" in flags:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
@@ -81,7 +85,7 @@ def check(group: Group) -> None:
 
 RULE = Rule(
     "adam",
-    flags=(DECOUPLED_DECAY, Flag("amsgrad")),
+    flags=(DECOUPLED_DECAY, Flag("amsgrad"), CAUTIOUS_DECAY),
     slots=(
         Slot("exp_avg", "relative"),
         Slot("exp_avg_sq", "second"),
@@ -98,7 +102,7 @@ RULE = Rule(
         ("exp_avg", "exp_avg_sq"),
         betas="betas",
         decoupled=True,
-        lacking={"amsgrad": False},
+        lacking={"amsgrad": False, "cautious_weight_decay": False},
         extra={"alpha": 0.0, "t_alpha": None, "t_beta3": None},
     ),
     benchmark=Benchmark(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..formats import StateFormat
 from ..numerics.arrays import F32, States
 from .group_options import option
 from .limits import MAX_FLAGS, MAX_OPTIONS, MAX_SCALAR_STATES, MAX_SCALARS, MAX_STATES
@@ -42,9 +43,12 @@ class Slot(NamedTuple):
     Attributes:
         key: the key in ``optimizer.state``.
         kind: "first", a signed mean; "second", a mean of squares; "relative", a first moment whose
-            magnitude scales with the square root of the rule's first state of kind "second".
+            magnitude scales with the square root of the rule's first state of kind "second";
+            "weight", a second weight, which starts at the parameter's value and is stored in fp32
+            if the format has blocks (``StateFormat.for_weights``).
         flag: the flag that the state requires; None if the state always exists.
         starts_at: the group option that holds the initial value; None for an initial value of 0.
+            Not used for the kind "weight".
     """
 
     key: str
@@ -71,6 +75,7 @@ class Flag(NamedTuple):
 
 
 DECOUPLED_DECAY = Flag("decoupled", "decoupled_weight_decay")
+CAUTIOUS_DECAY = Flag("cautious", "cautious_weight_decay")
 
 
 class ScalarState(NamedTuple):
@@ -252,6 +257,14 @@ class Rule:
         names = self.flag_names(bits)
         return [(i, s.key) for i, s in enumerate(self.slots) if not s.flag or s.flag in names]
 
+    def kind_of(self, key: str) -> str:
+        """The kind of a state."""
+        return self.kinds[self.keys.index(key)]
+
+    def format_of(self, key: str, form: StateFormat) -> StateFormat:
+        """The format of a state if the option ``states`` selects ``form``."""
+        return form.of(self.kind_of(key))
+
     def options_row(self, group: Group) -> tuple[float, ...]:
         """The group's row of the options table; reads the values of tensor options such as lr."""
         own = self.own(group)
@@ -320,6 +333,37 @@ def exponential(x: float) -> float:
     for _ in range(halvings):
         result *= result
     return result
+
+
+def logarithm(x: float) -> float:
+    """The natural logarithm of x in (0, 1], with the same bits on every IEEE float64 platform.
+
+    Doubles x until it is at least 1/2, and adds 21 terms of the series of atanh. The absolute error
+    is below 1e-15 times the number of doublings plus one. log(1) is exactly 0.
+    """
+    doublings = 0
+    while x < 0.5 and doublings < 1100:  # the bound ends the loop for a 0
+        x *= 2.0
+        doublings += 1
+    part = (x - 1.0) / (x + 1.0)
+    square = part * part
+    series = 0.0
+    for k in range(41, 0, -2):
+        series = series * square + 1.0 / k
+    return 2.0 * part * series - LOG_2 * doublings
+
+
+LOG_2 = 0.6931471805599453
+
+
+def cautious(delta: F32, decayed: F32, param: F32) -> F32:
+    """delta + decayed where delta * param >= 0, else delta.
+
+    Adds the decay of a weight only if the update does not move the weight away from 0, see Chen et
+    al., "Cautious weight decay" (2025). Compares signs, because the product can underflow.
+    """
+    opposed = ((delta < 0) & (param > 0)) | ((delta > 0) & (param < 0))
+    return np.where(opposed, delta, delta + decayed)
 
 
 def decay(o: Numbers, lr: float) -> float:

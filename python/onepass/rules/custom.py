@@ -18,7 +18,7 @@ from . import base
 from .base import DECOUPLED_DECAY, OWN, Flag, Group, Numbers, Slot, StepOf, derive_options, keep
 from .option_checks import check_flag, check_real, check_tuple, is_number
 
-KINDS = ("first", "second", "relative")
+KINDS = ("first", "second", "relative", "weight")
 SHARED = ("lr", "weight_decay")
 """Options that every class has and checks; they have their own columns in the options table."""
 

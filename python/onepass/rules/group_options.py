@@ -54,6 +54,7 @@ GROUP_KEYWORDS = (
 DEFAULTS: dict[str, Any] = {
     **{keyword.name: keyword.default for keyword in GROUP_KEYWORDS},
     "eps_in_sqrt": False,
+    "cautious_weight_decay": False,
     "format_version": VERSION,
 }
 """The value of each option that is missing in a parameter group."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..numerics.arrays import F32, States
 from .base import (
+    CAUTIOUS_DECAY,
     DECOUPLED_DECAY,
     LR,
     OWN,
@@ -21,6 +22,7 @@ from .base import (
     Rule,
     Slot,
     StepOf,
+    cautious,
     decay,
     present,
 )
@@ -39,7 +41,9 @@ def update(
     sign = np.where(blend > 0, np.float32(1), np.where(blend < 0, np.float32(-1), blend))
     exp_avg = beta2 * exp_avg + one_minus_beta2 * grad
     delta = lr * sign
-    if "decoupled" in flags:
+    if "cautious" in flags:
+        delta = cautious(delta, weight_decay * param, param)
+    elif "decoupled" in flags:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg,)
 
@@ -63,13 +67,18 @@ def check(group: Group) -> None:
 
 RULE = Rule(
     "lion",
-    flags=(DECOUPLED_DECAY,),
+    flags=(DECOUPLED_DECAY, CAUTIOUS_DECAY),
     slots=(Slot("exp_avg", "first"),),
     own=own,
     derive=derive,
     scalars=6,
     update=update,
     check=check,
-    bitsandbytes=BitsAndBytes(("exp_avg",), betas="betas", decoupled=True),
+    bitsandbytes=BitsAndBytes(
+        ("exp_avg",),
+        betas="betas",
+        decoupled=True,
+        lacking={"cautious_weight_decay": False},
+    ),
     benchmark=Benchmark("lion", {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-2}),
 )

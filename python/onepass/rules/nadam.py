@@ -13,6 +13,7 @@ import numpy as np
 
 from ..numerics.arrays import F32, States
 from .base import (
+    CAUTIOUS_DECAY,
     DECOUPLED_DECAY,
     LR,
     OWN,
@@ -23,6 +24,7 @@ from .base import (
     ScalarState,
     Slot,
     StepOf,
+    cautious,
     decay,
     power,
     present,
@@ -46,7 +48,9 @@ def update(
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
     denom = np.sqrt(exp_avg_sq) + eps
     delta = (grad_size * grad + avg_size * exp_avg) / denom
-    if "decoupled" in flags:
+    if "cautious" in flags:
+        delta = cautious(delta, weight_decay * param, param)
+    elif "decoupled" in flags:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg, exp_avg_sq)
 
@@ -94,7 +98,7 @@ def check(group: Group) -> None:
 
 RULE = Rule(
     "nadam",
-    flags=(DECOUPLED_DECAY,),
+    flags=(DECOUPLED_DECAY, CAUTIOUS_DECAY),
     slots=(Slot("exp_avg", "relative"), Slot("exp_avg_sq", "second")),
     own=own,
     derive=derive,

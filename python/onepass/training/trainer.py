@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from ..optim import Optimizer
+from ..optim import AdamWScheduleFree, Optimizer
 from ..optim.grad_scaler import GradScaler
 from ..optim.mixed_precision import EMBEDDINGS, NORMS
 from ..rules.option_checks import check_flag
@@ -237,14 +237,20 @@ class Trainer:
     def evaluate(self, loader: Iterable[Any]) -> float:
         """The mean loss over ``loader`` in evaluation mode, with batches weighted by their sizes.
 
+        A schedule-free optimizer is in eval mode during the call, so its averages are evaluated.
+
         Raises:
             ValueError: the loader yields no batch.
             TypeError: the loader is not iterable.
         """
         check_loader(loader)
         training, total, count = self.model.training, 0.0, 0
+        free = self.optimizer if isinstance(self.optimizer, AdamWScheduleFree) else None
+        switched = free is not None and free.training
         self.model.eval()
         try:
+            if free is not None and switched:
+                free.eval()
             for data, target in loader:
                 with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                     loss = self.loss(self.model(self._move(data)), self._move(target))
@@ -252,6 +258,8 @@ class Trainer:
                 count += len(target)
         finally:
             self.model.train(training)
+            if free is not None and switched:
+                free.train()
         if not count:
             raise ValueError("loader must give at least one batch; it gave none")
         return total / count

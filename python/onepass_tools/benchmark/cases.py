@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from onepass import optim
-from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS, StateFormat
 from onepass.optim.registry import classes
 from onepass.rules import RULES
 
@@ -57,18 +57,24 @@ def state_count(rule: str) -> int:
     return len(found.state_slots(found.flag_bits(group_of(rule))))
 
 
-def bytes_moved(rule: str, weight: int, extra: int, state: float) -> float:
+def state_bytes(rule: str, form: StateFormat) -> float:
+    """The bytes of all states per element for a key of OPTIONS, in a format of states."""
+    found = class_of(rule).rule
+    slots = found.state_slots(found.flag_bits(group_of(rule)))
+    return sum(found.format_of(key, form).bytes for _, key in slots)
+
+
+def bytes_moved(weight: int, extra: int, states: float) -> float:
     """Bytes that a step moves per element.
 
     A step reads and writes the weight, its companion and each state, and reads the gradient.
 
     Args:
-        rule: a key of OPTIONS.
         weight: bytes of a weight, and of its gradient.
         extra: bytes of the companion of a weight.
-        state: bytes of one state value.
+        states: bytes of all states.
     """
-    return 2 * (weight + extra) + weight + state_count(rule) * 2 * state
+    return 2 * (weight + extra) + weight + 2 * states
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ class Case:
         """Bytes per element of a step, by :func:`bytes_moved`."""
         dtype = DTYPES[self.dtype]
         extra = WEIGHT_FORMATS[self.weights].bytes(dtype)
-        return bytes_moved(self.rule, dtype.itemsize, extra, STATE_FORMATS[self.states].bytes)
+        states = state_bytes(self.rule, STATE_FORMATS[self.states])
+        return bytes_moved(dtype.itemsize, extra, states)
 
     @property
     def bytes(self) -> int:

@@ -82,10 +82,20 @@ def exact_step(
 
 
 def initial_states(rule: str, like: Tensor) -> list[Tensor]:
-    """The states before the first step, in the form that :func:`exact_step` takes."""
+    """The states before the first step, in the form that :func:`exact_step` takes.
+
+    Args:
+        rule: a key of OPTIONS.
+        like: the weights before the first step.
+    """
     found, group = class_of(rule).rule, group_of(rule)
     keys = [key for _, key in found.state_slots(found.flag_bits(group))]
-    return [torch.full_like(like, found.initial_value(key, group)) for key in keys]
+    return [
+        like.clone()
+        if found.kind_of(key) == "weight"
+        else torch.full_like(like, found.initial_value(key, group))
+        for key in keys
+    ]
 
 
 def sample(tensors: Sequence[Tensor]) -> Tensor:

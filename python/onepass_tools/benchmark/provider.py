@@ -11,7 +11,7 @@ import torch
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass.integrations.other_libraries import TORCH, Library, OptimizerClass
 
-from .cases import DTYPES, OPTIONS, Case, bytes_moved, class_of
+from .cases import DTYPES, OPTIONS, Case, bytes_moved, class_of, state_count
 
 Make = Callable[[list[torch.Tensor], Case, str], Any]
 """(parameters, case, device type) -> an optimizer."""
@@ -116,7 +116,7 @@ class Provider:
             return case.bytes
         dtype = DTYPES[self.dtype_in(case)]
         extra = WEIGHT_FORMATS[case.weights].bytes(dtype) if case.weights in self.kept else 0
-        moved = bytes_moved(case.rule, dtype.itemsize, extra, self.state_bytes)
+        moved = bytes_moved(dtype.itemsize, extra, state_count(case.rule) * self.state_bytes)
         return round(case.list.numel * moved)
 
     def make(self, params: list[torch.Tensor], case: Case, device: str = "cpu") -> Any:

@@ -22,7 +22,7 @@ class Entry:
     Attributes:
         param: the parameter's tensor, dense and non-overlapping; updated in place.
         states: slot -> codes of the state, in the parameter's memory order; updated in place.
-        format: the format of all states.
+        format: the format of the states; see :meth:`format_of`.
         weight: code number of the weight format.
         rule, flags: the variant of the algorithm.
         row: index of the entry's row in the hyperparameter table.
@@ -49,9 +49,21 @@ class Entry:
     companion: torch.Tensor | None = None
     ema: torch.Tensor | None = None
 
+    def format_of(self, slot: int) -> StateFormat:
+        """The format of a state."""
+        return self.format.of(self.rule.kinds[slot])
+
+    @property
+    def format_codes(self) -> tuple[int, ...]:
+        """The number of the format of each slot; ABSENT for a slot without a state."""
+        return tuple(
+            self.format_of(slot).code if slot in self.states else ABSENT
+            for slot in range(MAX_STATES)
+        )
+
     def spec(self) -> list[int]:
         """The entry's row of the ``spec`` tensor that compiled backends read (csrc/plan.h)."""
-        codes = [self.format.code if slot in self.states else ABSENT for slot in range(MAX_STATES)]
+        codes = self.format_codes
         named = [CODES[self.rule.name], self.flags, self.row, self.param_id, self.first]
         return [*named, self.weight, int(self.ema is not None), *codes]
 

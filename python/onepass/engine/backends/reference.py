@@ -146,7 +146,6 @@ def _tiles(entry: Entry, grad: torch.Tensor) -> Iterator[tuple[Entry, torch.Tens
     if count <= TILE:
         yield entry, grad
         return
-    form = entry.format
     for begin in range(0, count, TILE):
         end = min(begin + TILE, count)
 
@@ -156,8 +155,8 @@ def _tiles(entry: Entry, grad: torch.Tensor) -> Iterator[tuple[Entry, torch.Tens
         tile = replace(
             entry,
             param=part(entry.param),
-            states={slot: part(state, form.packed) for slot, state in entry.states.items()},
-            scales={slot: part(scale, form.block) for slot, scale in entry.scales.items()},
+            states={i: part(state, entry.format_of(i).packed) for i, state in entry.states.items()},
+            scales={i: part(scale, entry.format_of(i).block) for i, scale in entry.scales.items()},
             companion=None if entry.companion is None else part(entry.companion),
             ema=None if entry.ema is None else part(entry.ema),
             first=entry.first + begin,

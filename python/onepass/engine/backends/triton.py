@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...formats import ABSENT, NATIVE
+from ...formats import NATIVE
 from ...formats.dynamic8 import dynamic_edges, dynamic_map
-from ...rules import MAX_STATES, Rule
+from ...rules import Rule
 from ..hyper_table import RowTable
 from ..tensor_access import has_memory
 from .base import Backend, Entry, Policy, StepArgs, same_layout
@@ -149,11 +149,12 @@ class _Prepared:
             starts = cuts[:-1]
             table = np.zeros((len(starts), int(k.COLUMNS)), np.int64)
             table[:, k.PARAM] = _addresses(entry.param, starts)
-            form = entry.format
             for slot, state in entry.states.items():
-                table[:, k.STATES + slot] = _addresses(state, starts, form.packed)
+                packed = entry.format_of(slot).packed
+                table[:, k.STATES + slot] = _addresses(state, starts, packed)
             for slot, scale in entry.scales.items():
-                table[:, k.SCALES + slot] = _addresses(scale, starts, form.block)
+                block = entry.format_of(slot).block
+                table[:, k.SCALES + slot] = _addresses(scale, starts, block)
             if entry.companion is not None:
                 table[:, k.COMPANION] = _addresses(entry.companion, starts)
             if entry.ema is not None:
@@ -183,13 +184,12 @@ class _Prepared:
         known: dict[Any, int] = {}
         numbers = np.zeros(len(self.entries), np.int64)
         for i, (entry, dtype) in enumerate(zip(self.entries, grad_dtypes, strict=True)):
-            code = entry.format.code
             variant = make(
                 entry.rule,
                 entry.flags,
                 entry.weight,
                 NATIVE[dtype],
-                tuple(code if slot in entry.states else ABSENT for slot in range(MAX_STATES)),
+                entry.format_codes,
                 entry.ema is not None,
             )
             # Empty entries have no chunk and need no compiled variant.
