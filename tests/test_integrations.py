@@ -1,0 +1,67 @@
+"""onepass.integrations without the frameworks; tests/frameworks has the tests with them."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import onepass
+from onepass.integrations.transformers import optimizer_cls_and_kwargs
+
+ARGUMENTS = SimpleNamespace(
+    learning_rate=3e-4, weight_decay=0.2, adam_beta1=0.85, adam_beta2=0.95, adam_epsilon=1e-6
+)
+"""The fields of transformers.TrainingArguments that the helper reads."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "betas", "eps"),
+    [
+        (onepass.AdamW, (0.85, 0.95), 1e-6),
+        (onepass.AdEMAMix8bit, (0.85, 0.95, 0.9999), 1e-6),
+        (onepass.Lion, (0.85, 0.95), None),
+        (onepass.RMSprop, None, 1e-8),  # adam_epsilon is not its eps
+        (onepass.SGD, None, None),
+    ],
+)
+def test_settings_of_training_arguments(kind, betas, eps):
+    cls, options = optimizer_cls_and_kwargs(ARGUMENTS, kind)
+    made = cls([torch.nn.Parameter(torch.zeros(4))], **options)
+    group = made.param_groups[0]
+    assert type(made) is kind
+    assert group["lr"] == 3e-4
+    assert group["weight_decay"] == 0.2
+    assert group.get("betas") == betas
+    assert group.get("eps") == eps
+
+
+def test_options_replace_the_settings_of_training_arguments():
+    _, options = optimizer_cls_and_kwargs(ARGUMENTS, lr=1.0, states="mx8")
+    assert options["lr"] == 1.0
+    assert options["states"] == "mx8"
+    assert options["betas"] == (0.85, 0.95)
+
+
+@pytest.mark.parametrize("wrong", [torch.optim.AdamW, "AdamW", None])
+def test_another_optimizer_is_refused(wrong):
+    with pytest.raises(TypeError, match="optimizer class of onepass"):
+        optimizer_cls_and_kwargs(ARGUMENTS, wrong)
+
+
+def test_a_missing_framework_is_named():
+    code = """
+import importlib, sys
+for name in ("lightning", "timm", "torchtitan"):
+    sys.modules[name] = None
+    sys.modules["pytorch_lightning"] = None
+    try:
+        importlib.import_module(f"onepass.integrations.{name}")
+    except ImportError as error:
+        assert f"pip install {name}" in str(error), error
+    else:
+        raise SystemExit(f"{name}: no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
