@@ -246,15 +246,17 @@ def device_page(own: list[Line], picture: str | None = None, old: bool = False) 
             "Archived: a processor with the same instruction set has been measured later.",
         ]
     text += ["", f"Runs: {_runs(own)}.", ""]
-    if picture:
-        text += [f"![Time of a step with each library, by case]({picture})", ""]
     text += ["## Contents", "", "- [Targets](#targets)"]
+    text += ["- [Time with each library](#time-with-each-library)"] * bool(picture)
     text += ["- [Where onepass is not the fastest](#where-onepass-is-not-the-fastest)"]
     text += [f"- [{title(case[0])}](#{anchor(title(case[0]))})" for case in cases]
     text += ["- [Columns of the tables](#columns-of-the-tables)"]
     text += ["", "## Targets", "", *_bar_table(own), ""]
     text += ["## Where onepass is not the fastest", ""]
     text += slower_cases(cases) or ["onepass is the fastest provider in all of these cases."]
+    if picture:
+        text += ["", "## Time with each library", ""]
+        text += [f"![Time of a step with each library, by case]({picture})"]
     for case in cases:
         size = next((x["bytes"] for x in case if x["provider"] not in LIMITS), case[0]["bytes"])
         text += [

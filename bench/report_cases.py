@@ -93,6 +93,12 @@ def steps(case: list[Line]) -> list[Line]:
     )
 
 
+def ours_of(case: list[Line]) -> Line | None:
+    """The line of onepass in a case; that of the CUDA library before that of Triton."""
+    found = [line for line in case if line["provider"].startswith(OURS)]
+    return min(found, key=lambda line: line["provider"], default=None)
+
+
 def per_billion(line: Line) -> float:
     """Median time of a step in milliseconds per billion parameters."""
     return float(line["ms"]["p50"] / line["numel"] * 1e9)

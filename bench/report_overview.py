@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .report_cases import OURS, cases_of, formats, per_billion
+from .report_cases import cases_of, formats, ours_of, per_billion
 from .results import Line
 
 LISTS = {"cpu": "50M", "cuda": "llama3-8B/16"}
@@ -31,12 +31,7 @@ def rows_of(lines: list[Line]) -> list[list[Line]]:
     """The cases of the table for the lines of one device: AdamW on the large list."""
     wanted = LISTS["cuda" if lines[0]["cuda"] else "cpu"]
     found = [x for x in lines if x["rule"] == "adamw" and x["list"] == wanted]
-    return [case for case in cases_of(found) if _ours(case)]
-
-
-def _ours(case: list[Line]) -> Line | None:
-    found = [x for x in case if x["provider"].startswith(OURS)]
-    return min(found, key=lambda x: x["provider"], default=None)  # cuda before triton
+    return [case for case in cases_of(found) if ours_of(case)]
 
 
 def table(lines: list[Line]) -> list[str]:
@@ -58,7 +53,7 @@ def table(lines: list[Line]) -> list[str]:
         "|---|" + "---:|" * (len(used) + 1),
     ]
     for case in cases:
-        ours = _ours(case)
+        ours = ours_of(case)
         assert ours is not None
         cells = [formats(ours), f"**{_number(per_billion(ours))}**"]
         for name in used:

@@ -8,10 +8,8 @@ from typing import Any
 from onepass_tools.benchmark.cases import BEYOND_CACHE
 
 from .plot_styles import colour
-from .report_cases import cases_of, per_billion, steps, title
+from .report_cases import cases_of, ours_of, per_billion, steps, title
 from .results import Line
-
-COLUMNS = 2
 
 
 def draw(lines: list[Line], path: Path) -> bool:
@@ -40,30 +38,23 @@ def draw(lines: list[Line], path: Path) -> bool:
     ]
     if not cases:
         return False
-    columns = min(COLUMNS, len(cases))
-    # Panels side by side have the same height, so cases with as many providers stand together.
-    cases.sort(key=lambda case: -len(steps(case)))
-    grid = [cases[i : i + columns] for i in range(0, len(cases), columns)]
-    heights = [max(len(steps(case)) for case in row) + 1.6 for row in grid]
+    heights = [len(steps(case)) + 1.9 for case in cases]
     figure, axes = plt.subplots(
-        len(grid),
-        columns,
-        figsize=(6.5 * columns, 0.23 * sum(heights) + 1.0),
+        len(cases),
+        1,
+        figsize=(6.5, 0.23 * sum(heights) + 0.8),
         height_ratios=heights,
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    for row, panels in zip(grid, axes, strict=True):
-        for panel in panels[len(row) :]:
-            panel.set_visible(False)
-        for case, panel in zip(row, panels, strict=False):
-            _panel(panel, case)
+    for case, panel in zip(cases, axes[:, 0], strict=True):
+        _panel(panel, case)
     every = [per_billion(line) for case in cases for line in steps(case)]
     axes[0, 0].set_xlim(min(every) / 1.5, max(every) * 3)
     figure.supxlabel(
-        "milliseconds per billion parameters, median (log scale; left is faster; "
-        "dashed: copy_ of as many bytes)",
+        "median in milliseconds per billion parameters, log scale; left is faster\n"
+        "dashed: the bytes of onepass's step at the bandwidth of copy_",
         fontsize=9,
     )
     figure.suptitle(f"Time of one optimizer step: {lines[0]['device']}", fontsize=10)
@@ -73,6 +64,8 @@ def draw(lines: list[Line], path: Path) -> bool:
 
 
 def _panel(axes: Any, case: list[Line]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     ordered = steps(case)
     names = [line["provider"] for line in ordered]
     for row, line in enumerate(ordered):
@@ -91,9 +84,13 @@ def _panel(axes: Any, case: list[Line]) -> None:
             fontweight="bold" if ours else "normal",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
-    if copy := next((line for line in case if line["provider"] == "copy"), None):
-        axes.axvline(per_billion(copy), color="0.6", linewidth=1, linestyle="--", zorder=0)
+    if (step := ours_of(case)) is not None:
+        limit = 1e3 * step["bytes"] / step["numel"] / step["copy_gbps"]
+        axes.axvline(limit, color="0.6", linewidth=1, linestyle="--", zorder=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(names)), names, fontsize=8)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name.startswith("onepass-") else "normal")
