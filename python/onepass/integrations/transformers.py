@@ -14,21 +14,19 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """The argument ``optimizer_cls_and_kwargs`` of Trainer, with the settings of its arguments.
 
-    ========================== ===================================================
-    field of TrainingArguments keyword of the optimizer, if the class has it
-    ========================== ===================================================
-    learning_rate              lr
-    weight_decay               weight_decay
-    adam_beta1, adam_beta2     the first two of betas
-    adam_epsilon               eps, only of classes that also have betas
-    ========================== ===================================================
+    If the class has the keyword, it is taken from these fields of TrainingArguments:
+
+    - ``lr``: learning_rate
+    - ``weight_decay``: weight_decay
+    - ``betas``: adam_beta1 and adam_beta2, and the default of a third
+    - ``eps``: adam_epsilon, if the class also has betas
 
     Nothing is changed, and transformers is not imported.
 
     Args:
         args: transformers.TrainingArguments, or a subclass such as trl.SFTConfig.
         optimizer: the class of the optimizer.
-        options: further keyword arguments of the class; they replace those of the table. Trainer
+        options: further keyword arguments of the class; they replace those of the list. Trainer
             itself sets ``weight_decay`` in the parameter groups that it makes: to the value of its
             arguments, and to 0 for biases and norms.
 
