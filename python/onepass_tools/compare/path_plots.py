@@ -155,6 +155,7 @@ def animate(path: Path, tracks: Tracks) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         title = figure.text(0.02, 0.03, "", fontsize=11)
+        canvas: Any = figure.canvas  # Agg's, which has the pixels
         frames = []
         for time in times:
             for whole, trail, head, points in moving:
@@ -163,8 +164,8 @@ def animate(path: Path, tracks: Tracks) -> None:
                 trail.set_data(*shown[-TRAIL - 1 :].T)
                 head.set_data(*shown[-1:].T)
             title.set_text(f"step {min(time, steps - 1)}")
-            figure.canvas.draw()
-            frames.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+            canvas.draw()
+            frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
         pyplot.close(figure)
     plots.save_animation(path, frames)
 
