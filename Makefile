@@ -52,8 +52,8 @@ test-all: export ONEPASS_THOROUGH = 1
 test-all: test ## run also the tests that take long: about half an hour on two cores
 
 test-frameworks: $(FRAMEWORKS)/.tools ## run the tests with transformers, accelerate, Lightning, peft, torchtitan
-	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest tests/frameworks -p no:cacheprovider
-	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest tests/test_readme.py -k frameworks -p no:cacheprovider
+	PYTHONPATH=$(abspath python) $(FRAMEWORKS)/bin/python -m pytest tests/frameworks -p no:cacheprovider
+	PYTHONPATH=$(abspath python) $(FRAMEWORKS)/bin/python -m pytest tests/test_readme.py -k frameworks -p no:cacheprovider
 
 # LD_PRELOAD: Python is not instrumented, so the sanitizers must be loaded before it starts, and
 # libstdc++ with them, because AddressSanitizer looks for the functions that throw when it starts.

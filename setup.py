@@ -337,10 +337,22 @@ def sources(cuda: bool) -> list[str]:
     return sorted(str(p) for p in files if ("cuda" in p.parts) == cuda)
 
 
+def link_kernels() -> None:
+    """Makes triton_kernels/ a package of onepass, by a symbolic link in python/onepass.
+
+    If all packages are below python/, an editable install is a path, which type checkers read.
+    Otherwise it is an import hook, which they do not.
+    """
+    link = ROOT / "python" / "onepass" / "triton_kernels"
+    if not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..", "..", "triton_kernels"), target_is_directory=True)
+
+
+link_kernels()
 setup(
-    # Not in pyproject.toml, which cannot add a package to those that it finds.
-    packages=[*find_packages("python"), "onepass.triton_kernels"],
-    package_dir={"": "python", "onepass.triton_kernels": "triton_kernels"},
+    packages=find_packages("python"),  # follows the link
+    package_dir={"": "python"},
     # Optional, because no library is built without a compiler.
     ext_modules=[
         Extension("onepass.libonepass_cpu", sources(cuda=False), optional=True),

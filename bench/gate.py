@@ -20,7 +20,7 @@ from typing import Any
 from onepass_tools.benchmark.timing import LIMITS
 
 from . import results
-from .report import OURS, newest
+from .report_cases import OURS, newest
 from .results import Line, case_key
 
 Key = tuple[Any, ...]

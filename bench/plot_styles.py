@@ -1,15 +1,31 @@
 """Colours and markers of providers in plots."""
 
-# The colours of Okabe and Ito, which colour-blind readers can distinguish. The marker shapes
-# distinguish providers in black and white.
-STYLES: dict[str, tuple[str, str]] = {
-    "onepass-cpu": ("#0072B2", "o"),
-    "onepass-cuda": ("#0072B2", "o"),
-    "onepass-triton": ("#56B4E9", "v"),
-    "torch-fused": ("#E69F00", "s"),
-    "torch-foreach": ("#CC79A7", "D"),
-    "torch-fused-fp32": ("#F0E442", "s"),
-    "deepspeed-cpu": ("#009E73", "^"),
-    "bitsandbytes-8bit": ("#D55E00", "x"),
-    "in-place": ("#000000", "|"),
+from __future__ import annotations
+
+# The colours of Okabe and Ito, which colour-blind readers can distinguish, without their yellow,
+# which is too light on white.
+COLOURS = {
+    "onepass": "#0072B2",
+    "torch": "#E69F00",
+    "deepspeed": "#009E73",
+    "flashoptim": "#56B4E9",
+    "torchao": "#CC79A7",
+    "bitsandbytes": "#D55E00",
+}
+"""Library -> its colour; other libraries are black."""
+
+
+def colour(provider: str) -> str:
+    """The colour of a provider: that of its library, the part of its name before the hyphen."""
+    return COLOURS.get(provider.partition("-")[0], "#000000")
+
+
+# Marker shapes distinguish providers of one library, and all of them in black and white.
+MARKERS = {
+    "onepass-cpu": "o",
+    "onepass-cuda": "o",
+    "onepass-triton": "v",
+    "torch-fused": "s",
+    "torch-foreach": "D",
+    "deepspeed-cpu": "^",
 }

@@ -1,4 +1,6 @@
-"""``python -m bench.report``: writes docs/performance.md and its pictures from the result lines.
+"""``python -m bench.report``: writes the pages on performance and their pictures.
+
+docs/performance.md has the overview, docs/performance/ a page for each device.
 
 The newest line of each case and provider on a device counts. No figure is written by hand.
 """
@@ -7,25 +9,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
-from onepass.optim.registry import classes
 from onepass_tools.benchmark.cases import BEYOND_CACHE
 from onepass_tools.benchmark.providers import all_providers
 from onepass_tools.benchmark.timing import LIMITS
 
-from . import bars, phase, results, share, sizes
-from .cases import cpu_cases, gpu_cases
+from . import bars, phase, report_overview, report_plots, results, share, sizes
 from .ladder import rungs
-from .plot_styles import STYLES
-from .results import Line, case_key
+from .report_cases import (
+    OURS,
+    anchor,
+    archived,
+    by_device,
+    cases_of,
+    newest,
+    slug,
+    steps,
+    title,
+)
+from .results import Line
 
-OURS = "onepass-"
-RULE_NAMES = {name: found.__name__ for name, found in classes().items()}
-RULE_NAMES["sgd"] = "SGD with momentum"
 # State format -> why onepass is slower than another provider.
 CPU_REASONS = {
     "mx8": "With AVX2 this format is limited by arithmetic: an element takes about as long with "
@@ -53,48 +59,6 @@ OVERLAP = "The samples overlap, so they do not show which of these providers is 
 UNEXPLAINED = "The cause is unknown."
 
 
-def newest(lines: list[Line]) -> list[Line]:
-    """The newest line of each device, case and provider.
-
-    The device that was measured last comes first; its lines are in the order of first appearance.
-    """
-    found: dict[tuple[Any, ...], Line] = {}
-    last: dict[str, str] = {}
-    for line in lines:
-        key = (line["device"], *case_key(line), line["provider"])
-        if key not in found or line["date"] >= found[key]["date"]:
-            found[key] = line
-        last[line["device"]] = max(line["date"], last.get(line["device"], ""))
-    return sorted(found.values(), key=lambda line: last[line["device"]], reverse=True)
-
-
-def _cases(lines: list[Line]) -> list[list[Line]]:
-    """The lines of each case; known cases are in the order of cases.py."""
-    groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
-    for line in lines:
-        groups.setdefault(case_key(line), []).append(line)
-    order = {case.key: i for i, case in enumerate([*cpu_cases(), *gpu_cases()])}
-    return [groups[key] for key in sorted(groups, key=lambda key: order.get(key, len(order)))]
-
-
-def title(line: Line) -> str:
-    """A case in words."""
-    rule = RULE_NAMES.get(line["rule"], line["rule"])
-    if line["param_dtype"] == line["states"] and line["weights"] == "native":
-        formats = line["states"] if line["states"] == "fp32" else f"all {line['states']}"
-    else:
-        kept = "" if line["weights"] == "native" else f" {line['weights']}"
-        formats = f"{line['param_dtype']}{kept} weights, {line['states']} states"
-    return f"{rule}, {formats}, {line['list']}"
-
-
-def _steps(case: list[Line]) -> list[Line]:
-    """The lines of a case without the limits (copies), sorted by median time."""
-    return sorted(
-        (line for line in case if line["provider"] not in LIMITS), key=lambda x: x["ms"]["p50"]
-    )
-
-
 def slower_cases(cases: list[list[Line]]) -> list[str]:
     """A list item for each case in which other providers have a smaller median time than onepass.
 
@@ -102,13 +66,13 @@ def slower_cases(cases: list[list[Line]]) -> list[str]:
     """
     found = []
     for case in cases:
-        steps = _steps(case)
-        ours = next((line for line in steps if line["provider"].startswith(OURS)), None)
-        if ours is None or steps[0] is ours:
+        timed = steps(case)
+        ours = next((line for line in timed if line["provider"].startswith(OURS)), None)
+        if ours is None or timed[0] is ours:
             continue
         mine = ours["ms"]
         faster, overlap = [], True
-        for line in steps[: steps.index(ours)]:
+        for line in timed[: timed.index(ours)]:
             ms = line["ms"]
             within = ms["p80"] >= mine["p20"]
             overlap = overlap and within
@@ -129,8 +93,8 @@ def reason(line: Line, overlap: bool = False) -> str:
         line: the line of onepass.
         overlap: whether its samples overlap with those of every faster provider.
     """
-    formats = (line["rule"], line["param_dtype"], line["weights"], line["states"])
-    if found := OUTDATED.get((str(line["commit"])[:12], *formats)):
+    case = (line["rule"], line["param_dtype"], line["weights"], line["states"])
+    if found := OUTDATED.get((str(line["commit"])[:12], *case)):
         return found
     reasons = GPU_REASONS if line["cuda"] else CPU_REASONS
     return reasons.get(line["states"], OVERLAP if overlap else UNEXPLAINED)
@@ -152,7 +116,7 @@ def unmeasured(lines: list[Line]) -> str:
 
 
 def _table(case: list[Line]) -> list[str]:
-    steps = _steps(case)
+    timed = steps(case)
     limits = [line for line in case if line["provider"] in LIMITS]
     host = any(line["host_us"] is not None for line in case)
     # On a CPU, a line has a host time only if the whole step is host time.
@@ -160,11 +124,12 @@ def _table(case: list[Line]) -> list[str]:
     head = ["provider", "version", "p20 ms", "p50 ms", "p80 ms"]
     head += ["GB/s", "of copy"] * speed + ["host µs"] * host + ["extra MB"]
     rows = []
-    for line in [*steps, *limits] if speed else steps:
+    for line in [*timed, *limits] if speed else timed:
         ms = [f"{line['ms'][key]:.3f}" for key in ("p20", "p50", "p80")]
         row = [line["provider"], line["provider_version"], *ms]
         if speed:
-            row += [f"{line['gbps']:.2f}", f"{line['share']:.3f}"]
+            share = f"{line['share']:.3f}" if line["bytes"] >= BEYOND_CACHE else ""
+            row += [f"{line['gbps']:.2f}", share]
         if host:
             row.append("" if line["host_us"] is None else f"{line['host_us']:,.0f}")
         row.append("" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 1e6:,.1f}")
@@ -204,7 +169,8 @@ time on a CPU, the time between two events on a GPU.
 formula: the weight is read and written, the gradient is read, and each state is read and written.
 - **of copy**: this bandwidth divided by that of `copy_` of as many bytes, interleaved with the \
 steps. On a CPU, a copy also reads the cache lines that it is about to write, which the formula \
-does not count. A step and `in-place` (`mul_` by one) do not, so their values can be above 1.
+does not count. A step and `in-place` (`mul_` by one) do not, so their values can be above 1. The \
+column is empty if the bytes of a step may stay in a cache.
 - **host µs**: the time for which a step occupies the host. On a CPU it is given for tensors of \
 one element only, where it is the p50 of the whole step.
 - **extra MB**: the largest additional memory during a step: resident set on a CPU (values below \
@@ -216,53 +182,105 @@ start of its storage.
 """
 
 
-def markdown(
-    lines: list[Line],
-    sources: Sequence[str],
-    pictures: Mapping[str, str],
-    more: Sequence[str] = (),
-) -> str:
-    """The page.
+def overview(lines: list[Line], sources: Sequence[str], more: Sequence[str] = ()) -> str:
+    """docs/performance.md.
 
     Args:
         lines: the result of :func:`newest`.
         sources: names of the files that the lines are from.
-        pictures: device -> file name of its picture.
         more: lines of text of the sections of other benchmarks.
     """
+    old = archived(lines)
+    devices = by_device(lines)
     text = [
         "# Performance",
         "",
         f"Generated by `python -m bench.report` from {', '.join(sources)}: do not edit.",
         "Measured by `python -m bench`; bench/README.md describes the method.",
-        INTRODUCTION,
-        f"Not measured: {unmeasured(lines)}.",
+        "",
+        "## Time of a step on your device",
+        "",
+        report_overview.NOTE,
     ]
-    for device in dict.fromkeys(line["device"] for line in lines):
-        own = [line for line in lines if line["device"] == device]
-        cases = _cases(own)
-        text += ["", f"## {device}", "", f"Runs: {_runs(own)}.", "", *_bar_table(own), ""]
-        text += ["### Where onepass is not the fastest", ""]
-        text += slower_cases(cases) or ["onepass is the fastest provider in all of these cases."]
-        if device in pictures:
-            text += ["", f"![Share of the copy bandwidth per case]({pictures[device]})"]
-        for case in cases:
-            size = next((x["bytes"] for x in case if x["provider"] not in LIMITS), case[0]["bytes"])
-            text += ["", f"### {title(case[0])}", "", f"{size / 1e6:,.3f} MB per step.", ""]
-            text += _table(case)
+    for device, own in devices.items():
+        if device not in old and (table := report_overview.table(own)):
+            last = max(line["date"] for line in own)
+            text += ["", f"**[{device}](performance/{slug(device)}.md)**, {last[:10]}", "", *table]
+    text += [
+        "",
+        "## Contents",
+        "",
+        "- [Time of a step on your device](#time-of-a-step-on-your-device)",
+        *(f"- [{x[3:]}](#{anchor(x[3:])})" for x in more if x.startswith("## ")),
+        "- [Kernel studies](performance/kernels.md): time against size, and what each optimization "
+        "of the kernels gains",
+    ]
+    text += [f"- [{_entry(device, own)}" for device, own in devices.items() if device not in old]
+    text += [
+        f"- Archive: [{_entry(device, devices[device])}" for device in devices if device in old
+    ]
+    text += ["", f"Not measured: {unmeasured(lines)}."]
     return "\n".join([*text, *more]) + "\n"
 
 
-def sections(folder: Path, docs: Path) -> list[str]:
-    """The sections of the other benchmarks, as lines of text; also draws their pictures.
+def _entry(device: str, own: list[Line]) -> str:
+    first, last = (pick(line["date"] for line in own)[:10] for pick in (min, max))
+    dates = last if first == last else f"{first} to {last}"
+    return f"{device}](performance/{slug(device)}.md): {len(cases_of(own))} cases, {dates}"
+
+
+def device_page(own: list[Line], picture: str | None = None, old: bool = False) -> str:
+    """The page of a device.
+
+    Args:
+        own: the newest lines of the device.
+        picture: file name of its picture.
+        old: whether a page of a newer device replaces it.
+    """
+    device = own[0]["device"]
+    cases = cases_of(own)
+    text = [f"# {device}", "", "Generated by `python -m bench.report`: do not edit."]
+    if old:
+        text += [
+            "",
+            "Archived: a processor with the same instruction set has been measured later.",
+        ]
+    text += ["", f"Runs: {_runs(own)}.", ""]
+    text += ["## Contents", "", "- [Targets](#targets)"]
+    text += ["- [Time with each library](#time-with-each-library)"] * bool(picture)
+    text += ["- [Where onepass is not the fastest](#where-onepass-is-not-the-fastest)"]
+    text += [f"- [{title(case[0])}](#{anchor(title(case[0]))})" for case in cases]
+    text += ["- [Columns of the tables](#columns-of-the-tables)"]
+    text += ["", "## Targets", "", *_bar_table(own), ""]
+    text += ["## Where onepass is not the fastest", ""]
+    text += slower_cases(cases) or ["onepass is the fastest provider in all of these cases."]
+    if picture:
+        text += ["", "## Time with each library", ""]
+        text += [f"![Time of a step with each library, by case]({picture})"]
+    for case in cases:
+        size = next((x["bytes"] for x in case if x["provider"] not in LIMITS), case[0]["bytes"])
+        text += [
+            "",
+            f"## {title(case[0])}",
+            "",
+            f"{size / 1e6:,.3f} MB per step.",
+            "",
+            *_table(case),
+        ]
+    text += ["", "## Columns of the tables", INTRODUCTION.rstrip("\n")]
+    return "\n".join(text) + "\n"
+
+
+def kernel_page(folder: Path, pictures: Path) -> str:
+    """docs/performance/kernels.md; also draws its picture.
 
     Args:
         folder: folder of the result lines.
-        docs: folder that the pictures are written to.
+        pictures: folder that the picture is written to.
     """
-    text: list[str] = []
+    text = ["# Kernel studies", "", "Generated by `python -m bench.report`: do not edit."]
     if lines := results.read_lines(folder / "sizes.jsonl"):
-        sizes.draw(lines, docs / "performance-sizes.png")
+        sizes.draw(lines, pictures / "sizes.png")
         text += ["", "## Time against size", ""]
         text += [
             "AdamW in fp32 on one tensor, measured by `python -m bench.sizes`. The fit is a "
@@ -273,14 +291,7 @@ def sections(folder: Path, docs: Path) -> list[str]:
             "time it.",
             "",
         ]
-        text += ["![Time against size](performance-sizes.png)", "", *sizes.table(lines)]
-    if lines := results.read_lines(folder / "share.jsonl"):
-        text += ["", "## The optimizer's share of a training step", ""]
-        text += [
-            "The model of `onepass demo`, measured by `python -m bench.share`.",
-            "",
-            *share.table(lines),
-        ]
+        text += ["![Time against size](sizes.png)", "", *sizes.table(lines)]
     if lines := results.read_lines(folder / "ladder.jsonl"):
         text += ["", "## The kernel ladder", ""]
         text += [
@@ -289,6 +300,24 @@ def sections(folder: Path, docs: Path) -> list[str]:
             "",
         ]
         text += rungs.table(lines)
+    return "\n".join(text) + "\n"
+
+
+def sections(folder: Path) -> list[str]:
+    """The sections of docs/performance.md on a whole training step, as lines of text.
+
+    Args:
+        folder: folder of the result lines.
+    """
+    text: list[str] = []
+    if lines := results.read_lines(folder / "share.jsonl"):
+        text += ["", "## The optimizer's share of a training step", ""]
+        text += [
+            "The model of `onepass demo`, measured by `python -m bench.share`. A faster optimizer "
+            "shortens a training step by at most this share.",
+            "",
+            *share.table(lines),
+        ]
     if lines := results.read_lines(folder / "phase.jsonl"):
         text += ["", "## The optimizer phase: unscale, clip, step, zero", ""]
         text += [
@@ -300,51 +329,11 @@ def sections(folder: Path, docs: Path) -> list[str]:
     return text
 
 
-def draw(lines: list[Line], path: Path) -> bool:
-    """Draws the share of the copy bandwidth of each case of a device; returns False for no case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    # Cases that stay in a cache, or consist of host time only, are left out: their bandwidth means
-    # little.
-    cases = [
-        case for case in _cases(lines) if any(x["bytes"] >= BEYOND_CACHE for x in _steps(case))
-    ]
-    if not cases:
-        return False
-    figure, axes = plt.subplots(figsize=(8.5, 1.6 + 0.45 * len(cases)), layout="constrained")
-    for provider, (colour, marker) in STYLES.items():
-        points = [
-            (line["share"], -row)
-            for row, case in enumerate(cases)
-            for line in case
-            if line["provider"] == provider
-        ]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.scatter(
-                x, y, s=75, color=colour, marker=marker, label=provider, alpha=0.85, zorder=3
-            )
-    axes.axvline(1.0, color="0.4", linewidth=1, linestyle="--", label="copy")
-    axes.set_yticks([-row for row in range(len(cases))], [title(case[0]) for case in cases])
-    axes.set_xlim(left=0)
-    axes.set_xlabel("bytes per second, as a share of copy_ (higher is better)")
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"One optimizer step\n{lines[0]['device']}", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
-
-
 def main(argv: list[str] | None = None) -> int:
     """Writes the page and the pictures; returns 0 on success, 2 if there are no result lines."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description="Writes docs/performance.md from bench/results."
+        prog="python -m bench.report",
+        description="Writes docs/performance.md and docs/performance/ from bench/results.",
     )
     root = results.ROOT
     parser.add_argument(
@@ -359,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         default=root / "docs",
         metavar="DIR",
-        help="folder that the page is written to (default docs)",
+        help="folder that the pages are written to (default docs)",
     )
     args = parser.parse_args(argv)
     files = sorted(args.results.glob("*.jsonl"))
@@ -368,19 +357,21 @@ def main(argv: list[str] | None = None) -> int:
     if not lines:
         print(f"bench.report: no result lines in {args.results}; run python -m bench first")
         return 2
-    args.docs.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, str] = {}
-    for number, device in enumerate(dict.fromkeys(line["device"] for line in lines), 1):
-        name = "performance.png" if number == 1 else f"performance-{number}.png"
-        if draw([line for line in lines if line["device"] == device], args.docs / name):
-            pictures[device] = name
-    page = args.docs / "performance.md"
+    pages = args.docs / "performance"
+    pages.mkdir(parents=True, exist_ok=True)
+    old = archived(lines)
+    for device, own in by_device(lines).items():
+        picture = f"{slug(device)}.png"
+        drawn = report_plots.draw(own, pages / picture)
+        text = device_page(own, picture if drawn else None, device in old)
+        (pages / f"{slug(device)}.md").write_text(text, encoding="utf-8")
+    (pages / "kernels.md").write_text(kernel_page(args.results, pages), encoding="utf-8")
     sources = [
         str(file.relative_to(root) if file.is_relative_to(root) else file.name) for file in files
     ]
-    more = sections(args.results, args.docs)
-    page.write_text(markdown(lines, sources, pictures, more), encoding="utf-8")
-    print(f"wrote {page}" + "".join(f", {name}" for name in pictures.values()))
+    page = args.docs / "performance.md"
+    page.write_text(overview(lines, sources, sections(args.results)), encoding="utf-8")
+    print(f"wrote {page} and {pages}")
     return 0
 
 

@@ -20,7 +20,7 @@ from onepass_tools.benchmark.timing import LIMITS, memory_of, run_case
 
 from . import results
 from .options import device_of, keep, parser_of
-from .plot_styles import STYLES
+from .plot_styles import MARKERS, colour
 from .results import Line
 
 KIND = "sizes"
@@ -190,11 +190,10 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             points = _points(run, name)
             if name in LIMITS or len(points) < 2:
                 continue
-            colour, marker = STYLES.get(name, ("0.4", "x"))
             found = fit(points)
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, marker, color=colour, label=name)
-            axes.plot(x, [found.at(n) for n in x], color=colour, linewidth=1)
+            axes.plot(x, y, MARKERS.get(name, "x"), color=colour(name), label=name)
+            axes.plot(x, [found.at(n) for n in x], color=colour(name), linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="time per step, ms (p50)")
         axes.set_title(device, fontsize=9)
         axes.grid(color="0.9")

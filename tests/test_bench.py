@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import onepass
-from bench import bars, cases, report, results
+from bench import bars, cases, report, report_plots, results
 from onepass.integrations.other_libraries import TORCH, Library
 from onepass_tools.benchmark import check, devices, providers, timing
 from onepass_tools.benchmark.cases import DTYPES, OPTIONS, Case
@@ -338,9 +338,10 @@ def test_end_to_end(tmp_path, capsys):
     assert report.main(["--results", str(out.parent), "--docs", str(tmp_path)]) == 0
     page = (tmp_path / "performance.md").read_text()
     assert "cpu.jsonl" in page
-    assert lines[-1]["date"] in page
     assert "Not measured: any GPU" in page
-    assert page.count("| torch-fused |") == 1
+    own = (tmp_path / "performance" / f"{report.slug(lines[0]['device'])}.md").read_text()
+    assert lines[-1]["date"] in own
+    assert own.count("| torch-fused |") == 1
 
 
 def test_missing_measures_only_what_has_no_line(tmp_path, monkeypatch):
@@ -372,6 +373,7 @@ def fake(provider, p50, date="2026-01-01", **more):
     line |= {"rule": "adamw", "param_dtype": "fp32", "states": "fp32", "list": "50M"}
     line["weights"] = "native"
     line |= {"ms": {"p20": p50, "p50": p50, "p80": p50}, "bytes": 1_400_000_000}
+    line["numel"] = 50_000_000
     return {**line, "gbps": 1400 / p50, "copy_gbps": 25.0, "share": 56 / p50, **more}
 
 
@@ -381,11 +383,29 @@ def test_report_names_slower_cases_and_uses_the_newest_lines(tmp_path):
     assert [line["ms"]["p50"] for line in lines] == [30.0, 33.0]
     elsewhere = fake("torch-fused", 20.0, "2026-02-01", device="another")
     assert report.newest([*lines, elsewhere]) == [elsewhere, *lines]  # the newest device first
-    page = report.markdown(lines, ["cpu.jsonl"], {})
+    page = report.device_page(lines)
     assert "onepass-cpu 33.000 ms, torch-fused 30.000 ms (10.0% more)" in page
     assert "| fp32 no slower than torch fused | 0.909 | 1 | fail |" in page
-    assert report.draw(lines, tmp_path / "p.png")
+    assert report_plots.draw(lines, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert not report_plots.draw(lines[:1], tmp_path / "one.png")  # nothing to compare
+
+
+def test_overview_has_the_time_per_billion_parameters():
+    """The library's column, a mark for another run, and archived devices below the others."""
+    first = "maker, 2 of 2 threads, avx2"
+    lines = [
+        fake("onepass-cpu", 30.0, device=first),
+        fake("torch-fused", 45.0, device=first),
+        fake("bitsandbytes", 300.0, "2025-01-01", device=first),
+        fake("onepass-cpu", 90.0, "2024-01-01", device="older, 2 of 2 threads, avx2"),
+        fake("onepass-cpu", 90.0, "2024-01-01", device="other, 2 of 2 threads, avx512"),
+    ]
+    page = report.overview(report.newest(lines), ["cpu.jsonl"])
+    assert "| fp32 | **600** | 900 (1.50x) | 6,000† (10.0x) |" in page
+    assert "- [maker, 2 of 2 threads, avx2](performance/maker-avx2.md)" in page
+    assert "- Archive: [older, 2 of 2 threads, avx2](performance/older-avx2.md)" in page
+    assert page.count("- Archive:") == 1
 
 
 def test_usage_errors(capsys, tmp_path):

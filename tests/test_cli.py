@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -63,9 +64,12 @@ def test_mistyped_command(typed: str, hint: str | None, capsys: pytest.CaptureFi
     assert (hint in err) if hint else ("did you mean" not in err)
 
 
-def test_info_is_plain_text_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_is_plain_text_off_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from onepass.engine import backends
 
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert all(char.isprintable() or char == "\n" for char in out)
@@ -74,6 +78,23 @@ def test_info_is_plain_text_off_a_terminal(capsys: pytest.CaptureFixture[str]) -
         assert name in out
         assert " ".join(reason.split()) in out
     assert backends.support_matrix().strip() in out
+
+
+def test_info_fits_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onepass.formats import STATE_FORMATS
+    from onepass.rules import RULES
+
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
+    assert str(torch.__version__) in out
+    rules = out.split("\nsupport\n")[1]
+    assert set(re.findall(r"^  (\w+)$", rules, re.M)) == set(RULES)
+    assert all(rules.count(name) >= len(RULES) for name in STATE_FORMATS)
+    assert "backends: cpu, cuda, triton, reference" in rules
 
 
 def test_info_markdown_is_only_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:

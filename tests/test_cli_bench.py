@@ -7,7 +7,8 @@ import pytest
 import onepass
 from onepass_tools import EXIT_USAGE, UsageError, main
 from onepass_tools.bench import size
-from onepass_tools.benchmark import devices, timing
+from onepass_tools.benchmark import devices, table, timing
+from onepass_tools.benchmark.cases import BEYOND_CACHE
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,9 @@ def test_the_table_is_plain_text_in_a_pipe(capsys, monkeypatch):
     assert names == ["provider", *dict.fromkeys([ours, "torch-fused-fp32"]), "copy", "in-place"]
     assert len({len(row.split()) for row in rows[1:3]}) == 1
     assert "torch-fused        has no split8 weights" in out
+
+
+@pytest.mark.parametrize(("size", "shown"), [(BEYOND_CACHE, True), (BEYOND_CACHE - 1, False)])
+def test_a_step_within_the_caches_has_no_share_of_the_copy(size, shown):
+    one = timing.Timed("torch-fused", "1", step=lambda: None, bytes=size, samples=[1.0])
+    assert ("0.500" in table.row(one, 2 * one.gbps)) == shown

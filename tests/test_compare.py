@@ -121,8 +121,24 @@ def test_intervals_use_students_t():
 def test_a_verdict_needs_more_than_the_interval():
     assert verdicts.compare([1.0, 1.1, 0.9], [2.0, 2.1, 2.0]) == verdicts.HOLDS
     assert verdicts.compare([2.0, 2.1, 2.0], [1.0, 1.1, 0.9]) == verdicts.CONTRADICTED
-    assert verdicts.compare([1.0, 2.0, 3.0], [1.5, 1.4, 3.3]) == verdicts.UNDECIDED
-    assert verdicts.compare([None, 1.0], [2.0, None]) == verdicts.UNDECIDED
+    assert verdicts.compare([1.0, 2.0, 3.0], [1.5, 1.4, 3.3]) == verdicts.INCONCLUSIVE
+    assert verdicts.compare([None, 1.0], [2.0, None]) == verdicts.INCONCLUSIVE
+
+
+def test_two_seeds_decide_nothing():
+    assert verdicts.compare([1.0, 1.0], [2.0, 2.0]) == verdicts.INCONCLUSIVE
+
+
+def test_progress_is_lines_in_a_pipe(capsys, monkeypatch):
+    monkeypatch.setattr(runner.Progress, "SECONDS", 0.0)
+    for quiet in (False, True):
+        with runner.Progress(2, quiet) as progress:
+            progress.update()
+            progress.update()
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(", ")[0] for line in lines] == (
+            [] if quiet else ["compare: 1 of 2 turns", "compare: 2 of 2 turns"]
+        )
 
 
 def test_decades_and_steps():

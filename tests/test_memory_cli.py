@@ -108,7 +108,7 @@ def test_plot_and_html_files(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
     assert not re.search(r"https?://|<script|@import|url\(", page)  # loads no other file
-    assert "moments: 226 MB" in page
+    assert "states: 226 MB" in page
     assert "does not fit" in page
     assert "pagedadamw8bit" in page
     assert call(capsys, *argv, "--quiet").err == ""

@@ -195,6 +195,7 @@ def test_more_chunks_than_programs(monkeypatch):
     if why_not := backend.unavailable(CPU):
         pytest.skip(why_not)
     import triton.language as tl
+
     from onepass.triton_kernels import norm as kernels
 
     for programs in (1, 4):

@@ -76,6 +76,8 @@ def test_build_without_a_compiler_says_so_in_one_line(tmp_path):
     (line,) = result.stdout.splitlines()
     assert "only the slow reference backend" in line
     assert libraries(tmp_path) == []
+    # All packages below python/: an editable install is then a path, which type checkers read.
+    assert (ROOT / "python/onepass/triton_kernels").samefile(ROOT / "triton_kernels")
 
 
 def test_build_with_a_named_compiler_that_is_missing_fails(tmp_path):

@@ -127,10 +127,9 @@ def test_an_unsupported_dtype_names_what_is_needed():
 
 def test_every_rule_and_format_has_a_kernel():
     pytest.importorskip("triton")
-    from onepass.triton_kernels import formats, rules
-
     from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
     from onepass.rules import RULES
+    from onepass.triton_kernels import formats, rules
 
     assert all(rules.update_of(rule) and rules.derive_of(rule) for rule in RULES.values())
     weights = {code for form in WEIGHT_FORMATS.values() for code in form.codes.values()}
@@ -269,6 +268,7 @@ def test_a_step_is_one_launch_beside_that_of_its_hyperparameters(count, monkeypa
 def test_codes_of_both_16_bit_formats():
     """Encoding and decoding of bf16 and fp16 for every rounding decision, without a rule."""
     import triton
+
     from onepass.triton_kernels import formats
 
     kernel = triton.jit(_round_trip)

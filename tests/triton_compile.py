@@ -19,10 +19,6 @@ from typing import Any
 
 import torch
 import triton
-from onepass.triton_kernels import norm, prologue, rules, sums
-from onepass.triton_kernels.sweep import sweep
-from onepass.triton_kernels.table import TUNING
-from onepass.triton_kernels.variants import Variant, Variants
 from support.custom_rules import ADABELIEF
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,6 +26,10 @@ from triton.compiler import ASTSource
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import MAX_STATES
 from onepass.rules import RULES as BUILT_IN
+from onepass.triton_kernels import norm, prologue, rules, sums
+from onepass.triton_kernels.sweep import sweep
+from onepass.triton_kernels.table import TUNING
+from onepass.triton_kernels.variants import Variant, Variants
 
 RULES = {**BUILT_IN, ADABELIEF.name: ADABELIEF}
 TARGETS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from onepass.triton_kernels.rules import adam
 
 DECOUPLED = tl.constexpr(1)

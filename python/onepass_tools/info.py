@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
 
 from onepass_tools import package_version
+
+WIDE = 100
+"""Columns from which the support matrix is a table; below, it is a list."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report, with colour only on a terminal; return 0."""
+    """Print the report, with colour only on a terminal; return 0.
+
+    It fits the width of the terminal, or that of the variable COLUMNS; a pipe gets whole lines.
+    """
     from onepass.engine import backends
 
     matrix = backends.support_matrix().strip()
@@ -25,7 +35,11 @@ def run(args: argparse.Namespace) -> int:
         print(matrix)
         return 0
     status = [(name, _one_line(reason)) for name, reason in backends.status()]
-    if sys.stdout.isatty() and package_version("rich"):
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
+    width = shutil.get_terminal_size().columns if fits else None
+    if width is not None and width < WIDE:
+        _print_narrow(_facts(), status, matrix, width)
+    elif sys.stdout.isatty() and package_version("rich"):
         _print_rich(_facts(), status, matrix)
     else:
         _print_plain(_facts(), status, matrix)
@@ -70,6 +84,36 @@ def _print_plain(facts: list[tuple[str, str]], status: list[tuple[str, str]], ma
     for name, reason in status:
         print(f"  {name:<{width}}  {'not available: ' + reason if reason else 'available'}")
     print(f"\nsupport matrix\n\n{matrix}")
+
+
+def _print_narrow(
+    facts: list[tuple[str, str]], status: list[tuple[str, str]], matrix: str, width: int
+) -> None:
+    """Prints everything as lists whose lines are at most ``width`` columns long."""
+
+    def wrapped(name: str, value: str, indent: str = "") -> None:
+        further = indent + "    "
+        print(textwrap.fill(f"{indent}{name}: {value}", width, subsequent_indent=further))
+
+    for name, value in facts:
+        wrapped(name, value)
+    print("\nbackends")
+    for name, reason in status:
+        wrapped(name, f"not available: {reason}" if reason else "available", "  ")
+    print("\nsupport")
+    for rule, cells in _rules(matrix):
+        print(f"  {rule}")
+        for name, value in cells:
+            wrapped(name, value, "    ")
+
+
+def _rules(matrix: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """The rows of the support matrix: (rule, its cells as pairs of column and text)."""
+    table = [line.strip("| ").split(" | ") for line in matrix.replace("`", "").splitlines()]
+    head, backends = table[0][1:4], table[0][4:]
+    for row in table[2:]:
+        serving = [name for name, cell in zip(backends, row[4:], strict=True) if cell == "yes"]
+        yield row[0], [*zip(head, row[1:4], strict=True), ("backends", ", ".join(serving))]
 
 
 def _print_rich(facts: list[tuple[str, str]], status: list[tuple[str, str]], matrix: str) -> None:

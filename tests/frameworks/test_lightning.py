@@ -5,6 +5,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
+from onepass.integrations.lightning import AveragedWeights
+
 from . import parts
 
 
@@ -70,3 +72,64 @@ def test_the_fused_flag_is_refused_by_lightning_as_torchs_is(tmp_path):
     for cls in (torch.optim.AdamW, parts.onepass.AdamW):
         with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
             fit(cls, {"fused": True}, tmp_path, 1)
+
+
+class Evaluated(Module):
+    """Records the weights with which it is evaluated, and fails in one validation if asked to."""
+
+    def __init__(self, options, failing=None):
+        super().__init__(parts.onepass.AdamW, options)
+        self.seen, self.failing = [], failing
+
+    def validation_step(self, batch, index):
+        self.seen.append(parts.weights(self.model))
+        if len(self.seen) == self.failing:
+            raise ArithmeticError
+
+    test_step = validation_step
+
+
+def evaluated(options, failing=None):
+    module = Evaluated(options, failing)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.cat(parts.batches(2))), batch_size=8
+    )
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[AveragedWeights()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return module, trainer, data
+
+
+def test_evaluations_see_the_averages():
+    module, trainer, data = evaluated({"ema_decay": 0.5})
+    start = parts.weights(module)
+    trainer.fit(module, data, data)
+    trainer.test(module, data, verbose=False)
+    (optimizer,) = trainer.optimizers
+    averages = [optimizer.state[p]["ema"] for p in module.parameters()]
+    assert parts.same(module.seen[0], start)  # before the first step
+    assert parts.same(module.seen[-1], averages)
+    assert not parts.same(module.seen[1], module.seen[-1])
+    assert not parts.same(parts.weights(module), averages)  # the weights of the training are back
+
+
+def test_a_validation_that_raises_leaves_the_weights_of_the_training():
+    module, trainer, data = evaluated({"ema_decay": 0.5}, failing=2)
+    # enable_grad: after an error, Lightning leaves gradients disabled.
+    with torch.enable_grad(), pytest.raises(ArithmeticError):
+        trainer.fit(module, data, data)
+    (optimizer,) = trainer.optimizers
+    optimizer.check_swapped()  # raises while the averages are in place
+    assert not parts.same(parts.weights(module), module.seen[-1])
+
+
+def test_an_optimizer_without_averages_is_an_error():
+    module, trainer, data = evaluated({})
+    with pytest.raises(ValueError, match="ema_decay"):
+        trainer.fit(module, data, data)

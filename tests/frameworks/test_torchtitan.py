@@ -9,15 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
 import onepass
+from onepass.integrations.torchtitan import OnepassOptimizersContainer
 
 from . import parts
-
-
-class Container(OptimizersContainer):
-    @staticmethod
-    def _resolve_optimizer_factory(name):
-        known = {"AdamW": onepass.AdamW, "SGD": onepass.SGD, "Lion": onepass.Lion}
-        return known[name]
 
 
 def container(model, implementation, options):
@@ -34,8 +28,8 @@ def container(model, implementation, options):
             pattern=r".*", optimizer_name="Lion", optimizer_kwargs={"lr": 0.001, **options}
         ),
     ]
-    config = OptimizersContainer.Config(param_groups=groups, implementation=implementation)
-    return Container(config, model_parts=[model])
+    config = OnepassOptimizersContainer.Config(param_groups=groups, implementation=implementation)
+    return config.build(model_parts=[model])
 
 
 def train(model, optimizer, data):
@@ -65,3 +59,14 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(implementation, stat
     loading.load_state_dict(wanted["optimizer"])
     train(other, loading, data[3:])
     assert parts.same(parts.weights(model), parts.weights(other))
+
+
+def test_names_are_those_of_onepass_first():
+    resolve = OnepassOptimizersContainer._resolve_optimizer_factory
+    assert resolve("AdamW8bit") is onepass.AdamW8bit
+    assert resolve("AdamW") is onepass.AdamW
+    assert resolve("DistMuon") is OptimizersContainer._resolve_optimizer_factory("DistMuon")
+    with pytest.raises(NotImplementedError, match="Adamw"):
+        resolve("Adamw")
+    made = container(parts.small_model(), "fused", {})
+    assert {type(optimizer) for optimizer in made} == {onepass.AdamW, onepass.Lion}

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from onepass.integrations.transformers import optimizer_cls_and_kwargs
+
 from . import parts
 
 
@@ -62,3 +64,27 @@ def test_the_scheduler_waits_for_a_skipped_step(cls, options, tmp_path):
 def test_bf16(tmp_path):
     trainer = make_trainer(parts.onepass.AdamW, {"states": "mx8"}, tmp_path, bf16=True)
     assert trainer.train().training_loss < 5
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_settings_are_those_of_the_arguments(weight_decay, tmp_path):
+    """The same run as with Trainer's own choice, which is torch's AdamW."""
+    arguments = {"adam_beta2": 0.9, "adam_epsilon": 1e-6, "weight_decay": weight_decay}
+    made = make_trainer(parts.onepass.AdamW, {}, tmp_path / "ours", **arguments)
+    trainers = [
+        Trainer(made.model, made.args, train_dataset=made.train_dataset, **chosen)
+        for chosen in ({"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs(made.args)}, {})
+    ]
+    start = {name: value.clone() for name, value in made.model.state_dict().items()}
+    ends = []
+    for trainer in trainers:
+        made.model.load_state_dict(start)
+        trainer.train()
+        ends.append(parts.weights(made.model))
+    assert type(trainers[0].optimizer.optimizer) is parts.onepass.AdamW
+    assert type(trainers[1].optimizer.optimizer) is torch.optim.AdamW
+    for ours, theirs in zip(*(trainer.optimizer.param_groups for trainer in trainers), strict=True):
+        for key in ("lr", "initial_lr", "betas", "eps", "weight_decay"):
+            assert ours[key] == theirs[key]
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

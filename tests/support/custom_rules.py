@@ -14,6 +14,7 @@ from onepass.rules.option_checks import check_betas, check_number
 try:
     import triton
     import triton.language as tl
+
     from onepass.triton_kernels import rules as triton_rules
 except ImportError:
     triton = None

@@ -1,1 +1,1 @@
-"""Integration with other optimizer libraries."""
+"""Training frameworks, and other optimizer libraries."""

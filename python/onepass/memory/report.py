@@ -67,8 +67,8 @@ CATEGORIES = (*HELD, "temporary")
 TITLES = {
     "weights": "weights",
     "gradients": "gradients",
-    "moments": "moments",
-    "companions": "master or split bits",
+    "moments": "states",
+    "companions": "extra bits of weights=...",
     "ema": "average of weights",
     "ring": "paging ring",
     "temporary": "temporary in the step",

@@ -21,10 +21,12 @@ class Options(TypedDict, total=False):
 
     Attributes:
         maximize: maximize the objective instead of minimizing it (default False).
-        foreach, fused, capturable: accepted for compatibility with torch.optim (defaults None,
-            None, False). The step is always fused and can be captured in a CUDA graph.
-            ``fused=True`` also makes torch.amp.GradScaler leave unscaling and skipping to the step,
-            as in torch.optim.
+        foreach: accepted for compatibility with torch.optim, without effect: the step is always
+            fused (default None).
+        fused: ``fused=True`` makes torch.amp.GradScaler leave unscaling and skipping to the step,
+            as in torch.optim (default None). The step is fused with every value.
+        capturable: accepted for compatibility with torch.optim, without effect: the step can
+            always be captured in a CUDA graph (default False).
         differentiable: must be False, because autograd does not record the step.
         decoupled_weight_decay: subtract lr * weight_decay * param from the weight instead of adding
             weight_decay * param to the gradient (default False; True for AdamW and Lion).

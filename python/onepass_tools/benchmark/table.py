@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from .cases import BEYOND_CACHE
 from .timing import Outcome, Timed, percentile
 
 LEGEND = (
     "ms: time of one step; GB/s: bytes of a step by the formula / p50; of copy: GB/s / that of "
-    "copy_; extra: additional memory during a step"
+    "copy_, empty if the buffers may stay in a cache; extra: additional memory during a step"
 )
 HEADER = (
     f"{'provider':<18} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'GB/s':>8} "
@@ -19,8 +20,8 @@ def row(one: Timed, copy_gbps: float) -> str:
     ms = " ".join(f"{percentile(one.samples, p):>9.3f}" for p in (20, 50, 80))
     host = "" if one.host_us is None else f"{one.host_us:,.0f}"
     extra = "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:,.1f}"
-    share = one.gbps / copy_gbps
-    line = f"{one.provider:<18} {ms} {one.gbps:>8.2f} {share:>8.3f} {host:>10} {extra:>9}"
+    share = f"{one.gbps / copy_gbps:.3f}" if one.bytes >= BEYOND_CACHE else ""
+    line = f"{one.provider:<18} {ms} {one.gbps:>8.2f} {share:>8} {host:>10} {extra:>9}"
     return line.rstrip()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,35 @@ def _shrink(path: Path) -> None:
     small.save(path, optimize=True)
 
 
-def shrink_animation(path: Path) -> None:
-    """Rewrites a GIF with one palette for all frames instead of one each, a tenth of the bytes."""
-    from PIL import Image, ImageSequence
+def save_animation(path: Path, frames: Sequence[np.ndarray[Any, Any]], ms: int = 125) -> None:
+    """Writes a GIF with one palette for all frames instead of one each, a tenth of the bytes.
 
-    with Image.open(path) as image:
-        duration = image.info["duration"]
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-    palette = frames[-1].quantize(64, Image.Quantize.FASTOCTREE)
-    first, *rest = [frame.quantize(palette=palette, dither=_NO_DITHER) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0, optimize=True)
+    Args:
+        path: the file to write.
+        frames: [height, width, 3] each, in bytes.
+        ms: the time of a frame in milliseconds; the last one is shown for nine times as long.
+    """
+    from PIL import Image
+
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(_palette())
+    first, *rest = [
+        Image.fromarray(frame).quantize(palette=palette, dither=_NO_DITHER) for frame in frames
+    ]
+    times = [ms] * len(rest) + [9 * ms]
+    first.save(path, save_all=True, append_images=rest, duration=times, loop=0, optimize=True)
+
+
+def _palette() -> list[int]:
+    """Red, green and blue of greys, and of each algorithm's colour in shades up to white."""
+    found: list[int] = []
+    for level in range(64):
+        found += [round(level * 255 / 63)] * 3
+    for algorithm in BY_KEY.values():
+        for share in range(1, 9):
+            for i in (1, 3, 5):
+                found.append(round(255 + (int(algorithm.colour[i : i + 2], 16) - 255) * share / 8))
+    return found
 
 
 def line_style(key: str) -> dict[str, Any]:

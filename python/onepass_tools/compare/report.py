@@ -62,8 +62,8 @@ def markdown(results: dict[str, Any]) -> str:
         "## Textbook claims and measurements",
         "",
         "The claims are from common tables that compare optimizers. The result *holds* or "
-        "*contradicted* is computed from the figures in the same row; it is *undecided* if the "
-        "intervals overlap.",
+        "*contradicted* is computed from the figures in the same row; it is *inconclusive* if "
+        "the interval of the difference contains 0, or with fewer than three seeds.",
         "",
         "| claim | result | measured |",
         "|---|---|---|",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from onepass_tools import UsageError
 from onepass_tools.compare import line_fit, path_plots, plots, report, tasks
@@ -60,6 +59,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class Progress:
+    """The progress on stderr: a bar on a terminal, else a line at most every ten seconds.
+
+    Args:
+        total: the number of turns.
+        quiet: print nothing.
+    """
+
+    SECONDS = 10.0
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._total, self._done = total, 0
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        if not quiet and not self._lines:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc="compare")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self) -> None:
+        """Counts one turn as finished."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        now = time.monotonic()
+        if self._lines and (now - self._last >= self.SECONDS or self._done == self._total):
+            self._last = now
+            print(
+                f"compare: {self._done} of {self._total} turns, {now - self._start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Limits torch to one thread in the block.
@@ -77,9 +118,8 @@ def one_thread() -> Iterator[None]:
 def compare(out: Path, size: Size, seeds: int, command: str, quiet: bool) -> dict[str, Any]:
     """Measures, draws and writes everything to the folder ``out``; returns the results."""
     began = time.perf_counter()
-    hidden = quiet or not sys.stderr.isatty()
     turns = 2 * (len(ALGORITHMS) * (len(size.exponents) + 2) + 1) + len(SURFACES) + 2
-    with tqdm(total=turns, desc="compare", disable=hidden) as bar:
+    with Progress(turns, quiet) as bar:
         experiment, batches = line_fit.run_algorithms(), line_fit.run_batches()
         bar.update()
         tracks: path_plots.Tracks = {}

@@ -10,7 +10,9 @@ from onepass_tools.compare.algorithms import BY_KEY
 from onepass_tools.compare.lr_sweep import steps_to_target
 from onepass_tools.compare.stats import interval, shown
 
-HOLDS, CONTRADICTED, UNDECIDED = "holds", "**contradicted**", "undecided"
+HOLDS, CONTRADICTED, INCONCLUSIVE = "holds", "**contradicted**", "inconclusive"
+SEEDS = 3
+"""With fewer seeds, an interval is too wide to decide anything: its t quantile is 12.7."""
 
 
 class Verdict(NamedTuple):
@@ -34,13 +36,16 @@ def _truth(condition: bool) -> str:
 
 
 def compare(lower: Sequence[float | None], higher: Sequence[float | None]) -> str:
-    """Whether the first values are lower, by a 95 % interval of paired differences per seed."""
+    """Whether the first values are lower, by a 95 % interval of paired differences per seed.
+
+    Inconclusive if the interval contains 0, or with fewer than SEEDS seeds.
+    """
     pairs = [(a, b) for a, b in zip(lower, higher, strict=True) if a is not None and b is not None]
-    if len(pairs) < 2:
-        return UNDECIDED
+    if len(pairs) < SEEDS:
+        return INCONCLUSIVE
     mean, half = interval([b - a for a, b in pairs])
     if not math.isfinite(mean) or abs(mean) <= half:
-        return UNDECIDED
+        return INCONCLUSIVE
     return _truth(mean > 0)
 
 
