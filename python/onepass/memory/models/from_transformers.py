@@ -25,8 +25,10 @@ _TASKS = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
-_DEPTHS = frozenset(("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
-_COUNTS = ("layers", "layer", "heads", "head", "experts", "blocks")  # ends of keys
+_POSITIVE = frozenset(
+    ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "vocab_size", "hidden_size")
+)
+_COUNTS = ("layers", "layer", "heads", "head", "experts", "blocks", "_size")  # ends of keys
 
 
 def missing() -> str:
@@ -91,16 +93,16 @@ def _build(transformers: Any, config: Any) -> torch.nn.Module:
 
 
 def _check_counts(config: Mapping[str, Any], source: str, family: str) -> None:
-    """Raises ValueError for a negative count of layers, heads or experts, or for no layers.
+    """Raises ValueError for a negative count or size, and for no layers or an empty vocabulary.
 
-    transformers builds a model without layers for a negative number of layers. torch refuses
-    negative sizes. Other numbers can be negative, such as -1 for a missing token.
+    transformers builds a model without layers for a negative number of layers. Other numbers can be
+    negative, such as -1 for a missing token.
     """
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_counts(value, source, family)
         elif isinstance(value, int) and not isinstance(value, bool) and key.endswith(_COUNTS):
-            least = int(key in _DEPTHS)
+            least = int(key in _POSITIVE)
             if value < least:
                 raise ValueError(
                     f"{source} is not a valid configuration of {family}: {key} must be an integer "
