@@ -15,13 +15,16 @@ import sys
 import termios
 
 import pytest
+import torch
 
 from onepass.integrations import other_libraries
 from onepass.integrations.other_libraries import TORCH
 from onepass.memory import peers
 from onepass.memory.advice import lora, recommend
-from onepass.memory.models import known
-from onepass.memory.scenarios import Terms, candidate, report
+from onepass.memory.models import Model, Shape, known
+from onepass.memory.models.shapes import BIAS, MATRIX
+from onepass.memory.report import Bytes
+from onepass.memory.scenarios import Terms, candidate, predicted, report
 from onepass_tools import EXIT_USAGE, main
 
 SMALL = ["--model", "bert-base"]
@@ -171,12 +174,59 @@ def test_lists_of_models_and_optimizers(capsys):
     assert "split8" in out
 
 
-def test_a_peer_that_cannot_run_is_listed_with_the_reason(capsys, monkeypatch):
+TWO = Model("two", (Shape("a", (1024, 1024), MATRIX), Shape("b", (33,), BIAS)))
+"""A matrix of 2^20 elements and a vector of 33."""
+
+
+@pytest.fixture
+def no_libraries(monkeypatch):
     monkeypatch.setattr(other_libraries, "load", lambda *_: (None, "it is not installed"))
-    names = "adamw,optimi-adamw,flashoptim-adamw"
-    out = call(capsys, *SMALL, "--optimizers", names, "--measure", "--scale", "0.01").out
-    assert "optimi-adamw: it is not installed\n" in out
-    assert "flashoptim-adamw: it is not installed (predicted only)\n" in out
+
+
+def test_a_peer_that_cannot_run_has_the_bytes_of_its_formula(capsys, no_libraries):
+    others = [name for name, p in peers.PEERS.items() if p.made.library != TORCH]
+    argv = [*SMALL, "--optimizers", ",".join(["adamw", *others]), "--scale", "0.01", "--measure"]
+    out = call(capsys, *argv).out
+    rows = {line.split()[0]: line.split() for line in out.split("\n\n")[1].splitlines()}
+    for name in others:
+        assert rows[name][1] == "*"
+        assert "-" not in rows[name][: rows["optimizer"].index("difference")]
+        assert "not run" in " ".join(rows[name])
+        assert f"{name}: it is not installed (predicted only)\n" in out
+    assert "optimi-adamw: predicted by a formula from the source of optimi 0.3.3\n" in out
+    assert rows["adamw"][1] != "*"
+
+
+def test_formulas_without_the_libraries(no_libraries):
+    n = 1 << 20
+    for name, moments, companions, temporary, host in (
+        ("bitsandbytes-adamw", 8 * (n + 33), 0, 0, 0),
+        ("bitsandbytes-adamw8bit", 2 * (n + n // 256 * 4 + 1024 + 4 * 33), 0, 0, 0),
+        ("bitsandbytes-pagedlion8bit", n // 256 * 4 + 1024 + 4 * 33, 0, 0, n),
+        ("torchao-adamw4bit", 2 * (n // 2 + n // 128 * 4 + 64 + 2 * 33) + 8, 0, 0, 0),
+        ("flashoptim-lion", n + n // 32 * 2 + 33 + 4, n + 33, 0, 0),
+        ("optimi-adamw", 4 * (n + 33), 2 * (n + 33), 2 * n, 0),
+        ("lion-pytorch", 2 * (n + 33), 0, 4 * n, 0),
+    ):
+        found = predicted(candidate(name), TWO, Terms())
+        weights = 2 * (n + 33)
+        assert found == Bytes(
+            weights, weights, moments, companions, temporary=temporary, host=host
+        ), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", [n for n, p in peers.PEERS.items() if p.made.library != TORCH])
+def test_formulas_are_as_simulated(name, dtype, monkeypatch):
+    """Compares each formula with a simulated step, where the library is installed."""
+    peer = peers.PEERS[name]
+    if peer.by_formula:
+        pytest.skip(peer.made.library.unavailable() or "it cannot be constructed without a GPU")
+    uneven = (Shape("c", (65, 64), MATRIX), Shape("d", (70_001,), BIAS), Shape("e", (), BIAS))
+    model, terms = Model("five", (*TWO.shapes, *uneven)), Terms(dtype, device="cuda")
+    simulated = predicted(candidate(name), model, terms)
+    monkeypatch.setattr(peers.Peer, "by_formula", True)
+    assert predicted(candidate(name), model, terms) == simulated
 
 
 @pytest.mark.parametrize("name", [n for n, p in peers.PEERS.items() if p.made.library != TORCH])

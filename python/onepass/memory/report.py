@@ -89,6 +89,7 @@ class MemoryReport:
         process_peak: the maximum growth in bytes of the process's resident set in a step. It covers
             all allocators, is accurate to about 0.5 MiB, and is measured only on Linux CPUs.
         ours: whether the optimizer is a onepass optimizer.
+        by_formula: whether the prediction is a formula for a library that cannot be used here.
         problem: the reason why a prediction or measurement is missing; empty if none is.
         notes: further remarks on the figures.
     """
@@ -100,8 +101,15 @@ class MemoryReport:
     measured: Bytes | None = None
     process_peak: int | None = None
     ours: bool = False
+    by_formula: bool = False
     problem: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The name with its library, as used in figures; "(predicted)" marks a formula."""
+        name = f"onepass {self.name}" if self.ours and ":" not in self.name else self.name
+        return f"{name} (predicted)" if self.by_formula else name
 
     @property
     def bytes(self) -> Bytes | None:
@@ -128,6 +136,7 @@ class MemoryReport:
             "parameters": self.parameters,
             "device": self.device,
             "onepass": self.ours,
+            "by_formula": self.by_formula,
         }
         for which in ("predicted", "measured"):
             value = getattr(self, which)

@@ -201,6 +201,9 @@ def report(
     if choice.peer is not None and choice.peer.unseen and found.predicted is not None:
         found.notes.append(choice.peer.unseen)
     why = choice.unavailable(terms.device)
+    if choice.peer is not None and choice.peer.by_formula:
+        found.by_formula = True
+        found.notes.append(f"predicted by a formula from the source of {choice.peer.source}")
     if why:
         missing = " (predicted only)" if found.predicted is not None else ""
         found.problem = f"{why}{missing}"

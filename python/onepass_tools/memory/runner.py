@@ -42,6 +42,7 @@ _UNCOUNTED = (
     "not counted: activations and the memory of the CUDA runtime; all gradients of a step are "
     "counted (onepass.release_gradients frees each of them at once)"
 )
+_FORMULA = "* predicted by a formula, because the optimizer cannot be run or simulated here"
 
 
 @dataclass
@@ -250,7 +251,8 @@ def _progress(total: int, silent: bool) -> Iterator[Callable[[str, int], None]]:
 
 def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
     """The remarks below the table."""
-    notes = [f"{r.name}: {text}" for r in reports for text in (r.problem, *r.notes) if text]
+    notes = [_FORMULA] if any(r.by_formula for r in reports) else []
+    notes += [f"{r.name}: {text}" for r in reports for text in (r.problem, *r.notes) if text]
     if asked.limit is not None:
         room = asked.limit - asked.reserve
         for choice, found in zip(asked.choices, reports, strict=True):

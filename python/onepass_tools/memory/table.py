@@ -48,7 +48,13 @@ def rows(reports: Sequence[MemoryReport], limit: int | None, reserve: int) -> li
         value = r.difference()
         return "-" if value is None else f"{100 * value:+.2f} %"
 
-    columns: list[tuple[str, Callable[[MemoryReport], str]]] = [("optimizer", lambda r: r.name)]
+    def marked(r: MemoryReport) -> str:
+        return f"{r.name} *" if r.by_formula else r.name
+
+    def measured(r: MemoryReport) -> str:
+        return "not run" if r.measured is None else show(r.measured.peak)
+
+    columns: list[tuple[str, Callable[[MemoryReport], str]]] = [("optimizer", marked)]
     known = [r.predicted for r in reports if r.predicted is not None]
     for name, heading in HEADINGS.items():
         if any(getattr(found, name) for found in known):
@@ -60,7 +66,7 @@ def rows(reports: Sequence[MemoryReport], limit: int | None, reserve: int) -> li
         columns.append((f"fits {show(limit)}", left))
     if any(r.measured is not None for r in reports):
         columns += [
-            ("measured", lambda r: "-" if r.measured is None else show(r.measured.peak)),
+            ("measured", measured),
             ("difference", difference),
         ]
     if any(r.process_peak is not None for r in reports):
