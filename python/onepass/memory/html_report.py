@@ -77,7 +77,7 @@ def page(
         over = "; does not fit" if limit is not None and found.peak > limit else ""
         away = f" + {show(found.host)} on the host" if found.host else ""
         bars.append(
-            f'<div class="row"><b>{escape(report.name)}</b><div class="bar">{"".join(parts)}'
+            f'<div class="row"><b>{escape(report.label)}</b><div class="bar">{"".join(parts)}'
             f'<span class="peak">{show(found.peak)}{away}{over}</span>'
             f"{line and line + '</div>'}</div></div>"
         )

@@ -86,6 +86,7 @@ class StateFormula:
         moments = sum(self.moments * rounded(*self.moment(p)) + rounded(self.step) for p in trained)
         if self.shared_tables:
             moments += self.moments * rounded(self.table)
+        largest = max((p.numel() * p.dtype.itemsize for p in trained), default=0)
         narrow = [p.numel() for p in trained if p.dtype.itemsize == 2]
         return Bytes(
             weights=rounded(*(p.numel() * p.dtype.itemsize for p in like)),

@@ -87,7 +87,7 @@ def draw_bars(
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
         _label_bars(axes, [found for _, found in shown], left, limit, largest / unit, unit)
-        axes.set_yticks(list(rows), [report.name for report, _ in shown])
+        axes.set_yticks(list(rows), [report.label for report, _ in shown])
         axes.set_ylim(len(shown) - 0.4, -0.85)
         # Leave room for the label after the longest bar.
         axes.set_xlim(0, largest / unit * (1.3 if any(f.host for _, f in shown) else 1.22))

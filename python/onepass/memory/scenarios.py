@@ -201,10 +201,10 @@ def report(
     if choice.peer is not None and choice.peer.unseen and found.predicted is not None:
         found.notes.append(choice.peer.unseen)
     why = choice.unavailable(terms.device)
-    if choice.peer is not None and choice.peer.by_formula:
-        found.by_formula = True
-        found.notes.append(f"predicted by a formula from the source of {choice.peer.source}")
-    if why:
+    found.by_formula = choice.peer is not None and choice.peer.by_formula
+    if choice.peer is not None and found.by_formula:
+        found.problem = f"{why}; predicted by a formula from the source of {choice.peer.source}"
+    elif why:
         missing = " (predicted only)" if found.predicted is not None else ""
         found.problem = f"{why}{missing}"
     elif measured:

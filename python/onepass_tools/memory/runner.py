@@ -252,22 +252,31 @@ def _progress(total: int, silent: bool) -> Iterator[Callable[[str, int], None]]:
 def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
     """The remarks below the table."""
     notes = [_FORMULA] if any(r.by_formula for r in reports) else []
-    notes += [f"{r.name}: {text}" for r in reports for text in (r.problem, *r.notes) if text]
+    said = [(text, r.name) for r in reports for text in (r.problem, *r.notes) if text]
+    notes += [f"{', '.join(names)}: {text}" for text, names in _grouped(said)]
     if asked.limit is not None:
-        room = asked.limit - asked.reserve
+        room, over = asked.limit - asked.reserve, []
         for choice, found in zip(asked.choices, reports, strict=True):
             if found.predicted is None or found.predicted.peak <= room:
                 continue
             change = cheapest_change(choice, asked.model, asked.terms, room)
-            notes.append(
-                f"{found.name} does not fit; "
-                + (str(change) if change else "no change of its options would fit")
-            )
+            over.append((str(change or "no change of its options would fit"), found.name))
+        for text, names in _grouped(over):
+            verb = "does" if len(names) == 1 else "do"
+            notes.append(f"{', '.join(names)} {verb} not fit; {text}")
     if asked.terms.shards > 1 and asked.terms.sharding == "fsdp2":
         uneven = check_shards(asked.model, asked.terms.shards)
         notes += [uneven] if uneven else []
         notes.append("not counted with shards: the layers that are gathered while they are used")
     return [*notes, _UNCOUNTED]
+
+
+def _grouped(said: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """(text, the names of the optimizers with this text), in the order of the first names."""
+    found: dict[str, list[str]] = {}
+    for text, name in said:
+        found.setdefault(text, []).append(name)
+    return list(found.items())
 
 
 def _environment(device: str) -> str:
@@ -319,9 +328,9 @@ def _output(
     elif args.csv:
         print(table.as_csv(reports), end="")
     else:
-        print(f"{asked.title}\n")
+        table.print_lines([asked.title, ""])
         table.print_rows(rows)
-        print("\n" + "\n".join([*lines, *([""] if lines else []), *notes]))
+        table.print_lines(["", *lines, *([""] if lines else []), *notes])
     written = []
     try:
         if args.plot is not None:
