@@ -10,6 +10,7 @@ import pytest
 
 from onepass.memory.models import KNOWN, find
 from onepass.memory.models.published import known
+from onepass.memory.shards import local, parse_mesh
 
 # owner/name -> (the part of config.json that determines the count, number of parameters)
 MODELS = {
@@ -346,3 +347,24 @@ def test_bad_configurations_are_errors(config, says, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=says):
         find(str(path))
+
+
+def test_the_plans_of_a_configuration_divide_its_parameters(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["mistralai/Mixtral-8x7B-v0.1"][0]))
+    model = find(str(tmp_path))
+    whole = {s.name: s.shape for s in model.shapes}
+    two = {s.name: s.shape for s in local(model, parse_mesh("tp=2"))[1]}
+    experts = "model.layers.31.mlp.experts.gate_up_proj"
+    for name, dim in (
+        ("model.layers.31.self_attn.k_proj.weight", 0),
+        ("model.layers.31.self_attn.o_proj.weight", 1),
+        ("model.embed_tokens.weight", 0),
+        ("lm_head.weight", 0),
+        (experts, 1),
+    ):
+        halved = list(whole[name])
+        halved[dim] //= 2
+        assert two[name] == tuple(halved), name
+    assert two["model.norm.weight"] == whole["model.norm.weight"]
+    four = {s.name: s.shape for s in local(model, parse_mesh("fsdp=8,ep=4"))[1]}
+    assert four[experts] == (1, *whole[experts][1:])

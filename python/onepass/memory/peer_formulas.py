@@ -93,8 +93,7 @@ class StateFormula:
             gradients=rounded(*(p.numel() * (grad_dtype or p.dtype).itemsize for p in trained)),
             moments=moments,
             companions=rounded(*(n * self.companion for n in narrow)),
-            temporary=self.largest
-            * max((p.numel() * p.dtype.itemsize for p in trained), default=0),
+            temporary=self.largest * largest,
         )
 
 

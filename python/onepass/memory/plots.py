@@ -22,8 +22,17 @@ COLOURS = {
     "temporary": "#D55E00",
     "states": "#E69F00",
     "activations": "#009E73",
+    "buffers": "#56B4E9",
+    "gathered": "#999999",
 }
-_HATCHES = {"gradients": "//", "companions": "..", "ring": "xx", "temporary": "\\\\"}
+_HATCHES = {
+    "gradients": "//",
+    "companions": "..",
+    "ring": "xx",
+    "gathered": "--",
+    "buffers": "oo",
+    "temporary": "\\\\",
+}
 _GB, _MB = 1000**3, 1000**2
 
 

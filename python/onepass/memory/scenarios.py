@@ -12,13 +12,14 @@ import torch
 from ..optim import Optimizer
 from ..optim.registry import classes
 from ..suggestions import did_you_mean
-from . import shards
+from . import shards, training_peak
 from .measure import measure
 from .models import Model, Shape, load
 from .models.shapes import EMBEDDING, NORM
 from .peers import PEERS, Peer, categorise
 from .predict import block_of, predict, storage_bytes
 from .report import Bytes, MemoryReport
+from .shards import Mesh
 from .simulate import CannotSimulateError, simulate
 from .variants import Variant, groups_of, parse
 
@@ -32,15 +33,14 @@ class Terms:
         grad_dtype: the dtype of the gradients; None for the dtype of the weights.
         careful: whether norms are in fp32, and the states of embeddings and norms too; see
             onepass.cast_model and onepass.parameter_groups.
-        shards, sharding: the number of GPUs, and the sharding method: "fsdp2" or "zero1".
+        mesh: the GPUs and how the model is divided among them.
         device: the device type, which determines allocation granularity and optimizer defaults.
     """
 
     dtype: torch.dtype = torch.bfloat16
     grad_dtype: torch.dtype | None = None
     careful: bool = False
-    shards: int = 1
-    sharding: str = "fsdp2"
+    mesh: Mesh = Mesh()
     device: str = "cpu"
 
 
@@ -125,7 +125,7 @@ def _dealt(shapes: Sequence[Shape], terms: Terms) -> list[list[Shape]]:
         if shape.trained:
             kind = shape.kind if terms.careful and shape.kind in (EMBEDDING, NORM) else "matrix"
             groups.setdefault(kind, []).append(shape)
-    return shards.dealt(groups.values(), terms.shards)
+    return shards.dealt(groups.values(), terms.mesh.fsdp)
 
 
 def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
@@ -135,19 +135,33 @@ def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
         CannotSimulateError: the bytes of this optimizer cannot be predicted here.
         ValueError: the optimizer does not accept these parameters.
     """
-    shapes: Sequence[Shape] = model.shapes
-    if terms.shards > 1 and terms.sharding == "zero1":
-        params = parameters(shapes, terms)
+    whole, part = shards.local(model, terms.mesh)
+    params = parameters(whole, terms)
+    if terms.mesh.stage == 1:
         # Weights and gradients are not sharded; a rank holds only the states of its parameters.
+        ranks = [_of_shapes(choice, rank, terms) for rank in _dealt(whole, terms)]
+        found = max(ranks, key=lambda found: found.states, default=Bytes())
         trained = [p for p in params if p.requires_grad]
-        weights = storage_bytes(params)
         gradients = sum(p.numel() * (terms.grad_dtype or p.dtype).itemsize for p in trained)
-        ranks = [_of_shapes(choice, rank, terms) for rank in _dealt(shapes, terms)]
-        fullest = max(ranks, key=lambda found: found.states, default=Bytes())
-        return replace(fullest, weights=weights, gradients=gradients)
-    if terms.shards > 1:
-        shapes = shards.sharded(shapes, terms.shards)
-    return _of_shapes(choice, shapes, terms)
+        found = replace(found, weights=storage_bytes(params), gradients=gradients)
+    else:
+        found = _of_shapes(choice, part, terms)
+    found = replace(found, buffers=model.buffers)
+    if terms.mesh.fsdp == 1:
+        return found
+    counts = shards.parts(model, terms.mesh, whole)
+    plan = training_peak.schedule(whole, params, counts, terms.grad_dtype, terms.mesh.stage)
+    return at_peak(found, plan)
+
+
+def at_peak(found: Bytes, plan: training_peak.Schedule) -> Bytes:
+    """Adds what forward and backward hold, or keeps the temporary bytes of the step if larger."""
+    more = max(0, plan.peak() - found.gradients)
+    bare = plan.without_activations().peak()
+    gathered = min(more, max(0, bare - found.gradients))
+    if more <= found.temporary:
+        return found
+    return replace(found, gathered=gathered, activations=more - gathered, temporary=0)
 
 
 def _of_shapes(choice: Candidate, shapes: Sequence[Shape], terms: Terms) -> Bytes:
@@ -211,9 +225,10 @@ def report(
         params = parameters(model.shapes, terms)
         make = choice.maker([s.kind for s in model.shapes], terms)
         try:
-            found.measured, found.process_peak = measure(
+            made, found.process_peak = measure(
                 make, params, terms.grad_dtype, terms.device, categorise, snapshot, tick
             )
+            found.measured = replace(made, buffers=model.buffers)
         except Exception as error:
             if choice.variant is not None:
                 raise

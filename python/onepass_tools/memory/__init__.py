@@ -64,12 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--reserve", metavar="SIZE", help="memory of the GPU to leave for activations")
     run.add_argument(
-        "--shards", default="1", metavar="N", help="number of GPUs to shard over (default: 1)"
-    )
-    run.add_argument(
-        "--sharding",
-        default="fsdp2",
-        help="what is sharded: fsdp2 (default) weights, gradients and states; zero1 only states",
+        "--mesh",
+        metavar="SIZES",
+        help="the GPUs, for example fsdp=8,tp=2: dp (replicas; with fsdp: HSDP), fsdp or zero3 "
+        "(FSDP2), zero2, zero1, tp (tensor parallel), ep (expert parallel)",
     )
 
     measured = parser.add_argument_group("measurement")

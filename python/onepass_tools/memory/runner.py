@@ -23,8 +23,8 @@ from onepass.memory.peers import DEFAULT as DEFAULT_PEERS
 from onepass.memory.probes import free_memory
 from onepass.memory.report import TOLERANCE
 from onepass.memory.scenarios import Candidate, Terms, candidate, predicted, report
-from onepass.memory.shards import KINDS
 from onepass.memory.shards import check as check_shards
+from onepass.memory.shards import parse_mesh
 from onepass.memory.simulate import CannotSimulateError
 from onepass.memory.sizes import parse_size, show
 from onepass.suggestions import did_you_mean
@@ -77,9 +77,8 @@ class Asked:
             parts.append(f"gradients in {str(terms.grad_dtype).removeprefix('torch.')}")
         if terms.careful:
             parts.append("norms and states of embeddings and norms in fp32")
-        if terms.shards > 1:
-            kind = {"fsdp2": "FSDP2", "zero1": "ZeRO-1"}[terms.sharding]
-            parts.append(f"one of {terms.shards} GPUs under {kind}")
+        if terms.mesh.ranks > 1:
+            parts.append(f"one of {terms.mesh.ranks} GPUs ({terms.mesh})")
         return ", ".join(parts)
 
 
@@ -130,9 +129,8 @@ def _checked(args: argparse.Namespace) -> Asked:
         raise UsageError(
             "--model is missing: give a name of --list-models, a config.json or module:factory"
         )
-    shards = _number("--shards", args.shards, int)
+    mesh = parse_mesh(args.mesh)
     scale = _number("--scale", args.scale, float)
-    _choice("--sharding", args.sharding, KINDS)
     _choice("--task", args.task, TASKS)
     _choice("--device", args.device, ("auto", "cpu", "cuda"))
     has_cuda = torch.cuda.is_available()
@@ -155,10 +153,10 @@ def _checked(args: argparse.Namespace) -> Asked:
         raise UsageError(f"--reserve must be below --gpu {args.gpu}; got {args.reserve}")
     if args.recommend and limit is None:
         raise UsageError("--recommend needs --gpu, for example --gpu 24GB")
-    if args.measure and shards > 1:
+    if args.measure and mesh.ranks > 1:
         raise UsageError(
-            f"--measure uses one device, so it needs --shards 1; got {shards} (--scale also makes "
-            "the model smaller)"
+            f"--measure uses one device, so it cannot be combined with --mesh {mesh} (--scale also "
+            "makes the model smaller)"
         )
     if args.measure and args.recommend:
         raise UsageError(
@@ -169,8 +167,7 @@ def _checked(args: argparse.Namespace) -> Asked:
         _dtype("--dtype", args.dtype),
         _dtype("--grad-dtype", args.grad_dtype) if args.grad_dtype else None,
         args.parameter_groups,
-        shards,
-        args.sharding,
+        mesh,
         device,
     )
     names = (args.optimizers or OPTIMIZERS).split(",")
@@ -264,10 +261,9 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
         for text, names in _grouped(over):
             verb = "does" if len(names) == 1 else "do"
             notes.append(f"{', '.join(names)} {verb} not fit; {text}")
-    if asked.terms.shards > 1 and asked.terms.sharding == "fsdp2":
-        uneven = check_shards(asked.model, asked.terms.shards)
+    if asked.terms.mesh.fsdp > 1 and asked.terms.mesh.stage > 1:
+        uneven = check_shards(asked.model, asked.terms.mesh.fsdp)
         notes += [uneven] if uneven else []
-        notes.append("not counted with shards: the layers that are gathered while they are used")
     return [*notes, _UNCOUNTED]
 
 
@@ -316,8 +312,7 @@ def _output(
             "parameters": asked.model.numel,
             "trained": asked.model.trained,
             "dtype": str(asked.terms.dtype).removeprefix("torch."),
-            "shards": asked.terms.shards,
-            "sharding": asked.terms.sharding,
+            "mesh": str(asked.terms.mesh) or None,
             "gpu": asked.limit,
             "reserve": asked.reserve,
             **(extra or {}),

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 HEADINGS = {
     "weights": "weights",
+    "buffers": "buffers",
     "gradients": "gradients",
     "moments": "moments",
     "companions": "master/split",
     "ema": "EMA",
     "ring": "ring",
+    "gathered": "gathered",
+    "activations": "activations",
     "temporary": "temporary",
 }
 DETAILS = (
     "process grew",
+    "buffers",
     "temporary",
     "ring",
     "EMA",
@@ -34,6 +38,8 @@ DETAILS = (
     "gradients",
     "master/split",
     "moments",
+    "gathered",
+    "activations",
     "on the host",
     "B/param",
     "difference",
