@@ -25,8 +25,8 @@ MEASURED = 254_592
 """The number of parameters of the largest model whose loss was measured for each format."""
 
 CAUTION = (
-    f"caution: 4-bit states were compared with fp32 only in a model of {MEASURED:,} parameters over "
-    "500 steps, where each step was 9 % longer; try them on a short run first"
+    f"caution: 4-bit states were compared with fp32 only in a model of {MEASURED:,} parameters, "
+    "over 500 steps that were 9 % longer; try them on a short run first"
 )
 """docs/training.md has the measurements."""
 

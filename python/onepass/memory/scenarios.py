@@ -13,13 +13,14 @@ from ..optim import Optimizer
 from ..optim.registry import classes
 from ..suggestions import did_you_mean
 from . import shards, training_peak
+from .activations import Sample, with_activations
 from .measure import measure
 from .models import Model, Shape, load
 from .models.shapes import EMBEDDING, NORM
 from .peers import PEERS, Peer, categorise
 from .predict import block_of, predict, storage_bytes
 from .report import Bytes, MemoryReport
-from .shards import Mesh
+from .shards import ONE_GPU, Mesh
 from .simulate import CannotSimulateError, simulate
 from .variants import Variant, groups_of, parse
 
@@ -34,14 +35,16 @@ class Terms:
         careful: whether norms are in fp32, and the states of embeddings and norms too; see
             onepass.cast_model and onepass.parameter_groups.
         mesh: the GPUs and how the model is divided among them.
+        sample: what a GPU computes in a step; None if activations are not counted.
         device: the device type, which determines allocation granularity and optimizer defaults.
     """
 
     dtype: torch.dtype = torch.bfloat16
     grad_dtype: torch.dtype | None = None
     careful: bool = False
-    mesh: Mesh = Mesh()
+    mesh: Mesh = ONE_GPU
     device: str = "cpu"
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,13 @@ def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
     else:
         found = _of_shapes(choice, part, terms)
     found = replace(found, buffers=model.buffers)
-    if terms.mesh.fsdp == 1:
+    if terms.mesh.fsdp == 1 and terms.sample is None:
         return found
     counts = shards.parts(model, terms.mesh, whole)
     plan = training_peak.schedule(whole, params, counts, terms.grad_dtype, terms.mesh.stage)
+    if terms.sample is not None:
+        size = terms.dtype.itemsize
+        plan = with_activations(plan, model, terms.sample, size, terms.mesh.tp)
     return at_peak(found, plan)
 
 

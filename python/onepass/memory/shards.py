@@ -1,4 +1,4 @@
-"""The part of a model that one of several GPUs holds: FSDP2, HSDP, ZeRO, tensor and expert parallel.
+"""The part of a model that one of several GPUs holds.
 
 Sources: torch.distributed.fsdp.fully_shard, whose shards are padded ``Shard(0)``;
 torch.distributed.optim.ZeroRedundancyOptimizer, which assigns whole parameters; the plans
@@ -48,6 +48,9 @@ class Mesh:
         return ",".join(f"{key}={size}" for key, size in sizes.items() if size > 1)
 
 
+ONE_GPU = Mesh()
+
+
 def parse_mesh(text: str | Mapping[str, int] | Mesh | None) -> Mesh:
     """The mesh of a text such as "fsdp=8,tp=2", or of a mapping with the same keys.
 
@@ -59,7 +62,7 @@ def parse_mesh(text: str | Mapping[str, int] | Mesh | None) -> Mesh:
             expert parallel ranks do not divide the data parallel ranks.
     """
     if text is None or isinstance(text, Mesh):
-        return text or Mesh()
+        return text or ONE_GPU
     if isinstance(text, str):
         pairs = [part.partition("=")[::2] for part in text.split(",") if part.strip()]
     else:
@@ -107,8 +110,8 @@ def tensor_parallel(model: Model, count: int) -> list[Shape]:
         return list(model.shapes)
     if not model.tp_plan:
         raise ValueError(
-            f"mesh: tp needs the plan of the model (base_model_tp_plan), and {model.name} has none: "
-            "give a transformers configuration with a plan, with transformers installed"
+            f"mesh: tp needs the plan of the model (base_model_tp_plan), and {model.name} has "
+            "none: give a transformers configuration with a plan, with transformers installed"
         )
     found = []
     for shape in model.shapes:

@@ -31,6 +31,7 @@ class Unit:
         padded: gradients of uneven parameters, which are padded before they are reduced.
         kept: gradients that the rank keeps.
         activations: tensors saved for the backward pass.
+        working: further tensors at the start of the backward pass of the module.
     """
 
     gathered: int = 0
@@ -39,6 +40,7 @@ class Unit:
     padded: int = 0
     kept: int = 0
     activations: int = 0
+    working: int = 0
 
     def __add__(self, other: Unit) -> Unit:
         return Unit(*(getattr(self, n) + getattr(other, n) for n in self.__dataclass_fields__))
@@ -62,9 +64,8 @@ class Schedule:
 
     def without_activations(self) -> Schedule:
         """A copy that counts no activations."""
-        first, *blocks, last = (
-            replace(unit, activations=0) for unit in (self.first, *self.blocks, self.last)
-        )
+        units = (self.first, *self.blocks, self.last)
+        first, *blocks, last = (replace(unit, activations=0, working=0) for unit in units)
         return replace(self, first=first, blocks=tuple(blocks), last=last)
 
     def peak(self) -> int:
@@ -81,10 +82,13 @@ class Schedule:
         for i in reversed(range(len(self.blocks))):
             block = self.blocks[i]
             near = self.blocks[max(0, i - 1) if self.reshard else 0 : i]
-            now = root + done + sum(unit.gathered for unit in near) + block.gradients + saved
+            now = root + done + sum(unit.gathered for unit in near) + saved
+            found = max(found, now + block.gathered + reducing + block.working)
+            # At the end, its activations are freed and its gradients are complete.
+            saved, now = saved - block.activations, now - block.activations + block.gradients
             found = max(found, now + block.gathered + reducing)
-            saved, reducing = saved - block.activations, block.reduced
-            found = max(found, now - block.activations + block.padded + reducing)
+            reducing = block.reduced
+            found = max(found, now + block.padded + reducing)
             done += block.kept
         return max(found, root + done + self.first.gradients + reducing + saved)
 

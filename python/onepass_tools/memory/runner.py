@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from onepass.memory import MemoryReport
+from onepass.memory import MemoryReport, Sample
 from onepass.memory.advice import TASKS, cheapest_change, recommend
+from onepass.memory.gpus import capacity
 from onepass.memory.models import Model, find
 from onepass.memory.peers import DEFAULT as DEFAULT_PEERS
 from onepass.memory.probes import free_memory
@@ -41,6 +42,10 @@ _DTYPES = {
 _UNCOUNTED = (
     "not counted: activations and the memory of the CUDA runtime; all gradients of a step are "
     "counted (onepass.release_gradients frees each of them at once)"
+)
+_ACTIVATIONS = (
+    "activations: by a formula, as far as they exceed the gradients that replace them in the "
+    "backward pass; not counted: dropout and the memory of the CUDA runtime"
 )
 _FORMULA = "* predicted by a formula, because the optimizer cannot be run or simulated here"
 
@@ -145,7 +150,7 @@ def _checked(args: argparse.Namespace) -> Asked:
                 "--snapshot records the CUDA allocator, so it needs --measure on a CUDA device"
             )
         args.snapshot.mkdir(parents=True, exist_ok=True)
-    limit = parse_size(args.gpu) if args.gpu else None
+    limit = capacity(args.gpu) if args.gpu else None
     reserve = parse_size(args.reserve) if args.reserve else 0
     if args.reserve and limit is None:
         raise UsageError("--reserve needs --gpu: it is a part of the memory of the GPU")
@@ -169,6 +174,7 @@ def _checked(args: argparse.Namespace) -> Asked:
         args.parameter_groups,
         mesh,
         device,
+        _sample(args),
     )
     names = (args.optimizers or OPTIMIZERS).split(",")
     if not args.optimizers and terms.dtype != torch.bfloat16:
@@ -181,6 +187,17 @@ def _checked(args: argparse.Namespace) -> Asked:
     choices = [candidate(name) for name in names]
     model = find(args.model).scaled(scale)
     return Asked(model, choices, terms, limit, reserve, _number("--rank", args.rank, int))
+
+
+def _sample(args: argparse.Namespace) -> Sample | None:
+    if args.sample is None:
+        return None
+    if args.measure:
+        raise UsageError("--measure takes steps without activations: leave out --sample")
+    match = re.fullmatch(r"(\d+)x(\d+)", args.sample)
+    if match is None:
+        raise UsageError(f"--sample must be BATCHxTOKENS, for example 4x2048; got {args.sample}")
+    return Sample(int(match[1]), int(match[2]), args.checkpointing, args.attention)
 
 
 def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
@@ -264,7 +281,7 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
     if asked.terms.mesh.fsdp > 1 and asked.terms.mesh.stage > 1:
         uneven = check_shards(asked.model, asked.terms.mesh.fsdp)
         notes += [uneven] if uneven else []
-    return [*notes, _UNCOUNTED]
+    return [*notes, _ACTIVATIONS if asked.terms.sample else _UNCOUNTED]
 
 
 def _grouped(said: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
@@ -289,7 +306,7 @@ def _recommend(args: argparse.Namespace, asked: Asked) -> int:
     reasons = advice.reasons
     lines = [f"recommended for {args.task}: {reasons[0]}" if advice.chosen else reasons[0]]
     lines += [f"- {reason}" for reason in reasons[1:]]
-    notes = [_UNCOUNTED]
+    notes = [_ACTIVATIONS if asked.terms.sample else _UNCOUNTED]
     chosen = advice.chosen.name if advice.chosen else None
     extra = {"task": args.task, "recommended": chosen, "reasons": reasons}
     _output(args, asked, advice.reports, notes, lines, extra)

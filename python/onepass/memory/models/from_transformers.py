@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,7 +75,31 @@ def of_transformers(config: Mapping[str, Any], name: str, source: str) -> Model:
             f"{source} is not a valid configuration of {family}: transformers {version} raised "
             f"{type(error).__name__}: {first}"
         ) from error
-    return of_module(model, name, source)
+    return replace(of_module(model, name, source), config=sizes_of(found, model))
+
+
+def sizes_of(config: Any, model: torch.nn.Module) -> dict[str, Any]:
+    """The sizes that the formula of activations needs; see :class:`Model`."""
+    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = {key: getattr(config, key, None) for key in keys}
+    inner = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
+    width = next((n for key in inner if (n := getattr(config, key, None))), None)
+    if width is None and hasattr(config, "n_inner"):  # None is GPT-2's default
+        width = 4 * config.hidden_size
+    names = ("hidden_act", "activation_function", "hidden_activation")
+    act = next((n for key in names if (n := getattr(config, key, None))), None)
+    logits = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM"))
+    head = getattr(config, "vocab_size", 0) if logits else 0
+    return {**sizes, "intermediate_size": width, "hidden_act": act, "head": head}
+
+
+def as_mapping(config: Any) -> Mapping[str, Any]:
+    """A configuration as a mapping; empty if it is not one."""
+    if isinstance(config, Mapping):
+        return config
+    to_dict = getattr(config, "to_dict", None)
+    found = to_dict() if callable(to_dict) else {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _build(transformers: Any, config: Any) -> torch.nn.Module:

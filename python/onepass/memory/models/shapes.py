@@ -48,6 +48,8 @@ class Model:
         buffers: bytes of the buffers.
         tp_plan, ep_plan: names of modules or parameters, with ``*`` for numbers -> how tensor and
             expert parallelism divide them; empty if the model has no plan.
+        config: the sizes that the formula of activations needs, by transformers' names, and
+            ``head``, the vocabulary of the logits; empty if they are unknown.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Model:
     buffers: int = 0
     tp_plan: Mapping[str, str] = field(default_factory=dict, hash=False)
     ep_plan: Mapping[str, str] = field(default_factory=dict, hash=False)
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def numel(self) -> int:
