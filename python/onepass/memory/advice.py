@@ -269,9 +269,9 @@ def recommend(
             )
         return advice
     advice.reasons = [f"nothing fits in {show(room)} for this task", *why]
-    change = cheapest_change(candidate(names[-1]), model, terms, room)
+    change = cheapest_change(candidate(names[1]), model, terms, room)
     if change is not None:
-        advice.reasons.insert(1, f"{names[-1]} with {change}")
+        advice.reasons.insert(1, f"{names[1]} with {change}")
     later = TASKS[TASKS.index(task) + 1 :]
     for other in [t for t in later if t in ("lora", "qlora")]:
         smaller = recommend(whole, terms, limit, reserve, other, rank)
