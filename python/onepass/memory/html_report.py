@@ -23,6 +23,7 @@ h1 { font-size: 1.25rem; } .note { opacity: .75; }
 .part:hover .tip, .part:focus .tip { display: block; }
 .peak { padding-left: .5rem; white-space: nowrap; align-self: center; }
 .limit { position: absolute; top: -.25rem; bottom: -.25rem; border-left: 2px dashed CanvasText; }
+@media (max-width: 45rem) { .row { grid-template-columns: 1fr; } .row > b { text-align: left; } }
 .legend span { display: inline-block; margin: 0 1.2rem .3rem 0; }
 .legend i { display: inline-block; width: 1rem; height: 1rem; margin-right: .4rem;
   vertical-align: -.15rem; }

@@ -100,7 +100,9 @@ def draw_bars(
         axes.set_ylim(len(shown) - 0.4, -0.85)
         # Leave room for the label after the longest bar.
         axes.set_xlim(0, largest / unit * (1.3 if any(f.host for _, f in shown) else 1.22))
-        axes.set_xlabel(f"{word} at the peak of the step, activations not included")
+        bare = not any(found.activations for _, found in shown)
+        without = ", activations not included" if bare else ""
+        axes.set_xlabel(f"{word} at the peak of the step{without}")
         axes.set_title(title, fontsize=10.5)
         axes.grid(axis="x", alpha=0.25)
         axes.set_axisbelow(True)

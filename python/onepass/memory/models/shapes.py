@@ -84,7 +84,8 @@ class Model:
             replace(s, shape=(max(1, round(s.shape[0] * scale)), *s.shape[1:])) if s.shape else s
             for s in self.shapes
         )
-        return replace(self, name=f"{self.name} x {scale:g}", shapes=tuple(shapes), published=None)
+        name = f"{self.name} x {scale:g}"
+        return replace(self, name=name, shapes=tuple(shapes), published=None, config={})
 
     def mapped(self, shapes: Iterable[Shape]) -> Model:
         """A copy with other shapes."""
