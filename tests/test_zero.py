@@ -1,9 +1,9 @@
 """Optimizers with torch.distributed: several gloo processes on this machine.
 
-The checks are in zero_checks.py, zero_checkpoints.py and zero_reading.py. All checks for one number
-of ranks run in one set of processes. Four ranks run first, because the others load the checkpoints
-that these save. `make test` runs the checks on one and two ranks only; test_random_ranks.py runs on
-three.
+The checks are in zero_checks.py, zero_checkpoints.py, zero_memory.py and zero_reading.py. All
+checks for one number of ranks run in one set of processes. Four ranks run first, because the others
+load the checkpoints that these save. `make test` runs the checks on one and two ranks only;
+test_random_ranks.py runs on three.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import time
 import pytest
 import torch.distributed as dist
 
-from . import zero_checkpoints, zero_checks, zero_ranks, zero_reading
+from . import zero_checkpoints, zero_checks, zero_memory, zero_ranks, zero_reading
 from .support.thorough import THOROUGH, thorough
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
 )
-CHECKS = [*zero_checks.EVERYWHERE, *zero_checkpoints.EVERYWHERE, *zero_reading.EVERYWHERE]
+CHECKS = [
+    *zero_checks.EVERYWHERE,
+    *zero_checkpoints.EVERYWHERE,
+    *zero_memory.EVERYWHERE,
+    *zero_reading.EVERYWHERE,
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from onepass.memory.models import of_module
 from onepass.memory.predict import storage_bytes
 from onepass.memory.scenarios import Terms, candidate
 from onepass.memory.scenarios import predicted as of_terms
+from onepass.memory.shards import parse_mesh
 
 from . import zero_model
 from .zero_model import LR, backward, everywhere, make, mesh, pair, same_as_twin, train, whole
@@ -91,7 +92,7 @@ def bytes_per_rank_are_a_share_of_the_whole(directory, checkpoints):
 
 
 def bytes_per_rank_are_as_predicted(directory, checkpoints):
-    """`onepass memory --shards` predicts the bytes on the rank that holds the most."""
+    """`onepass memory --mesh` predicts the bytes on the rank that holds the most."""
     world = dist.get_world_size()
     for name, states, weights in (
         ("adamw", "fp32", "native"),
@@ -101,11 +102,11 @@ def bytes_per_rank_are_as_predicted(directory, checkpoints):
     ):
         kind = onepass.Lion if "lion" in name else onepass.AdamW
         options = {"states": states, "weights": weights}
-        for sharding in ("fsdp2", "zero1"):
+        for sharding in ("fsdp", "zero1"):
             model = make(BF16)
-            terms = Terms(shards=world, sharding=sharding)
+            terms = Terms(mesh=parse_mesh({sharding: world}))
             predicted = of_terms(candidate(name), of_module(model, "model"), terms)
-            if sharding == "fsdp2":
+            if sharding == "fsdp":
                 trained = zero_model.sharded(model)
                 optimizer = inner = kind(model.parameters(), lr=LR, **options)
             else:

@@ -10,6 +10,7 @@ import pytest
 
 from onepass.memory.models import KNOWN, find
 from onepass.memory.models.published import known
+from onepass.memory.shards import local, parse_mesh
 
 # owner/name -> (the part of config.json that determines the count, number of parameters)
 MODELS = {
@@ -333,8 +334,10 @@ LLAMA = MODELS["meta-llama/Llama-2-7b-hf"][0]
         ({"model_type": "lama"}, "has no model_type 'lama'; did you mean .*'llama'"),
         ({**LLAMA, "num_hidden_layers": -1}, "num_hidden_layers must be an integer >= 1; got -1"),
         ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers must be an integer >= 1; got 0"),
-        ({**LLAMA, "hidden_size": -64}, "not a valid configuration of llama: transformers"),
-        ({**LLAMA, "vocab_size": -1}, "not a valid configuration of llama: transformers"),
+        ({**LLAMA, "hidden_size": -64}, "hidden_size must be an integer >= 1; got -64"),
+        ({**LLAMA, "vocab_size": 0}, "vocab_size must be an integer >= 1; got 0"),
+        ({**LLAMA, "intermediate_size": -1}, "intermediate_size must be an integer >= 0; got -1"),
+        ({**LLAMA, "num_attention_heads": 0}, "not a valid configuration of llama: transformers"),
         ({**LLAMA, "hidden_size": "8"}, "not a valid configuration of llama: transformers"),
         ({**LLAMA, "num_key_value_heads": -8}, "num_key_value_heads must be an integer >= 0"),
     ],
@@ -344,3 +347,24 @@ def test_bad_configurations_are_errors(config, says, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=says):
         find(str(path))
+
+
+def test_the_plans_of_a_configuration_divide_its_parameters(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["mistralai/Mixtral-8x7B-v0.1"][0]))
+    model = find(str(tmp_path))
+    whole = {s.name: s.shape for s in model.shapes}
+    two = {s.name: s.shape for s in local(model, parse_mesh("tp=2"))[1]}
+    experts = "model.layers.31.mlp.experts.gate_up_proj"
+    for name, dim in (
+        ("model.layers.31.self_attn.k_proj.weight", 0),
+        ("model.layers.31.self_attn.o_proj.weight", 1),
+        ("model.embed_tokens.weight", 0),
+        ("lm_head.weight", 0),
+        (experts, 1),
+    ):
+        halved = list(whole[name])
+        halved[dim] //= 2
+        assert two[name] == tuple(halved), name
+    assert two["model.norm.weight"] == whole["model.norm.weight"]
+    four = {s.name: s.shape for s in local(model, parse_mesh("fsdp=8,ep=4"))[1]}
+    assert four[experts] == (1, *whole[experts][1:])

@@ -23,6 +23,7 @@ h1 { font-size: 1.25rem; } .note { opacity: .75; }
 .part:hover .tip, .part:focus .tip { display: block; }
 .peak { padding-left: .5rem; white-space: nowrap; align-self: center; }
 .limit { position: absolute; top: -.25rem; bottom: -.25rem; border-left: 2px dashed CanvasText; }
+@media (max-width: 45rem) { .row { grid-template-columns: 1fr; } .row > b { text-align: left; } }
 .legend span { display: inline-block; margin: 0 1.2rem .3rem 0; }
 .legend i { display: inline-block; width: 1rem; height: 1rem; margin-right: .4rem;
   vertical-align: -.15rem; }
@@ -77,7 +78,7 @@ def page(
         over = "; does not fit" if limit is not None and found.peak > limit else ""
         away = f" + {show(found.host)} on the host" if found.host else ""
         bars.append(
-            f'<div class="row"><b>{escape(report.name)}</b><div class="bar">{"".join(parts)}'
+            f'<div class="row"><b>{escape(report.label)}</b><div class="bar">{"".join(parts)}'
             f'<span class="peak">{show(found.peak)}{away}{over}</span>'
             f"{line and line + '</div>'}</div></div>"
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..integrations.other_libraries import CLASSES, TORCH_LOOPS, OptimizerClass
-from .predict import category_of
+from ..integrations.other_libraries import CLASSES, FLASHOPTIM, TORCH_LOOPS, OptimizerClass
+from .peer_formulas import FORMULAS, VERSIONS
+from .predict import block_of, category_of
 from .report import Bytes
-from .simulate import CannotSimulateError, simulate
+from .simulate import simulate
 
 LR = 1e-3
 
@@ -34,7 +35,6 @@ class Peer:
         unseen: the part of the step that is not predicted, as a sentence; empty if there is none.
         unpaged: for a paged class, the same class without paging. The paged class stores its large
             states on the host.
-        formula: a function that predicts the bytes if the step cannot be simulated; else None.
     """
 
     name: str
@@ -44,7 +44,19 @@ class Peer:
     cuda: bool = False
     unseen: str = ""
     unpaged: OptimizerClass | None = None
-    formula: Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes] | None = None
+
+    @property
+    def by_formula(self) -> bool:
+        """Whether the bytes come from a formula, because a step cannot be simulated here."""
+        library = self.made.library
+        # FlashOptim cannot be constructed without a GPU.
+        return library.name == FLASHOPTIM.name or bool(library.unavailable())
+
+    @property
+    def source(self) -> str:
+        """The library and the version whose formula is used."""
+        name = self.made.library.name
+        return f"{name} {VERSIONS[name]}"
 
     def unavailable(self, device: str) -> str:
         """The reason why the optimizer cannot run on a device here; empty if it can."""
@@ -63,19 +75,15 @@ class Peer:
     def predict(
         self, like: Sequence[torch.Tensor], grad_dtype: torch.dtype | None, device: str
     ) -> Bytes:
-        """Predicts the bytes of a run with this optimizer; see :func:`simulate`.
-
-        Raises:
-            CannotSimulateError: the bytes of this optimizer cannot be predicted here.
-        """
-        if self.formula is not None:
-            return self.formula(like, grad_dtype)
-        if why := self.made.library.unavailable():
-            raise CannotSimulateError(why)
+        """Predicts the bytes of a run with this optimizer, by a formula or a simulated step."""
         made = self.unpaged or self.made
-        found = simulate(
-            lambda params: self._optimizer(made, params), like, grad_dtype, device, categorise
-        )
+        if self.by_formula:
+            formula = FORMULAS[f"{made.library.name}.{made.name}"]
+            found = formula.predict(like, grad_dtype, block_of(torch.device(device)))
+        else:
+            found = simulate(
+                lambda params: self._optimizer(made, params), like, grad_dtype, device, categorise
+            )
         if self.unpaged is not None:
             # CUDA managed memory: pages also occupy the device during a step, as far as they fit.
             codes = torch.uint8 if "8bit" in self.name else torch.float32
@@ -94,26 +102,6 @@ class Peer:
 def categorise(key: str) -> str:
     """The category of a state of another library's optimizer, by its key."""
     return "companions" if key in ("kahan_comp", "error_bits", "master") else category_of(key)
-
-
-def _flash(moments: int) -> Callable[[Sequence[torch.Tensor], torch.dtype | None], Bytes]:
-    """The prediction formula for FlashOptim 0.1.4, derived from its source code.
-
-    Each moment takes 1 byte per element and an fp16 scale per 32 elements. Each 16-bit weight has a
-    companion of 1 byte (master_weight_bits=24). There is no temporary memory.
-    """
-
-    def predict(like: Sequence[torch.Tensor], grad_dtype: torch.dtype | None) -> Bytes:
-        trained = [p for p in like if p.requires_grad]
-        scales = sum(-(-p.numel() // 32) for p in trained)
-        return Bytes(
-            weights=sum(p.numel() * p.dtype.itemsize for p in like),
-            gradients=sum(p.numel() * (grad_dtype or p.dtype).itemsize for p in trained),
-            moments=moments * (sum(p.numel() for p in trained) + 2 * scales),
-            companions=sum(p.numel() for p in trained if p.dtype.itemsize == 2),
-        )
-
-    return predict
 
 
 def _torch(name: str, loop: str, suffix: str = "", **options: Any) -> Peer:
@@ -146,8 +134,8 @@ PEERS: dict[str, Peer] = {
         *(_bitsandbytes(name) for name in ("Lion8bit", "PagedLion8bit")),
         _of(CLASSES["torchao.AdamW8bit"], unseen=_COMPILED),
         _of(CLASSES["torchao.AdamW4bit"], unseen=_COMPILED),
-        _of(CLASSES["flashoptim.FlashAdamW"], "flashoptim-adamw", cuda=True, formula=_flash(2)),
-        _of(CLASSES["flashoptim.FlashLion"], "flashoptim-lion", cuda=True, formula=_flash(1)),
+        _of(CLASSES["flashoptim.FlashAdamW"], "flashoptim-adamw", cuda=True),
+        _of(CLASSES["flashoptim.FlashLion"], "flashoptim-lion", cuda=True),
         _of(CLASSES["optimi.AdamW"]),
         _of(CLASSES["optimi.Lion"]),
         _of(CLASSES["lion-pytorch.Lion"], "lion-pytorch"),

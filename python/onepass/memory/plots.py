@@ -22,8 +22,17 @@ COLOURS = {
     "temporary": "#D55E00",
     "states": "#E69F00",
     "activations": "#009E73",
+    "buffers": "#56B4E9",
+    "gathered": "#999999",
 }
-_HATCHES = {"gradients": "//", "companions": "..", "ring": "xx", "temporary": "\\\\"}
+_HATCHES = {
+    "gradients": "//",
+    "companions": "..",
+    "ring": "xx",
+    "gathered": "--",
+    "buffers": "oo",
+    "temporary": "\\\\",
+}
 _GB, _MB = 1000**3, 1000**2
 
 
@@ -87,11 +96,13 @@ def draw_bars(
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
         _label_bars(axes, [found for _, found in shown], left, limit, largest / unit, unit)
-        axes.set_yticks(list(rows), [report.name for report, _ in shown])
+        axes.set_yticks(list(rows), [report.label for report, _ in shown])
         axes.set_ylim(len(shown) - 0.4, -0.85)
         # Leave room for the label after the longest bar.
         axes.set_xlim(0, largest / unit * (1.3 if any(f.host for _, f in shown) else 1.22))
-        axes.set_xlabel(f"{word} at the peak of the step, activations not included")
+        bare = not any(found.activations for _, found in shown)
+        without = ", activations not included" if bare else ""
+        axes.set_xlabel(f"{word} at the peak of the step{without}")
         axes.set_title(title, fontsize=10.5)
         axes.grid(axis="x", alpha=0.25)
         axes.set_axisbelow(True)

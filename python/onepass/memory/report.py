@@ -19,11 +19,16 @@ class Bytes:
 
     Attributes:
         weights: parameters, including frozen ones.
+        buffers: buffers of the model, which FSDP2 does not shard.
         gradients: gradients of all trained parameters.
         moments: states of the rule, including block scales and step counters.
         companions: companions of 16-bit weights: master copies, split bits, Kahan compensation.
         ema: averages of the weights.
         ring: the device buffer through which paged states stream.
+        gathered: what forward and backward hold beyond the gradients: gathered modules, gradients
+            before the reduce-scatter; 0 if the peak is in the step of the optimizer.
+        activations: tensors saved for the backward pass, as far as they exceed the gradients that
+            replace them; 0 if they are not counted.
         temporary: the maximum that a step allocates in addition and frees before it returns.
         host: states stored in host memory; not included in ``held`` or ``peak``.
     """
@@ -36,6 +41,9 @@ class Bytes:
     ring: int = 0
     temporary: int = 0
     host: int = 0
+    buffers: int = 0
+    gathered: int = 0
+    activations: int = 0
 
     @property
     def states(self) -> int:
@@ -50,7 +58,7 @@ class Bytes:
     @property
     def peak(self) -> int:
         """The maximum number of bytes on the device during a step."""
-        return self.held + self.temporary
+        return self.held + self.gathered + self.activations + self.temporary
 
     def items(self) -> Iterator[tuple[str, int]]:
         """Yields (category, bytes)."""
@@ -60,12 +68,15 @@ class Bytes:
         return Bytes(**{name: n + getattr(other, name) for name, n in self.items()})
 
 
-HELD = ("weights", "gradients", "moments", "companions", "ema", "ring")
-CATEGORIES = (*HELD, "temporary")
+HELD = ("weights", "buffers", "gradients", "moments", "companions", "ema", "ring")
+CATEGORIES = (*HELD, "gathered", "activations", "temporary")
 """The parts of :attr:`Bytes.peak`, in the order in which they are shown."""
 
 TITLES = {
     "weights": "weights",
+    "buffers": "buffers",
+    "gathered": "gathered modules",
+    "activations": "activations beyond gradients",
     "gradients": "gradients",
     "moments": "states",
     "companions": "extra bits of weights=...",
@@ -89,6 +100,7 @@ class MemoryReport:
         process_peak: the maximum growth in bytes of the process's resident set in a step. It covers
             all allocators, is accurate to about 0.5 MiB, and is measured only on Linux CPUs.
         ours: whether the optimizer is a onepass optimizer.
+        by_formula: whether the prediction is a formula for a library that cannot be used here.
         problem: the reason why a prediction or measurement is missing; empty if none is.
         notes: further remarks on the figures.
     """
@@ -100,8 +112,15 @@ class MemoryReport:
     measured: Bytes | None = None
     process_peak: int | None = None
     ours: bool = False
+    by_formula: bool = False
     problem: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The name with its library, as used in figures; "(predicted)" marks a formula."""
+        name = f"onepass {self.name}" if self.ours and ":" not in self.name else self.name
+        return f"{name} (predicted)" if self.by_formula else name
 
     @property
     def bytes(self) -> Bytes | None:
@@ -128,6 +147,7 @@ class MemoryReport:
             "parameters": self.parameters,
             "device": self.device,
             "onepass": self.ours,
+            "by_formula": self.by_formula,
         }
         for which in ("predicted", "measured"):
             value = getattr(self, which)

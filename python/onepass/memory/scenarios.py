@@ -12,13 +12,15 @@ import torch
 from ..optim import Optimizer
 from ..optim.registry import classes
 from ..suggestions import did_you_mean
-from . import shards
+from . import shards, training_peak
+from .activations import Sample, with_activations
 from .measure import measure
 from .models import Model, Shape, load
 from .models.shapes import EMBEDDING, NORM
 from .peers import PEERS, Peer, categorise
 from .predict import block_of, predict, storage_bytes
 from .report import Bytes, MemoryReport
+from .shards import ONE_GPU, Mesh
 from .simulate import CannotSimulateError, simulate
 from .variants import Variant, groups_of, parse
 
@@ -32,16 +34,17 @@ class Terms:
         grad_dtype: the dtype of the gradients; None for the dtype of the weights.
         careful: whether norms are in fp32, and the states of embeddings and norms too; see
             onepass.cast_model and onepass.parameter_groups.
-        shards, sharding: the number of GPUs, and the sharding method: "fsdp2" or "zero1".
+        mesh: the GPUs and how the model is divided among them.
+        sample: what a GPU computes in a step; None if activations are not counted.
         device: the device type, which determines allocation granularity and optimizer defaults.
     """
 
     dtype: torch.dtype = torch.bfloat16
     grad_dtype: torch.dtype | None = None
     careful: bool = False
-    shards: int = 1
-    sharding: str = "fsdp2"
+    mesh: Mesh = ONE_GPU
     device: str = "cpu"
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _dealt(shapes: Sequence[Shape], terms: Terms) -> list[list[Shape]]:
         if shape.trained:
             kind = shape.kind if terms.careful and shape.kind in (EMBEDDING, NORM) else "matrix"
             groups.setdefault(kind, []).append(shape)
-    return shards.dealt(groups.values(), terms.shards)
+    return shards.dealt(groups.values(), terms.mesh.fsdp)
 
 
 def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
@@ -135,19 +138,36 @@ def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
         CannotSimulateError: the bytes of this optimizer cannot be predicted here.
         ValueError: the optimizer does not accept these parameters.
     """
-    shapes: Sequence[Shape] = model.shapes
-    if terms.shards > 1 and terms.sharding == "zero1":
-        params = parameters(shapes, terms)
+    whole, part = shards.local(model, terms.mesh)
+    params = parameters(whole, terms)
+    if terms.mesh.stage == 1:
         # Weights and gradients are not sharded; a rank holds only the states of its parameters.
+        ranks = [_of_shapes(choice, rank, terms) for rank in _dealt(whole, terms)]
+        found = max(ranks, key=lambda found: found.states, default=Bytes())
         trained = [p for p in params if p.requires_grad]
-        weights = storage_bytes(params)
         gradients = sum(p.numel() * (terms.grad_dtype or p.dtype).itemsize for p in trained)
-        ranks = [_of_shapes(choice, rank, terms) for rank in _dealt(shapes, terms)]
-        fullest = max(ranks, key=lambda found: found.states, default=Bytes())
-        return replace(fullest, weights=weights, gradients=gradients)
-    if terms.shards > 1:
-        shapes = shards.sharded(shapes, terms.shards)
-    return _of_shapes(choice, shapes, terms)
+        found = replace(found, weights=storage_bytes(params), gradients=gradients)
+    else:
+        found = _of_shapes(choice, part, terms)
+    found = replace(found, buffers=model.buffers)
+    if terms.mesh.fsdp == 1 and terms.sample is None:
+        return found
+    counts = shards.parts(model, terms.mesh, whole)
+    plan = training_peak.schedule(whole, params, counts, terms.grad_dtype, terms.mesh.stage)
+    if terms.sample is not None:
+        size = terms.dtype.itemsize
+        plan = with_activations(plan, model, terms.sample, size, terms.mesh.tp)
+    return at_peak(found, plan)
+
+
+def at_peak(found: Bytes, plan: training_peak.Schedule) -> Bytes:
+    """Adds what forward and backward hold, or keeps the temporary bytes of the step if larger."""
+    more = max(0, plan.peak() - found.gradients)
+    bare = plan.without_activations().peak()
+    gathered = min(more, max(0, bare - found.gradients))
+    if more <= found.temporary:
+        return found
+    return replace(found, gathered=gathered, activations=more - gathered, temporary=0)
 
 
 def _of_shapes(choice: Candidate, shapes: Sequence[Shape], terms: Terms) -> Bytes:
@@ -201,16 +221,20 @@ def report(
     if choice.peer is not None and choice.peer.unseen and found.predicted is not None:
         found.notes.append(choice.peer.unseen)
     why = choice.unavailable(terms.device)
-    if why:
+    found.by_formula = choice.peer is not None and choice.peer.by_formula
+    if choice.peer is not None and found.by_formula:
+        found.problem = f"{why}; predicted by a formula from the source of {choice.peer.source}"
+    elif why:
         missing = " (predicted only)" if found.predicted is not None else ""
         found.problem = f"{why}{missing}"
     elif measured:
         params = parameters(model.shapes, terms)
         make = choice.maker([s.kind for s in model.shapes], terms)
         try:
-            found.measured, found.process_peak = measure(
+            made, found.process_peak = measure(
                 make, params, terms.grad_dtype, terms.device, categorise, snapshot, tick
             )
+            found.measured = replace(made, buffers=model.buffers)
         except Exception as error:
             if choice.variant is not None:
                 raise

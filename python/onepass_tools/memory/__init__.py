@@ -60,17 +60,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and onepass.parameter_groups",
     )
     run.add_argument(
-        "--gpu", metavar="SIZE", help="memory of the GPU that must be enough, for example 24GB"
+        "--gpu", metavar="GPU", help="the GPU that must be enough: H100, A100, ..., or 24GB"
     )
     run.add_argument("--reserve", metavar="SIZE", help="memory of the GPU to leave for activations")
     run.add_argument(
-        "--shards", default="1", metavar="N", help="number of GPUs to shard over (default: 1)"
+        "--mesh",
+        metavar="SIZES",
+        help="the GPUs, for example fsdp=8,tp=2: dp (replicas; with fsdp: HSDP), fsdp or zero3 "
+        "(FSDP2), zero2, zero1, tp (tensor parallel), ep (expert parallel)",
+    )
+
+    run.add_argument(
+        "--sample",
+        metavar="BATCHxTOKENS",
+        help="count activations of this many sequences and tokens on one GPU, for example 4x2048",
     )
     run.add_argument(
-        "--sharding",
-        default="fsdp2",
-        help="what is sharded: fsdp2 (default) weights, gradients and states; zero1 only states",
+        "--checkpointing", action="store_true", help="with --sample: blocks are computed again"
     )
+    run.add_argument("--attention", default="sdpa", help="with --sample: sdpa (default) or eager")
 
     measured = parser.add_argument_group("measurement")
     measured.add_argument(

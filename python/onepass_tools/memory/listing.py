@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from onepass_tools.memory.table import print_rows
+from onepass_tools.memory.table import print_lines, print_rows
 
 if TYPE_CHECKING:
     from onepass.memory.peers import Peer
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         ours = [(name, f"onepass.{made.__name__}", "") for name, made in classes().items()]
         peers = [(name, p.made.library.module, _note(p)) for name, p in PEERS.items()]
         print_rows([("optimizer", "of", "note"), *ours, *peers], left=(0, 1, 2))
-        print(f"\noptions, to be added with a plus: {', '.join(WORDS)}")
+        print_lines(["", f"options, to be added with a plus: {', '.join(WORDS)}"])
     return 0
 
 

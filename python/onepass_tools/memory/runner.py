@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from onepass.memory import MemoryReport
+from onepass.memory import MemoryReport, Sample
 from onepass.memory.advice import TASKS, cheapest_change, recommend
+from onepass.memory.gpus import capacity
 from onepass.memory.models import Model, find
 from onepass.memory.peers import DEFAULT as DEFAULT_PEERS
 from onepass.memory.probes import free_memory
 from onepass.memory.report import TOLERANCE
 from onepass.memory.scenarios import Candidate, Terms, candidate, predicted, report
-from onepass.memory.shards import KINDS
 from onepass.memory.shards import check as check_shards
+from onepass.memory.shards import parse_mesh
 from onepass.memory.simulate import CannotSimulateError
 from onepass.memory.sizes import parse_size, show
 from onepass.suggestions import did_you_mean
@@ -42,6 +43,11 @@ _UNCOUNTED = (
     "not counted: activations and the memory of the CUDA runtime; all gradients of a step are "
     "counted (onepass.release_gradients frees each of them at once)"
 )
+_ACTIVATIONS = (
+    "activations: by a formula, as far as they exceed the gradients that replace them in the "
+    "backward pass; not counted: dropout and the memory of the CUDA runtime"
+)
+_FORMULA = "* predicted by a formula, because the optimizer cannot be run or simulated here"
 
 
 @dataclass
@@ -76,9 +82,8 @@ class Asked:
             parts.append(f"gradients in {str(terms.grad_dtype).removeprefix('torch.')}")
         if terms.careful:
             parts.append("norms and states of embeddings and norms in fp32")
-        if terms.shards > 1:
-            kind = {"fsdp2": "FSDP2", "zero1": "ZeRO-1"}[terms.sharding]
-            parts.append(f"one of {terms.shards} GPUs under {kind}")
+        if terms.mesh.ranks > 1:
+            parts.append(f"one of {terms.mesh.ranks} GPUs ({terms.mesh})")
         return ", ".join(parts)
 
 
@@ -129,9 +134,8 @@ def _checked(args: argparse.Namespace) -> Asked:
         raise UsageError(
             "--model is missing: give a name of --list-models, a config.json or module:factory"
         )
-    shards = _number("--shards", args.shards, int)
+    mesh = parse_mesh(args.mesh)
     scale = _number("--scale", args.scale, float)
-    _choice("--sharding", args.sharding, KINDS)
     _choice("--task", args.task, TASKS)
     _choice("--device", args.device, ("auto", "cpu", "cuda"))
     has_cuda = torch.cuda.is_available()
@@ -146,7 +150,7 @@ def _checked(args: argparse.Namespace) -> Asked:
                 "--snapshot records the CUDA allocator, so it needs --measure on a CUDA device"
             )
         args.snapshot.mkdir(parents=True, exist_ok=True)
-    limit = parse_size(args.gpu) if args.gpu else None
+    limit = capacity(args.gpu) if args.gpu else None
     reserve = parse_size(args.reserve) if args.reserve else 0
     if args.reserve and limit is None:
         raise UsageError("--reserve needs --gpu: it is a part of the memory of the GPU")
@@ -154,10 +158,10 @@ def _checked(args: argparse.Namespace) -> Asked:
         raise UsageError(f"--reserve must be below --gpu {args.gpu}; got {args.reserve}")
     if args.recommend and limit is None:
         raise UsageError("--recommend needs --gpu, for example --gpu 24GB")
-    if args.measure and shards > 1:
+    if args.measure and mesh.ranks > 1:
         raise UsageError(
-            f"--measure uses one device, so it needs --shards 1; got {shards} (--scale also makes "
-            "the model smaller)"
+            f"--measure uses one device, so it cannot be combined with --mesh {mesh} (--scale also "
+            "makes the model smaller)"
         )
     if args.measure and args.recommend:
         raise UsageError(
@@ -168,9 +172,9 @@ def _checked(args: argparse.Namespace) -> Asked:
         _dtype("--dtype", args.dtype),
         _dtype("--grad-dtype", args.grad_dtype) if args.grad_dtype else None,
         args.parameter_groups,
-        shards,
-        args.sharding,
+        mesh,
         device,
+        _sample(args),
     )
     names = (args.optimizers or OPTIMIZERS).split(",")
     if not args.optimizers and terms.dtype != torch.bfloat16:
@@ -183,6 +187,17 @@ def _checked(args: argparse.Namespace) -> Asked:
     choices = [candidate(name) for name in names]
     model = find(args.model).scaled(scale)
     return Asked(model, choices, terms, limit, reserve, _number("--rank", args.rank, int))
+
+
+def _sample(args: argparse.Namespace) -> Sample | None:
+    if args.sample is None:
+        return None
+    if args.measure:
+        raise UsageError("--measure takes steps without activations: leave out --sample")
+    match = re.fullmatch(r"(\d+)x(\d+)", args.sample)
+    if match is None:
+        raise UsageError(f"--sample must be BATCHxTOKENS, for example 4x2048; got {args.sample}")
+    return Sample(int(match[1]), int(match[2]), args.checkpointing, args.attention)
 
 
 def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
@@ -250,22 +265,31 @@ def _progress(total: int, silent: bool) -> Iterator[Callable[[str, int], None]]:
 
 def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
     """The remarks below the table."""
-    notes = [f"{r.name}: {text}" for r in reports for text in (r.problem, *r.notes) if text]
+    notes = [_FORMULA] if any(r.by_formula for r in reports) else []
+    said = [(text, r.name) for r in reports for text in (r.problem, *r.notes) if text]
+    notes += [f"{', '.join(names)}: {text}" for text, names in _grouped(said)]
     if asked.limit is not None:
-        room = asked.limit - asked.reserve
+        room, over = asked.limit - asked.reserve, []
         for choice, found in zip(asked.choices, reports, strict=True):
             if found.predicted is None or found.predicted.peak <= room:
                 continue
             change = cheapest_change(choice, asked.model, asked.terms, room)
-            notes.append(
-                f"{found.name} does not fit; "
-                + (str(change) if change else "no change of its options would fit")
-            )
-    if asked.terms.shards > 1 and asked.terms.sharding == "fsdp2":
-        uneven = check_shards(asked.model, asked.terms.shards)
+            over.append((str(change or "no change of its options would fit"), found.name))
+        for text, names in _grouped(over):
+            verb = "does" if len(names) == 1 else "do"
+            notes.append(f"{', '.join(names)} {verb} not fit; {text}")
+    if asked.terms.mesh.fsdp > 1 and asked.terms.mesh.stage > 1:
+        uneven = check_shards(asked.model, asked.terms.mesh.fsdp)
         notes += [uneven] if uneven else []
-        notes.append("not counted with shards: the layers that are gathered while they are used")
-    return [*notes, _UNCOUNTED]
+    return [*notes, _ACTIVATIONS if asked.terms.sample else _UNCOUNTED]
+
+
+def _grouped(said: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """(text, the names of the optimizers with this text), in the order of the first names."""
+    found: dict[str, list[str]] = {}
+    for text, name in said:
+        found.setdefault(text, []).append(name)
+    return list(found.items())
 
 
 def _environment(device: str) -> str:
@@ -282,7 +306,7 @@ def _recommend(args: argparse.Namespace, asked: Asked) -> int:
     reasons = advice.reasons
     lines = [f"recommended for {args.task}: {reasons[0]}" if advice.chosen else reasons[0]]
     lines += [f"- {reason}" for reason in reasons[1:]]
-    notes = [_UNCOUNTED]
+    notes = [_ACTIVATIONS if asked.terms.sample else _UNCOUNTED]
     chosen = advice.chosen.name if advice.chosen else None
     extra = {"task": args.task, "recommended": chosen, "reasons": reasons}
     _output(args, asked, advice.reports, notes, lines, extra)
@@ -305,8 +329,7 @@ def _output(
             "parameters": asked.model.numel,
             "trained": asked.model.trained,
             "dtype": str(asked.terms.dtype).removeprefix("torch."),
-            "shards": asked.terms.shards,
-            "sharding": asked.terms.sharding,
+            "mesh": str(asked.terms.mesh) or None,
             "gpu": asked.limit,
             "reserve": asked.reserve,
             **(extra or {}),
@@ -317,9 +340,9 @@ def _output(
     elif args.csv:
         print(table.as_csv(reports), end="")
     else:
-        print(f"{asked.title}\n")
+        table.print_lines([asked.title, ""])
         table.print_rows(rows)
-        print("\n" + "\n".join([*lines, *([""] if lines else []), *notes]))
+        table.print_lines(["", *lines, *([""] if lines else []), *notes])
     written = []
     try:
         if args.plot is not None:

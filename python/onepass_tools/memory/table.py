@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from functools import partial
@@ -15,13 +18,33 @@ if TYPE_CHECKING:
 
 HEADINGS = {
     "weights": "weights",
+    "buffers": "buffers",
     "gradients": "gradients",
     "moments": "moments",
     "companions": "master/split",
     "ema": "EMA",
     "ring": "ring",
+    "gathered": "gathered",
+    "activations": "activations",
     "temporary": "temporary",
 }
+DETAILS = (
+    "process grew",
+    "buffers",
+    "temporary",
+    "ring",
+    "EMA",
+    "weights",
+    "gradients",
+    "master/split",
+    "moments",
+    "gathered",
+    "activations",
+    "on the host",
+    "B/param",
+    "difference",
+)
+"""The columns that a narrow table leaves out, the first of these first."""
 
 
 def rows(reports: Sequence[MemoryReport], limit: int | None, reserve: int) -> list[tuple[str, ...]]:
@@ -41,26 +64,35 @@ def rows(reports: Sequence[MemoryReport], limit: int | None, reserve: int) -> li
         found = r.predicted
         if found is None or limit is None:
             return "-"
-        over = found.peak + reserve - limit
-        return f"no: {show(over)} over" if over > 0 else f"{show(limit - found.peak)} left"
+        room = limit - reserve
+        if found.peak > room:
+            return f"no: {show(found.peak - room)} over {show(room)}"
+        return f"{show(room - found.peak)} left"
 
     def difference(r: MemoryReport) -> str:
         value = r.difference()
         return "-" if value is None else f"{100 * value:+.2f} %"
 
-    columns: list[tuple[str, Callable[[MemoryReport], str]]] = [("optimizer", lambda r: r.name)]
+    def marked(r: MemoryReport) -> str:
+        return f"{r.name} *" if r.by_formula else r.name
+
+    def measured(r: MemoryReport) -> str:
+        return "not run" if r.measured is None else show(r.measured.peak)
+
+    columns: list[tuple[str, Callable[[MemoryReport], str]]] = [("optimizer", marked)]
     known = [r.predicted for r in reports if r.predicted is not None]
     for name, heading in HEADINGS.items():
         if any(getattr(found, name) for found in known):
             columns.append((heading, cell(partial(_shown, name))))
-    columns += [("peak", cell(lambda b: show(b.peak))), ("B/param", each)]
+    columns.append(("peak", cell(lambda b: show(b.peak))))
+    if limit is not None:
+        columns.append((f"fits {show(limit - reserve)}", left))
+    columns.append(("B/param", each))
     if any(found.host for found in known):
         columns.append(("on the host", cell(lambda b: show(b.host))))
-    if limit is not None:
-        columns.append((f"fits {show(limit)}", left))
     if any(r.measured is not None for r in reports):
         columns += [
-            ("measured", lambda r: "-" if r.measured is None else show(r.measured.peak)),
+            ("measured", measured),
             ("difference", difference),
         ]
     if any(r.process_peak is not None for r in reports):
@@ -76,30 +108,94 @@ def _shown(name: str, found: Bytes) -> str:
     return show(getattr(found, name))
 
 
-def print_rows(body: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> None:
-    """Print a table; the first row is the headings. rich is used on a terminal, else plain text."""
-    head, *rest = body
+def columns_of_output() -> int | None:
+    """The width of stdout: of the terminal, else COLUMNS; None for a pipe without COLUMNS."""
     if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table()
-            for index, heading in enumerate(head):
-                table.add_column(heading, justify="left" if index in left else "right")
-            for row in rest:
-                table.add_row(*row)
-            Console().print(table)
-            return
-    widths = [max(len(row[index]) for row in body) for index in range(len(head))]
-    for row in [head, tuple("-" * width for width in widths), *rest]:
-        cells = (
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        return shutil.get_terminal_size().columns
+    told = os.environ.get("COLUMNS", "")
+    return int(told) if told.isdigit() and int(told) else None
+
+
+def fitted(
+    body: Sequence[Sequence[str]], width: int | None
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The table without the columns that do not fit, and the headings of these columns.
+
+    Columns are dropped in the order of DETAILS. The names, the peak and what is left remain.
+    """
+    head, dropped = list(body[0]), []
+    for detail in DETAILS:
+        shown = [i for i, heading in enumerate(head) if heading not in dropped]
+        used = sum(max(len(row[i]) for row in body) + 2 for i in shown)
+        if width is None or used - 2 <= width:
+            break
+        if detail in head:
+            dropped.append(detail)
+    shown = [i for i, heading in enumerate(head) if heading not in dropped]
+    return [tuple(row[i] for i in shown) for row in body], dropped
+
+
+def print_rows(body: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> None:
+    """Print a table within the width of the output; the first row is the headings.
+
+    Columns that do not fit are dropped and named below the table; further cells are wrapped. A pipe
+    without COLUMNS gets every column, one line per row.
+    """
+    width = columns_of_output()
+    (head, *rest), dropped = fitted(body, width)
+    if width is None or not _print_rich(head, rest, left, width):
+        widths = [max(len(row[index]) for row in (head, *rest)) for index in range(len(head))]
+        for row in [head, tuple("-" * width for width in widths), *rest]:
+            cells = (
+                cell.ljust(width) if index in left else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            print("  ".join(cells).rstrip())
+    if dropped:
+        print()
+        print_lines([f"left out at {width} columns: {', '.join(dropped)} (--csv has all)"])
+
+
+def _print_rich(
+    head: Sequence[str], rest: Sequence[Sequence[str]], left: Collection[int], width: int
+) -> bool:
+    """Print the table with rich; return False if rich is not installed."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        return False
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(head):
+        longest = max(len(row[index]) for row in (head, *rest))
+        table.add_column(
+            Text(heading),
+            justify="left" if index in left else "right",
+            overflow="fold",
+            # Names are not wrapped, unless a name leaves no room for a figure.
+            no_wrap=index == 0 and longest + 12 <= width,
         )
-        print("  ".join(cells).rstrip())
+    for row in rest:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(width=width).print(table)
+    return True
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines of text, wrapped at the width of the output; names and words are not cut."""
+    width = columns_of_output()
+    for line in lines:
+        if width is not None:
+            line = textwrap.fill(
+                line,
+                width,
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        print(line)
 
 
 def as_csv(reports: Sequence[MemoryReport]) -> str:

@@ -124,11 +124,6 @@ def gemma2(config: Config) -> Iterator[Shape]:
     return _decoder(config, norms=_SANDWICH, tied=True, head_dim=256)
 
 
-def gemma3(config: Config) -> Iterator[Shape]:
-    """Gemma 3, the language model: like Gemma 2, with norms on query and key."""
-    return _decoder(config, norms=_SANDWICH, head_norms=True, tied=True, head_dim=256)
-
-
 def _encoder(config: Config, attention: str, norms: tuple[str, str]) -> Iterator[Shape]:
     width, inner = config["hidden_size"], config["intermediate_size"]
     for i in range(config["num_hidden_layers"]):
@@ -205,7 +200,6 @@ FAMILIES: dict[str, Callable[[Config], Iterator[Shape]]] = {
     "bert": bert,
     "gemma": gemma,
     "gemma2": gemma2,
-    "gemma3_text": gemma3,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": llama,

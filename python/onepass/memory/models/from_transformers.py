@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ _TASKS = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
-_DEPTHS = frozenset(("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
-_COUNTS = ("layers", "layer", "heads", "head", "experts", "blocks")  # ends of keys
+_POSITIVE = frozenset(
+    ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "vocab_size", "hidden_size")
+)
+_COUNTS = ("layers", "layer", "heads", "head", "experts", "blocks", "_size")  # ends of keys
 
 
 def missing() -> str:
@@ -72,7 +75,31 @@ def of_transformers(config: Mapping[str, Any], name: str, source: str) -> Model:
             f"{source} is not a valid configuration of {family}: transformers {version} raised "
             f"{type(error).__name__}: {first}"
         ) from error
-    return of_module(model, name, source)
+    return replace(of_module(model, name, source), config=sizes_of(found, model))
+
+
+def sizes_of(config: Any, model: torch.nn.Module) -> dict[str, Any]:
+    """The sizes that the formula of activations needs; see :class:`Model`."""
+    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = {key: getattr(config, key, None) for key in keys}
+    inner = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
+    width = next((n for key in inner if (n := getattr(config, key, None))), None)
+    if width is None and hasattr(config, "n_inner"):  # None is GPT-2's default
+        width = 4 * config.hidden_size
+    names = ("hidden_act", "activation_function", "hidden_activation")
+    act = next((n for key in names if (n := getattr(config, key, None))), None)
+    logits = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM"))
+    head = getattr(config, "vocab_size", 0) if logits else 0
+    return {**sizes, "intermediate_size": width, "hidden_act": act, "head": head}
+
+
+def as_mapping(config: Any) -> Mapping[str, Any]:
+    """A configuration as a mapping; empty if it is not one."""
+    if isinstance(config, Mapping):
+        return config
+    to_dict = getattr(config, "to_dict", None)
+    found = to_dict() if callable(to_dict) else {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _build(transformers: Any, config: Any) -> torch.nn.Module:
@@ -91,16 +118,16 @@ def _build(transformers: Any, config: Any) -> torch.nn.Module:
 
 
 def _check_counts(config: Mapping[str, Any], source: str, family: str) -> None:
-    """Raises ValueError for a negative count of layers, heads or experts, or for no layers.
+    """Raises ValueError for a negative count or size, and for no layers or an empty vocabulary.
 
-    transformers builds a model without layers for a negative number of layers. torch refuses
-    negative sizes. Other numbers can be negative, such as -1 for a missing token.
+    transformers builds a model without layers for a negative number of layers. Other numbers can be
+    negative, such as -1 for a missing token.
     """
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_counts(value, source, family)
         elif isinstance(value, int) and not isinstance(value, bool) and key.endswith(_COUNTS):
-            least = int(key in _DEPTHS)
+            least = int(key in _POSITIVE)
             if value < least:
                 raise ValueError(
                     f"{source} is not a valid configuration of {family}: {key} must be an integer "

@@ -188,4 +188,19 @@ def known(name: str) -> Model:
     """The published model with a name from KNOWN."""
     row = KNOWN[name]
     shapes = tuple(FAMILIES[row.family](row.config))
-    return Model(name, shapes, row.source, row.parameters)
+    return Model(name, shapes, row.source, row.parameters, config=_sizes(row))
+
+
+def _sizes(row: Known) -> dict[str, Any]:
+    """The sizes that the formula of activations needs; see :class:`Model`."""
+    if row.family == "resnet":
+        return {}
+    found = {"hidden_act": "silu", "head": row.config.get("vocab_size", 0), **row.config}
+    if row.family in ("bert", "vit"):
+        found |= {"hidden_act": "gelu", "head": 0}
+    if row.family == "gpt2":
+        width = row.config["n_embd"]
+        found |= {"hidden_act": "gelu_new", "hidden_size": width, "intermediate_size": 4 * width}
+    # BERT, GPT-2 and ViT have heads of 64 elements, except ViT-H (80).
+    found.setdefault("num_attention_heads", found["hidden_size"] // 64)
+    return found

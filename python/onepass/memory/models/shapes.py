@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,12 +45,21 @@ class Model:
         shapes: the parameters in the order of the model; a tensor shared by two layers occurs once.
         source: the page or file with the configuration.
         published: the published number of parameters; None if there is none.
+        buffers: bytes of the buffers.
+        tp_plan, ep_plan: names of modules or parameters, with ``*`` for numbers -> how tensor and
+            expert parallelism divide them; empty if the model has no plan.
+        config: the sizes that the formula of activations needs, by transformers' names, and
+            ``head``, the vocabulary of the logits; empty if they are unknown.
     """
 
     name: str
     shapes: tuple[Shape, ...]
     source: str = ""
     published: int | None = None
+    buffers: int = 0
+    tp_plan: Mapping[str, str] = field(default_factory=dict, hash=False)
+    ep_plan: Mapping[str, str] = field(default_factory=dict, hash=False)
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def numel(self) -> int:
@@ -75,7 +84,8 @@ class Model:
             replace(s, shape=(max(1, round(s.shape[0] * scale)), *s.shape[1:])) if s.shape else s
             for s in self.shapes
         )
-        return replace(self, name=f"{self.name} x {scale:g}", shapes=tuple(shapes), published=None)
+        name = f"{self.name} x {scale:g}"
+        return replace(self, name=name, shapes=tuple(shapes), published=None, config={})
 
     def mapped(self, shapes: Iterable[Shape]) -> Model:
         """A copy with other shapes."""
@@ -104,4 +114,6 @@ def of_module(module: torch.nn.Module, name: str, source: str = "") -> Model:
                 full = f"{prefix}.{key}" if prefix else key
                 kind = kind_of(part, param.shape)
                 shapes[param] = Shape(full, tuple(param.shape), kind, param.requires_grad)
-    return Model(name, tuple(shapes.values()), source)
+    plans = [dict(getattr(module, f"_{kind}_plan", None) or {}) for kind in ("tp", "ep")]
+    buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+    return Model(name, tuple(shapes.values()), source, None, buffers, *plans)
