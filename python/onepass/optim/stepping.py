@@ -19,6 +19,7 @@ from ..engine.plan import Plan
 from ..engine.plan_builder import make_plan
 from ..engine.plan_request import Member, PlanRequest
 from ..engine.state_tracking import Watch
+from ..muon.batches import Settings
 from ..paging.pager import Pager
 from ..rules import Rule
 from ..rules.option_checks import is_immutable
@@ -51,9 +52,11 @@ class Stepping(Findings):
             because a graph may be replayed at any time.
         moved: see :data:`onepass.distributed.device_plan.Moved`.
         released: see :func:`onepass.release_gradients`.
+        products: the options of Muon's products; None in other classes.
     """
 
     rule: ClassVar[Rule]
+    products: Settings | None = None
     backend: str | None
     max_grad_norm: float | None
     norm_type: float
@@ -219,6 +222,7 @@ class Stepping(Findings):
                 pager=self.pager,
                 param_groups=self.param_groups,
                 state=self.state,
+                muon=self.products,
                 later=None if self.released is None else self._trained,
             )
             request = PlanRequest(

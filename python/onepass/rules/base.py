@@ -186,6 +186,7 @@ class Rule:
             the step.
         needs_first: whether ``derive`` depends on ``StepOf.first``.
         saves_step: whether torch.optim saves a step counter; see docs/checkpoints.md.
+        laid_out_by: options of a group that a plan reads only when it is built.
         bitsandbytes: the equivalent optimizer of bitsandbytes; None if there is none.
         benchmark: the benchmark settings; None if the rule is not benchmarked.
 
@@ -211,6 +212,7 @@ class Rule:
     needs_step: bool = False
     needs_first: bool = False
     saves_step: bool = True
+    laid_out_by: tuple[str, ...] = ()
     bitsandbytes: BitsAndBytes | None = None
     benchmark: Benchmark | None = None
 
@@ -238,6 +240,10 @@ class Rule:
     def kinds(self) -> tuple[str, ...]:
         """The kind of each slot."""
         return tuple(slot.kind for slot in self.slots)
+
+    def of(self, group: Group) -> Rule:
+        """The rule that steps a group: this rule, unless the groups of an optimizer differ."""
+        return self
 
     def flag_bits(self, group: Group) -> int:
         """The flags of a group as an integer, the first flag in bit 0."""
