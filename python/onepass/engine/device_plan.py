@@ -117,6 +117,10 @@ class DevicePlan:
         """Starts to copy paged states to the device; returns the number of pages."""
         return 0
 
+    def scratch(self) -> Tensors:
+        """Memory that the plan keeps between steps, besides tables."""
+        return []
+
     # --- the step ---
 
     def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:

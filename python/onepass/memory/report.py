@@ -24,6 +24,7 @@ class Bytes:
         companions: companions of 16-bit weights: master copies, split bits, Kahan compensation.
         ema: averages of the weights.
         ring: the device buffer through which paged states stream.
+        scratch: the directions and the workspace of Muon, which stay allocated between steps.
         temporary: the maximum that a step allocates in addition and frees before it returns.
         host: states stored in host memory; not included in ``held`` or ``peak``.
     """
@@ -34,6 +35,7 @@ class Bytes:
     companions: int = 0
     ema: int = 0
     ring: int = 0
+    scratch: int = 0
     temporary: int = 0
     host: int = 0
 
@@ -60,7 +62,7 @@ class Bytes:
         return Bytes(**{name: n + getattr(other, name) for name, n in self.items()})
 
 
-HELD = ("weights", "gradients", "moments", "companions", "ema", "ring")
+HELD = ("weights", "gradients", "moments", "companions", "ema", "ring", "scratch")
 CATEGORIES = (*HELD, "temporary")
 """The parts of :attr:`Bytes.peak`, in the order in which they are shown."""
 
@@ -71,6 +73,7 @@ TITLES = {
     "companions": "master or split bits",
     "ema": "average of weights",
     "ring": "paging ring",
+    "scratch": "scratch of Muon",
     "temporary": "temporary in the step",
     "host": "on the host",
 }

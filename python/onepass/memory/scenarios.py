@@ -65,7 +65,8 @@ class Candidate:
 
         def make(params: list[torch.nn.Parameter]) -> Any:
             if self.variant is not None:
-                return self.variant.make(groups_of(params, kinds, terms.careful))
+                matrices = self.variant.made.needs_matrices
+                return self.variant.make(groups_of(params, kinds, terms.careful, matrices))
             if self.peer is not None:
                 return self.peer.optimizer(params)
             assert self.factory is not None
@@ -136,6 +137,8 @@ def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
         ValueError: the optimizer does not accept these parameters.
     """
     shapes: Sequence[Shape] = model.shapes
+    if terms.shards > 1 and choice.variant is not None and choice.variant.made.needs_matrices:
+        raise CannotSimulateError("the exchange of Muon's matrices between ranks is not predicted")
     if terms.shards > 1 and terms.sharding == "zero1":
         params = parameters(shapes, terms)
         # Weights and gradients are not sharded; a rank holds only the states of its parameters.
@@ -170,7 +173,7 @@ def predicted_of(
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         frozen = [p for p in params if id(p) not in held]
         block = block_of(torch.device(device))
-        found = predict(optimizer, grad_dtype, block)
+        found = predict(optimizer, grad_dtype, block, torch.device(device))
         return found + Bytes(weights=storage_bytes(frozen, block))
     return simulate(make, params, grad_dtype, device, categorise)
 

@@ -124,7 +124,7 @@ class Directions:
 
     Attributes:
         tensors: the direction of each parameter, with its shape and strides.
-        nbytes: bytes of directions and workspace.
+        memory: the memory of the directions, and the workspace.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Directions:
             for kind, members in kinds.items()
         ]
         work = torch.empty(max((p.elements for p in plans), default=0), dtype=dtype, device=device)
-        self.nbytes = memory.nbytes + work.nbytes
+        self.memory = [memory, work]
         self._batches: list[_Batch] = []
         for plan, members in zip(plans, kinds.values(), strict=True):
             begin = offsets[members[0]]
@@ -167,8 +167,10 @@ class Directions:
             batch.run(self._products)
 
 
-def scratch_elements(found: Sequence[Direction], settings: Settings, device: torch.device) -> int:
-    """The elements of :class:`Directions`, without allocating them."""
+def scratch_sizes(
+    found: Sequence[Direction], settings: Settings, device: torch.device
+) -> list[int]:
+    """The bytes of each tensor of :attr:`Directions.memory`, without allocating them."""
     kinds: dict[_Kind, list[Direction]] = {}
     for one in found:
         kinds.setdefault(_kind_of(one), []).append(one)
@@ -177,7 +179,7 @@ def scratch_elements(found: Sequence[Direction], settings: Settings, device: tor
     for kind, members in kinds.items():
         length = -(-length // _ALIGNMENT) * _ALIGNMENT + sum(one.numel for one in members)
         work = max(work, _Cut(kind, sum(one.matrices.count for one in members), limit).elements)
-    return length + work
+    return [size * settings.dtype(device).itemsize for size in (length, work)]
 
 
 def _kind_of(one: Direction) -> _Kind:

@@ -12,11 +12,13 @@ from ..engine import backends
 from ..engine.device_plan import DevicePlan, Tensors
 from ..engine.hyper_table import GRAD, NONFINITE
 from ..engine.joint_table import JointTable
+from ..engine.tensor_access import is_dtensor
 from ..formats import NATIVE, WEIGHT_FORMAT_OF_CODE
 from ..numerics.verdict import SKIP
 from ..rules.muon import RULE as MUON
 from ..rules.sgd import RULE as SGD
 from .batches import Direction, Directions, Settings
+from .exchange import SharedDirections, sharding_of
 from .matrices import matrices_of
 
 
@@ -52,8 +54,9 @@ class Stage(DevicePlan):
         self.forget_gradients()
 
     def sweep(self, switches: backends.StepSwitches) -> None:
-        """Runs the sweep."""
+        """Runs the sweep; afterwards ``changed`` is set, also if a later page failed."""
         self._sweep(switches)
+        self.changed = True
 
 
 MakeStage = Callable[[backends.Backend, list[backends.Entry], SweepTable, list[int]], Stage]
@@ -65,7 +68,8 @@ class MuonDevicePlan(DevicePlan):
 
     The first sweep runs the rule ``muon`` over the matrices: it updates the momentum and writes
     the directions. The second runs SGD with decoupled weight decay over the matrices, with the
-    orthogonalised directions as gradients, and AdamW over all other parameters.
+    orthogonalised directions as gradients, and AdamW over all other parameters. It is one launch,
+    or one for each rule if the backend does not mix rules.
 
     Args:
         backend, entries, table, owners: as for :class:`DevicePlan`.
@@ -96,12 +100,10 @@ class MuonDevicePlan(DevicePlan):
 
     def _prepare(self, entries: list[backends.Entry]) -> None:
         table = self.table
-        device = entries[0].param.device
         rows = [table.positions[entry.row] for entry in entries]
         self._matrices = [i for i, entry in enumerate(entries) if entry.rule is MUON]
         self._span = table.spans.get(MUON, slice(0, 0))
-        found = [self._direction(entries[i], self._groups[i]) for i in self._matrices]
-        self.directions = Directions(found, self._settings, device)
+        self.directions = self._make_directions(entries)
         # The sweep over the weights must not scale the directions as gradients.
         self._hyper = table.hyper.clone()
         self._sums: list[torch.Tensor | None] = [None, None]
@@ -121,16 +123,35 @@ class MuonDevicePlan(DevicePlan):
             sums = SweepTable(table.hyper, counters, self._sums[0])
             self._first = make(backend, first, sums, self._matrices)
         sums = SweepTable(self._hyper, counters, self._sums[1])
-        self._second = make(backend, second, sums, list(range(len(entries))))
+        self._second = [
+            (numbers, make(backend, [second[i] for i in numbers], sums, numbers))
+            for numbers in _launches(backend, second)
+        ]
         self._whole: Any = None  # the prepared plan of all entries without states, for norms
 
-    @staticmethod
-    def _direction(entry: backends.Entry, group: dict[str, Any]) -> Direction:
-        """The direction of an entry."""
-        param = entry.param
-        which = f"parameter {entry.param_id} of shape {tuple(param.shape)}"
-        matrices = matrices_of(param, group, which)
-        return Direction(matrices, group, tuple(param.shape), param.stride())
+    def _make_directions(
+        self, entries: list[backends.Entry]
+    ) -> Directions | SharedDirections:
+        """The memory of the directions; of DTensors, this rank's shards."""
+        owners = [self.owners[i] for i in self._matrices]
+        names = [
+            f"parameter {entries[i].param_id} of shape {tuple(owner.shape)}"
+            for i, owner in zip(self._matrices, owners, strict=True)
+        ]
+        sharding = None
+        if owners and is_dtensor(owners[0]):
+            sharding = sharding_of(owners, names)
+        self._shared = sharding is not None
+        found = []
+        for i, owner, which in zip(self._matrices, owners, names, strict=True):
+            whole = owner if self._shared else entries[i].param
+            matrices = matrices_of(whole, self._groups[i], which)
+            shape, stride = tuple(whole.shape), whole.stride()
+            found.append(Direction(matrices, self._groups[i], shape, stride))
+        device = entries[0].param.device
+        if sharding is None:
+            return Directions(found, self._settings, device)
+        return SharedDirections(found, sharding, self._settings, device)
 
     def _refresh(self, params: Tensors, grads: Tensors) -> bool:
         directions, second = self.directions.tensors, list(grads)
@@ -140,7 +161,10 @@ class MuonDevicePlan(DevicePlan):
             return False
         for i, direction in zip(self._matrices, directions, strict=True):
             second[i] = direction
-        return self._second.give(params, second)
+        return all(
+            stage.give([params[i] for i in numbers], [second[i] for i in numbers])
+            for numbers, stage in self._second
+        )
 
     def forget_gradients(self) -> None:
         """See :meth:`DevicePlan.forget_gradients`."""
@@ -150,7 +174,8 @@ class MuonDevicePlan(DevicePlan):
 
     def _stages(self) -> list[Stage]:
         """The sweeps in order."""
-        return [self._second] if self._first is None else [self._first, self._second]
+        second = [stage for _, stage in self._second]
+        return second if self._first is None else [self._first, *second]
 
     def norm(self) -> torch.Tensor:
         """Measures all gradients in one list, in the order of entries."""
@@ -160,6 +185,10 @@ class MuonDevicePlan(DevicePlan):
             raise RuntimeError("onepass: a gradient changed within a step")
         return self.backend.norm(self._whole)
 
+    def scratch(self) -> Tensors:
+        """See :meth:`DevicePlan.scratch`."""
+        return self.directions.memory
+
     def start(self) -> int:
         """See :meth:`DevicePlan.start`."""
         return self._stages()[0].start()
@@ -167,19 +196,26 @@ class MuonDevicePlan(DevicePlan):
     def run(self, verdict: torch.Tensor | None, switches: backends.StepSwitches) -> None:
         """See :meth:`DevicePlan.run`."""
         # On a GPU the products of a skipped step run on old directions, and no sweep reads them.
-        on_host = verdict is not None and verdict.device.type == "cpu"
-        self._skip = on_host and verdict is not None and bool(verdict[SKIP])
+        # The ranks of DTensors must take part in the exchange, whatever the verdict of one is.
+        self._skip = False
+        if verdict is not None and verdict.device.type == "cpu" and not self._shared:
+            self._skip = bool(verdict[SKIP])
         super().run(verdict, switches)
 
     def _sweep(self, switches: backends.StepSwitches) -> None:
         self._hyper.copy_(self.table.hyper)
         self._hyper[self._span, 0] = 1.0
-        if self._first is not None:
-            self._first.sweep(switches)
-            self.changed = True
-            if not self._skip:
-                self.directions.orthogonalize()
-        self._second.sweep(switches)
+        for stage in self._stages():
+            stage.changed = False
+        try:
+            if self._first is not None:
+                self._first.sweep(switches)
+                if not self._skip:
+                    self.directions.orthogonalize()
+            for _, stage in self._second:
+                stage.sweep(switches)
+        finally:
+            self.changed = self.changed or any(stage.changed for stage in self._stages())
         self._measure()
 
     def _measure(self) -> None:
@@ -222,11 +258,15 @@ def _weight_entry(entry: backends.Entry, row: int) -> backends.Entry:
 
 def _bare(entry: backends.Entry) -> backends.Entry:
     """The entry of a norm: without states and with the native weight format."""
-    return replace(
-        entry,
-        states={},
-        scales={},
-        companion=None,
-        ema=None,
-        weight=NATIVE[entry.param.dtype],
-    )
+    native = NATIVE[entry.param.dtype]
+    return replace(_weight_entry(entry, 0), companion=None, ema=None, weight=native)
+
+
+def _launches(backend: backends.Backend, entries: list[backends.Entry]) -> list[list[int]]:
+    """The entries of each launch: all of them, or those of each rule."""
+    if backend.mixes_rules:
+        return [list(range(len(entries)))]
+    chosen: dict[str, list[int]] = {}
+    for i, entry in enumerate(entries):
+        chosen.setdefault(entry.rule.name, []).append(i)
+    return list(chosen.values())

@@ -6,7 +6,8 @@ momentum and the weights. X is [n, rows, cols], and A, B are [n, m, m] with m = 
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+from typing import Any, Protocol
 
 import torch
 
@@ -97,3 +98,22 @@ class TorchProducts:
 def _is_wide(x: torch.Tensor) -> bool:
     """Whether matrices have no more rows than columns."""
     return x.shape[1] <= x.shape[2]
+
+
+class TritonProducts(TorchProducts):
+    """Symmetric products by a Triton kernel that computes the lower triangle only."""
+
+    def symmetric_product(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """See :class:`Products`."""
+        _kernels().launch(x if _is_wide(x) else x.mT, out)
+
+    def symmetric_product_plus(
+        self, a: torch.Tensor, beta: float, alpha: float, out: torch.Tensor
+    ) -> None:
+        """See :class:`Products`."""
+        _kernels().launch(a, out, a, alpha, beta)
+
+
+def _kernels() -> Any:
+    """The module with the kernel, imported at the first call."""
+    return importlib.import_module("onepass.triton_kernels.symmetric")

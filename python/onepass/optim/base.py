@@ -56,6 +56,8 @@ class Optimizer(Stepping):
     """The default format of the states."""
     default_paged: ClassVar[bool] = False
     """Whether the class pages states by default."""
+    needs_matrices: ClassVar[bool] = False
+    """Whether parameters that are not matrices need a group of their own."""
     paging: Paging | None = None
     pager: Pager | None = None
 

@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from ..engine.tensor_access import is_dtensor
-from ..muon.batches import DTYPES, Settings
+from ..muon.batches import DTYPES, Direction, Settings, scratch_sizes
 from ..muon.coefficients import NEWTON_SCHULZ, Triple
+from ..muon.exchange import sharding_of
 from ..muon.matrices import matrices_of
 from ..muon.products import TorchProducts
 from ..paging.options import bytes_of
@@ -86,7 +87,8 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: an argument is out of range, or a parameter of a group with matrices has fewer
-            than two dimensions or is a DTensor.
+            than two dimensions, or is a DTensor that is sharded over several dimensions of its
+            mesh.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024);
     "match_rms_adamw": Liu et al., "Muon is scalable for LLM training" (2025); "polar_express":
@@ -95,6 +97,8 @@ class Muon(Optimizer):
 
     rule = MIXED
     decoupled = True
+    needs_matrices = True
+    products: Settings
 
     def __init__(
         self,
@@ -133,6 +137,11 @@ class Muon(Optimizer):
         for name in _OF_ADAMW:
             if name in group:
                 raise ValueError(f"{name} is an option of AdamW: it needs use_muon=False")
+        if not group.get("decoupled_weight_decay", True):
+            raise ValueError(
+                "decoupled_weight_decay must be True for Muon: a decay that is added to the "
+                "gradient would be orthogonalised with it"
+            )
         states = option(group, "states")
         if states not in MOMENTUM_FORMATS:
             raise ValueError(
@@ -148,7 +157,8 @@ class Muon(Optimizer):
         Raises:
             ValueError: as :meth:`Optimizer.add_param_group`. Also if a group with
                 ``use_muon=False`` has an option of Muon, or if a parameter of another group has
-                fewer than two dimensions or is a DTensor, or does not fit ``split``.
+                fewer than two dimensions, does not fit ``split``, or is a DTensor that is sharded
+                over several dimensions of its mesh.
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)
@@ -178,11 +188,6 @@ class Muon(Optimizer):
 
     def _check_matrices(self, param_group: dict[str, Any]) -> None:
         """Raises ValueError if a parameter cannot be orthogonalised."""
-        if not {**self.defaults, **param_group}.get("decoupled_weight_decay", True):
-            raise ValueError(
-                "decoupled_weight_decay must be True for Muon: a decay that is added to the "
-                "gradient would be orthogonalised with it"
-            )
         self.check_options({**self.defaults, **param_group})
         params = param_group.get("params")
         if isinstance(params, Iterable) and not isinstance(params, (torch.Tensor, set, frozenset)):
@@ -192,8 +197,19 @@ class Muon(Optimizer):
             if isinstance(param, torch.Tensor) and not is_lazy(param):
                 which = f"parameter {i} of the group, shape {tuple(param.shape)},"
                 if is_dtensor(param):
-                    raise ValueError(f"{which} is a DTensor, which Muon does not support")
+                    sharding_of([param], [which])
                 matrices_of(param, param_group, which)
+
+    def scratch_sizes(self, device: torch.device) -> list[int]:
+        """See :meth:`Stepping.scratch_sizes`; the parameters must not be DTensors."""
+        found = [
+            Direction(matrices_of(p, group, ""), group, tuple(p.shape), p.stride())
+            for group in self.param_groups
+            if uses_muon(group)
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        return scratch_sizes(found, self.products, device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "products": self.products}

@@ -27,8 +27,17 @@ class PagedShardedDevicePlan(ShardedDevicePlan, PagedDevicePlan):
     """A device plan for local tensors of DTensors with paged states."""
 
 
+class ShardedMuonDevicePlan(MuonDevicePlan, ShardedDevicePlan):
+    """A device plan of Muon for local tensors of DTensors."""
+
+
 class PagedStage(Stage, PagedDevicePlan):
     """A sweep of Muon with paged states."""
+
+    def sweep(self, switches: backends.StepSwitches) -> None:
+        """See :meth:`Stage.sweep`; after an error the pager refuses further steps."""
+        with self._pager.going():
+            super().sweep(switches)
 
 
 class Features:
@@ -149,7 +158,10 @@ class Features:
             return PagedStage(on, listed, values, pager=self._pager, paged=paged)
 
         group_of = {member.param: member.group for member in self._members}
-        return MuonDevicePlan(
+        kind, options = MuonDevicePlan, {}
+        if sharded:
+            kind, options = ShardedMuonDevicePlan, {"moved": self._moved}
+        return kind(
             backend,
             entries,
             table,
@@ -157,6 +169,7 @@ class Features:
             groups=[group_of[owner] for owner in owners],
             settings=self._muon,
             make_stage=make_stage,
+            **options,
         )
 
 

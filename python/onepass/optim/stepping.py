@@ -256,6 +256,14 @@ class Stepping(Findings):
         owned = [(p, i, g) for i, g in enumerate(self.param_groups) for p in g["params"]]
         return [Member(p, number_of(p, at), i, g) for at, (p, i, g) in enumerate(owned)]
 
+    def scratch(self) -> list[torch.Tensor]:
+        """Memory that the optimizer keeps between steps besides states and tables."""
+        return [] if self._plan is None else self._plan.scratch()
+
+    def scratch_sizes(self, device: torch.device) -> list[int]:
+        """The bytes of each tensor of :meth:`scratch` on a device, before the first step."""
+        return []
+
     def policy(self) -> backends.Policy:
         """The clipping and skipping options, after a check of their values.
 

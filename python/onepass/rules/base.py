@@ -231,6 +231,10 @@ class Rule:
     def __repr__(self) -> str:
         return f"Rule({self.name!r})"
 
+    def __lt__(self, other: Rule) -> bool:
+        """Orders rules by name, so that lists in another order share a kernel."""
+        return self.name < other.name
+
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """The key of each slot."""
