@@ -11,6 +11,7 @@ import torch
 
 import onepass
 from onepass.engine.backends import BACKENDS
+from onepass.memory.predict import predict
 from onepass.muon.batches import Settings
 from onepass.muon.coefficients import NEWTON_SCHULZ, POLAR_EXPRESS, triples_of
 from onepass.muon.newton_schulz import Workspace, orthogonalize
@@ -107,7 +108,7 @@ def test_the_triangle_kernel_is_the_whole_product(dtype):
         x = torch.randn(n, rows, cols, generator=g).to(dtype)
         m = min(rows, cols)
         results = []
-        for products in (TorchProducts(), TritonProducts()):
+        for products in (TritonProducts(), TorchProducts()):
             gram, plus = (torch.full((n, m, m), math.nan, dtype=dtype) for _ in range(2))
             products.symmetric_product(x, out=gram)
             products.symmetric_product_plus(gram, -2.5, 0.5, out=plus)
@@ -312,9 +313,7 @@ def directions_of(param, group):
 
 def by_hand(blocks):
     """Each matrix by itself: the first direction is (1 - mu^2) times the gradient."""
-    return [
-        newton_schulz(0.0975 * g) * math.sqrt(max(1, g.shape[0] / g.shape[1])) for g in blocks
-    ]
+    return [newton_schulz(0.0975 * g) * math.sqrt(max(1, g.shape[0] / g.shape[1])) for g in blocks]
 
 
 @pytest.mark.parametrize(
@@ -460,10 +459,24 @@ def test_copies_and_pickles_keep_the_settings():
     params = matrices(shapes=[(8, 8)])
     muon = onepass.Muon(params, 0.1, precision="bf16", muon_scratch=12345)
     for made in (copy.deepcopy(muon), pickle.loads(pickle.dumps(muon))):
-        assert made.products.precision == "bf16" and made.products.scratch == 12345
+        assert (made.products.precision, made.products.scratch) == ("bf16", 12345)
         own = made.param_groups[0]["params"]
         set_grads(own, torch.float32, 0)
         made.step()
+
+
+def test_the_predicted_scratch_is_allocated():
+    """The memory profiler predicts the memory that a step keeps."""
+    for options in ({}, {"precision": "bf16", "muon_scratch": 4096}):
+        params, rest = matrices(), matrices(1, shapes=REST)
+        muon = onepass.Muon(both_groups(params, rest), 0.1, **options)
+        expected = predict(muon)
+        set_grads(params + rest, torch.float32, 0)
+        muon.step()
+        assert expected.scratch == sum(t.nbytes for t in muon.scratch()) > 0
+        held = [v for p in params for v in (muon.state[p]["momentum_buffer"],)]
+        held += [muon.state[p][k] for p in rest for k in ("exp_avg", "exp_avg_sq")]
+        assert 0 <= expected.moments - sum(t.nbytes for t in held) <= 64  # counters
 
 
 # --- refused -------------------------------------------------------------------------------
@@ -544,7 +557,8 @@ def test_muon_groups():
     rest = {"0.weight", "1.bias", "2.bias", "3.weight", "3.bias", "4.bias", "5.weight", "5.bias"}
     assert {*listed[2]} == rest
     assert [group["lr"] for group in groups] == [0.02, 0.02, 3e-4]
-    assert groups[1]["flatten"] and not groups[2]["use_muon"]
+    assert [g.get("flatten", False) for g in groups] == [False, True, False]
+    assert [g.get("use_muon", True) for g in groups] == [True, True, False]
     onepass.Muon(groups)
     tied = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 10, bias=False))
     tied[1].weight = tied[0].weight

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .table import INTERPRETED
+
 # Rows and columns of a tile, and terms that are added at once. Untuned.
 TILE = 64
 DEPTH = 32
@@ -22,13 +24,14 @@ OPTIONS = {"num_warps": 4, "num_stages": 3}
 @triton.jit(do_not_specialize=["alpha", "beta"])
 def lower_triangle(
     x_ptr, add_ptr, out_ptr, size, depth, x_batch, x_row, x_term, alpha, beta,
-    PLUS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    PLUS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of out = alpha X X^T + beta A, and its mirror image.
 
     Program (t, b) computes the t-th tile of the lower triangle, row by row, of matrix b. X is
     [b, size, depth] with strides x_batch, x_row, x_term; A and out are contiguous
     [b, size, size]. PLUS: whether to add A; otherwise add_ptr is not read.
+    WIDEN: whether to multiply in fp32, because the interpreter multiplies the bits of bf16 numbers.
     """
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
@@ -51,6 +54,8 @@ def lower_triangle(
             x_ptr + columns.to(tl.int64)[None, :] * x_row + offsets[:, None],
             mask=(columns < size)[None, :] & inside[:, None], other=0.0,
         )  # fmt: skip
+        if WIDEN:
+            left, right = left.to(tl.float32), right.to(tl.float32)
         sums = tl.dot(left, right, sums, input_precision="ieee")
     mask = (rows < size)[:, None] & (columns < size)[None, :]
     matrix = batch * size * size
@@ -88,5 +93,5 @@ def launch(
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         lower_triangle[grid](
             x, out if add is None else add, out, size, depth, *x.stride(), alpha, beta,
-            PLUS=add is not None, TILE=TILE, DEPTH=DEPTH, **OPTIONS,
+            PLUS=add is not None, TILE=TILE, DEPTH=DEPTH, WIDEN=INTERPRETED, **OPTIONS,
         )  # fmt: skip

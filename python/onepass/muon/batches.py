@@ -105,9 +105,7 @@ class _Batch(NamedTuple):
         scale = lr_ratio(group["adjust_lr_fn"], self.rows, self.cols)
         for view, matrix in zip(self.views, self.x, strict=False):
             matrix.view(view.shape).copy_(view)
-        orthogonalize(
-            products, self.x, self.space, triples_of(group), float(group["eps"]), scale
-        )
+        orthogonalize(products, self.x, self.space, triples_of(group), float(group["eps"]), scale)
         for view, matrix in zip(self.views, self.x, strict=False):
             view.copy_(matrix.view(view.shape))
 

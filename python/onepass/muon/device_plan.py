@@ -129,9 +129,7 @@ class MuonDevicePlan(DevicePlan):
         ]
         self._whole: Any = None  # the prepared plan of all entries without states, for norms
 
-    def _make_directions(
-        self, entries: list[backends.Entry]
-    ) -> Directions | SharedDirections:
+    def _make_directions(self, entries: list[backends.Entry]) -> Directions | SharedDirections:
         """The memory of the directions; of DTensors, this rank's shards."""
         owners = [self.owners[i] for i in self._matrices]
         names = [
@@ -248,9 +246,7 @@ def _weight_entry(entry: backends.Entry, row: int) -> backends.Entry:
         states={},
         scales={},
         rule=SGD,
-        flags=SGD.flag_bits(
-            {"decoupled_weight_decay": True, "momentum": 0.0, "nesterov": False}
-        ),
+        flags=SGD.flag_bits({"decoupled_weight_decay": True, "momentum": 0.0, "nesterov": False}),
         row=row,
         draws=WEIGHT_FORMAT_OF_CODE[entry.weight].stochastic,
     )

@@ -127,10 +127,7 @@ class SharedDirections:
         self._group = sharding.group
         ranks, me = get_world_size(self._group), get_rank(self._group)
         shapes = [
-            [
-                (*shape[:dim], size, *shape[dim + 1 :])
-                for size in shard_sizes(shape[dim], ranks)
-            ]
+            [(*shape[:dim], size, *shape[dim + 1 :]) for size in shard_sizes(shape[dim], ranks)]
             for shape, dim in zip(sharding.shapes, sharding.dims, strict=True)
         ]
         owner = owners_of([cost_of(one.matrices) for one in found], ranks)

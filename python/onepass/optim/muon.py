@@ -241,18 +241,19 @@ def muon_groups(
     """Makes the groups of :class:`Muon`: matrices of hidden layers, and everything else.
 
     AdamW gets the parameters with fewer than two dimensions (norms and biases), the embeddings, the
-    weights that are tied to one of them, and the output layer: the last ``nn.Linear`` of the model,
-    if more than one parameter would be left to Muon. Weights of convolutions are flattened to
-    [out, rest].
+    weights that are tied to one of them, and the output layer. The output layer is the last
+    ``nn.Linear`` of the model, if an embedding has as many rows as it has outputs, or if the model
+    has no embedding and several linear layers. Name another one in ``adamw``. Weights of
+    convolutions are flattened to [out, rest].
 
     Args:
         model: each of its parameters is put into exactly one group, in the model's order. A shared
             parameter is listed once. The model is not changed.
         lr: the learning rate of the matrices.
         adamw_lr: the learning rate of all other parameters.
-        adamw: module types and names of further parameters that AdamW steps, as ``keep`` of
-            :func:`cast_model`. A tuple that lacks the embedding types of :data:`EMBEDDINGS` gives
-            the embeddings to Muon.
+        adamw: module types and names of the parameters that AdamW steps besides vectors and the
+            output layer, as ``keep`` of :func:`cast_model`. To add to the default:
+            ``(*onepass.EMBEDDINGS, "head")``.
         options: further options of the group of matrices, such as ``weight_decay``.
 
     Returns:
@@ -296,6 +297,9 @@ def muon_groups(
 
 
 def _output_layer(model: nn.Module) -> set[torch.Tensor]:
-    """The parameters of the last linear layer of a model with several of them."""
+    """The parameters of the output layer: see :func:`muon_groups`."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return set(linear[-1].parameters(recurse=False)) if len(linear) > 1 else set()
+    rows = {module.weight.shape[0] for module in model.modules() if isinstance(module, EMBEDDINGS)}
+    if not linear or (linear[-1].out_features not in rows if rows else len(linear) == 1):
+        return set()
+    return set(linear[-1].parameters(recurse=False))

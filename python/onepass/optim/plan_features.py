@@ -129,7 +129,6 @@ class Features:
             backend, entries, table, owners, moved=moved, pager=pager, paged=away
         )
 
-
     def _make_muon(
         self,
         backend: backends.Backend,
