@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import onepass
 import onepass_tools as cli
 from onepass_tools import EXIT_INTERRUPTED, EXIT_USAGE, main
 
@@ -20,10 +21,11 @@ pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
 from onepass_tools.demo import data, runner, train
-from onepass_tools.demo.model import GPT
+from onepass_tools.demo.model import GPT, count_parameters
 from onepass_tools.demo.recipes import recipes
 
 KEYS = ["torch-adamw", "onepass-adamw", "onepass-adamw-bf16", "onepass-lion", "onepass-sgd"]
+KEYS += ["onepass-muon"]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +144,10 @@ def test_demo_measures_the_bytes_of_the_states(results: dict[str, object]) -> No
         "onepass-lion": 4,
         "onepass-sgd": 4,
     }
+    # Muon stores one moment of the matrices, AdamW two of all other parameters.
+    model = GPT(runner.QUICK.shape)
+    rest = onepass.muon_groups(model)[1]["params"]
+    expected["onepass-muon"] = 4 + 4 * sum(p.numel() for p in rest) / count_parameters(model)
     for run in results["runs"]:
         # Step counters and alignment padding add to the expected bytes.
         over = run["state_bytes_per_parameter"] - expected[run["key"]]
@@ -280,8 +286,8 @@ def test_state_bytes_counts_a_shared_storage_once() -> None:
 def test_decay_is_on_matrices_only() -> None:
     model = GPT(runner.QUICK.shape)
     for recipe in recipes(torch.device("cpu")):
-        decayed, plain = recipe.build(model).param_groups
-        assert decayed["weight_decay"] == recipe.weight_decay > 0
-        assert plain["weight_decay"] == 0
-        assert {p.ndim for p in decayed["params"]} == {2}
+        *decayed, plain = recipe.build(model).param_groups
+        assert {group["weight_decay"] for group in decayed} == {recipe.weight_decay}
+        assert plain["weight_decay"] == 0 < recipe.weight_decay
+        assert {p.ndim for group in decayed for p in group["params"]} == {2}
         assert {p.ndim for p in plain["params"]} == {1}

@@ -30,6 +30,8 @@ ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "
 _OF_MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
 _OF_MATRICES = (*_OF_MUON, "split", "flatten")
 _OF_ADAMW = ("betas", "amsgrad")
+_OUTPUT_NAMES = ("lm_head", "head", "output", "classifier", "score", "embed_out")
+"""What language models and classifiers call their output layer."""
 
 
 class Muon(Optimizer):
@@ -242,8 +244,9 @@ def muon_groups(
 
     AdamW gets the parameters with fewer than two dimensions (norms and biases), the embeddings, the
     weights that are tied to one of them, and the output layer. The output layer is the last
-    ``nn.Linear`` of the model, if an embedding has as many rows as it has outputs, or if the model
-    has no embedding and several linear layers. Name another one in ``adamw``. Weights of
+    ``nn.Linear`` of the model, if its weight has the shape of an embedding, if it is called
+    ``lm_head``, ``head``, ``output``, ``classifier``, ``score`` or ``embed_out``, or if the model
+    has no embedding and several linear layers. Name another output layer in ``adamw``. Weights of
     convolutions are flattened to [out, rest].
 
     Args:
@@ -298,8 +301,11 @@ def muon_groups(
 
 def _output_layer(model: nn.Module) -> set[torch.Tensor]:
     """The parameters of the output layer: see :func:`muon_groups`."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    rows = {module.weight.shape[0] for module in model.modules() if isinstance(module, EMBEDDINGS)}
-    if not linear or (linear[-1].out_features not in rows if rows else len(linear) == 1):
+    linear = [pair for pair in model.named_modules() if isinstance(pair[1], nn.Linear)]
+    if not linear:
         return set()
-    return set(linear[-1].parameters(recurse=False))
+    name, last = linear[-1]
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, EMBEDDINGS)]
+    named = name.rpartition(".")[2] in _OUTPUT_NAMES or last.weight.shape in shapes
+    alone = not shapes and len(linear) > 1
+    return set(last.parameters(recurse=False)) if named or alone else set()
