@@ -10,7 +10,7 @@ from onepass.muon.batches import Settings
 from onepass.muon.products import TorchProducts, TritonProducts
 
 from .cases import same_bits, set_grads
-from .test_muon import REST, both_groups, error, matrices, newton_schulz
+from .muon_cases import REST, both_groups, error, matrices, newton_schulz
 
 pytestmark = [
     pytest.mark.gpu,
