@@ -154,8 +154,8 @@ def groups_of(
         rest = matrices and (param.dim() < 2 or kind in (EMBEDDING, NORM))
         native = careful and param.dtype == torch.float32
         wide = careful and kind in (EMBEDDING, NORM)
-        options = ({"weights": "native"} if native else {}) | ({"states": "fp32"} if wide else {})
-        if rest:
-            options = {**options, "use_muon": False}
+        options: dict[str, Any] = {"weights": "native"} if native else {}
+        options |= {"states": "fp32"} if wide else {}
+        options |= {"use_muon": False} if rest else {}
         groups.setdefault((native, wide, rest), {"params": [], **options})["params"].append(param)
     return list(groups.values())

@@ -18,7 +18,7 @@ from ..muon.matrices import matrices_of
 from ..muon.products import TorchProducts
 from ..paging.options import bytes_of
 from ..rules.group_options import drop_defaults, option
-from ..rules.muon import MIXED, uses_muon
+from ..rules.muon import MIXED, RULE, uses_muon
 from ..rules.option_checks import check_choice
 from .base import Optimizer
 from .mixed_precision import EMBEDDINGS, Selection, select
@@ -145,10 +145,10 @@ class Muon(Optimizer):
                 "gradient would be orthogonalised with it"
             )
         states = option(group, "states")
-        if states not in MOMENTUM_FORMATS:
+        if states not in RULE.formats:
             raise ValueError(
                 f"states={states!r} is not for Muon's momentum, only "
-                f"{' and '.join(map(repr, MOMENTUM_FORMATS))}: its codes are finer for small "
+                f"{' and '.join(map(repr, RULE.formats))} are: its codes are finer for small "
                 "values, but the error of an orthogonalised matrix depends on the error relative "
                 "to the whole matrix (docs/algorithms/muon.md)"
             )
@@ -215,10 +215,6 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "products": self.products}
-
-
-MOMENTUM_FORMATS = ("fp32", "bf16")
-"""The state formats of Muon's momentum."""
 
 
 def _settings(precision: str | None, scratch: int | str) -> Settings:

@@ -186,6 +186,7 @@ class Rule:
             the step.
         needs_first: whether ``derive`` depends on ``StepOf.first``.
         saves_step: whether torch.optim saves a step counter; see docs/checkpoints.md.
+        formats: the names of the state formats that the rule supports; empty for all.
         laid_out_by: options of a group that a plan reads only when it is built.
         bitsandbytes: the equivalent optimizer of bitsandbytes; None if there is none.
         benchmark: the benchmark settings; None if the rule is not benchmarked.
@@ -212,6 +213,7 @@ class Rule:
     needs_step: bool = False
     needs_first: bool = False
     saves_step: bool = True
+    formats: tuple[str, ...] = ()
     laid_out_by: tuple[str, ...] = ()
     bitsandbytes: BitsAndBytes | None = None
     benchmark: Benchmark | None = None

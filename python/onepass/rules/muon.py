@@ -107,6 +107,7 @@ RULE = Rule(
     update=update,
     check=check,
     saves_step=False,
+    formats=("fp32", "bf16"),
 )
 
 
