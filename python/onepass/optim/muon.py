@@ -271,28 +271,22 @@ def muon_groups(
         )
     _, chosen = select(model, adamw, "adamw")
     chosen |= _output_layer(model)
-    matrices, flat, rest = [], [], []
-    one_dimensional = {
+    flat = {
         param
         for module in model.modules()
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
         for param in module.parameters(recurse=False)
     }
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": {"params": [], "lr": lr, **options},
+        "flat": {"params": [], "lr": lr, "flatten": True, **options},
+        "rest": {"params": [], "lr": adamw_lr, "use_muon": False},
+    }
     for param in model.parameters():
-        if param.dim() < 2 or param in chosen:
-            rest.append(param)
-        elif param in one_dimensional:
-            flat.append(param)
-        else:
-            matrices.append(param)
-    groups: list[dict[str, Any]] = []
-    if matrices:
-        groups.append({"params": matrices, "lr": lr, **options})
-    if flat:
-        groups.append({"params": flat, "lr": lr, "flatten": True, **options})
-    if rest:
-        groups.append({"params": rest, "lr": adamw_lr, "use_muon": False})
-    return groups
+        kind = "flat" if param in flat else "matrices"
+        kind = "rest" if param.dim() < 2 or param in chosen else kind
+        groups[kind]["params"].append(param)
+    return [group for group in groups.values() if group["params"]]
 
 
 def _output_layer(model: nn.Module) -> set[torch.Tensor]:

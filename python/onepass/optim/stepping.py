@@ -180,7 +180,7 @@ class Stepping(Findings):
         """
         plan = self._plan
         if plan is None or not plan.refresh(self.param_groups, self.state):
-            self._plan = None
+            self._plan = plan = None  # frees the scratch memory of the old plan
             plan = self.new_plan([m for m in self.members() if m.param.grad is not None])
             if not plan.refresh(self.param_groups, self.state):
                 raise RuntimeError("onepass: a tensor changed while the plan was built")
