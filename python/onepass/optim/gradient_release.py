@@ -54,6 +54,12 @@ def release_gradients(
     (LOMO, 2023), for SGD; here for every rule.
     """
     optimizer = own_optimizer(optimizer)
+    _check_options(optimizer, clip_by_previous_norm)
+    return ReleasedGradients(model, optimizer)
+
+
+def _check_options(optimizer: Optimizer, clip_by_previous_norm: bool) -> None:
+    """Raises ValueError if gradient release does not support the optimizer."""
     if optimizer.products is not None:
         raise ValueError(
             "gradient release does not support Muon: it orthogonalises the matrices of all "
@@ -84,7 +90,6 @@ def release_gradients(
         raise ValueError(
             "optimizer already releases its gradients: call remove() on its handle first"
         )
-    return ReleasedGradients(model, optimizer)
 
 
 class ReleasedGradients:
