@@ -397,6 +397,7 @@ def test_wrong_options_are_refused(options, message):
         ((6, 4), {"use_muon": "no"}, "use_muon must be"),
         ((6, 4), {"use_muon": False, "momentum": 0.9}, "an option of Muon"),
         ((6, 4), {"use_muon": False, "betas": 0.9}, "betas must be"),
+        ((6, 4), {"use_mun": False}, "did you mean 'use_muon'"),
     ],
 )
 def test_wrong_groups_are_refused(shape, group, message):

@@ -99,6 +99,7 @@ class Muon(Optimizer):
 
     rule = MIXED
     decoupled = True
+    group_options = ("use_muon", "split", "flatten", *_OF_ADAMW)
     needs_matrices = True
     products: Settings
 
