@@ -47,7 +47,7 @@ def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
     """
     now = STATE_FORMATS[variant.states].bytes
     states = [(name,) for name in ("mx8", "mx4") if STATE_FORMATS[name].bytes < now]
-    if variant.options.get("centered"):
+    if variant.options.get("centered") or variant.made.rule.formats:
         states = [("bf16",)] if now > 2 else []
     extra = {"master": ("split16", "split8"), "kahan": ("split8",), "split16": ("split8",)}
     weights = [(name,) for name in extra.get(variant.weights, ())]
@@ -83,7 +83,7 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
             continue
         try:
             found = predicted(Candidate("", variant=variant.plus(*words)), model, terms)
-        except ValueError:  # incompatible options
+        except (CannotSimulateError, ValueError):  # incompatible options, or Muon over shards
             continue
         if found.peak <= limit:
             words_ = "+".join(words)

@@ -140,5 +140,6 @@ MIXED = _MuonOrAdamW(
     update=update,
     check=_check_group,
     saves_step=False,
+    formats=RULE.formats,
     laid_out_by=("split", "flatten"),
 )

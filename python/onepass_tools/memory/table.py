@@ -20,6 +20,7 @@ HEADINGS = {
     "companions": "master/split",
     "ema": "EMA",
     "ring": "ring",
+    "scratch": "scratch",
     "temporary": "temporary",
 }
 
