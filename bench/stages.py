@@ -128,6 +128,16 @@ STAGES = (
                 "--providers 'onepass-cuda,torch-fused*,torch-foreach'",
                 f"python -m bench --missing --out {{out}} {_QUICK}",
             ),
+            Part(
+                "muon",
+                "time of Muon on the matrices of Llama-3-8B/16 and on 126 small ones, compared "
+                "with torch",
+                90,
+                "python -m bench.muon --device cuda --list llama3-8b/16 --out {out} && "
+                "python -m bench.muon --device cuda --list 126x64 --out {out}",
+                "python -m bench.muon --list tiny --samples 1 --out {out}",
+                BOTH,
+            ),
             _tool("counters", "hardware counters of the kernels (ncu)", 60, "counters"),
             Part(
                 "paging",

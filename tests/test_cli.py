@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import onepass
 import onepass_tools as cli
 from onepass_tools import EXIT_INTERRUPTED, EXIT_USAGE, main
 
@@ -21,10 +22,11 @@ pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
 from onepass_tools.demo import data, runner, train
-from onepass_tools.demo.model import GPT
+from onepass_tools.demo.model import GPT, count_parameters
 from onepass_tools.demo.recipes import recipes
 
 KEYS = ["torch-adamw", "onepass-adamw", "onepass-adamw-bf16", "onepass-lion", "onepass-sgd"]
+KEYS += ["onepass-muon"]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,10 @@ def test_demo_measures_the_bytes_of_the_states(results: dict[str, object]) -> No
         "onepass-lion": 4,
         "onepass-sgd": 4,
     }
+    # Muon stores one moment of the matrices, AdamW two of all other parameters.
+    model = GPT(runner.QUICK.shape)
+    rest = onepass.muon_groups(model)[1]["params"]
+    expected["onepass-muon"] = 4 + 4 * sum(p.numel() for p in rest) / count_parameters(model)
     for run in results["runs"]:
         # Step counters and alignment padding add to the expected bytes.
         over = run["state_bytes_per_parameter"] - expected[run["key"]]
@@ -187,7 +193,7 @@ def test_demo_table_is_plain_text_off_a_terminal(
     captured = capsys.readouterr()
     assert all(char.isprintable() or char == "\n" for char in captured.out)
     assert captured.err == ""
-    assert "2 steps for each of 5 optimizers (set with --steps)" in captured.out
+    assert f"2 steps for each of {len(KEYS)} optimizers (set with --steps)" in captured.out
     assert f"wrote {tmp_path / 'loss.png'}" in captured.out
     assert f"wrote {tmp_path / 'results.json'}" in captured.out
 
@@ -204,7 +210,7 @@ def test_demo_interrupted_keeps_what_has_finished(
     argv = ["demo", "--quick", "--device", "cpu", "--steps", "2", "--out", str(tmp_path)]
     assert main(argv) == EXIT_INTERRUPTED
     captured = capsys.readouterr()
-    assert captured.err == "onepass: interrupted, 2 of 5 runs done\n"
+    assert captured.err == f"onepass: interrupted, 2 of {len(KEYS)} runs done\n"
     assert "onepass AdamW" in captured.out
     assert "Lion" not in captured.out
     written = json.loads((tmp_path / "results.json").read_text())
@@ -301,8 +307,8 @@ def test_state_bytes_counts_a_shared_storage_once() -> None:
 def test_decay_is_on_matrices_only() -> None:
     model = GPT(runner.QUICK.shape)
     for recipe in recipes(torch.device("cpu")):
-        decayed, plain = recipe.build(model).param_groups
-        assert decayed["weight_decay"] == recipe.weight_decay > 0
-        assert plain["weight_decay"] == 0
-        assert {p.ndim for p in decayed["params"]} == {2}
+        *decayed, plain = recipe.build(model).param_groups
+        assert {group["weight_decay"] for group in decayed} == {recipe.weight_decay}
+        assert plain["weight_decay"] == 0 < recipe.weight_decay
+        assert {p.ndim for group in decayed for p in group["params"]} == {2}
         assert {p.ndim for p in plain["params"]} == {1}

@@ -22,6 +22,7 @@ ROWS = {
     "onepass.formats": 1,
     "onepass.numerics": 1,
     "onepass.engine": 2,
+    "onepass.muon": 3,
     "onepass.paging": 3,
     "onepass.distributed": 3,
     "onepass.optim": 4,

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+import onepass
 from onepass.engine.backends import BACKENDS, Policy
 from onepass.engine.hyper_table import History, RowTable
 from onepass.numerics.verdict import FACTOR, SKIP, SKIPPED, VERDICT_WIDTH
@@ -34,6 +35,7 @@ OWN = {
         for betas in ((0.9, 0.999), (0.0, 0.95), (1 / 3, 0.99999), (0.5, 1 - 2**-53), (0.95, 0.0))
         for eps in (1e-8, 0.0, 1e-300)
     ],
+    "muon": [{"momentum": m} for m in (0.0, 0.95, 1 / 3)],
     "lion": [{"betas": betas} for betas in ((0.9, 0.99), (0.0, 1 / 3))],
     "ademamix": [
         {"betas": betas, "alpha": 5.0, "t_alpha": warm_up, "t_beta3": warm_up}
@@ -48,6 +50,7 @@ OWN = {
 }
 """The option values to test for each rule. Rules without an entry use those of adam that apply."""
 DEFAULTS = {case.ours.rule.name: case.ours([torch.nn.Parameter(torch.ones(1))]) for case in CASES}
+DEFAULTS["muon"] = onepass.Muon([torch.nn.Parameter(torch.ones(1, 1))])
 
 
 def groups_of(rule):

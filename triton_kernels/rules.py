@@ -266,6 +266,23 @@ def derive_lion(o, step, first, scalar_states):
 
 
 @triton.jit
+def muon(param, grad, states, h, FLAGS: tl.constexpr):
+    NESTEROV: tl.constexpr = FLAGS & 1
+    momentum, one_minus_momentum = h[2], h[3]
+    momentum_buffer = momentum * states[0] + one_minus_momentum * grad
+    direction = momentum_buffer
+    if NESTEROV:
+        direction = momentum * momentum_buffer + one_minus_momentum * grad
+    return direction, (momentum_buffer,)
+
+
+@triton.jit
+def derive_muon(o, step, first, scalar_states):
+    momentum = o[OWN]
+    return o[LR], o[LR] * o[WEIGHT_DECAY], momentum, 1.0 - momentum
+
+
+@triton.jit
 def nadam(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
     CAUTIOUS: tl.constexpr = FLAGS & 2

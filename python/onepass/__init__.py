@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .optim.grad_scaler import GradScaler
     from .optim.gradient_release import release_gradients
     from .optim.mixed_precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
+    from .optim.muon import muon_groups
     from .rules.custom import Rule
 
     __version__: str
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         "from_bitsandbytes",
         "full_precision_state_dict",
         "memory",
+        "muon_groups",
         "number_parameters",
         "ops",
         "optimizer",
@@ -60,6 +62,7 @@ _HOMES = {
     "EMBEDDINGS": "optim.mixed_precision",
     "NORMS": "optim.mixed_precision",
     "cast_model": "optim.mixed_precision",
+    "muon_groups": "optim.muon",
     "parameter_groups": "optim.mixed_precision",
 }
 """Name -> the module that has it; the optimizer classes are in ``optim``."""

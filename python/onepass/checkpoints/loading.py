@@ -96,6 +96,7 @@ def loaded_state(
     Raises:
         ValueError: the state belongs to another model or another kind of optimizer.
     """
+    rule = rule.of(group)
     shard = shard_of(param)
     which = f"parameter {number} of shape {tuple(param.shape)}"
     check_weight_format(param, option(group, "weights"), which)

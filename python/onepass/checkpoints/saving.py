@@ -28,7 +28,9 @@ def saved_dict(
         param_groups, optimizer_state, rule: of the optimizer; they are only read.
         named: option keys that are saved even with default values.
     """
-    params = [param for group in param_groups for param in group["params"]]
+    owned = [(param, group) for group in param_groups for param in group["params"]]
+    params = [param for param, _ in owned]
+    rules = [rule.of(group) for _, group in owned]
     position: dict[Any, int] = {}
     for i, param in enumerate(params):
         position.setdefault(param, i)  # a parameter may be listed twice
@@ -46,26 +48,27 @@ def saved_dict(
     }
     own = DEFAULTS.keys() - named
     changed = any(option(group, name) != DEFAULTS[name] for group in groups for name in own)
-    if not (rule.saves_step or changed):
-        _drop_counts(rule, state)
+    if not changed:
+        for i, one in enumerate(rules):
+            if not one.saves_step:
+                _drop_count(one, state, i)
     for param, shard in shards_of(params).items():
         i = position[param]
         if state.get(i):
             which = f"parameter {i} of shape {tuple(param.shape)}"
-            state[i] = shard.saved(state[i], rule, which)
+            state[i] = shard.saved(state[i], rules[i], which)
     return {"state": state, "param_groups": groups}
 
 
-def _drop_counts(rule: Rule, state: dict[Any, Any]) -> None:
-    """Removes step counters that torch.optim does not save and that the rule does not need."""
-    slots = set(rule.keys)
-    for i, entry in list(state.items()):
-        if not isinstance(entry, dict) or "step" not in entry:
-            continue
-        if float(entry.pop("step")) == 0.0:  # no step has been taken
-            state[i] = entry = {key: value for key, value in entry.items() if key not in slots}
-        if not entry:
-            del state[i]
+def _drop_count(rule: Rule, state: dict[Any, Any], i: int) -> None:
+    """Removes a step counter that torch.optim does not save and that the rule does not need."""
+    entry = state.get(i)
+    if not isinstance(entry, dict) or "step" not in entry:
+        return
+    if float(entry.pop("step")) == 0.0:  # no step has been taken
+        state[i] = entry = {key: value for key, value in entry.items() if key not in rule.keys}
+    if not entry:
+        del state[i]
 
 
 def _entry(state: Any, counters: set[str]) -> Any:

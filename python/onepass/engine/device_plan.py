@@ -10,6 +10,7 @@ import torch
 from . import backends
 from .backends.base import same_layout
 from .hyper_table import RowTable
+from .joint_table import JointTable
 from .tensor_access import are_plain, has_memory, unwrapped, zero
 
 _NoTorchFunction = torch._C.DisableTorchFunctionSubclass
@@ -38,7 +39,7 @@ class DevicePlan:
         self,
         backend: backends.Backend,
         entries: list[backends.Entry],
-        table: RowTable,
+        table: RowTable | JointTable,
         owners: list[Any],
     ) -> None:
         self.backend, self.table, self.owners = backend, table, owners
@@ -110,11 +111,15 @@ class DevicePlan:
 
     def stage(self, verdict: torch.Tensor | None) -> None:
         """Computes the values of the step that can raise; see :meth:`Backend.stage`."""
-        self._staged = self.backend.stage(self.table, verdict)
+        self._staged = [self.backend.stage(table, verdict) for table in self.table.parts]
 
     def start(self) -> int:
         """Starts to copy paged states to the device; returns the number of pages."""
         return 0
+
+    def scratch(self) -> Tensors:
+        """Memory that the plan keeps between steps, besides tables."""
+        return []
 
     # --- the step ---
 
@@ -128,22 +133,23 @@ class DevicePlan:
         Raises:
             RuntimeError: :meth:`refresh` was not called.
         """
-        backend, table = self.backend, self.table
+        backend, tables = self.backend, self.table.parts
         if len(self.grads) != len(self.owners):
             raise RuntimeError("onepass: run without refresh")
-        before, rule = table.history, table.rule
-        if backend.launches and (rule.needs_first or rule.scalar_states):
-            before = before.clone()
+        before = [_history(table) if backend.launches else table.history for table in tables]
         self.changed = not backend.launches
-        backend.advance(table, verdict, self._staged)
+        for table, staged in zip(tables, self._staged, strict=True):
+            backend.advance(table, verdict, staged)
         try:
             self._sweep(switches)
         except BaseException:
             if backend.launches and not self.changed:
-                backend.retreat(table, before)
+                for table, old in zip(tables, before, strict=True):
+                    backend.retreat(table, old)
             raise
         self.changed = True
-        backend.count(table, self._staged)
+        for table, staged in zip(tables, self._staged, strict=True):
+            backend.count(table, staged)
 
     def zero_gradients(self, swept: bool) -> None:
         """Sets the gradients of the step to zero.
@@ -159,6 +165,12 @@ class DevicePlan:
         table = self.table
         step = backends.StepArgs(table.hyper, table.counters, table.telemetry, switches)
         self.backend.run(self.prepared, step)
+
+
+def _history(table: RowTable) -> torch.Tensor:
+    """The history of a table, copied if the step changes it."""
+    changes = table.rule.needs_first or table.rule.scalar_states
+    return table.history.clone() if changes else table.history
 
 
 def _alike(param: torch.Tensor, grad: torch.Tensor) -> bool:

@@ -91,6 +91,12 @@ class Staged(NamedTuple):
     kept: npt.NDArray[np.float32]
 
 
+def step_tensors(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The zeroed hyper and counters of a table with this number of rows: see :class:`RowTable`."""
+    hyper = torch.zeros(count, HYPER_WIDTH, dtype=torch.float32, device=device)
+    return hyper, torch.zeros(count, 2, dtype=torch.int64, device=device)
+
+
 class RowTable:
     """All rows of one device.
 
@@ -100,6 +106,7 @@ class RowTable:
         device: device of the table.
         measured: whether to allocate telemetry.
         names: name of each row's first parameter, for error messages.
+        memory: the zeroed tensors to use as hyper and counters; None to allocate them.
 
     Attributes:
         rule: as given.
@@ -123,6 +130,7 @@ class RowTable:
         device: torch.device,
         measured: bool = False,
         names: Sequence[str] = (),
+        memory: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.rule = rule
         count = len(rows)
@@ -144,8 +152,7 @@ class RowTable:
             for i, (group, _) in enumerate(rows)
         ]
         self.options = torch.zeros(count, OPTIONS_WIDTH, dtype=torch.float64, device=device)
-        self.hyper = torch.zeros(count, HYPER_WIDTH, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(count, 2, dtype=torch.int64, device=device)
+        self.hyper, self.counters = memory or step_tensors(count, device)
         self.telemetry: torch.Tensor | None = None
         if measured:
             self.telemetry = torch.zeros(count, TELEMETRY_WIDTH, dtype=torch.float64, device=device)
@@ -158,6 +165,11 @@ class RowTable:
         self._options: list[tuple[float, ...]] = []
         self._seeds: list[int] = []
         self._captured: list[torch.Tensor] = []
+
+    @property
+    def parts(self) -> tuple[RowTable, ...]:
+        """The tables with one rule each: this one."""
+        return (self,)
 
     def stage(self, verdict: torch.Tensor | None) -> Staged:
         """Computes the values of the next step on the host; the table is not changed.

@@ -110,6 +110,10 @@ class Plan:
         """Tensors that keep the parameters' memory alive, which a captured graph writes."""
         return [p.detach() for part in self._parts for p in part.params]
 
+    def scratch(self) -> list[torch.Tensor]:
+        """See :meth:`DevicePlan.scratch`."""
+        return [tensor for part in self._parts for tensor in part.scratch()]
+
     def norm(self, largest: bool) -> torch.Tensor | None:
         """The result of :meth:`Backend.norm` over all devices and ranks, on the first device.
 

@@ -64,7 +64,8 @@ class _Fitter:
 
     def _announce(self, member: Member, view: ParamView) -> None:
         """Reserves arena space for the states that the parameter lacks."""
-        group, rule = member.group, self.rule
+        group = member.group
+        rule = self.rule.of(group)
         state, form = self.state.get(member.param, {}), STATE_FORMATS[option(group, "states")]
         for _, name in rule.state_slots(rule.flag_bits(group)):
             if state.get(name) is None:
@@ -73,7 +74,7 @@ class _Fitter:
 
     def fit(self, member: Member, view: ParamView, home: Home | None) -> Fitted:
         """Fits the states of a parameter and reads its counters."""
-        rule, which = self.rule, member.name
+        rule, which = self.rule.of(member.group), member.name
         state = self.state.get(member.param, {})
         tensors, fresh = self._tensors(member, view, home, state)
         count = self.read(state.get("step"), which)
@@ -101,7 +102,8 @@ class _Fitter:
         Args:
             state: the parameter's entry of ``optimizer.state``.
         """
-        rule, group, which, param = self.rule, member.group, member.name, view.local
+        group, which, param = member.group, member.name, view.local
+        rule = self.rule.of(group)
         form = STATE_FORMATS[option(group, "states")]
         saved = view.inner(state, rule)
         held = fit_states(saved, param, rule, form, which, home=home)

@@ -11,7 +11,8 @@ from ..rules import Rule
 from ..rules.group_options import option
 from . import backends
 from .device_plan import DevicePlan
-from .hyper_table import History, Row, RowTable
+from .hyper_table import History, Row
+from .joint_table import make_table
 from .plan_fit import Fitted
 from .plan_request import PlanRequest, ProcessGroups
 from .state_layouts import EMA
@@ -91,7 +92,7 @@ def lay_out(
             for tensor in (entry.param, *entry.held())
         )
     tables = {
-        place: RowTable(request.rule, some.rows, place.device, request.measured, some.names)
+        place: make_table(request.rule, some.rows, place.device, request.measured, some.names)
         for place, some in listed.items()
     }
     make_part = request.features.make_part
@@ -112,6 +113,7 @@ def lay_out(
 def _make_entry(rule: Rule, fitted: Fitted, row: int) -> backends.Entry:
     """The entry of a parameter for backends, without the states of disabled options."""
     group, held, param = fitted.member.group, fitted.tensors, fitted.view.local
+    rule = rule.of(group)
     form = STATE_FORMATS[option(group, "states")]
     weight = WEIGHT_FORMATS[option(group, "weights")]
     flags = rule.flag_bits(group)

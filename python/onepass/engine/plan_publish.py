@@ -22,11 +22,13 @@ class NewState(NamedTuple):
 
     Attributes:
         param: the parameter.
+        rule: the rule that steps the parameter.
         held: state key -> value, without counters.
         row: the row that holds the counters.
     """
 
     param: torch.Tensor
+    rule: Rule
     held: dict[str, Any]
     row: Row
 
@@ -35,7 +37,6 @@ class Publication:
     """The new states of a plan that are not yet published.
 
     Args:
-        rule: the rule of the optimizer.
         states: the new entry of each member.
         watch: receives the change reports of the state dictionaries.
         whole: whether the plan covers the whole optimizer.
@@ -44,13 +45,12 @@ class Publication:
 
     def __init__(
         self,
-        rule: Rule,
         states: list[NewState],
         watch: Watch,
         whole: bool,
         settle: Callable[[], None] | None,
     ) -> None:
-        self._rule, self._states, self._watch = rule, states, watch
+        self._states, self._watch = states, watch
         self._whole, self._settle = whole, settle
 
     def publish(self, state: Any) -> Any:
@@ -58,18 +58,18 @@ class Publication:
 
         From then on, the dictionaries report a replaced or removed entry to the watch.
         """
-        for param, held, row in self._states:
+        for param, rule, held, row in self._states:
             entry = state[param]
             if not isinstance(entry, ParamState):
                 entry = state[param] = ParamState(entry)
             # Remove scales and companions of a previous format.
-            for stale in stale_keys(entry, held, self._rule):
+            for stale in stale_keys(entry, held, rule):
                 del entry[stale]
             entry.update(held, step=row.step, **row.scalar_states)
             entry.fresh, entry.watch = row.fresh, self._watch
             entry.begun = ()
-            if self._rule.needs_first:
-                keys = self._rule.keys
+            if rule.needs_first:
+                keys = rule.keys
                 entry.begun = (*keys, *map(scale_key, keys))
         if self._whole:
             if self._settle is not None and not isinstance(state, PagedState):
@@ -84,12 +84,11 @@ def make_publication(
     request: PlanRequest, fitted: list[Fitted], rows: list[Row], watch: Watch
 ) -> Publication:
     """The publication of a plan: the fitted states in the form that ``optimizer.state`` stores."""
-    rule = request.rule
-    states = [
-        NewState(one.member.param, _published(rule, one), row)
-        for one, row in zip(fitted, rows, strict=True)
-    ]
-    return Publication(rule, states, watch, request.whole, request.settle)
+    states = []
+    for one, row in zip(fitted, rows, strict=True):
+        rule = request.rule.of(one.member.group)
+        states.append(NewState(one.member.param, rule, _published(rule, one), row))
+    return Publication(states, watch, request.whole, request.settle)
 
 
 def _published(rule: Rule, fitted: Fitted) -> dict[str, Any]:

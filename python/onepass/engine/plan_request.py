@@ -13,6 +13,7 @@ from ..rules import Rule
 from . import backends
 from .device_plan import DevicePlan
 from .hyper_table import RowTable
+from .joint_table import JointTable
 from .state_layouts import Home
 from .state_tracking import Watch
 from .tensor_access import unwrapped
@@ -158,7 +159,7 @@ class PlanFeatures(Protocol):
         self,
         backend: backends.Backend,
         entries: list[backends.Entry],
-        table: RowTable,
+        table: RowTable | JointTable,
         owners: list[torch.Tensor],
         sharded: bool,
     ) -> DevicePlan:

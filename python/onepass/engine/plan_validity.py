@@ -86,8 +86,11 @@ class PlanValidity:
 
 def _entry_options(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
     """The options that are fixed when entries are made; other options are read at every step."""
+    chosen = rule.of(group)
     return (
-        rule.flag_bits(group),
+        chosen.name,
+        chosen.flag_bits(group),
+        *(group.get(name) for name in rule.laid_out_by),
         option(group, "states"),
         option(group, "weights"),
         option(group, "ema_decay") is None,

@@ -111,6 +111,7 @@ def ema_layout(param: torch.Tensor) -> Layout:
 def held_layouts(param: torch.Tensor, rule: Rule, group: Mapping[str, Any]) -> list[Layout]:
     """The layouts of all state tensors that a group's options need, in allocation order."""
     form, weight = STATE_FORMATS[option(group, "states")], WEIGHT_FORMATS[option(group, "weights")]
+    rule = rule.of(group)
     slots = rule.state_slots(rule.flag_bits(group))
     layouts = [
         layout

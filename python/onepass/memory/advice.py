@@ -58,7 +58,7 @@ def _smaller(variant: Variant) -> Iterator[tuple[str, ...]]:
     """
     now = STATE_FORMATS[variant.states].bytes
     small = ["mx8", "mx4"]
-    if variant.options.get("centered"):
+    if variant.options.get("centered") or variant.made.rule.formats:
         small = ["bf16"]
     states = [(name,) for name in small if STATE_FORMATS[name].bytes < now]
     extra = {"master": ("split16", "split8"), "kahan": ("split8",), "split16": ("split8",)}
@@ -98,7 +98,7 @@ def cheapest_change(choice: Candidate, model: Model, terms: Terms, limit: int) -
             continue
         try:
             found = predicted(Candidate("", variant=variant.plus(*words)), model, terms)
-        except ValueError:  # incompatible options
+        except (CannotSimulateError, ValueError):  # incompatible options, or Muon over shards
             continue
         if found.peak <= limit:
             words_ = "+".join(words)

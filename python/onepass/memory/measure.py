@@ -80,6 +80,7 @@ def measure(
     states = state_bytes(optimizer, categorise, block)
     if isinstance(optimizer, Optimizer):
         states |= _of_pager(optimizer, states, block)
+        states["scratch"] = storage_bytes(optimizer.scratch(), block)
     found = Bytes(
         weights=storage_bytes(params, block),
         gradients=storage_bytes((p.grad for p in params if p.grad is not None), block),

@@ -19,6 +19,7 @@ COLOURS = {
     "companions": "#F0E442",
     "ema": "#CC79A7",
     "ring": "#009E73",
+    "scratch": "#999999",
     "temporary": "#D55E00",
     "states": "#E69F00",
     "activations": "#009E73",

@@ -37,7 +37,10 @@ def category_of(key: str) -> str:
 
 
 def predict(
-    optimizer: Optimizer, grad_dtype: torch.dtype | None = None, block: int | None = None
+    optimizer: Optimizer,
+    grad_dtype: torch.dtype | None = None,
+    block: int | None = None,
+    device: torch.device | None = None,
 ) -> Bytes:
     """Predicts the bytes of parameters, gradients and states after the first step.
 
@@ -48,6 +51,7 @@ def predict(
         grad_dtype: the dtype of the gradients; None for the dtype of each parameter.
         block: the size in bytes to which storages are rounded up; None for the granularity of the
             parameters' device.
+        device: the device of the steps; None for the parameters' device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in params if p.requires_grad]
@@ -72,13 +76,15 @@ def predict(
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if p.requires_grad]
         # The counters of all groups share one storage.
-        found["moments"] += counter_bytes(optimizer.rule) if members else 0
+        found["moments"] += counter_bytes(optimizer.rule.of(group)) if members else 0
         for param in members:
             if param in paged:
                 continue
             for layout in held_layouts(param, optimizer.rule, group):
                 found[category_of(layout.key)] += rounded(layout.nbytes)
+    scratch = sum(map(rounded, optimizer.scratch_sizes(device or params[0].device)))
     return Bytes(
+        scratch=scratch,
         weights=storage_bytes(params, block),
         gradients=sum(rounded(p.numel() * (grad_dtype or p.dtype).itemsize) for p in trained),
         ring=ring,

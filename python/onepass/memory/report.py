@@ -29,6 +29,7 @@ class Bytes:
             before the reduce-scatter; 0 if the peak is in the step of the optimizer.
         activations: tensors saved for the backward pass, as far as they exceed the gradients that
             replace them; 0 if they are not counted.
+        scratch: the directions and the workspace of Muon, which stay allocated between steps.
         temporary: the maximum that a step allocates in addition and frees before it returns.
         host: states stored in host memory; not included in ``held`` or ``peak``.
     """
@@ -39,6 +40,7 @@ class Bytes:
     companions: int = 0
     ema: int = 0
     ring: int = 0
+    scratch: int = 0
     temporary: int = 0
     host: int = 0
     buffers: int = 0
@@ -68,7 +70,7 @@ class Bytes:
         return Bytes(**{name: n + getattr(other, name) for name, n in self.items()})
 
 
-HELD = ("weights", "buffers", "gradients", "moments", "companions", "ema", "ring")
+HELD = ("weights", "buffers", "gradients", "moments", "companions", "ema", "ring", "scratch")
 CATEGORIES = (*HELD, "gathered", "activations", "temporary")
 """The parts of :attr:`Bytes.peak`, in the order in which they are shown."""
 
@@ -82,6 +84,7 @@ TITLES = {
     "companions": "extra bits of weights=...",
     "ema": "average of weights",
     "ring": "paging ring",
+    "scratch": "scratch of Muon",
     "temporary": "temporary in the step",
     "host": "on the host",
 }

@@ -68,7 +68,8 @@ class Candidate:
 
         def make(params: list[torch.nn.Parameter]) -> Any:
             if self.variant is not None:
-                return self.variant.make(groups_of(params, kinds, terms.careful))
+                matrices = self.variant.made.needs_matrices
+                return self.variant.make(groups_of(params, kinds, terms.careful, matrices))
             if self.peer is not None:
                 return self.peer.optimizer(params)
             assert self.factory is not None
@@ -138,6 +139,9 @@ def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
         CannotSimulateError: the bytes of this optimizer cannot be predicted here.
         ValueError: the optimizer does not accept these parameters.
     """
+    matrices = choice.variant is not None and choice.variant.made.needs_matrices
+    if matrices and terms.mesh.fsdp * terms.mesh.tp > 1:
+        raise CannotSimulateError("the exchange of Muon's matrices between ranks is not predicted")
     whole, part = shards.local(model, terms.mesh)
     params = parameters(whole, terms)
     if terms.mesh.stage == 1:
@@ -190,7 +194,7 @@ def predicted_of(
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         frozen = [p for p in params if id(p) not in held]
         block = block_of(torch.device(device))
-        found = predict(optimizer, grad_dtype, block)
+        found = predict(optimizer, grad_dtype, block, torch.device(device))
         return found + Bytes(weights=storage_bytes(frozen, block))
     return simulate(make, params, grad_dtype, device, categorise)
 

@@ -106,7 +106,7 @@ def parse(text: str) -> Variant | None:
     if made is None:
         return None
     variant = Variant(name, made).plus(*words)
-    variant.make([torch.nn.Parameter(torch.empty(1, device="meta", dtype=torch.bfloat16))])
+    variant.make([torch.nn.Parameter(torch.empty(1, 1, device="meta", dtype=torch.bfloat16))])
     return replace(variant, name="+".join([name, *words]))
 
 
@@ -133,7 +133,10 @@ def _option(word: str, name: str) -> dict[str, Any]:
 
 
 def groups_of(
-    params: Sequence[torch.nn.Parameter], kinds: Sequence[str], careful: bool
+    params: Sequence[torch.nn.Parameter],
+    kinds: Sequence[str],
+    careful: bool,
+    matrices: bool = False,
 ) -> list[torch.nn.Parameter] | Groups:
     """Parameter groups for an optimizer, without frozen parameters.
 
@@ -142,12 +145,17 @@ def groups_of(
         kinds: the kind of each parameter.
         careful: make groups like onepass.parameter_groups, with fp32 states for embeddings and
             norms, and the native format for fp32 weights.
+        matrices: make groups like onepass.muon_groups, with ``use_muon=False`` for everything but
+            matrices and convolutions.
     """
     trained = [(p, kind) for p, kind in zip(params, kinds, strict=True) if p.requires_grad]
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for param, kind in trained:
+        rest = matrices and (param.dim() < 2 or kind in (EMBEDDING, NORM))
         native = careful and param.dtype == torch.float32
         wide = careful and kind in (EMBEDDING, NORM)
-        options = ({"weights": "native"} if native else {}) | ({"states": "fp32"} if wide else {})
-        groups.setdefault((native, wide), {"params": [], **options})["params"].append(param)
+        options: dict[str, Any] = {"weights": "native"} if native else {}
+        options |= {"states": "fp32"} if wide else {}
+        options |= {"use_muon": False} if rest else {}
+        groups.setdefault((native, wide, rest), {"params": [], **options})["params"].append(param)
     return list(groups.values())

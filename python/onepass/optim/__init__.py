@@ -20,6 +20,7 @@ from .bitsandbytes_names import (
     SGD8bit,
 )
 from .lion import Lion
+from .muon import Muon
 from .nadam import NAdam
 from .options import Options as Options
 from .rmsprop import RMSprop
@@ -40,6 +41,7 @@ __all__ = [
     "AdamWScheduleFree",
     "Lion",
     "Lion8bit",
+    "Muon",
     "NAdam",
     "Optimizer",
     "PagedAdEMAMix",

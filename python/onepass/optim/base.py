@@ -56,6 +56,10 @@ class Optimizer(Stepping):
     """The default format of the states."""
     default_paged: ClassVar[bool] = False
     """Whether the class pages states by default."""
+    group_options: ClassVar[tuple[str, ...]] = ()
+    """Options of groups that the constructor does not take."""
+    needs_matrices: ClassVar[bool] = False
+    """Whether parameters that are not matrices need a group of their own."""
     paging: Paging | None = None
     pager: Pager | None = None
 
@@ -118,7 +122,8 @@ class Optimizer(Stepping):
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError if an option of a group is out of range or not allowed in a group."""
-        known = frozenset((*self.defaults, *(k.name for k in KEYWORDS), *DEFAULTS, "params"))
+        own = (*self.defaults, *self.group_options)
+        known = frozenset((*own, *(k.name for k in KEYWORDS), *DEFAULTS, "params"))
         check_names(group, known, self._given, type(self).__name__)
         check_values(group)
         check_rule_options(group, self.rule, type(self).__name__)

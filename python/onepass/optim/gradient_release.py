@@ -46,13 +46,25 @@ def release_gradients(
 
     Raises:
         ValueError: ``max_grad_norm`` without ``clip_by_previous_norm`` or the reverse;
-            ``skip_nonfinite`` or ``telemetry``, which need all gradients of a step; a DTensor; a
-            model without parameters of the optimizer; an optimizer that is already released.
+            ``skip_nonfinite`` or ``telemetry``, which need all gradients of a step;
+            :class:`onepass.Muon`, which orthogonalises matrices in batches; a DTensor; a model
+            without parameters of the optimizer; an optimizer that is already released.
 
     Source: Lv et al., "Full parameter fine-tuning for large language models with limited resources"
     (LOMO, 2023), for SGD; here for every rule.
     """
     optimizer = own_optimizer(optimizer)
+    _check_options(optimizer, clip_by_previous_norm)
+    return ReleasedGradients(model, optimizer)
+
+
+def _check_options(optimizer: Optimizer, clip_by_previous_norm: bool) -> None:
+    """Raises ValueError if gradient release does not support the optimizer."""
+    if optimizer.products is not None:
+        raise ValueError(
+            "gradient release does not support Muon: it orthogonalises the matrices of all "
+            "parameters in batches, so a step needs all gradients at once"
+        )
     if optimizer.max_grad_norm is not None and not clip_by_previous_norm:
         raise ValueError(
             "max_grad_norm needs all gradients of a step, but gradient release frees each gradient "
@@ -78,7 +90,6 @@ def release_gradients(
         raise ValueError(
             "optimizer already releases its gradients: call remove() on its handle first"
         )
-    return ReleasedGradients(model, optimizer)
 
 
 class ReleasedGradients:

@@ -134,7 +134,7 @@ def torch_keys(kind: type) -> frozenset[str]:
                 and base.__module__.startswith("onepass.optim.")
                 and (base.__name__ != "Optimizer")
             ):
-                param = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+                param = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))
                 found = frozenset(twin([param], lr=1e-3).param_groups[0])
         _TORCH_KEYS[kind] = found
     return _TORCH_KEYS[kind]

@@ -14,14 +14,30 @@ from ..distributed.shards import shards_of
 from ..engine import backends
 from ..engine.device_plan import DevicePlan
 from ..engine.hyper_table import RowTable
+from ..engine.joint_table import JointTable
 from ..engine.plan_request import Member, ParamView, PlainParam, RankSums
 from ..engine.state_layouts import Home
+from ..muon.batches import Settings
+from ..muon.device_plan import MuonDevicePlan, Stage, SweepTable
 from ..paging.device_plan import PagedDevicePlan
 from ..paging.pager import Pager
 
 
 class PagedShardedDevicePlan(ShardedDevicePlan, PagedDevicePlan):
     """A device plan for local tensors of DTensors with paged states."""
+
+
+class ShardedMuonDevicePlan(MuonDevicePlan, ShardedDevicePlan):
+    """A device plan of Muon for local tensors of DTensors."""
+
+
+class PagedStage(Stage, PagedDevicePlan):
+    """A sweep of Muon with paged states."""
+
+    def sweep(self, switches: backends.StepSwitches) -> None:
+        """See :meth:`Stage.sweep`; after an error the pager refuses further steps."""
+        with self._pager.going():
+            super().sweep(switches)
 
 
 class Features:
@@ -35,6 +51,7 @@ class Features:
         moved: see :data:`onepass.distributed.device_plan.Moved`.
         pager: the optimizer's pager; None if states are not paged.
         param_groups, state: of the optimizer; they are only read.
+        muon: the options of Muon's products; None for other optimizers.
         later: returns all members that will have their own plans; None if there is a single plan.
 
     Raises:
@@ -53,6 +70,7 @@ class Features:
         pager: Pager | None,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
+        muon: Settings | None,
         later: Callable[[], list[Member]] | None,
     ) -> None:
         every = list(chain.from_iterable(group["params"] for group in groups))
@@ -62,7 +80,7 @@ class Features:
             self.ranks = Ranks(every, self._shards, norm_group)
         self._members, self._whole, self._moved = members, whole, moved
         self._pager, self._param_groups, self._state = pager, param_groups, state
-        self._later = later
+        self._later, self._muon = later, muon
         self._paged: set[torch.Tensor] = set()
 
     def view(self, param: torch.Tensor) -> ParamView:
@@ -92,11 +110,13 @@ class Features:
         self,
         backend: backends.Backend,
         entries: list[backends.Entry],
-        table: RowTable,
+        table: RowTable | JointTable,
         owners: list[torch.Tensor],
         sharded: bool,
     ) -> DevicePlan:
         """The part of a plan with these entries; sharded says whether the owners are DTensors."""
+        if isinstance(table, JointTable):
+            return self._make_muon(backend, entries, table, owners, sharded)
         pager, moved = self._pager, self._moved
         away = [i for i, owner in enumerate(owners) if owner in self._paged]
         if pager is None or not away:
@@ -107,6 +127,48 @@ class Features:
             return PagedDevicePlan(backend, entries, table, owners, pager=pager, paged=away)
         return PagedShardedDevicePlan(
             backend, entries, table, owners, moved=moved, pager=pager, paged=away
+        )
+
+    def _make_muon(
+        self,
+        backend: backends.Backend,
+        entries: list[backends.Entry],
+        table: JointTable,
+        owners: list[torch.Tensor],
+        sharded: bool,
+    ) -> DevicePlan:
+        """The part of a plan of Muon; see :meth:`make_part`."""
+        assert self._muon is not None
+        away = [owner in self._paged for owner in owners]
+
+        def make_stage(
+            on: backends.Backend,
+            listed: list[backends.Entry],
+            values: SweepTable,
+            numbers: list[int],
+        ) -> Stage:
+            paged = [
+                i
+                for i, (entry, n) in enumerate(zip(listed, numbers, strict=True))
+                if away[n] and entry.held()
+            ]
+            if self._pager is None or not paged:
+                return Stage(on, listed, values)
+            return PagedStage(on, listed, values, pager=self._pager, paged=paged)
+
+        group_of = {member.param: member.group for member in self._members}
+        kind, options = MuonDevicePlan, {}
+        if sharded:
+            kind, options = ShardedMuonDevicePlan, {"moved": self._moved}
+        return kind(
+            backend,
+            entries,
+            table,
+            owners,
+            groups=[group_of[owner] for owner in owners],
+            settings=self._muon,
+            make_stage=make_stage,
+            **options,
         )
 
 

@@ -19,6 +19,7 @@ from ..engine.plan import Plan
 from ..engine.plan_builder import make_plan
 from ..engine.plan_request import Member, PlanRequest
 from ..engine.state_tracking import Watch
+from ..muon.batches import Settings
 from ..paging.pager import Pager
 from ..rules import Rule
 from ..rules.option_checks import is_immutable
@@ -51,9 +52,11 @@ class Stepping(Findings):
             because a graph may be replayed at any time.
         moved: see :data:`onepass.distributed.device_plan.Moved`.
         released: see :func:`onepass.release_gradients`.
+        products: the options of Muon's products; None in other classes.
     """
 
     rule: ClassVar[Rule]
+    products: Settings | None = None
     backend: str | None
     max_grad_norm: float | None
     norm_type: float
@@ -177,7 +180,7 @@ class Stepping(Findings):
         """
         plan = self._plan
         if plan is None or not plan.refresh(self.param_groups, self.state):
-            self._plan = None
+            self._plan = plan = None  # frees the scratch memory of the old plan
             plan = self.new_plan([m for m in self.members() if m.param.grad is not None])
             if not plan.refresh(self.param_groups, self.state):
                 raise RuntimeError("onepass: a tensor changed while the plan was built")
@@ -219,6 +222,7 @@ class Stepping(Findings):
                 pager=self.pager,
                 param_groups=self.param_groups,
                 state=self.state,
+                muon=self.products,
                 later=None if self.released is None else self._trained,
             )
             request = PlanRequest(
@@ -251,6 +255,14 @@ class Stepping(Findings):
         """All parameters with their groups and numbers."""
         owned = [(p, i, g) for i, g in enumerate(self.param_groups) for p in g["params"]]
         return [Member(p, number_of(p, at), i, g) for at, (p, i, g) in enumerate(owned)]
+
+    def scratch(self) -> list[torch.Tensor]:
+        """Memory that the optimizer keeps between steps besides states and tables."""
+        return [] if self._plan is None else self._plan.scratch()
+
+    def scratch_sizes(self, device: torch.device) -> list[int]:
+        """The bytes of each tensor of :meth:`scratch` on a device, before the first step."""
+        return []
 
     def policy(self) -> backends.Policy:
         """The clipping and skipping options, after a check of their values.

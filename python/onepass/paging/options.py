@@ -62,12 +62,20 @@ def paging_of(paged: Any) -> Paging | None:
         return paged
     if type(paged) is int and paged >= 0:
         return Paging(budget=paged)
-    found = _SIZE.fullmatch(paged) if isinstance(paged, str) else None
-    if found is None:
+    budget = bytes_of(paged)
+    if budget is None:
         raise ValueError(
             "paged must be False, True, a budget in bytes >= 0, a size such as '2GB' or '512MiB', "
             f"or a onepass.paging.Paging; got {paged!r}"
         )
+    return Paging(budget=budget)
+
+
+def bytes_of(size: Any) -> int | None:
+    """The bytes of a size such as "2GB" or "512MiB"; None if the value is not such a string."""
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if found is None:
+        return None
     number, unit, binary = found.groups()
     power = _UNITS[unit.upper()]
-    return Paging(budget=int(float(number) * (2**power if binary else 1000 ** (power // 10))))
+    return int(float(number) * (2**power if binary else 1000 ** (power // 10)))

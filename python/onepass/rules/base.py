@@ -191,6 +191,8 @@ class Rule:
             the step.
         needs_first: whether ``derive`` depends on ``StepOf.first``.
         saves_step: whether torch.optim saves a step counter; see docs/checkpoints.md.
+        formats: the names of the state formats that the rule supports; empty for all.
+        laid_out_by: options of a group that a plan reads only when it is built.
         bitsandbytes: the equivalent optimizer of bitsandbytes; None if there is none.
         benchmark: the benchmark settings; None if the rule is not benchmarked.
 
@@ -216,6 +218,8 @@ class Rule:
     needs_step: bool = False
     needs_first: bool = False
     saves_step: bool = True
+    formats: tuple[str, ...] = ()
+    laid_out_by: tuple[str, ...] = ()
     bitsandbytes: BitsAndBytes | None = None
     benchmark: Benchmark | None = None
 
@@ -234,6 +238,10 @@ class Rule:
     def __repr__(self) -> str:
         return f"Rule({self.name!r})"
 
+    def __lt__(self, other: Rule) -> bool:
+        """Orders rules by name, so that lists in another order share a kernel."""
+        return self.name < other.name
+
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """The key of each slot."""
@@ -243,6 +251,10 @@ class Rule:
     def kinds(self) -> tuple[str, ...]:
         """The kind of each slot."""
         return tuple(slot.kind for slot in self.slots)
+
+    def of(self, group: Group) -> Rule:
+        """The rule that steps a group: this rule, unless the groups of an optimizer differ."""
+        return self
 
     def flag_bits(self, group: Group) -> int:
         """The flags of a group as an integer, the first flag in bit 0."""

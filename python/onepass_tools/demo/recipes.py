@@ -15,6 +15,7 @@ from onepass_tools.demo.model import parameter_groups
 Groups = list[dict[str, object]]
 ADAM_BETAS = (0.9, 0.99)  # a short run needs a second moment with a shorter memory than 1,000 steps
 LION_BETAS = (0.9, 0.99)
+ADAM_LR = 3e-3
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,24 @@ class Recipe:
     lr: float
     weight_decay: float
     make: Callable[[Groups, float], Optimizer]
+    groups: Callable[[nn.Module, float], Groups] = parameter_groups
 
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer over `model`, with decay on matrices but not on norms and biases."""
-        return self.make(parameter_groups(model, self.weight_decay), self.lr)
+        return self.make(self.groups(model, self.weight_decay), self.lr)
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """Return the matrices of the blocks, and the embeddings and vectors that AdamW steps."""
+    matrices, rest = onepass.muon_groups(model)
+    adamw = {"use_muon": False, "lr": ADAM_LR, "betas": ADAM_BETAS}
+    embeddings = [p for p in rest["params"] if p.ndim >= 2]
+    vectors = [p for p in rest["params"] if p.ndim < 2]
+    return [
+        {"params": matrices["params"], "weight_decay": weight_decay},
+        {"params": embeddings, "weight_decay": weight_decay, **adamw},
+        {"params": vectors, "weight_decay": 0.0, **adamw},
+    ]
 
 
 def torch_adamw_is_fused(device: torch.device) -> bool:
@@ -79,5 +94,13 @@ def recipes(device: torch.device) -> list[Recipe]:
             0.15,
             1e-4,
             lambda groups, lr: onepass.SGD(groups, lr=lr, momentum=0.9, nesterov=True),
+        ),
+        Recipe(
+            "onepass-muon",
+            "onepass Muon",
+            0.02,
+            0.1,
+            lambda groups, lr: onepass.Muon(groups, lr=lr),
+            muon_groups,
         ),
     ]

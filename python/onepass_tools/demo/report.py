@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from onepass_tools.demo.train import Replay, Run, loss_deviation
 
@@ -19,12 +20,13 @@ HEADINGS = (
 )
 # The colour-blind-safe palette of Okabe and Ito. The line of torch is wide and pale, because it
 # coincides with the line of onepass.AdamW.
-STYLES: dict[str, tuple[str, str, float]] = {
+STYLES: dict[str, tuple[str, Any, float]] = {
     "torch-adamw": ("#E69F00", "-", 4.0),
     "onepass-adamw": ("#000000", "--", 1.4),
     "onepass-adamw-bf16": ("#0072B2", ":", 1.8),
     "onepass-lion": ("#009E73", "-.", 1.5),
     "onepass-sgd": ("#CC79A7", "-", 1.5),
+    "onepass-muon": ("#D55E00", (0, (5, 1)), 1.5),
 }
 SMOOTHING = 0.95
 EARLY = 50

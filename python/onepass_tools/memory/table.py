@@ -26,12 +26,14 @@ HEADINGS = {
     "ring": "ring",
     "gathered": "gathered",
     "activations": "activations",
+    "scratch": "scratch",
     "temporary": "temporary",
 }
 DETAILS = (
     "process grew",
     "buffers",
     "temporary",
+    "scratch",
     "ring",
     "EMA",
     "weights",

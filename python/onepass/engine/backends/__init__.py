@@ -112,7 +112,6 @@ def status() -> list[tuple[str, str]]:
 def support_matrix() -> str:
     """The support matrix of rules, formats and backends as a Markdown table."""
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in NATIVE)
-    formats = ", ".join(f"`{name}`" for name in STATE_FORMATS)
     names = [f"`{name}`" for name in BACKENDS]
     lines = [
         f"| rule | options | states | weights and gradients | {' | '.join(names)} |",
@@ -121,6 +120,7 @@ def support_matrix() -> str:
     for rule in RULES.values():
         options = ", ".join(flag.name for flag in rule.flags)
         held = ", ".join(rule.keys)
+        formats = ", ".join(f"`{name}`" for name in rule.formats or STATE_FORMATS)
         served = " | ".join("no" if b.lacks(rule) else "yes" for b in BACKENDS.values())
         lines.append(f"| {rule.name} | {options} | {held}: {formats} | {dtypes} | {served} |")
     return "\n".join(lines)

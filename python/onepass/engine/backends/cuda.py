@@ -16,6 +16,7 @@ class CudaBackend(CompiledBackend):
 
     name = "cuda"
     extras = False
+    mixes_rules = False
     launches = True
 
     def unavailable(self, device: torch.device | None) -> str:

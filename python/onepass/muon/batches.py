@@ -1,0 +1,253 @@
+"""The scratch memory of the directions, and the batches in which they are orthogonalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .coefficients import lr_ratio, triples_of
+from .matrices import Matrices
+from .newton_schulz import Workspace, elements, orthogonalize
+from .products import Products
+
+_ALIGNMENT = 64
+"""Elements to which the directions of one class are aligned: at least a cache line."""
+
+_CPU_CHUNK = 1 << 20
+"""Elements of one batch and its workspace on a CPU, so that small matrices stay in the cache."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""The values of the option ``precision``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the products, which are those of the whole optimizer.
+
+    Attributes:
+        precision: a key of :data:`DTYPES`; None for bf16 on a GPU and fp32 elsewhere.
+        scratch: the most bytes for the workspace of one batch. A single matrix may need more.
+        products: the operations on batches.
+    """
+
+    precision: str | None
+    scratch: int
+    products: Products
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of the directions and the products on a device."""
+        if self.precision is None:
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return DTYPES[self.precision]
+
+
+class Direction(NamedTuple):
+    """A parameter whose direction is orthogonalised.
+
+    Attributes:
+        matrices: how its memory is read.
+        group: its group, whose options are read at every step.
+        shape, stride: of the parameter's tensor on this rank.
+    """
+
+    matrices: Matrices
+    group: Mapping[str, Any]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class _Kind(NamedTuple):
+    """Directions of one kind form batches: equal matrices of one group.
+
+    Attributes:
+        group: identity of the group.
+        ratio: see :func:`lr_ratio`'s arguments: rows and columns.
+        stored: the shape of each matrix as it is stored.
+        strided: whether the matrices are not contiguous.
+    """
+
+    group: int
+    ratio: tuple[int, int]
+    stored: tuple[int, int]
+    strided: bool
+
+
+class _Batch(NamedTuple):
+    """Matrices that are orthogonalised together.
+
+    Attributes:
+        group: see :class:`Direction`.
+        rows, cols: the shape of the matrices, for the learning rate.
+        x: [n, rows, cols] as stored.
+        space: scratch memory.
+        views: the matrices in the directions, copied to x and back; empty if x is in them.
+    """
+
+    group: Mapping[str, Any]
+    rows: int
+    cols: int
+    x: torch.Tensor
+    space: Workspace
+    views: list[torch.Tensor]
+
+    def run(self, products: Products) -> None:
+        """Orthogonalises the matrices in place."""
+        group = self.group
+        scale = lr_ratio(group["adjust_lr_fn"], self.rows, self.cols)
+        for view, matrix in zip(self.views, self.x, strict=False):
+            matrix.view(view.shape).copy_(view)
+        orthogonalize(products, self.x, self.space, triples_of(group), float(group["eps"]), scale)
+        for view, matrix in zip(self.views, self.x, strict=False):
+            view.copy_(matrix.view(view.shape))
+
+
+class Directions:
+    """The directions of the parameters of one device.
+
+    All memory is allocated here: nothing is allocated between momentum and weights.
+
+    Args:
+        found: the directions, in the order of entries.
+        settings: the options of the products.
+        device: the device of the memory.
+
+    Attributes:
+        tensors: the direction of each parameter, with its shape and strides.
+        memory: the memory of the directions, and the workspace.
+    """
+
+    def __init__(
+        self, found: Sequence[Direction], settings: Settings, device: torch.device
+    ) -> None:
+        self._products, dtype = settings.products, settings.dtype(device)
+        kinds: dict[_Kind, list[int]] = {}
+        for i, one in enumerate(found):
+            kinds.setdefault(_kind_of(one), []).append(i)
+        offsets, length = [0] * len(found), 0
+        for members in kinds.values():
+            length = -(-length // _ALIGNMENT) * _ALIGNMENT
+            for i in members:
+                offsets[i] = length
+                length += found[i].numel
+        memory = torch.zeros(length, dtype=dtype, device=device)
+        self.tensors = [
+            torch.as_strided(memory, one.shape, one.stride, offset)
+            for one, offset in zip(found, offsets, strict=True)
+        ]
+        limit = _largest(settings.scratch // dtype.itemsize, device)
+        plans = [
+            _Cut(kind, sum(found[i].matrices.count for i in members), limit)
+            for kind, members in kinds.items()
+        ]
+        work = torch.empty(max((p.elements for p in plans), default=0), dtype=dtype, device=device)
+        self.memory = [memory, work]
+        self._batches: list[_Batch] = []
+        for plan, members in zip(plans, kinds.values(), strict=True):
+            begin = offsets[members[0]]
+            views = []
+            if plan.kind.strided:
+                for i in members:
+                    views += found[i].matrices.views(memory[offsets[i] :])
+            self._batches += plan.batches(found[members[0]].group, memory[begin:], views, work)
+
+    def orthogonalize(self) -> None:
+        """Replaces each direction by the orthogonalised one times the ratio of learning rates."""
+        for batch in self._batches:
+            batch.run(self._products)
+
+
+def scratch_sizes(
+    found: Sequence[Direction], settings: Settings, device: torch.device
+) -> list[int]:
+    """The bytes of each tensor of :attr:`Directions.memory`, without allocating them."""
+    kinds: dict[_Kind, list[Direction]] = {}
+    for one in found:
+        kinds.setdefault(_kind_of(one), []).append(one)
+    limit = _largest(settings.scratch // settings.dtype(device).itemsize, device)
+    length = work = 0
+    for kind, members in kinds.items():
+        length = -(-length // _ALIGNMENT) * _ALIGNMENT + sum(one.numel for one in members)
+        work = max(work, _Cut(kind, sum(one.matrices.count for one in members), limit).elements)
+    return [size * settings.dtype(device).itemsize for size in (length, work)]
+
+
+def _kind_of(one: Direction) -> _Kind:
+    """The kind of a direction."""
+    m = one.matrices
+    return _Kind(id(one.group), (m.rows, m.cols), m.stored, m.order == "strided")
+
+
+def _largest(elements_: int, device: torch.device) -> int:
+    """The most elements of one workspace."""
+    return min(elements_, _CPU_CHUNK) if device.type == "cpu" else elements_
+
+
+class _Cut:
+    """The division of the matrices of one kind into batches of nearly equal size.
+
+    Args:
+        kind: the kind.
+        count: the number of matrices.
+        limit: the most elements of one workspace.
+
+    Attributes:
+        kind: as given.
+        elements: the elements of the workspace.
+    """
+
+    def __init__(self, kind: _Kind, count: int, limit: int) -> None:
+        self.kind = kind
+        rows, cols = kind.stored
+        # Matrices without elements need no products.
+        self._count = count if rows * cols else 0
+        self._each = elements(rows, cols) + (rows * cols if kind.strided else 0)
+        most = max(1, limit // self._each)
+        parts = max(1, -(-self._count // most))
+        self._most = -(-self._count // parts)
+        self.elements = self._most * self._each
+
+    def batches(
+        self,
+        group: Mapping[str, Any],
+        memory: torch.Tensor,
+        views: list[torch.Tensor],
+        work: torch.Tensor,
+    ) -> list[_Batch]:
+        """The batches.
+
+        Args:
+            group: the group of the parameters.
+            memory: the directions of this kind, from the first one on.
+            views: the matrices in memory if they are strided.
+            work: the memory of the workspace.
+        """
+        (rows, cols), made = self.kind.stored, []
+        m = min(rows, cols)
+        for begin in range(0, self._count, self._most or 1):
+            n = min(self._most, self._count - begin)
+            sizes = [(rows, cols), (m, m), (m, m), (1, 1), (1, 1)]
+            if self.kind.strided:
+                sizes.append((rows, cols))
+            parts, at = [], 0
+            for size in sizes:
+                numel = n * math.prod(size)
+                parts.append(work[at : at + numel].view(n, *size))
+                at += numel
+            if self.kind.strided:
+                x = parts.pop()
+            else:
+                start = begin * rows * cols
+                x = memory[start : start + n * rows * cols].view(n, rows, cols)
+            made.append(
+                _Batch(group, *self.kind.ratio, x, Workspace(*parts), views[begin : begin + n])
+            )
+        return made

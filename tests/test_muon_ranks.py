@@ -1,0 +1,22 @@
+"""Muon with FSDP2 on several gloo processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from . import muon_ranks, zero_ranks
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
+)
+
+
+def test_ranks(tmp_path):
+    """Every check on 3, 2 and 1 ranks; a checkpoint of 3 ranks loads on 2 and on 1."""
+    for world in (3, 2, 1):
+        last = muon_ranks.save if world == 3 else muon_ranks.load
+        directory = tmp_path / str(world)
+        directory.mkdir()
+        found = zero_ranks.run(world, [*muon_ranks.EVERYWHERE, last], directory)
+        assert not any(found.values()), "\n".join(filter(None, found.values()))
