@@ -13,6 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Workers of pytest-xdist have the width of the terminal in COLUMNS, for which tables are made
+# narrower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("COLUMNS", None)
+
 import onepass
 from onepass.paging import pager
 
