@@ -73,8 +73,9 @@ class Case:
         # Weight decay that almost cancels a gradient amplifies the rounding errors of fp32.
         decay = 0.0 if fp32 and not self.kind.decoupled else 0.1
         self.options = {"lr": row.lr, "weight_decay": decay, **row.base, **chosen}
-        self.has_oracle = fp32 and self.torch is not None and not chosen.get("eps_in_sqrt")
-        self.torch_options = {k: v for k, v in self.options.items() if k != "eps_in_sqrt"}
+        ours = ("eps_in_sqrt", "cautious_weight_decay")  # options that torch does not have
+        self.has_oracle = fp32 and self.torch is not None and not any(map(chosen.get, ours))
+        self.torch_options = {k: v for k, v in self.options.items() if k not in ours}
         self.extras = {"ema_decay": rng.choice([None, None, 0.9])}
         if rng.random() < 0.3 and "paged" not in WITHOUT:
             self.extras["paged"] = onepass.paging.Paging(0, page_bytes=1 << 14)
