@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..optim.mixed_precision import NORMS, Selection, parameter_groups, select
+from ..optim.muon import muon_groups
 from ..rules.option_checks import check_number
 
 
@@ -65,6 +66,26 @@ def decay_groups(
         raise ValueError(
             f"the model needs a parameter that requires a gradient; none of its {count} does"
         )
+    return split
+
+
+def split_for_muon(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Splits groups by what :func:`onepass.muon_groups` selects for Muon and for AdamW.
+
+    Args:
+        model: the model of all parameters.
+        groups: parameter groups; their options stay.
+
+    Returns:
+        Groups for :class:`onepass.Muon`, without empty ones.
+    """
+    split: list[dict[str, Any]] = []
+    for kind in muon_groups(model):
+        chosen = set(kind["params"])
+        options: dict[str, Any] = {k: kind[k] for k in ("use_muon", "flatten") if k in kind}
+        for group in groups:
+            if params := [p for p in group["params"] if p in chosen]:
+                split.append({**group, **options, "params": params})
     return split
 
 

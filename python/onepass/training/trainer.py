@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from ..optim import AdamWScheduleFree, Optimizer
+from ..optim import AdamWScheduleFree, Muon, Optimizer
 from ..optim.grad_scaler import GradScaler
 from ..optim.mixed_precision import EMBEDDINGS, NORMS
 from ..rules.option_checks import check_flag
@@ -27,7 +27,7 @@ from .checkpoint import (
     save_atomically,
     set_rng_state,
 )
-from .groups import decay_groups
+from .groups import decay_groups, split_for_muon
 from .optimizers import make_optimizer, optimizer_class
 from .progress import progress_bar
 from .schedules import SCHEDULE_OPTIONS
@@ -61,7 +61,9 @@ class Trainer:
 
     Args:
         model: the model, already on its device. Data is moved to the device of its parameters.
-        optimizer_type: a name in :data:`onepass.training.OPTIMIZERS`, or a onepass class.
+        optimizer_type: a name in :data:`onepass.training.OPTIMIZERS`, or a onepass class. With
+            Muon, AdamW steps the parameters that :func:`onepass.muon_groups` leaves to it, with the
+            same learning rate.
         lr: the highest learning rate of the schedule.
         weight_decay: the weight decay, which is not applied to biases and norms; see
             :func:`decay_groups`.
@@ -126,6 +128,8 @@ class Trainer:
         options = {"skip_nonfinite": nan_guard != "off", **options}
         self.model, self.loss = model, loss
         self.device = groups[0]["params"][0].device
+        if issubclass(kind, Muon):
+            groups = split_for_muon(model, groups)
         self.optimizer = make_optimizer(
             optimizer_type, groups, lr, max_grad_norm=max_grad_norm, **options
         )
