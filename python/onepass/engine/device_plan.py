@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 import torch
 
+from ..formats import NATIVE
 from . import backends
 from .backends.base import same_layout
 from .hyper_table import RowTable
@@ -18,6 +20,35 @@ _NoTorchFunction = torch._C.DisableTorchFunctionSubclass
 _grad = attrgetter("grad")
 
 Tensors = list[torch.Tensor]
+
+
+class WholeNorm:
+    """The norm of entries that a plan divides over several sweeps, measured in one list.
+
+    A divided list would add the squares in another order, which changes the last bits.
+
+    Args:
+        backend: the backend of the sweeps.
+        entries: one for each parameter; their states, companions and averages are not read.
+    """
+
+    def __init__(self, backend: backends.Backend, entries: list[backends.Entry]) -> None:
+        self._backend, self._entries = backend, entries
+        self._prepared: Any = None  # made when it is needed first, because few optimizers clip
+
+    def measure(self, params: Tensors, grads: Tensors) -> torch.Tensor:
+        """The result of :meth:`Backend.norm` for the gradients of a step."""
+        if self._prepared is None:
+            self._prepared = self._backend.prepare([_bare(entry) for entry in self._entries])
+        if not self._backend.refresh(self._prepared, params, grads):
+            raise RuntimeError("onepass: a gradient changed within a step")
+        return self._backend.norm(self._prepared)
+
+
+def _bare(entry: backends.Entry) -> backends.Entry:
+    """The entry without states and with the native weight format."""
+    weight = NATIVE[entry.param.dtype]
+    return replace(entry, states={}, scales={}, companion=None, ema=None, weight=weight)
 
 
 class DevicePlan:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..engine import backends
-from ..engine.device_plan import DevicePlan, Tensors
+from ..engine.device_plan import DevicePlan, Tensors, WholeNorm
 from ..engine.hyper_table import GRAD, NONFINITE
 from ..engine.joint_table import JointTable
 from ..engine.tensor_access import is_dtensor
@@ -94,7 +94,6 @@ class MuonDevicePlan(DevicePlan):
         **options: Any,
     ) -> None:
         self._groups, self._settings, self._make_stage = groups, settings, make_stage
-        self._all = entries
         self._skip = False
         super().__init__(backend, entries, table, owners, **options)
 
@@ -127,7 +126,8 @@ class MuonDevicePlan(DevicePlan):
             (numbers, make(backend, [second[i] for i in numbers], sums, numbers))
             for numbers in _launches(backend, second)
         ]
-        self._whole: Any = None  # the prepared plan of all entries without states, for norms
+        # A backend may prepare the entries of one rule only.
+        self._whole = WholeNorm(self.backend, [_weight_entry(entry, 0) for entry in entries])
 
     def _make_directions(self, entries: list[backends.Entry]) -> Directions | SharedDirections:
         """The memory of the directions; of DTensors, this rank's shards."""
@@ -176,12 +176,8 @@ class MuonDevicePlan(DevicePlan):
         return second if self._first is None else [self._first, *second]
 
     def norm(self) -> torch.Tensor:
-        """Measures all gradients in one list, in the order of entries."""
-        if self._whole is None:
-            self._whole = self.backend.prepare([_bare(entry) for entry in self._all])
-        if not self.backend.refresh(self._whole, self.params, self.grads):
-            raise RuntimeError("onepass: a gradient changed within a step")
-        return self.backend.norm(self._whole)
+        """See :class:`WholeNorm`."""
+        return self._whole.measure(self.params, self.grads)
 
     def scratch(self) -> Tensors:
         """See :meth:`DevicePlan.scratch`."""
@@ -250,12 +246,6 @@ def _weight_entry(entry: backends.Entry, row: int) -> backends.Entry:
         row=row,
         draws=WEIGHT_FORMAT_OF_CODE[entry.weight].stochastic,
     )
-
-
-def _bare(entry: backends.Entry) -> backends.Entry:
-    """The entry of a norm: without states and with the native weight format."""
-    native = NATIVE[entry.param.dtype]
-    return replace(_weight_entry(entry, 0), companion=None, ema=None, weight=native)
 
 
 def _launches(backend: backends.Backend, entries: list[backends.Entry]) -> list[list[int]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..engine import backends
 from ..engine.backends.base import same_layout
-from ..engine.device_plan import DevicePlan, Tensors
+from ..engine.device_plan import DevicePlan, Tensors, WholeNorm
 from ..engine.hyper_table import RowTable, capturing
 from ..engine.tensor_access import has_memory
-from ..formats import NATIVE
 from .pager import Pager
 from .pages import make_pages
 
@@ -39,7 +37,7 @@ class PagedDevicePlan(DevicePlan):
         pager: Pager,
         paged: list[int],
     ) -> None:
-        self._pager, self._all = pager, entries
+        self._pager = pager
         self._paged, away = paged, set(paged)
         self._resident = [i for i in range(len(entries)) if i not in away]
         super().__init__(backend, entries, table, owners)
@@ -53,7 +51,7 @@ class PagedDevicePlan(DevicePlan):
         # The backend's prepared plans: one for the resident entries, if any, and one for each page.
         self._rest = prepare([entries[i] for i in self._resident]) if self._resident else None
         self._made = [prepare(made.entries) for made in self._cuts]
-        self._whole: Any = None  # the prepared plan of all entries without states, for norms
+        self._whole = WholeNorm(self.backend, entries)
         # Entries that are split over pages -> dtype and shape, to detect a replaced parameter.
         pieces = {s.entry for made in self._cuts for s in made.spans if not s.whole}
         self._pieces = {i: (away[i].param.dtype, away[i].param.shape) for i in pieces}
@@ -103,12 +101,8 @@ class PagedDevicePlan(DevicePlan):
         )
 
     def norm(self) -> torch.Tensor:
-        """Measures all entries in one list, because dividing the list changes the last bits."""
-        if self._whole is None:
-            self._whole = self.backend.prepare([_bare(entry) for entry in self._all])
-        if not self.backend.refresh(self._whole, self.params, self.grads):
-            raise RuntimeError("onepass: a gradient changed within a step")
-        return self.backend.norm(self._whole)
+        """See :class:`WholeNorm`."""
+        return self._whole.measure(self.params, self.grads)
 
     def start(self) -> int:
         """Starts to copy the first pages to the device; returns the number of all pages."""
@@ -135,9 +129,3 @@ class PagedDevicePlan(DevicePlan):
         self._ring.run(self._pages, sweep)
         if sums is not None and table.telemetry is not None:
             table.telemetry.copy_(sums.sum(0))
-
-
-def _bare(entry: backends.Entry) -> backends.Entry:
-    """The entry without states and with the native weight format, for a norm."""
-    weight = NATIVE[entry.param.dtype]
-    return replace(entry, states={}, scales={}, companion=None, ema=None, weight=weight)
