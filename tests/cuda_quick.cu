@@ -34,7 +34,7 @@ __global__ void roots() {
     Quick quick;
     const float x = from_bits(static_cast<uint32_t>(bits)), root = quick.sqrt(x);
     // Rules divide by the root. The division makes right() false if the root is NaN.
-    quick.div(1.0f, root);
+    quick.div_by_root(1.0f, root);
     if (!quick.right()) continue;
     ++count;
     report(kRoots, to_bits(root) == to_bits(__fsqrt_rn(x)), to_bits(x), 0);
@@ -62,7 +62,10 @@ __global__ void quotients(Kind kind, uint64_t pairs) {
     if (kind == kFewBits) x = plain(x, more), y = plain(y, more >> 6);
     if (kind != kAny) x = bounded(x, more >> 12), y = bounded(y, more >> 36) & 0x7FFFFFFFu;
     Quick quick;
-    const float quotient = quick.div(from_bits(x), from_bits(y));
+    // div_by_root expects a divisor that is bounded from below, which only `bounded` ensures.
+    const float dividend = from_bits(x), divisor = from_bits(y);
+    const float quotient =
+        kind == kAny ? quick.div(dividend, divisor) : quick.div_by_root(dividend, divisor);
     if (!quick.right()) continue;
     ++count;
     report(kind, to_bits(quotient) == to_bits(__fdiv_rn(from_bits(x), from_bits(y))), x, y);
