@@ -168,7 +168,7 @@ def test_minima_are_minima_and_inside_the_picture(surface):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.key)
 def test_every_algorithm_descends_every_surface(algorithm):
-    assert algorithm.key in OPTIMIZERS
+    assert algorithm.name in OPTIMIZERS
     for surface in SURFACES:
         path = best_path(surface, algorithm, 100)
         assert path.losses[-1] < 0.3 * path.losses[0], surface.key
@@ -183,13 +183,15 @@ def test_learning_rates_run_independently():
     assert not np.array_equal(alone, descend(SURFACES[0], "adamw", [0.3], 20))
 
 
-def test_all_start_at_the_same_line_and_all_but_adagrad_fit_it():
+def test_all_start_at_the_same_line_and_all_but_two_fit_it():
     found = line_fit.run_algorithms()
     assert len({run["loss"][0] for run in found["runs"].values()}) == 1
     assert found["exact"] == pytest.approx([2, 1], abs=0.05)
     for key, run in found["runs"].items():
-        # Adagrad has not converged at this learning rate, because its step size has decayed.
-        assert (run["loss"][-1] < 1.1 * found["floor"]) == (key != "adagrad")
+        # At this learning rate, the step size of Adagrad has decayed too soon, and the average of
+        # the schedule-free weights contains the first ones.
+        fits = key not in ("adagrad", "adamwschedulefree")
+        assert (run["loss"][-1] < 1.1 * found["floor"]) == fits, key
 
 
 def test_smaller_batches_need_fewer_samples_and_are_noisier():

@@ -11,14 +11,16 @@ class Algorithm:
     """An optimizer of :func:`onepass.training.make_optimizer` and its line style.
 
     Attributes:
-        key: the name for make_optimizer.
+        key: the name in results and file names.
         label: the name in plots and tables.
         colour: the colour in plots.
         line: the matplotlib line style.
         rates: name of a task -> the centre of the learning-rate sweep.
-        decay: the weight decay in training: decoupled for AdamW and Lion, else added to the
-            gradient.
+        decay: the weight decay in training, decoupled if the class has decoupled decay by default,
+            else added to the gradient.
         options: optimizer options besides learning rate and decay.
+        training: arguments of the Trainer that replace those of all algorithms.
+        optimizer: the name for make_optimizer; empty if it is the key.
     """
 
     key: str
@@ -28,11 +30,18 @@ class Algorithm:
     rates: dict[str, float]
     decay: float
     options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name for make_optimizer."""
+        return self.optimizer or self.key
 
 
-BETAS = {"betas": (0.9, 0.999)}  # Adam and AdamW must differ only in weight decay
+BETAS = {"betas": (0.9, 0.999)}  # the variants of Adam and AdamW must differ in one thing only
 # The colour-blind-safe palette of Okabe and Ito, without yellow, which is too pale on white. Lines
-# also differ in their dashes.
+# also differ in their dashes. Four algorithms have the colour of a related one.
 ALGORITHMS = (
     Algorithm("sgd", "SGD", "#999999", "-", {"CNN": 1.0, "transformer": 1.0}, 1e-4),
     Algorithm(
@@ -48,5 +57,28 @@ ALGORITHMS = (
     ),
     Algorithm("adamw", "AdamW", "#000000", "-", {"CNN": 1e-2, "transformer": 3e-3}, 1e-2, BETAS),
     Algorithm("lion", "Lion", "#D55E00", (0, (1, 1.2)), {"CNN": 3e-3, "transformer": 1e-3}, 1e-2),
+    Algorithm(
+        "cautious",
+        "AdamW, cautious",
+        "#000000",
+        (0, (1, 1.2)),
+        {"CNN": 1e-2, "transformer": 3e-3},
+        1e-2,
+        {**BETAS, "cautious_weight_decay": True},
+        optimizer="adamw",
+    ),
+    Algorithm("nadam", "NAdam", "#E69F00", (0, (1, 1.2)), {"CNN": 1e-2, "transformer": 3e-3}, 1e-4),
+    Algorithm(
+        "ademamix", "AdEMAMix", "#009E73", (0, (4, 1.5)), {"CNN": 1e-2, "transformer": 3e-3}, 1e-2
+    ),
+    Algorithm(
+        "adamwschedulefree",
+        "AdamW, schedule-free",
+        "#CC79A7",
+        (0, (4, 1.5)),
+        {"CNN": 1e-2, "transformer": 1e-2},
+        1e-2,
+        training={"schedule": "constant"},
+    ),
 )
 BY_KEY = {algorithm.key: algorithm for algorithm in ALGORITHMS}

@@ -46,7 +46,7 @@ def run_algorithms() -> dict[str, Any]:
     exact = torch.linalg.lstsq(design, y).solution.flatten()
     runs = {}
     for algorithm in ALGORITHMS:
-        run = trainer(algorithm.key, LR, **algorithm.options)
+        run = trainer(algorithm.name, LR, **algorithm.options)
         path = [_weights(run.model)]
         for _ in range(STEPS):
             run.train_step(x, y)

@@ -91,8 +91,10 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"Every algorithm takes {STEPS} steps from the same start. Its learning rate is the one of "
         "19 rates from 1e-4 to 3 with the lowest mean loss over the path, so the one that "
-        "decreases the loss soonest. Only AdamW has weight decay, its default of 0.01, which moves "
-        "its minimum slightly towards the origin.",
+        "decreases the loss soonest. Only AdamW, AdamW with cautious decay and AdEMAMix have "
+        "weight decay, their default of 0.01, which moves their minimum slightly towards the "
+        "origin. The path of schedule-free AdamW is that of the weights at which gradients are "
+        "computed.",
         "",
         "![Paths over six surfaces](paths.png)",
         "",
@@ -120,7 +122,8 @@ def markdown(results: dict[str, Any]) -> str:
             f"### {name}",
             "",
             f"{task['about']}. Training: {task['steps']} steps, warm-up over the first tenth, then "
-            f"a cosine to zero, gradients clipped to a norm of 1; {task['seeds']} seeds. Losses "
+            f"a cosine to zero (schedule-free AdamW: a constant rate), gradients "
+            f"clipped to a norm of 1; {task['seeds']} seeds. Losses "
             f"are in {task['unit']}. The learning rate is the one with the lowest validation loss "
             f"in a sweep with {task['sweep seeds']} of the seeds; *edge* marks the first or last "
             "rate of the sweep.",

@@ -155,7 +155,7 @@ def best_path(surface: Surface, algorithm: Algorithm, steps: int = STEPS) -> Pat
     Losses are capped at twice the loss of the start, so the distance of a diverged path does not
     affect the mean.
     """
-    points = descend(surface, algorithm.key, RATES, steps, **algorithm.options)
+    points = descend(surface, algorithm.name, RATES, steps, **algorithm.options)
     with np.errstate(all="ignore"):
         losses = np.asarray(surface.f(points[..., 0], points[..., 1])) - surface.lowest
         worst = 2 * losses[:, :1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from onepass import AdamWScheduleFree
 from onepass.training import Trainer
 from onepass_tools.compare.algorithms import Algorithm
 from onepass_tools.compare.tasks import Batch, Task, is_finite
@@ -53,7 +54,8 @@ def train(
 ) -> Result:
     """Trains once: warm-up over a tenth of the steps, then cosine decay, with clipping at norm 1.
 
-    The seed determines weights and batches, independently of the algorithm.
+    A schedule-free run keeps the learning rate after the warm-up. It is evaluated at the averages
+    of its weights. The seed determines weights and batches, independently of the algorithm.
 
     Args:
         task: the task.
@@ -71,12 +73,15 @@ def train(
         "schedule_options": {"total_steps": task.steps},
         "nan_guard": "off",
         **algorithm.options,
+        **algorithm.training,
         **changes,
     }
-    trainer = Trainer(task.model(seed), algorithm.key, lr, **settings)
+    trainer = Trainer(task.model(seed), algorithm.name, lr, **settings)
     for step in range(task.steps):
         if not is_finite(trainer.train_step(*task.batch(seed, step))):
             break
+    if isinstance(trainer.optimizer, AdamWScheduleFree):
+        trainer.optimizer.eval()
     curve = trainer.losses
     alive = len(curve) == task.steps and is_finite(curve[-1])
     reached = None
