@@ -15,15 +15,16 @@ body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem
 h1 { font-size: 1.25rem; } .note { opacity: .75; }
 .row { display: grid; grid-template-columns: 15rem 1fr; align-items: center; margin: .25rem 0; }
 .row > b { font-weight: 500; text-align: right; padding-right: .75rem; overflow-wrap: anywhere; }
-.bar { position: relative; display: flex; height: 1.7rem; }
-.part { flex: none; height: 100%; outline: 1px solid Canvas; position: relative; }
-.part:hover, .part:focus { filter: brightness(1.2); outline: 2px solid CanvasText; z-index: 2; }
-.tip { display: none; position: absolute; top: 105%; left: 0; width: max-content; z-index: 3;
+.bar { position: relative; display: flex; }
+.part { flex: none; height: 1.7rem; outline: 1px solid Canvas; }
+.part:hover, .part:focus { outline: 2px solid CanvasText; }
+.tip { display: none; position: absolute; top: 105%; left: 0; z-index: 3; max-width: 100%;
   background: CanvasText; color: Canvas; padding: .3rem .6rem; border-radius: .3rem; }
 .part:hover .tip, .part:focus .tip { display: block; }
 .peak { padding-left: .5rem; white-space: nowrap; align-self: center; }
-.limit { position: absolute; top: -.25rem; bottom: -.25rem; border-left: 2px dashed CanvasText; }
-@media (max-width: 45rem) { .row { grid-template-columns: 1fr; } .row > b { text-align: left; } }
+.limit { position: absolute; top: -.25rem; height: 2.2rem; border-left: 2px dashed CanvasText; }
+@media (max-width: 45rem) { .row { grid-template-columns: 1fr; } .row > b { text-align: left; }
+  .bar { flex-wrap: wrap; } .peak { flex-basis: 100%; padding: 0; white-space: normal; } }
 .legend span { display: inline-block; margin: 0 1.2rem .3rem 0; }
 .legend i { display: inline-block; width: 1rem; height: 1rem; margin-right: .4rem;
   vertical-align: -.15rem; }

@@ -274,7 +274,7 @@ def _remarks(asked: Asked, reports: Sequence[MemoryReport]) -> list[str]:
             if found.predicted is None or found.predicted.peak <= room:
                 continue
             change = cheapest_change(choice, asked.model, asked.terms, room)
-            over.append((str(change or "no change of its options would fit"), found.name))
+            over.append((str(change or "no change of options would fit"), found.name))
         for text, names in _grouped(over):
             verb = "does" if len(names) == 1 else "do"
             notes.append(f"{', '.join(names)} {verb} not fit; {text}")

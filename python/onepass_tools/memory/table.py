@@ -146,16 +146,24 @@ def print_rows(body: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> N
     width = columns_of_output()
     (head, *rest), dropped = fitted(body, width)
     if width is None or not _print_rich(head, rest, left, width):
-        widths = [max(len(row[index]) for row in (head, *rest)) for index in range(len(head))]
-        for row in [head, tuple("-" * width for width in widths), *rest]:
-            cells = (
-                cell.ljust(width) if index in left else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            print("  ".join(cells).rstrip())
+        _print_plain(head, rest, left, width)
     if dropped:
         print()
         print_lines([f"left out at {width} columns: {', '.join(dropped)} (--csv has all)"])
+
+
+def _print_plain(
+    head: Sequence[str], rest: Sequence[Sequence[str]], left: Collection[int], width: int | None
+) -> None:
+    """Print the table without rich; names are on lines of their own if rows are too long."""
+    sizes = [max(len(row[index]) for row in (head, *rest)) for index in range(len(head))]
+    alone = width is not None and sum(sizes) + 2 * (len(sizes) - 1) > width
+    for row in [head, tuple("-" * size for size in sizes), *rest]:
+        cells = [
+            cell.ljust(size) if index in left else cell.rjust(size)
+            for index, (cell, size) in enumerate(zip(row, sizes, strict=True))
+        ]
+        print("  ".join([cells[0].rstrip() + "\n", *cells[1:]] if alone else cells).rstrip())
 
 
 def _print_rich(
