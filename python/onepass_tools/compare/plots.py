@@ -87,14 +87,14 @@ def line_style(key: str) -> dict[str, Any]:
 
 def draw_line(path: Path, experiment: dict[str, Any]) -> None:
     """Draws the loss curves, and the points with three fitted lines."""
-    with canvas(path, 1, 2, (10, 4.2)) as (_, axes):
+    with canvas(path, 1, 2, (10, 4.6)) as (figure, axes):
         left, right = axes[0]
         for key, run in experiment["runs"].items():
             left.plot(run["loss"], linewidth=1.6, **line_style(key))
         left.axhline(experiment["floor"], color="black", linestyle=":", linewidth=1)
         left.set(yscale="log", xlabel="step", ylabel="mean squared error")
         left.set_title(f"losses, lr {experiment['lr']:g} for all")
-        left.legend(frameon=False, fontsize=8.5)
+        figure.legend(loc="outside lower center", ncols=6, frameon=False)
         left.grid(alpha=0.25)
         x = np.array(experiment["x"])
         right.plot(x, experiment["y"], "o", color="#999999", markersize=3, label="data")
@@ -152,6 +152,10 @@ def draw_models(path: Path, tasks: dict[str, Any]) -> None:
             _dots(gaps, task, "gap", f"validation - train loss ({unit})")
             gaps.set_title(f"{name}: generalisation gap, 95 %")
             _dots(sharp, task, "sharpness", "largest eigenvalue of the Hessian")
+            means = [_mean(found["sharpness"]) for found in task["rows"].values()]
+            # One run in a sharp minimum makes an interval that includes 0.
+            sharp.set_xscale("log", nonpositive="clip")
+            sharp.set_xlim(left=min((m for m in means if m > 0), default=1) / 2)
             sharp.set_title(f"{name}: sharpness, 95 %")
             for ax in row:
                 ax.grid(alpha=0.25)
