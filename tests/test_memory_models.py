@@ -247,6 +247,12 @@ def test_tensor_and_expert_parallelism_follow_the_plan():
     assert cut("dp=4,ep=2")[1][5] == (3, 32, 8)
 
 
+def test_the_gradient_of_a_divided_embedding_is_whole():
+    terms = Terms(torch.bfloat16, mesh=Mesh(tp=2))
+    found = predicted(candidate("adamw"), PLANNED, terms)
+    assert found.gradients == found.weights + (101 - 51) * 8 * 2
+
+
 def test_meshes():
     assert parse_mesh("zero3=8, tp=2") == parse_mesh({"fsdp": 8, "tp": 2}) == Mesh(fsdp=8, tp=2)
     assert parse_mesh("zero2=4").stage == 2

@@ -153,6 +153,10 @@ def predicted(choice: Candidate, model: Model, terms: Terms) -> Bytes:
         found = replace(found, weights=storage_bytes(params), gradients=gradients)
     else:
         found = _of_shapes(choice, part, terms)
+    if terms.mesh.tp > 1 and terms.mesh.fsdp == 1:
+        extra = shards.undivided_gradients(model, terms.mesh.tp)
+        size = (terms.grad_dtype or terms.dtype).itemsize
+        found = replace(found, gradients=found.gradients + extra * size)
     found = replace(found, buffers=model.buffers)
     if terms.mesh.fsdp == 1 and terms.sample is None:
         return found

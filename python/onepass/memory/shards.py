@@ -126,6 +126,20 @@ def tensor_parallel(model: Model, count: int) -> list[Shape]:
     return found
 
 
+def undivided_gradients(model: Model, count: int) -> int:
+    """The elements of gradients that a tensor parallel rank holds beyond those of its parts.
+
+    The gradient of a divided embedding is whole on every rank: transformers makes it a replicated
+    DTensor, of which the step uses the rank's part.
+    """
+    cut = zip(model.shapes, tensor_parallel(model, count), strict=True)
+    return sum(
+        whole.numel - part.numel
+        for whole, part in cut
+        if whole.trained and _style(whole.name, model.tp_plan) == "embedding_rowwise"
+    )
+
+
 def sharded(shapes: Sequence[Shape], count: int) -> list[Shape]:
     """The shapes on the first of ``count`` ranks under FSDP2.
 
