@@ -54,7 +54,11 @@ ONE_STEP = {torch.float32: 2.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 @pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
 @pytest.mark.parametrize("dtype", ONE_STEP, ids=str)
 def test_one_step(case, variant, name, dtype):
-    """Tests new states and states after steps; weights are 1 to 2 and steps are below 1."""
+    """Tests new states and states after steps; weights are 1 to 2 and steps are below 1.
+
+    Where a gradient and coupled weight decay cancel, the rounding error of their sum is divided by
+    its size, which no bound covers. The two have the same sign here.
+    """
     generator = torch.Generator().manual_seed(5)
 
     def draw(low, high, shape):
@@ -62,12 +66,15 @@ def test_one_step(case, variant, name, dtype):
         size = low + (high - low) * torch.rand(shape, generator=generator)
         return (sign * size).to(dtype)
 
-    params = [torch.nn.Parameter(draw(1, 2, shape)) for shape in ((4099,), (64, 33))]
+    params = [torch.nn.Parameter(draw(1, 2, shape)) for shape in ((1031,), (16, 33))]
     optimizer = case.ours(params, **variant)
     for step in range(6):
         oracles = []
         for param in params:
             param.grad = draw(0.1, 2, param.shape)
+            if not variant["decoupled_weight_decay"]:
+                sign = -1 if variant["maximize"] else 1
+                param.grad = sign * param.grad.abs() * param.detach().sign()
             oracle = Oracle(case.name, param, variant, case.direction)
             state = optimizer.state.get(param, {})
             oracle.t = int(state.get("step", 0))
@@ -85,7 +92,7 @@ def test_one_step(case, variant, name, dtype):
 @pytest.mark.parametrize(("case", "variant", "name"), TWINS, ids=TWIN_IDS)
 def test_hundred_steps(case, variant, name):
     """The relative error after 100 steps is at most 1.1 times that of torch.optim, or 1e-6."""
-    ours = make_params([(4099,), (64, 33)], torch.float32, seed=5)
+    ours = make_params([(1031,), (16, 33)], torch.float32, seed=5)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     start = [p.detach().double().clone() for p in ours]
     oracles = [Oracle(case.name, p, variant, case.direction) for p in ours]
