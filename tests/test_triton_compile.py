@@ -50,10 +50,16 @@ MAX_REGISTERS_AMD = {**MAX_REGISTERS, "norm": 128, "extras-mx8": 168}
 FP32_KERNELS = ("adamw-fp32", "adamw-bf16", "adamw-bf16-weights", "adamw-split16", *EIGHT_BITS)
 FP32_KERNELS += ("ema-fp32", "extras-bf16", "extras-mx8", "norm")
 
-# `make test` compiles these kernels for sm_80 and sm_100, and all kernels for sm_90 and gfx942
-# except those with every flag of most rules.
-FEW = ("adamw-fp32", "adamw-mx8", "extras-bf16", "norm", "judge", "advance-adam")
-FEW_EVERY = ("every-adam", "every-adabelief")
+# The kernels that `make test` compiles.
+FEW = {
+    "sm_80": ("adamw-fp32", "adamw-mx8"),
+    "sm_90": (
+        *("adamw-fp32", "adamw-bf16", "adamw-split16", "adamw-mx8", "adamw-mx8-split8"),
+        *("adamw-mx4", "extras-bf16", "every-adabelief", "norm", "judge", "advance-adam"),
+    ),
+    "sm_100": ("adamw-fp32",),
+    "gfx942": ("adamw-fp32", "adamw-split16", "adamw-mx8-split8", "extras-bf16", "norm", "judge"),
+}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -73,9 +79,7 @@ def run_compiled(script: str, cache: Path, *arguments: str) -> str:
 def is_left_out(name: str) -> bool:
     """Whether `make test` does not compile a kernel, named as kernel.target."""
     kernel, target = name.split(".")
-    few = FEW if target in ("sm_80", "sm_100") else (kernel,)
-    few_every = FEW_EVERY if kernel.startswith("every-") else (kernel,)
-    return not THOROUGH and (kernel not in few or kernel not in few_every)
+    return not THOROUGH and kernel not in FEW[target]
 
 
 class Kernels(dict[str, Any]):

@@ -23,9 +23,13 @@ SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
   return nullptr;
 }
 
-// Whether a rule lists these flags in kReducedPrecision.
+// Whether a rule lists these flags in kReducedPrecision. With ONEPASS_FEW_KERNELS, which tests define
+// because it compiles in half the time, only AdamW does.
 template <class Rule, unsigned Flags>
 constexpr bool has_reduced() {
+#ifdef ONEPASS_FEW_KERNELS
+  if (!std::is_same_v<Rule, Adam<0>> || Flags != 1) return false;
+#endif
   return (Rule::kReducedPrecision >> Flags & 1) != 0;
 }
 

@@ -24,6 +24,8 @@ import torch
 import onepass
 from onepass.engine.backends.cuda import CudaBackend
 
+from ..support.thorough import THOROUGH
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 TORCH = Path(torch.__file__).parent
@@ -31,6 +33,8 @@ FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
     *("-ffp-contract=off", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={2 << 56 | 10 << 48}ULL"),
     *("-I", str(HERE), "-isystem", str(TORCH / "include")),
+    # Kernels for every rule and format take twice as long to compile.
+    *([] if THOROUGH else ["-DONEPASS_FEW_KERNELS"]),
     # Macros that select a variant of csrc/cuda/tuning.h, as in setup.py.
     *(f"-D{name}" for name in os.environ.get("ONEPASS_CUDA_DEFINES", "").split()),
 ]
