@@ -31,12 +31,16 @@ struct StepArgs {
 // Bits of the argument `switches` of the op `run`.
 enum StepSwitch : int64_t { kZeroGrads = 1, kAllSwitches = 2 };
 
-// One parameter with its gradient, states and average. Elements are counted in memory order.
+// One parameter with its gradient, states, average and record of changes. Elements are counted in
+// memory order.
 struct Entry {
   Stored param;
   void* grad;
   Stored states[kMaxStates];
   float* ema;  // the exponential moving average of the weight, or null
+  // The record of changed weights, or null: bit i % 32 of word i / 32 is set when the step changes
+  // the stored bits of element i of param.data. Bits are never cleared by a step.
+  uint32_t* changed;
   int64_t numel;
   int64_t first;  // index of the first element in the unsharded tensor; selects the random bits
   int64_t param_id;

@@ -29,6 +29,12 @@ STABLE_TORCH_LIBRARY(onepass, m) {
   // largest magnitude and the number of non-finite elements. run may follow without a new refresh.
   m.def("norm(Tensor plan) -> Tensor");
   m.def("free_plan(Tensor plan) -> ()");
+  // The changed weights of parameters of one dtype, in memory order. records are int32 with one bit
+  // per element; their bits are cleared. Returns the number of changes of each parameter (int64),
+  // and the positions (int64 if wide, else int32) and values of all changes, parameter by
+  // parameter.
+  m.def(
+      "take_changes(Tensor(a!)[] records, Tensor[] params, bool wide) -> (Tensor, Tensor, Tensor)");
   // The ops before run for tables that are on a GPU. judge writes verdict, float64 [6], from the
   // result of norm and from the tensors grad_scale and found_inf of torch.amp.GradScaler
   // (csrc/verdict.h); max_norm < 0 turns clipping off. advance counts a step and derives hyper from

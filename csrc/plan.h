@@ -31,10 +31,12 @@ enum Column {
   kParamId,
   kFirstElement,
   kWeight,
-  kEma,       // whether the weight has an average
+  kExtras,    // bits of Extra
   kFormats0,  // the format of state 0; those of the other states follow
   kColumns = kFormats0 + kMaxStates
 };
+// Optional tensors of a parameter.
+enum Extra : int64_t { kEma = 1, kChanged = 2 };
 constexpr int64_t kAbsent = -1;  // the format of a state that the rule does not have
 
 // Where Plan::dims holds the sizes and strides of a parameter.
@@ -43,8 +45,8 @@ struct Layout {
   int64_t dim;
 };
 
-// A state, companion or average: a tensor that the plan owns, and its address when the plan was
-// built.
+// A state, companion, average or record of changes: a tensor that the plan owns, and its address
+// when the plan was built.
 struct Held {
   Tensor tensor;
   void* address;
@@ -59,7 +61,7 @@ struct Device {
 // What the plans of all devices have in common.
 struct Plan {
   // The owned tensors of every entry, entry by entry: the codes and scales of each state, then the
-  // companion and the average of the weight.
+  // companion, the average and the record of changes of the weight.
   std::vector<Held> held;
   std::vector<Layout> layouts;  // one per parameter
   std::vector<int64_t> dims;    // the sizes and then the strides of each parameter
@@ -292,7 +294,10 @@ void build(
     }
     if (extra_bytes_of(entry.param_format, 1) > 0)
       entry.param.extra = take(scalar_type(info_of(entry.param_format).extra), param, -1, i);
-    if (row[kEma]) entry.ema = static_cast<float*>(take(ScalarType::Float, param, -1, i));
+    if (row[kExtras] & kEma) entry.ema = static_cast<float*>(take(ScalarType::Float, param, -1, i));
+    if (row[kExtras] & kChanged)
+      entry.changed =
+          static_cast<uint32_t*>(take(ScalarType::Int, param, (entry.numel + 31) / 32, i));
     plan.entries.push_back(entry);
   }
   STD_TORCH_CHECK(next == held.size(), "onepass: more states than the spec names");

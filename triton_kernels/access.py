@@ -99,3 +99,33 @@ def only_elements(values, first, count, FORMAT: tl.constexpr, FULL: tl.constexpr
     if not FULL and FORMAT.block > 1:
         values = tl.where(first + tl.arange(0, values.shape[0]) < count, values, 0.0)
     return values
+
+
+@triton.jit
+def record_changes(address, first, count, before, after, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Sets the bits of the elements whose codes differ, in the record at an integer address.
+
+    Args:
+        address: the word of element 0.
+        first: a multiple of 32; the block has elements first to first + BLOCK.
+        before, after: the codes of the block.
+    """
+    BITS: tl.constexpr = before.dtype.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    WORDS: tl.constexpr = BLOCK // 32
+    PER: tl.constexpr = THREADS // WORDS
+    differ = before.to(INTEGER, bitcast=True) != after.to(INTEGER, bitcast=True)
+    lanes = tl.arange(0, BLOCK)
+    if not FULL:
+        # Past the end, the result of a rule may be nonzero although its inputs are zero.
+        differ = differ & (first + lanes < count)
+    # The sum of different bits is their union.
+    bits = tl.where(differ, 1, 0) << (lanes % 32)
+    words = tl.sum(tl.reshape(bits, [WORDS, 32]), axis=1)
+    # One value per thread, as in store_scales. A word without a change is not written.
+    lanes = tl.arange(0, THREADS)
+    words = each(words, PER)
+    ptr = address.to(tl.pointer_type(tl.int32)) + (first // 32 + lanes // PER)
+    kept = (lanes % PER == 0) & (words != 0)
+    old = tl.load(ptr, mask=kept, other=0)
+    tl.store(ptr, old | words, mask=kept)

@@ -20,10 +20,18 @@ from onepass.engine.backends.base import StepArgs
 
 from .. import rules as rule_table
 from . import formats
-from .access import load, load_stored, only_elements, store, store_stored
+from .access import (
+    load,
+    load_stored,
+    only_elements,
+    record_changes,
+    store,
+    store_stored,
+)
 from .sums import leave_sums, measure, no_sums, total_telemetry
 from .table import (
     AVERAGE,
+    CHANGED,
     COLUMNS,
     COMPANION,
     COUNT,
@@ -70,7 +78,7 @@ def store_state(
     """Encodes and stores the state of a slot; returns the root for the states that follow."""
     FORMAT: tl.constexpr = state_format(V, SLOT)
     ROOT: tl.constexpr = root_slot(V)
-    _, _, _, _, states_at, scales_at = at
+    _, _, _, _, _, states_at, scales_at = at
     USE: tl.constexpr = SLOT if SLOT < 3 else SLOT + 1
     random = bits_of(words, USE)
     values = only_elements(states[SLOT], first, count, FORMAT, FULL)
@@ -91,7 +99,7 @@ def end_block(
     ZERO sets the gradient to zero. MEASURED adds the gradient, and the weight before and after the
     step, to the telemetry sums.
     """
-    _, _, grad_at, _, _, _ = at
+    _, _, grad_at, _, _, _, _ = at
     lanes = tl.arange(0, BLOCK)
     if MEASURED:
         if not FULL:
@@ -110,7 +118,7 @@ def leave_block(
     MEASURED: tl.constexpr,
 ):  # fmt: skip
     """Handles a block of a skipped step: only its gradient may be zeroed, and telemetry added."""
-    param_at, companion_at, grad_at, _, _, _ = at
+    param_at, companion_at, grad_at, _, _, _, _ = at
     PARAM: tl.constexpr = V.param_format
     GRAD: tl.constexpr = V.grad_format
     # The compiler removes loads whose results are unused.
@@ -132,13 +140,14 @@ def sweep_block(
 
     FULL: the accesses need no mask, and every address is a multiple of 16.
     """
-    param_at, companion_at, grad_at, average_at, states_at, scales_at = at
+    param_at, companion_at, grad_at, average_at, changed_at, states_at, scales_at = at
     SLOTS: tl.constexpr = V.slots
     PARAM: tl.constexpr = V.param_format
     GRAD: tl.constexpr = V.grad_format
     ROOT: tl.constexpr = root_slot(V)
     codes, extra = load_stored(param_at, companion_at, first, count, PARAM, BLOCK, FULL)
     before = PARAM.decode(codes, extra, 0, maps)
+    weight_codes = codes
     codes, extra = load_stored(grad_at, grad_at, first, count, GRAD, BLOCK, FULL)
     raw = GRAD.decode(codes, extra, 0, maps)
     # The second moment is decoded first, because its root is the unit of the relative moments.
@@ -179,6 +188,8 @@ def sweep_block(
     USE: tl.constexpr = PARAM.use
     codes, extra = PARAM.encode(param, bits_of(words, USE), 0, maps)
     store_stored(param_at, companion_at, first, count, codes, extra, PARAM, BLOCK, FULL)
+    if V.changed:
+        record_changes(changed_at, first, count, weight_codes, codes, BLOCK, FULL)
     if ROOT is not None:
         root = store_state(at, states, words, root, first, count, maps, V, ROOT, BLOCK, FULL)
     for slot in tl.static_range(SLOTS):
@@ -212,13 +223,16 @@ def sweep_chunk(
     if V.ema:
         average_at = tl.load(chunk + AVERAGE)
         misaligned |= average_at
+    changed_at = param_at
+    if V.changed:
+        changed_at = tl.load(chunk + CHANGED)
     states_at, scales_at = (), ()
     for slot in tl.static_range(SLOTS):
         state_at = tl.load(chunk + STATES + slot)
         misaligned |= state_at
         states_at = states_at + (state_at,)
         scales_at = scales_at + (tl.load(chunk + SCALES + slot),)
-    at = (param_at, companion_at, grad_at, average_at, states_at, scales_at)
+    at = (param_at, companion_at, grad_at, average_at, changed_at, states_at, scales_at)
     h = ()
     for i in tl.static_range(SCALARS + 1):
         h = h + (tl.load(hyper_ptr + row * HYPER_WIDTH + i),)

@@ -24,9 +24,10 @@ ROW = tl.constexpr(6)  # row of the hyperparameter and counter tables
 PARAM_ID = tl.constexpr(7)  # selects the random bits
 INDEX = tl.constexpr(8)  # index of the first element in the unsharded parameter; likewise
 VARIANT = tl.constexpr(9)  # position in VARIANTS
-STATES = tl.constexpr(10)  # addresses of the states, one column per slot
-SCALES = tl.constexpr(10 + rule_table.MAX_STATES)  # addresses of their scales
-COLUMNS = tl.constexpr(10 + 2 * rule_table.MAX_STATES)
+CHANGED = tl.constexpr(10)  # address of the word of the first element in the record of changes
+STATES = tl.constexpr(11)  # addresses of the states, one column per slot
+SCALES = tl.constexpr(11 + rule_table.MAX_STATES)  # addresses of their scales
+COLUMNS = tl.constexpr(11 + 2 * rule_table.MAX_STATES)
 
 HYPER_WIDTH = tl.constexpr(rule_table.HYPER_WIDTH)
 

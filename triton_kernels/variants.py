@@ -27,6 +27,7 @@ class Variant:
         param, grad: numbers of the formats of the parameter and the gradient.
         states: numbers of the formats of the states; ABSENT for a slot without a state.
         ema: whether the weight has an average.
+        changed: whether changed weights are recorded.
     """
 
     rule: Rule
@@ -35,6 +36,7 @@ class Variant:
     grad: int
     states: tuple[int, ...]
     ema: bool = False
+    changed: bool = False
 
     @cached_property
     def update(self) -> Any:

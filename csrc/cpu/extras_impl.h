@@ -1,8 +1,9 @@
-// The optional work of a step on a tile, the average of the weight and telemetry, for one
-// instruction set: see kernels_impl.h.
+// The optional work of a step, the average of the weight, telemetry and the record of changes, for
+// one instruction set: see kernels_impl.h.
 #pragma once
 
 #include "kernels.h"
+#include "simd/simd.h"
 
 namespace onepass::cpu {
 namespace {
@@ -42,6 +43,19 @@ void measure_tile(
     into->updates += updates[lane];
   }
   into->nonfinite += nonfinite;
+}
+
+// See CompareFn. A strip has as many elements as a word of the record has bits.
+template <class Code>
+void compare_codes(
+    const void* before, const void* after, int64_t n, int64_t first, uint32_t* changed) {
+  const Code *from = static_cast<const Code*>(before), *to = static_cast<const Code*>(after);
+  int64_t i = 0;
+  if (first % kStrip == 0)
+    for (; i + kStrip <= n; i += kStrip)
+      changed[(first + i) / kStrip] |= simd::differences(from + i, to + i);
+  for (; i < n; ++i)
+    changed[(first + i) / kStrip] |= uint32_t{from[i] != to[i]} << (first + i) % kStrip;
 }
 
 }  // namespace

@@ -62,6 +62,11 @@ using AverageFn = void (*)(const float* row, const float* param, int n, float* e
 using MeasureFn =
     void (*)(const float* grad, const float* before, const float* after, int n, Telemetry* into);
 
+// Sets bit first + i of a record of changes where element i of two arrays of codes differs, for n
+// elements of 2 or 4 bytes.
+using CompareFn =
+    void (*)(const void* before, const void* after, int64_t n, int64_t first, uint32_t* changed);
+
 // All kernels of one instruction set.
 struct Kernels {
   Direct direct[kDirect];  // the first is for fp32 tensors; it also applies the rule to tiles
@@ -70,6 +75,7 @@ struct Kernels {
   NormFn norm[kNativeFormats];
   AverageFn average;
   MeasureFn measure;
+  CompareFn compare[2];  // of elements of 2 and of 4 bytes
 };
 
 extern const Kernels kKernelsPlain;

@@ -84,6 +84,7 @@ constexpr Direct direct(Format weight, Format grad, Format state, int step) {
       ONEPASS_NORMS,                                                                           \
       average_tile,                                                                            \
       measure_tile,                                                                            \
+      {compare_codes<uint16_t>, compare_codes<uint32_t>},                                      \
   }
 
 }  // namespace onepass::cpu

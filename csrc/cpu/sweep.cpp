@@ -11,11 +11,15 @@
 namespace onepass::cpu {
 namespace {
 
+// The most elements whose weights are compared at once, so that both versions are in the L1 cache.
+constexpr int64_t kCompared = 2048;
+
 // fp32 buffers for tensors that are not fp32, small enough that the reads, update and writes of a
 // tile overlap.
 struct Tiles {
   alignas(64) float param[kTile], grad[kTile], states[kMaxStates][kTile], roots[kTile];
-  alignas(64) float before[kTile];  // the weight before the update, for telemetry
+  alignas(64) float before[kTile];        // the weight before the update, for telemetry
+  alignas(64) uint32_t codes[kCompared];  // the codes of the weight before the update
 };
 
 // Whether a format of the entry draws random bits.
@@ -97,7 +101,9 @@ void sweep_entry(
   if (skipped && !step.zero_grads && !telemetry) return;
   const bool plain = !skipped && !entry.ema && !telemetry;
   const Direct* direct = plain ? direct_kernel(kernels, entry) : nullptr;
-  const int64_t most = step.zero_grads ? kZeroed : kPiece;
+  const bool compared = entry.changed && !skipped;
+  const int64_t most = compared ? kCompared : step.zero_grads ? kZeroed : kPiece;
+  const int64_t weight_bytes = bytes_of(entry.param_format, 1);
   const bool draws = needs_random(entry);
   const uint32_t words = entry.slots >> 3 ? kRandomWords : 2;
   const uint64_t stream =
@@ -118,7 +124,12 @@ void sweep_entry(
       for (uint32_t word = 0; word < words; ++word)
         random.keys[word] = random_key(stream, high, word);
     }
-    if (whole && n % direct->step == 0) {
+    const bool fused = whole && n % direct->step == 0;
+    // (Before the index wraps, more than a tile may be left that is not a multiple of step.)
+    if (!fused) n = std::min<int64_t>(n, kTile);
+    char* weights = static_cast<char*>(entry.param.data) + first * weight_bytes;
+    if (compared) std::memcpy(tiles.codes, weights, n * weight_bytes);
+    if (fused) {
       Stored states[kMaxStates] = {};
       for (int k = 0; k < kMaxStates; ++k)
         if (entry.has(k)) states[k] = element(entry.states[k], entry.state_formats[k], first);
@@ -127,11 +138,10 @@ void sweep_entry(
           row, static_cast<int>(n), element(entry.param, entry.param_format, first), grad.data,
           states, random);
     } else {
-      // (Before the index wraps, more than a tile may be left that is not a multiple of step.)
-      n = std::min<int64_t>(n, kTile);
       sweep_tile(
           kernels, entry, first, static_cast<int>(n), row, random, skipped, telemetry, tiles);
     }
+    if (compared) kernels.compare[weight_bytes / 4](tiles.codes, weights, n, first, entry.changed);
     if (step.zero_grads)
       std::memset(
           static_cast<char*>(entry.grad) + bytes_of(entry.grad_format, first), 0,

@@ -164,6 +164,10 @@ struct CudaPlan : Plan {
       STD_TORCH_CHECK(
           !entry.ema,
           "onepass: the cuda backend does not support ema_decay; use the triton backend", at(e));
+      STD_TORCH_CHECK(
+          !entry.changed,
+          "onepass: the cuda backend does not support track_changes; use the triton backend",
+          at(e));
       const int64_t block = block_of(held);
       for (int k = 0; k < kMaxStates; ++k)
         STD_TORCH_CHECK(

@@ -153,6 +153,24 @@ ONEPASS_HD void lift_signed(
     store_256(codes + i, _mm256_sub_epi32(join_256(lifted(i), lifted(i + kPairs)), all_of(base)));
 }
 
+// --- comparison ---
+
+ONEPASS_HD uint32_t differences(const uint16_t* a, const uint16_t* b) {
+  const __m256i low = _mm256_cmpeq_epi16(load_256(a), load_256(b));
+  const __m256i high = _mm256_cmpeq_epi16(load_256(a + 16), load_256(b + 16));
+  // packs takes the lower and upper halves of both vectors in turn.
+  const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8);
+  return ~static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+}
+ONEPASS_HD uint32_t differences(const uint32_t* a, const uint32_t* b) {
+  uint32_t equal = 0;
+  for (int i = 0; i < kStrip; i += 8) {
+    const __m256i same = _mm256_cmpeq_epi32(load_256(a + i), load_256(b + i));
+    equal |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(same))) << i;
+  }
+  return ~equal;
+}
+
 // --- tests and maxima ---
 
 ONEPASS_HD bool has_zero(const uint8_t* bytes) {

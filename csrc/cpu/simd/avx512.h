@@ -168,6 +168,17 @@ ONEPASS_HD void lift_signed(
   join_512(lifted(0), lifted(kPairs), codes);
 }
 
+// --- comparison ---
+
+ONEPASS_HD uint32_t differences(const uint16_t* a, const uint16_t* b) {
+  return _mm512_cmpneq_epi16_mask(load_512(a), load_512(b));
+}
+ONEPASS_HD uint32_t differences(const uint32_t* a, const uint32_t* b) {
+  const uint32_t low = _mm512_cmpneq_epi32_mask(load_512(a), load_512(b));
+  const uint32_t high = _mm512_cmpneq_epi32_mask(load_512(a + 16), load_512(b + 16));
+  return low | high << 16;
+}
+
 // --- tests and maxima ---
 
 ONEPASS_HD bool has_zero(const uint8_t* bytes) {

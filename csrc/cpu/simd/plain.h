@@ -27,6 +27,17 @@ constexpr bool kPrefetchesInPlace = false;
 constexpr bool kOpensFirst = false;
 constexpr bool kInterleavesTiles = false;
 
+// --- comparison ---
+
+// Bit i is set where elements i of two strips differ.
+template <class Code>
+ONEPASS_HD uint32_t differences(const Code* a, const Code* b) {
+  uint32_t found = 0;
+#pragma omp simd reduction(| : found)
+  for (int i = 0; i < kStrip; ++i) found |= uint32_t{a[i] != b[i]} << i;
+  return found;
+}
+
 // --- widths ---
 
 // Converts kConverted elements from 8 or 16 bits to 32 or the reverse, dropping the upper bits.

@@ -24,6 +24,7 @@ from ..engine.state_conversion import fit_states, format_of, from_bytes, full_pr
 from ..engine.state_layouts import COMPANIONS, STRIDE
 from ..engine.tensor_access import dtensor_type, is_dtensor, local_of, unwrapped, version_holder
 from ..engine.validation import check_memory
+from ..engine.whole_positions import Place
 from ..formats import STATE_FORMATS, StateFormat, scale_key
 from ..rules import Rule
 
@@ -131,6 +132,38 @@ class Shard:
     def version_holder(self) -> torch.Tensor:
         """A plain tensor that shares the version counter of the parameter."""
         return version_holder(self.whole)
+
+    def place(self) -> Place:
+        """The place of the local tensor in the whole parameter.
+
+        Raises:
+            ValueError: a placement is neither Shard nor Replicate, or a dimension is sharded twice
+                in an order that leaves gaps.
+        """
+        from torch.distributed.tensor import Shard as Cut
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        whole, mesh = self.whole, self.whole.device_mesh
+        if not all(p.is_replicate() or type(p) is Cut for p in whole.placements):
+            raise ValueError(
+                "track_changes supports the placements Shard and Replicate of a DTensor; got "
+                f"{whole.placements}"
+            )
+        shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, whole.placements)
+        if tuple(shape) != tuple(self.local.shape):
+            raise ValueError(
+                f"the local tensor of a DTensor has shape {tuple(self.local.shape)}; its "
+                f"placements need {tuple(shape)}"
+            )
+        at = mesh.get_coordinate() or [1] * mesh.ndim  # a rank outside of the mesh owns nothing
+        copies = [i for i, p in zip(at, whole.placements, strict=True) if p.is_replicate()]
+        return Place(
+            tuple(whole.shape),
+            tuple(self.local.shape),
+            self.local.stride(),
+            tuple(offset),
+            owned=not any(copies) and mesh.get_coordinate() is not None,
+        )
 
     # --- states ---
 

@@ -48,7 +48,9 @@ class WholeNorm:
 def _bare(entry: backends.Entry) -> backends.Entry:
     """The entry without states and with the native weight format."""
     weight = NATIVE[entry.param.dtype]
-    return replace(entry, states={}, scales={}, companion=None, ema=None, weight=weight)
+    return replace(
+        entry, states={}, scales={}, companion=None, ema=None, changed=None, weight=weight
+    )
 
 
 class DevicePlan:

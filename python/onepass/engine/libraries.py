@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..rules import LAYOUT
 
 OPS = (
-    "sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "judge", "advance", "cpu_isa",
-    "layout",
+    "sweep_", "make_plan", "refresh", "run", "norm", "free_plan", "take_changes", "judge",
+    "advance", "cpu_isa", "layout",
 )  # fmt: skip
 PACKAGE = Path(__file__).parents[1]
 # ONEPASS_CPU_LIBRARY names another build of the CPU library, such as that of `make sanitize`.
@@ -158,6 +158,14 @@ if not missing:
     @torch.library.register_fake("onepass::free_plan")
     def _free_plan_fake(plan):  # type: ignore[no-untyped-def]
         return None
+
+    @torch.library.register_fake("onepass::take_changes")
+    def _take_changes_fake(records, params, wide):  # type: ignore[no-untyped-def]
+        # The number of changes depends on the data.
+        total = torch.library.get_ctx().new_dynamic_size()
+        counts = records[0].new_empty(len(params), dtype=torch.int64)
+        positions = records[0].new_empty(total, dtype=torch.int64 if wide else torch.int32)
+        return counts, positions, params[0].new_empty(total)
 
     @torch.library.register_fake("onepass::judge")
     def _judge_fake(verdict, found, grad_scale, found_inf, max_norm, largest, skip_nonfinite):  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ import torch
 
 from ..numerics.verdict import VERDICT_WIDTH
 from . import backends
+from .change_record import Tally
 from .device_plan import DevicePlan
 from .hyper_table import TELEMETRY_WIDTH
 from .plan_layout import PlanLayout
@@ -46,6 +47,7 @@ class Plan:
         publication: the states of the members.
         validity: the groups and states that the plan was built from.
         versioned: tensors that share the version counters of the parameters.
+        tally: counts the increments of these counters.
         watch: receives the change reports of the state dictionaries.
 
     Attributes:
@@ -63,13 +65,14 @@ class Plan:
         publication: Publication,
         validity: PlanValidity,
         versioned: list[torch.Tensor],
+        tally: Tally,
         watch: Watch,
     ) -> None:
         self.members, self.watch = members, watch
         self.adopted = self.changed = False
         self._parts, self._kinds, self._ranks = layout.parts, layout.groups, ranks
         self._publication: Publication | None = publication
-        self._validity, self._versioned = validity, versioned
+        self._validity, self._versioned, self._tally = validity, versioned, tally
 
     def adopt(self, state: Any) -> Any:
         """Publishes the plan's states and counters in the optimizer; later calls do nothing.
@@ -221,6 +224,7 @@ class Plan:
                 part.zero_gradients(swept=not together)
         # Kernels bypass autograd: increment the versions so that it detects changed weights.
         torch.autograd.graph.increment_version(self._versioned)
+        self._tally.count += 1
 
     @staticmethod
     def _here(verdict: torch.Tensor | None, part: DevicePlan) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ published after the first step.
 
 from __future__ import annotations
 
+from .change_record import Tally
 from .plan import Plan
 from .plan_check import check_plan
 from .plan_fit import fit_members
@@ -30,6 +31,8 @@ def make_plan(request: PlanRequest) -> Plan:
     fitted = fit_members(request, checked.views)
     layout = lay_out(request, fitted, checked.backends)
     watch = Watch(request.forget)
+    record = request.record
+    tally = Tally() if record is None else record.begin(one.member.param for one in fitted)
     return Plan(
         request.members,
         layout,
@@ -39,5 +42,6 @@ def make_plan(request: PlanRequest) -> Plan:
         versioned=[
             one.view.version_holder() for one in fitted if not one.member.param.is_inference()
         ],
+        tally=tally,
         watch=watch,
     )

@@ -53,15 +53,15 @@ class _Listed:
         self.rows: list[tuple[dict[str, Any], History]] = []
         self.names: list[str] = []
 
-    def add(self, rule: Rule, fitted: Fitted) -> int:
-        """Adds the entry of a parameter; returns its row."""
+    def add(self, rule: Rule, fitted: Fitted, changed: torch.Tensor | None) -> int:
+        """Adds the entry of a parameter with its record of changes; returns its row."""
         member, history = fitted.member, fitted.history
         row = self.positions.setdefault((member.at, history), len(self.rows))
         if row == len(self.rows):
             self.rows.append((member.group, history))
             self.names.append(member.name)
         self.owners.append(member.param)
-        self.entries.append(_make_entry(rule, fitted, row))
+        self.entries.append(_make_entry(rule, fitted, row, changed))
         return row
 
 
@@ -84,12 +84,16 @@ def lay_out(
     found: list[tuple[_Place, int]] = []
     for one in fitted:
         place = _Place(one.view.local.device, one.view.groups)
-        found.append((place, listed.setdefault(place, _Listed()).add(request.rule, one)))
+        changed = None
+        if request.record is not None:
+            changed = request.record.of(one.member.param, one.view).bits_for(one.view.local)
+        row = listed.setdefault(place, _Listed()).add(request.rule, one, changed)
+        found.append((place, row))
     for some in listed.values():
         check_distinct(
             (tensor, f"parameter {entry.param_id}")
             for entry in some.entries
-            for tensor in (entry.param, *entry.held())
+            for tensor in (entry.param, *entry.written())
         )
     tables = {
         place: make_table(request.rule, some.rows, place.device, request.measured, some.names)
@@ -110,7 +114,9 @@ def lay_out(
     return PlanLayout(parts, [place.groups or () for place in listed], rows)
 
 
-def _make_entry(rule: Rule, fitted: Fitted, row: int) -> backends.Entry:
+def _make_entry(
+    rule: Rule, fitted: Fitted, row: int, changed: torch.Tensor | None
+) -> backends.Entry:
     """The entry of a parameter for backends, without the states of disabled options."""
     group, held, param = fitted.member.group, fitted.tensors, fitted.view.local
     rule = rule.of(group)
@@ -128,6 +134,7 @@ def _make_entry(rule: Rule, fitted: Fitted, row: int) -> backends.Entry:
         draws=form.stochastic or weight.stochastic,
         companion=held.get(weight.key),
         ema=held.get(EMA),
+        changed=changed,
         rule=rule,
         flags=flags,
         row=row,

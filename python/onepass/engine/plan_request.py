@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -17,6 +17,10 @@ from .joint_table import JointTable
 from .state_layouts import Home
 from .state_tracking import Watch
 from .tensor_access import unwrapped
+from .whole_positions import Place, whole_place
+
+if TYPE_CHECKING:
+    from .change_record import ChangeRecord
 
 ProcessGroups = tuple[Any, ...]
 """The process groups over which a parameter is sharded; empty if every rank has all of it."""
@@ -81,6 +85,13 @@ class ParamView(Protocol):
     def version_holder(self) -> torch.Tensor:
         """A tensor that shares the version counter of the parameter."""
 
+    def place(self) -> Place:
+        """The place of ``local`` in the whole parameter.
+
+        Raises:
+            ValueError: the placements of a DTensor are not supported.
+        """
+
 
 class PlainParam:
     """The :class:`ParamView` of an ordinary parameter."""
@@ -111,6 +122,10 @@ class PlainParam:
     def version_holder(self) -> torch.Tensor:
         """Returns the parameter."""
         return self.local
+
+    def place(self) -> Place:
+        """The whole parameter."""
+        return whole_place(self.local)
 
 
 class RankSums(Protocol):
@@ -188,6 +203,7 @@ class PlanRequest:
         forget: drops the plan of the given watch. The callable must not keep the optimizer alive.
         settle: waits for paged states that are being copied; None if states are not paged.
         features: sharding and paging.
+        record: the record of changed weights; None if the step does not track them.
     """
 
     rule: Rule
@@ -201,3 +217,4 @@ class PlanRequest:
     forget: Callable[[Watch], None]
     settle: Callable[[], None] | None
     features: PlanFeatures
+    record: ChangeRecord | None

@@ -230,6 +230,7 @@ def _momentum_entry(entry: backends.Entry, row: int, direction: torch.Tensor) ->
         weight=NATIVE[direction.dtype],
         companion=None,
         ema=None,
+        changed=None,
         row=row,
         draws=entry.format.stochastic,
     )

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from ..checkpoints.loading import loaded_groups, loaded_state
 from ..checkpoints.saving import saved_dict
 from ..distributed.fsdp1 import check_reader
+from ..engine.change_record import ChangeRecord
 from ..engine.state_tracking import OptimizerState
 from ..engine.tensor_access import is_dtensor
 from ..engine.validation import check_dense, check_param, check_weight_format
@@ -82,6 +83,7 @@ class Optimizer(Stepping):
             keyword.check(keyword.name, o[keyword.name])
             setattr(self, keyword.attribute, keyword.read(o[keyword.name]))
         self.pager = None if self.paging is None else Pager(self.paging, self.rule)
+        self.changes = ChangeRecord() if self.track_changes else None
         self.scales_in_step = bool(o["fused"])
         self._given = {name: given[name] for name in STEP_WIDE & given.keys()}
         self._plan = self.verdict = None
@@ -255,6 +257,10 @@ class Optimizer(Stepping):
         super().__setstate__(state)
         if self.paging is not None and self.pager is None:
             self.pager = Pager(self.paging, self.rule)
+        if self.track_changes:
+            if self.changes is None:
+                self.changes = ChangeRecord()
+            self.changes.mark_loaded()
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict in torch.optim's form; torch.optim can load it with ``states="fp32"``.

@@ -81,6 +81,7 @@ STEP_KEYWORDS = (
     StepKeyword("skip_nonfinite", False, check_flag, each_step=True),
     StepKeyword("zero_grads", False, check_flag, each_step=True),
     StepKeyword("telemetry", False, check_flag, attribute="measures"),
+    StepKeyword("track_changes", False, check_flag),
     StepKeyword("norm_group", None, _unchecked, read=lambda group: group or None),
     StepKeyword("paged", False, _unchecked, "default_paged", attribute="paging", read=paging_of),
     StepKeyword("backend", None, _check_backend),

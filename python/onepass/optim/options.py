@@ -46,6 +46,9 @@ class Options(TypedDict, total=False):
         ema_decay: d of an fp32 average of each weight, e <- d e + (1 - d) w, which is stored in
             ``state[param]["ema"]`` and starts at the weight. None (default) stores no average. Also
             per parameter group.
+        track_changes: record in the step which weights change their stored bits, one bit per
+            weight, until :func:`onepass.take_delta` takes the changes (default False;
+            docs/weight-sync.md). Set in the constructor only.
         telemetry: measure norms in the step, see :attr:`Optimizer.telemetry` (default False).
         norm_group: process group over which norms are computed, or True for all ranks. Set it if
             the optimizers of these ranks have different parameters (docs/zero.md). With None
@@ -74,6 +77,7 @@ class Options(TypedDict, total=False):
     zero_grads: bool
     ema_decay: float | None
     telemetry: bool
+    track_changes: bool
     norm_group: Any
     backend: Backend | None
     seed: int

@@ -13,6 +13,7 @@ import torch
 from ..distributed.device_plan import Moved
 from ..distributed.param_ids import number_of
 from ..engine import backends
+from ..engine.change_record import ChangeRecord
 from ..engine.hyper_table import capturing
 from ..engine.interrupts import Uninterrupted
 from ..engine.plan import Plan
@@ -53,6 +54,7 @@ class Stepping(Findings):
         moved: see :data:`onepass.distributed.device_plan.Moved`.
         released: see :func:`onepass.release_gradients`.
         products: the options of Muon's products; None in other classes.
+        changes: the record of changed weights; None without ``track_changes``.
     """
 
     rule: ClassVar[Rule]
@@ -62,6 +64,8 @@ class Stepping(Findings):
     norm_type: float
     skip_nonfinite: bool
     zero_grads: bool
+    track_changes: bool = False
+    changes: ChangeRecord | None = None
     norm_group: Any
     pager: Pager | None
     captured: list[Any]
@@ -142,6 +146,10 @@ class Stepping(Findings):
     def check_ready(self) -> None:
         """Raises RuntimeError if a step cannot be taken."""
         self.check_swapped()
+        self.check_failed()
+
+    def check_failed(self) -> None:
+        """Raises RuntimeError if an earlier step failed halfway."""
         if self._failed:
             raise RuntimeError(
                 "an earlier step failed after it had changed some tensors, so weights and states "
@@ -237,6 +245,7 @@ class Stepping(Findings):
                 forget=_forgetting(weakref.ref(self), None if whole else members[0].param),
                 settle=None if self.pager is None else self.pager.settle,
                 features=features,
+                record=self.changes,
             )
             return make_plan(request)
 

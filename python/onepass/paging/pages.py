@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..engine.backends.base import Entry
+from ..engine.backends.base import WORD, Entry
 from .ring import Page, Ring
 from .slabs import Slab, Slabs, aligned
 
@@ -162,6 +162,13 @@ class Cut:
     entries: list[Entry]
 
 
+def _bits_of(entry: Entry, span: Span) -> torch.Tensor | None:
+    """The record of changes of a span, which stays on the device."""
+    if entry.changed is None or span.whole:
+        return entry.changed
+    return entry.changed[span.start // WORD : -(-span.stop // WORD)]
+
+
 def make_pages(entries: Sequence[Entry], slabs: Slabs, ring: Ring) -> list[Cut]:
     """Makes the pages of entries with states in slabs, in consecutive buffers of a ring."""
     return [_make(entries, spans, slabs, ring) for spans in cut(entries, ring.nbytes)]
@@ -194,6 +201,7 @@ def _make(entries: Sequence[Entry], spans: list[Span], slabs: Slabs, ring: Ring)
                 scales=views.get("scales", {}),
                 companion=views.get("companion", {}).get(0),
                 ema=views.get("ema", {}).get(0),
+                changed=_bits_of(entry, span),
             )
         )
     layout.close()

@@ -48,6 +48,7 @@ def choose(
     name: str | None = None,
     extras: bool = False,
     rule: Rule | None = None,
+    tracks: bool = False,
 ) -> Backend:
     """Chooses the backend for a device.
 
@@ -58,6 +59,7 @@ def choose(
         name: name of the backend; None for the first backend that serves the device.
         extras: whether the backend must support weight averages and telemetry.
         rule: the rule of the optimizer; None if the backend only computes verdicts.
+        tracks: whether the backend must record changed weights.
 
     Raises:
         ValueError: the name is unknown.
@@ -66,9 +68,13 @@ def choose(
             unless the reference backend is named.
     """
     check_name(name)
+
+    def cannot(backend: Backend) -> str:
+        return _why_not(backend, device, extras, rule, tracks)
+
     if name is not None:
-        if why_not := _why_not(BACKENDS[name], device, extras, rule):
-            others = [b.name for b in BACKENDS.values() if not _why_not(b, device, extras, rule)]
+        if why_not := cannot(BACKENDS[name]):
+            others = [b.name for b in BACKENDS.values() if not cannot(b)]
             raise RuntimeError(
                 f"backend {name!r} cannot serve parameters on {device}: {why_not}. "
                 f"Backends that can: {', '.join(others) or 'none'}"
@@ -76,11 +82,9 @@ def choose(
         return BACKENDS[name]
     served = [b for b in BACKENDS.values() if device.type not in BY_NAME_ONLY.get(b.name, ())]
     # The generator stops at the first backend that can: to ask Triton imports it.
-    found = next(b for b in served if not _why_not(b, device, extras, rule))
+    found = next(b for b in served if not cannot(b))
     if found.name == "reference":
-        reasons = [
-            f"{b.name}: {_why_not(b, device, extras, rule)}" for b in served if b is not found
-        ]
+        reasons = [f"{b.name}: {cannot(b)}" for b in served if b is not found]
         message = f"onepass uses its slow reference backend on {device} ({'; '.join(reasons)})"
         if rule is not None and rule.options is not None:
             if device.type == "cpu":
@@ -94,11 +98,15 @@ def choose(
     return found
 
 
-def _why_not(backend: Backend, device: torch.device, extras: bool, rule: Rule | None) -> str:
+def _why_not(
+    backend: Backend, device: torch.device, extras: bool, rule: Rule | None, tracks: bool
+) -> str:
     """The reason why a backend cannot be chosen; empty if it can. See :func:`choose`."""
     why_not = backend.unavailable(device)
     if not why_not and extras and not backend.extras:
         why_not = "it supports neither ema_decay nor telemetry"
+    if not why_not and tracks and not backend.tracks:
+        why_not = "it does not support track_changes"
     if not why_not and rule is not None:
         why_not = backend.lacks(rule)
     return why_not

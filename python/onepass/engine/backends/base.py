@@ -14,6 +14,9 @@ from ...numerics.verdict import SKIPPED, VERDICT_WIDTH, judge
 from ...rules import CODES, MAX_STATES, Rule
 from ..hyper_table import RowTable
 
+WORD = 32
+"""Elements per word of a record of changed weights."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -33,6 +36,9 @@ class Entry:
         scales: slot -> scales of the state, if the format has blocks; updated in place.
         companion: the companion of the weight, or None; updated in place.
         ema: fp32 average of the weight in the parameter's memory order, or None; updated in place.
+        changed: record of changed weights, int32, one bit per element in the parameter's memory
+            order, or None. A step sets bit ``i % 32`` of word ``i // 32`` if it changes the stored
+            bits of element i of ``param``, and clears no bit. The companion does not count.
     """
 
     param: torch.Tensor
@@ -48,6 +54,7 @@ class Entry:
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
     companion: torch.Tensor | None = None
     ema: torch.Tensor | None = None
+    changed: torch.Tensor | None = None
 
     def format_of(self, slot: int) -> StateFormat:
         """The format of a state."""
@@ -65,17 +72,22 @@ class Entry:
         """The entry's row of the ``spec`` tensor that compiled backends read (csrc/plan.h)."""
         codes = self.format_codes
         named = [CODES[self.rule.name], self.flags, self.row, self.param_id, self.first]
-        return [*named, self.weight, int(self.ema is not None), *codes]
+        extras = int(self.ema is not None) | int(self.changed is not None) << 1
+        return [*named, self.weight, extras, *codes]
 
     def held(self) -> list[torch.Tensor]:
-        """The state tensors in the order that compiled backends expect: codes and scales of each
-        slot, companion, average."""
+        """The state tensors: codes and scales of each slot, companion, average."""
         tensors = []
         for slot in sorted(self.states):
             tensors.append(self.states[slot])
             if slot in self.scales:
                 tensors.append(self.scales[slot])
         return [*tensors, *(t for t in (self.companion, self.ema) if t is not None)]
+
+    def written(self) -> list[torch.Tensor]:
+        """All tensors that a step writes besides the parameter and its gradient, in the order that
+        compiled backends expect: :meth:`held` and the record of changes."""
+        return self.held() if self.changed is None else [*self.held(), self.changed]
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -152,6 +164,7 @@ class Backend(ABC):
     Attributes:
         name: value of the ``backend`` keyword.
         extras: whether the sweep supports weight averages and telemetry.
+        tracks: whether the sweep records changed weights.
         mixes_rules: whether the entries of one :meth:`prepare` may have different rules.
         launches: whether :meth:`run` is a single launch. If that launch raises, only the changes of
             :meth:`advance` remain, and :meth:`retreat` undoes them.
@@ -159,6 +172,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     extras: ClassVar[bool] = True
+    tracks: ClassVar[bool] = True
     mixes_rules: ClassVar[bool] = True
     launches: ClassVar[bool] = False
 

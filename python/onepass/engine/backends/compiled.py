@@ -18,7 +18,7 @@ class _Prepared:
 
     def __init__(self, entries: Sequence[Entry], calls: Any) -> None:
         params = [entry.param for entry in entries]
-        states = [tensor for entry in entries for tensor in entry.held()]
+        states = [tensor for entry in entries for tensor in entry.written()]
         spec = torch.tensor([entry.spec() for entry in entries], dtype=torch.int64, device="cpu")
         self.plan: torch.Tensor = calls.make_plan(params, states, spec)
         weakref.finalize(self, libraries.free_plan, calls, self.plan)

@@ -16,6 +16,7 @@ class CudaBackend(CompiledBackend):
 
     name = "cuda"
     extras = False
+    tracks = False
     mixes_rules = False
     launches = True
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from ...rules import EMA
 from .. import numpy_codec
 from ..hyper_table import TELEMETRY_WIDTH
 from ..tensor_access import has_memory
-from .base import Backend, Entry, StepArgs, same_layout
+from .base import WORD, Backend, Entry, StepArgs, same_layout
 
 F64 = npt.NDArray[np.float64]
 _NATIVE = WEIGHT_FORMATS["native"]
@@ -30,7 +31,7 @@ TILE = 1 << 16
 
 def _layouts(entry: Entry) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
     """Shape, strides and dtype of the parameter and its state tensors."""
-    return [(t.shape, t.stride(), t.dtype) for t in (entry.param, *entry.held())]
+    return [(t.shape, t.stride(), t.dtype) for t in (entry.param, *entry.written())]
 
 
 class _Prepared:
@@ -71,7 +72,7 @@ class ReferenceBackend(Backend):
                 return False
             if _layouts(entry) != layouts or grad.dtype not in NATIVE:
                 return False
-            if not all(map(has_memory, (*entry.held(), entry.param, grad))):
+            if not all(map(has_memory, (*entry.written(), entry.param, grad))):
                 return False
             if param.data_ptr() != entry.param.data_ptr() or not same_layout(param, entry.param):
                 return False
@@ -129,7 +130,10 @@ class ReferenceBackend(Backend):
             bits = random_bits(seed, step, entry.param_id, entry.first, count, word)
             halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
         dither = halves[weight.random_half]
+        codes = None if entry.changed is None else numpy_codec.to_array(entry.param)
         numpy_codec.write_weight(weight, param, entry.param, entry.companion, dither)
+        if entry.changed is not None and codes is not None:
+            _record(entry.changed, codes, numpy_codec.to_array(entry.param))
         random = [*halves[:3], halves[4]][: len(kinds)]
         numpy_codec.write_states(entry.format, kinds, states, entry.states, entry.scales, random)
         if entry.ema is not None:
@@ -143,6 +147,8 @@ class ReferenceBackend(Backend):
 def _tiles(entry: Entry, grad: torch.Tensor) -> Iterator[tuple[Entry, torch.Tensor]]:
     """Divides an entry into entries of at most TILE elements, which are views of its memory."""
     count = entry.param.numel()
+    # As with kernels, only the plan increments the version of a parameter.
+    entry = replace(entry, param=entry.param.data)
     if count <= TILE:
         yield entry, grad
         return
@@ -159,9 +165,19 @@ def _tiles(entry: Entry, grad: torch.Tensor) -> Iterator[tuple[Entry, torch.Tens
             scales={i: part(scale, entry.format_of(i).block) for i, scale in entry.scales.items()},
             companion=None if entry.companion is None else part(entry.companion),
             ema=None if entry.ema is None else part(entry.ema),
+            changed=None if entry.changed is None else part(entry.changed, WORD),
             first=entry.first + begin,
         )
         yield tile, part(grad)
+
+
+def _record(changed: torch.Tensor, before: npt.NDArray[Any], after: npt.NDArray[Any]) -> None:
+    """Sets the bits of the elements whose codes differ; see :class:`Entry`."""
+    integers = np.dtype(f"u{before.itemsize}")
+    bits = np.zeros(len(changed) * WORD, np.uint8)
+    bits[: len(before)] = before.view(integers) != after.view(integers)
+    words = np.packbits(bits, bitorder="little").view(np.dtype("<i4")).astype(np.int32)
+    changed |= torch.from_numpy(words).to(changed.device)
 
 
 def _telemetry(grad: F32, before: F32, after: F32) -> F64:

@@ -24,7 +24,7 @@ from ...formats.dynamic8 import dynamic_edges, dynamic_map
 from ...rules import Rule
 from ..hyper_table import RowTable
 from ..tensor_access import has_memory
-from .base import Backend, Entry, Policy, StepArgs, same_layout
+from .base import WORD, Backend, Entry, Policy, StepArgs, same_layout
 
 OLDEST = (3, 6)
 # Triton version -> whether ptxas contracts paired fp32 operations (f32x2) to fused multiply-adds.
@@ -112,7 +112,7 @@ class _Prepared:
         self.entries = list(entries)
         self.device = entries[0].param.device
         params = [entry.param for entry in entries]
-        self.states = [tensor for entry in entries for tensor in entry.held()]
+        self.states = [tensor for entry in entries for tensor in entry.written()]
         # Properties that every step compares.
         self.addresses = list(map(torch.Tensor.data_ptr, params + self.states))
         self.dtypes = [tensor.dtype for tensor in params]
@@ -159,6 +159,8 @@ class _Prepared:
                 table[:, k.COMPANION] = _addresses(entry.companion, starts)
             if entry.ema is not None:
                 table[:, k.AVERAGE] = _addresses(entry.ema, starts)
+            if entry.changed is not None:
+                table[:, k.CHANGED] = _addresses(entry.changed, starts, WORD)
             table[:, k.ENTRY] = number
             table[:, k.START] = starts
             table[:, k.COUNT] = np.diff(cuts)
@@ -191,6 +193,7 @@ class _Prepared:
                 NATIVE[dtype],
                 entry.format_codes,
                 entry.ema is not None,
+                entry.changed is not None,
             )
             # Empty entries have no chunk and need no compiled variant.
             if entry.param.numel():
@@ -284,6 +287,14 @@ class TritonBackend(Backend):
                 raise ValueError(
                     f"backend 'triton' has no kernel for a parameter of {entry.param.dtype} with "
                     f"states of {entry.format}; backend='reference' supports every format"
+                )
+            # Two programs would share a word of the record.
+            crosses = entry.first % _HALF + entry.param.numel() > _HALF
+            if entry.changed is not None and crosses and entry.first % WORD:
+                raise ValueError(
+                    f"track_changes on backend 'triton' needs a shard that crosses element 2^32 of "
+                    f"its parameter to begin at a multiple of {WORD}; parameter {entry.param_id} "
+                    f"begins at element {entry.first}"
                 )
         return _Prepared(entries)
 

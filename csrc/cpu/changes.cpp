@@ -1,0 +1,129 @@
+// The op take_changes: the changed weights of a list of parameters on the CPU, from their records
+// of changes (Entry::changed).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "../portability.h"
+
+namespace onepass::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kWordBits = 32;
+constexpr int64_t kPieceWords = 4096;  // words of a record that a thread takes at once
+
+// Consecutive words of the record of one parameter.
+struct Piece {
+  uint32_t* words;
+  const void* weights;  // the whole parameter
+  int64_t param, begin, end, found;
+};
+
+// Divides the records into pieces and checks every argument.
+std::vector<Piece> pieces_of(
+    const std::vector<Tensor>& records, const std::vector<Tensor>& params, int64_t bytes) {
+  STD_TORCH_CHECK(
+      records.size() == params.size() && !params.empty(), "onepass: a record for each parameter");
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t words = (params[i].numel() + kWordBits - 1) / kWordBits;
+    STD_TORCH_CHECK(
+        records[i].scalar_type() == ScalarType::Int && records[i].is_contiguous() &&
+            records[i].numel() == words,
+        "onepass: record ", i, " must be a contiguous int32 tensor of ", words, " elements");
+    STD_TORCH_CHECK(
+        params[i].scalar_type() == params[0].scalar_type() &&
+            static_cast<int64_t>(params[i].element_size()) == bytes,
+        "onepass: the parameters must have one dtype, float32, bfloat16 or float16");
+    if (!words) continue;
+    auto* const first = static_cast<uint32_t*>(records[i].mutable_data_ptr());
+    for (int64_t begin = 0; begin < words; begin += kPieceWords)
+      pieces.push_back(
+          {first, params[i].const_data_ptr(), static_cast<int64_t>(i), begin,
+           std::min(begin + kPieceWords, words), 0});
+  }
+  return pieces;
+}
+
+// Calls body(piece) for all pieces, on all threads.
+template <class Body>
+void for_each(std::vector<Piece>& pieces, const Body& body) {
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(pieces[i]);
+  };
+  if (count <= 1)
+    some(0, count);
+  else
+    torch::stable::parallel_for(0, count, 1, some);
+}
+
+// Writes the positions and codes of the changed weights of a piece, and clears its bits.
+template <class Code, class Position>
+void take_piece(const Piece& piece, Position* positions, Code* codes) {
+  const Code* weights = static_cast<const Code*>(piece.weights);
+  for (int64_t word = piece.begin; word < piece.end; ++word) {
+    uint32_t bits = piece.words[word];
+    if (!bits) continue;
+    piece.words[word] = 0;
+    for (; bits; bits &= bits - 1) {
+      const int64_t at = word * kWordBits + __builtin_ctz(bits);
+      *positions++ = static_cast<Position>(at);
+      *codes++ = weights[at];
+    }
+  }
+}
+
+// The op take_changes.
+std::tuple<Tensor, Tensor, Tensor> take_changes(
+    std::vector<Tensor> records, std::vector<Tensor> params, bool wide) {
+  const int64_t bytes = params.empty() ? 0 : static_cast<int64_t>(params[0].element_size());
+  STD_TORCH_CHECK(bytes == 2 || bytes == 4, "onepass: weights must have 2 or 4 bytes");
+  std::vector<Piece> pieces = pieces_of(records, params, bytes);
+  for_each(pieces, [](Piece& piece) {
+    int64_t found = 0;
+    for (int64_t word = piece.begin; word < piece.end; ++word)
+      found += __builtin_popcount(piece.words[word]);
+    piece.found = found;
+  });
+  const int64_t count = static_cast<int64_t>(params.size());
+  Tensor counts = torch::stable::new_empty(records[0], {count}, ScalarType::Long);
+  auto* const of_param = counts.mutable_data_ptr<int64_t>();
+  std::fill_n(of_param, count, 0);
+  int64_t total = 0;
+  for (Piece& piece : pieces) {
+    of_param[piece.param] += piece.found;
+    total += piece.found;
+    piece.found = total - piece.found;  // from here on, the number of changes before the piece
+  }
+  Tensor positions =
+      torch::stable::new_empty(records[0], {total}, wide ? ScalarType::Long : ScalarType::Int);
+  Tensor values = torch::stable::new_empty(params[0], {total});
+  const auto take = [&](auto code, auto position) {
+    using Code = decltype(code);
+    using Position = decltype(position);
+    auto* const to = static_cast<Position*>(positions.mutable_data_ptr());
+    auto* const codes = static_cast<Code*>(values.mutable_data_ptr());
+    for_each(pieces, [&](const Piece& piece) {
+      take_piece<Code, Position>(piece, to + piece.found, codes + piece.found);
+    });
+  };
+  const auto take_codes = [&](auto code) { wide ? take(code, int64_t{}) : take(code, int32_t{}); };
+  bytes == 2 ? take_codes(uint16_t{}) : take_codes(uint32_t{});
+  return {counts, positions, values};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(onepass, CPU, m) { m.impl("take_changes", TORCH_BOX(&take_changes)); }
+
+}  // namespace onepass::cpu
