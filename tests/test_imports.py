@@ -30,6 +30,7 @@ ROWS = {
     "onepass.memory": 5,
     "onepass.training": 5,
     "onepass.integrations": 5,
+    "onepass.weight_sync": 5,
     "onepass_tools": 6,
 }
 """Package -> layer.

@@ -23,26 +23,42 @@ if TYPE_CHECKING:
     from .optim.mixed_precision import EMBEDDINGS, NORMS, cast_model, parameter_groups
     from .optim.muon import muon_groups
     from .rules.custom import Rule
+    from .weight_sync import (
+        Delta,
+        apply_delta,
+        load_delta,
+        mark_changed,
+        merge_deltas,
+        save_delta,
+        take_delta,
+    )
 
     __version__: str
     __all__ = [
         "EMBEDDINGS",
         "NORMS",
+        "Delta",
         "GradScaler",
         "Rule",
+        "apply_delta",
         "backends",
         "cast_model",
         "check_rule",
         "convert_state_dict",
         "from_bitsandbytes",
         "full_precision_state_dict",
+        "load_delta",
+        "mark_changed",
         "memory",
+        "merge_deltas",
         "muon_groups",
         "number_parameters",
         "ops",
         "optimizer",
         "parameter_groups",
         "release_gradients",
+        "save_delta",
+        "take_delta",
         "to_bitsandbytes",
     ]
     __all__ += optim.__all__
@@ -64,6 +80,18 @@ _HOMES = {
     "cast_model": "optim.mixed_precision",
     "muon_groups": "optim.muon",
     "parameter_groups": "optim.mixed_precision",
+    **dict.fromkeys(
+        (
+            "Delta",
+            "apply_delta",
+            "load_delta",
+            "mark_changed",
+            "merge_deltas",
+            "save_delta",
+            "take_delta",
+        ),
+        "weight_sync",
+    ),
 }
 """Name -> the module that has it; the optimizer classes are in ``optim``."""
 
