@@ -68,6 +68,8 @@ def test_averages_and_telemetry_are_refused():
     for option in ({"ema_decay": 0.9}, {"telemetry": True}):
         with pytest.raises(RuntimeError, match="neither ema_decay nor telemetry"):
             onepass.SGD([param], backend=STAND_IN, **option).step()
+    with pytest.raises(RuntimeError, match="does not support track_changes"):
+        onepass.SGD([param], backend=STAND_IN, track_changes=True).step()
     entry = Entry(
         param.detach(), {}, STATE_FORMATS["fp32"], 0, RULES["sgd"], 0, 0, 0, ema=torch.zeros(5)
     )

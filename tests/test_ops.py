@@ -47,7 +47,7 @@ def test_opcheck():
 
 
 def test_every_op_has_a_fake():
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
     with FakeTensorMode():
         params, grads, states, spec, hyper, counters = arguments()
@@ -61,6 +61,8 @@ def test_every_op_has_a_fake():
         found = ops.norm(plan)
         assert (found.shape, found.dtype) == ((3,), torch.float64)
         assert ops.free_plan(plan) is None
+        with pytest.raises(DynamicOutputShapeException):  # without symbolic shapes
+            ops.take_changes([torch.zeros(1, dtype=torch.int32)], [torch.zeros(3)], False)
         row, verdict = torch.zeros(1), torch.zeros(6, dtype=torch.float64)
         options = torch.zeros(1, OPTIONS_WIDTH, dtype=torch.float64)
         assert ops.judge(verdict, None, None, row, -1.0, False, True) is None

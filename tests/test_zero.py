@@ -1,6 +1,7 @@
 """Optimizers with torch.distributed: several gloo processes on this machine.
 
-The checks are in zero_checks.py, zero_checkpoints.py, zero_memory.py and zero_reading.py. All
+The checks are in zero_checks.py, zero_checkpoints.py, zero_deltas.py, zero_memory.py and
+zero_reading.py. All
 checks for one number of ranks run in one set of processes. Four ranks run first, because the others
 load the checkpoints that these save. `make test` runs the checks on one and two ranks only;
 test_random_ranks.py runs on three.
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from . import zero_checkpoints, zero_checks, zero_memory, zero_ranks, zero_reading
+from . import zero_checkpoints, zero_checks, zero_deltas, zero_memory, zero_ranks, zero_reading
 from .support.thorough import THOROUGH, thorough
 
 pytestmark = pytest.mark.skipif(
@@ -24,6 +25,7 @@ CHECKS = [
     *zero_checkpoints.EVERYWHERE,
     *zero_memory.EVERYWHERE,
     *zero_reading.EVERYWHERE,
+    *zero_deltas.EVERYWHERE,
 ]
 
 

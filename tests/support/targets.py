@@ -47,6 +47,11 @@ class Target:
         """Whether the backend supports averages of weights and telemetry."""
         return self.backend not in ("cuda", STAND_IN)
 
+    @property
+    def tracks(self) -> bool:
+        """Whether the backend records changed weights."""
+        return self.backend not in ("cuda", STAND_IN)
+
     def why_not(self) -> str:
         """The reason why the target is unavailable; empty if it is available."""
         if self.device == "cuda":

@@ -22,16 +22,16 @@ class _Receiver(NamedTuple):
 
     Attributes:
         id: the id of the last patch.
-        versions: name -> version counter after the last patch; None without a counter.
+        versions: name -> address and version counter (None without one) after the last patch.
     """
 
     id: str
-    versions: dict[str, int | None]
+    versions: dict[str, tuple[int, int | None]]
 
 
 _OF_MODULE: weakref.WeakKeyDictionary[torch.nn.Module, _Receiver] = weakref.WeakKeyDictionary()
-_OF_TENSOR = WeakIdKeyDictionary()
-"""The receivers: modules, and state dicts by the tensor of their first name."""
+_OF_TENSOR: Any = WeakIdKeyDictionary()
+"""The receivers: modules, and state dicts by each of their tensors."""
 
 
 def apply_delta(
@@ -46,7 +46,7 @@ def apply_delta(
 
     Args:
         target: a model or a state dict with whole tensors (no DTensors) on any device. A state dict
-            is recognised by the tensor of its first name: keep the same dictionary.
+            is recognised by its tensor objects: keep them.
         delta: the patch. The parts of a sharded model must be merged first
             (:func:`onepass.merge_deltas`).
         after: the id of the patch that the weights are known to be at, for a target that this
@@ -148,9 +148,9 @@ def _check_unwritten(pairs: _Pairs, known: _Receiver) -> None:
             )
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    """The version counter of a tensor; None if it has none."""
-    return None if tensor.is_inference() else tensor._version
+def _version(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """The address of a tensor, and its version counter if it has one."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def _write(tensor: torch.Tensor, change: Change) -> None:
@@ -171,22 +171,19 @@ def _write(tensor: torch.Tensor, change: Change) -> None:
             codes[torch.unravel_index(at, change.shape)] = values
 
 
-def _first(pairs: _Pairs) -> torch.Tensor | None:
-    """The tensor of the first name."""
-    return pairs[min(pairs)][1][0] if pairs else None
-
-
 def _known(target: Any, pairs: _Pairs) -> _Receiver | None:
-    """What is known of a target."""
+    """What is known of a target; None if that differs among the tensors of a state dict."""
     if isinstance(target, torch.nn.Module):
         return _OF_MODULE.get(target)
-    first = _first(pairs)
-    return None if first is None else _OF_TENSOR.get(first)
+    some = [tensors[0] for change, tensors in pairs.values() if not change.complete]
+    found = {id(known): known for known in map(_OF_TENSOR.get, some)}
+    return found.popitem()[1] if len(found) == 1 else None
 
 
 def _remember(target: Any, pairs: _Pairs, receiver: _Receiver) -> None:
     """Stores what is known of a target."""
     if isinstance(target, torch.nn.Module):
         _OF_MODULE[target] = receiver
-    elif (first := _first(pairs)) is not None:
-        _OF_TENSOR[first] = receiver
+        return
+    for _, tensors in pairs.values():
+        _OF_TENSOR[tensors[0]] = receiver

@@ -93,7 +93,12 @@ def take_delta(model: torch.nn.Module, optimizer: Any) -> Delta:
         record.chain = _agreed(uuid.uuid4().hex[:16], named.values())
     checksums = {}
     if not record.taken:
-        checksums = {m.name: m.tracked.start for m in members if m.tracked.start is not None}
+        # The sums of all parts are added: a parameter that is not sharded counts in one of them.
+        checksums = {
+            m.name: m.tracked.start
+            for m in members
+            if m.tracked.start is not None and _reports(m, part)
+        }
     try:
         changes = dict(_changes(members, part))
     except BaseException:
@@ -225,7 +230,8 @@ def _changes(members: list[_Member], part: int) -> Iterator[tuple[str, Change]]:
         records = [m.tracked.bits for m in some if m.tracked.bits is not None]
         counts, positions, values = take_changes(records, [m.local for m in some], wide)
         sizes = counts.tolist()
-        for member, at, new in zip(some, positions.split(sizes), values.split(sizes), strict=True):
+        parts = torch.split(positions, sizes), torch.split(values, sizes)
+        for member, at, new in zip(some, *parts, strict=True):
             found[member.name] = _some(member, part, at, new)
     return iter([(member.name, found[member.name]) for member in members])
 
