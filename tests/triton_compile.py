@@ -44,12 +44,18 @@ SPLIT16, SPLIT8 = (WEIGHT_FORMATS[name].codes[torch.bfloat16] for name in ("spli
 
 
 def variant(
-    rule: str, flags: int, param: int, grad: int, states: str, ema: bool = False
+    rule: str,
+    flags: int,
+    param: int,
+    grad: int,
+    states: str,
+    ema: bool = False,
+    changed: bool = False,
 ) -> Variant:
     slots = {slot for slot, _ in RULES[rule].state_slots(flags)}
     code = STATE_FORMATS[states].code
     codes = tuple(code if s in slots else -1 for s in range(MAX_STATES))
-    return Variant(RULES[rule], flags, param, grad, codes, ema)
+    return Variant(RULES[rule], flags, param, grad, codes, ema, changed)
 
 
 def every_flag(rule: str, target: str) -> tuple[Variant, ...]:
@@ -82,6 +88,9 @@ KERNELS = {
     "adamw-mx4": (variant("adam", 1, BF16, BF16, "mx4"),),
     "adamw-split16": (variant("adam", 1, SPLIT16, BF16, "bf16"),),
     "ema-fp32": (variant("adam", 1, FP32, FP32, "fp32", True),),
+    "changes-fp32": (variant("adam", 1, FP32, FP32, "fp32", changed=True),),
+    "changes-bf16": (variant("adam", 1, BF16, BF16, "bf16", changed=True),),
+    "changes-mx8": (variant("adam", 1, SPLIT8, BF16, "mx8", changed=True),),
     "extras-bf16": (variant("adam", 1, BF16, BF16, "bf16", True),),
     "extras-mx8": (variant("adam", 1, BF16, BF16, "mx8"),),
 }
