@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../portability.h"
+#include "../prefetch.h"
 
 namespace onepass::cpu {
 namespace {
@@ -19,6 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kWordBits = 32;
+constexpr int64_t kAhead = 32;         // changes between a prefetch and its use
 constexpr int64_t kPieceWords = 4096;  // words of a record that a thread takes at once
 
 // Consecutive words of the record of one parameter.
@@ -71,15 +72,20 @@ void for_each(std::vector<Piece>& pieces, const Body& body) {
 template <class Code, class Position>
 void take_piece(const Piece& piece, Position* positions, Code* codes) {
   const Code* weights = static_cast<const Code*>(piece.weights);
+  Position* end = positions;
   for (int64_t word = piece.begin; word < piece.end; ++word) {
     uint32_t bits = piece.words[word];
     if (!bits) continue;
     piece.words[word] = 0;
-    for (; bits; bits &= bits - 1) {
-      const int64_t at = word * kWordBits + __builtin_ctz(bits);
-      *positions++ = static_cast<Position>(at);
-      *codes++ = weights[at];
-    }
+    for (; bits; bits &= bits - 1)
+      *end++ = static_cast<Position>(word * kWordBits + __builtin_ctz(bits));
+  }
+  // Most weights are in different cache lines. A loop of its own, with prefetches, overlaps their
+  // cache misses.
+  const int64_t count = end - positions;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) prefetch_lines(weights + positions[i + kAhead], 1);
+    codes[i] = weights[positions[i]];
   }
 }
 
