@@ -26,6 +26,7 @@ WRITES = {
     "bench": "gpu.jsonl",
     "phase": "phase.jsonl",
     "paging": "paging.jsonl",
+    "weight-sync": "weight_sync.jsonl",
     "tuning": "tuning.jsonl",
     "pretrain": "pretrain.jsonl",
     "sizes": "sizes.jsonl",

@@ -140,6 +140,14 @@ STAGES = (
             ),
             _tool("counters", "hardware counters of the kernels (ncu)", 60, "counters"),
             Part(
+                "weight-sync",
+                "the cost of recording and taking the changed weights",
+                60,
+                "python -m bench.weight_sync --device cuda --numel 500000000 --out {out}",
+                "python -m bench.weight_sync --numel 20000 --samples 2 --settings bf16 --out {out}",
+                ("triton",),
+            ),
+            Part(
                 "paging",
                 "paged steps, compared with the bandwidth of the link",
                 150,

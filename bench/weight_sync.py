@@ -150,8 +150,8 @@ def table(lines: list[Line]) -> str:
     """The newest line of each device and setting."""
     newest = {(line["device"], line["setting"]): line for line in lines}
     rows = [
-        "| device | AdamW with | step | step with `track_changes` | `take_delta` | comparison with a "
-        "copy | patch | all weights |",
+        "| device | AdamW with | step | step with `track_changes` | `take_delta` | comparison with "
+        "a copy | patch | all weights |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (device, setting), line in newest.items():
@@ -165,8 +165,8 @@ def table(lines: list[Line]) -> str:
     text = (
         f"Measured by `python -m bench.weight_sync` ({last['date'][:10]}, commit "
         f"{str(last['commit'])[:7]}, torch {last['torch']}): medians of {last['samples']} samples, "
-        f"{last['numel'] / 1e6:.0f} M weights of which {100 * SHARE:g} % change. The ratio in brackets "
-        "is the median of the ratios of neighbouring steps, which are taken in turn."
+        f"{last['numel'] / 1e6:.0f} M weights of which {100 * SHARE:g} % change. The ratio in "
+        "brackets is the median of the ratios of neighbouring steps, which are taken in turn."
     )
     return "\n".join([*rows, "", text])
 
