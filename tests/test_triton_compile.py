@@ -43,12 +43,15 @@ MAX_REGISTERS |= {"norm": 80, "norm-total": 64}
 # Kernels with optional work. The average is one more tensor, 20 KiB in flight with three programs;
 # telemetry keeps four sums per thread and leaves room for two programs.
 MAX_REGISTERS |= {"ema-fp32": 80, "extras-bf16": 128, "extras-mx8": 128, "telemetry-total": 64}
+# A record of changes adds one bit per element.
+MAX_REGISTERS |= {"changes-fp32": 64, "changes-bf16": 80, "changes-mx8": 128}
 # These kernels run as a single warp.
 MAX_REGISTERS |= dict.fromkeys(("judge", "advance-adam"), 64)
 MAX_REGISTERS_AMD = {**MAX_REGISTERS, "norm": 128, "extras-mx8": 168}
 # Kernels with fp32 arithmetic on elements, compiled for every target.
 FP32_KERNELS = ("adamw-fp32", "adamw-bf16", "adamw-bf16-weights", "adamw-split16", *EIGHT_BITS)
 FP32_KERNELS += ("ema-fp32", "extras-bf16", "extras-mx8", "norm")
+FP32_KERNELS += ("changes-fp32", "changes-bf16", "changes-mx8")
 
 # The kernels that `make test` compiles.
 FEW = {
@@ -142,6 +145,7 @@ def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, ta
     assert [size for _, kind, size in block if kind == "ld"] == loads
     assert [size for _, kind, size in block if kind == "st"] == stores
     assert not any(predicated for predicated, _, _ in block)
+
     assert "shared" not in main_path(ptx)
     # The accesses outside the main path are masked accesses to the rest of a chunk, and reads of
     # the tables.
@@ -150,6 +154,26 @@ def test_the_main_path_has_only_wide_accesses(kernels, kernel, loads, stores, ta
     assert set(table) == {4, 8}
     averaged = 2 if kernel == "ema-fp32" else 0
     assert table.count(4) == 1 + kernels[f"{kernel}.{target}"]["scalars"] + averaged
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    ("kernel", "without"),
+    [
+        ("changes-fp32", "adamw-fp32"),
+        ("changes-bf16", "adamw-bf16"),
+        ("changes-mx8", "adamw-mx8-split8"),
+    ],
+)
+def test_a_record_of_changes_adds_two_accesses_of_four_bytes(kernels, kernel, without, target):
+    """A word of the record is read and written only if one of its 32 weights has changed."""
+    recorded = main_path(kernels[f"{kernel}.{target}"]["text"])
+    plain = main_path(kernels[f"{without}.{target}"]["text"])
+    added = Counter(accesses(recorded)) - Counter(accesses(plain))
+    assert added == Counter({(True, "ld", 4): 1, (True, "st", 4): 1})
+    # The bits of a word are in eight lanes of a warp: they are joined by shuffles alone.
+    assert recorded.count("bar.sync") == plain.count("bar.sync")
+    assert recorded.count(".shared") == plain.count(".shared")
 
 
 @pytest.mark.parametrize("target", NVIDIA)

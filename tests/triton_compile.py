@@ -183,8 +183,9 @@ def compiled(
     source = ASTSource(
         function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
     )
-    narrow = "VARIANTS" in constants and constants["VARIANTS"].narrow
-    options = TUNING[target.warp_size].options(narrow)
+    made = constants.get("VARIANTS")
+    kind = (made.narrow, made.small_recording) if made is not None else ()
+    options = TUNING[target.warp_size].options(*kind)
     if function in (prologue.judge, prologue.advance):
         options = prologue.OPTIONS
     if function in (norm.partial_norms, norm.total_norm):

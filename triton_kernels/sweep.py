@@ -336,7 +336,7 @@ def launch(
             BLOCK=tuned.block,
             ZERO=step.switches.zero_grads,
             MEASURED=telemetry is not None,
-            **tuned.options(variants.narrow),
+            **tuned.options(variants.narrow, variants.small_recording),
         )
         if telemetry is not None:
             total_telemetry[(len(telemetry),)](

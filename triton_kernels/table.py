@@ -52,21 +52,30 @@ class Tuning:
         chunk: elements per chunk.
         registers: the limit of registers per thread for states of 8 bits or fewer; None for no
             limit.
+        recording: the limit for small kernels that record changes (Variants.small_recording),
+            which ptxas would give 96 registers: with 80, three programs fit on a multiprocessor.
     """
 
     block: int
     num_warps: int
     chunk: int
     registers: int | None
+    recording: int | None = None
 
-    def options(self, narrow: bool = False) -> dict[str, Any]:
-        """The compile options of a kernel; narrow: the states have 8 bits or fewer."""
+    def options(self, narrow: bool = False, small_recording: bool = False) -> dict[str, Any]:
+        """The compile options of a kernel.
+
+        Args:
+            narrow: the states have 8 bits or fewer.
+            small_recording: see Variants.
+        """
         found = {"num_warps": self.num_warps, "enable_fp_fusion": False, "sanitize_overflow": False}
-        return {**found, "maxnreg": self.registers} if narrow and self.registers else found
+        limit = self.registers if narrow else self.recording if small_recording else None
+        return {**found, "maxnreg": limit} if limit else found
 
 
 # Warp size -> launch shape: 32 is NVIDIA, 64 is AMD CDNA. Untuned.
-TUNING = {32: Tuning(1024, 8, 8192, 128), 64: Tuning(1024, 4, 8192, None)}
+TUNING = {32: Tuning(1024, 8, 8192, 128, 80), 64: Tuning(1024, 4, 8192, None)}
 THREADS = tl.constexpr(256)  # threads per program, in both rows
 
 

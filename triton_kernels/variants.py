@@ -124,6 +124,10 @@ class Variants:
         self.variants = variants
         self.count = len(variants)
         self.narrow = any(variant.narrow for variant in variants)
+        # Whether changes are recorded, of weights without companions and with two states at most.
+        self.small_recording = all(
+            v.changed and v.param_format.extra is None and len(v.written) <= 3 for v in variants
+        )
         self._hash = hash(variants)
 
     def __eq__(self, other: object) -> bool:
