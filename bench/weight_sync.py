@@ -77,7 +77,7 @@ def _set_changed(model: torch.nn.Module, optimizer: Any, share: float) -> None:
     """Makes a random share of the weights the recorded and only changes since the last patch."""
     generator = torch.Generator().manual_seed(0)
     for param in model.parameters():
-        bits = optimizer.changes.of(param, _view(param)).bits
+        bits = optimizer.changes.bits(param, _view(param))
         words = len(bits)
         drawn = torch.rand(words * 32, generator=generator) < share
         drawn[param.numel() :] = False

@@ -44,7 +44,7 @@ MAX_REGISTERS |= {"norm": 80, "norm-total": 64}
 # telemetry keeps four sums per thread and leaves room for two programs.
 MAX_REGISTERS |= {"ema-fp32": 80, "extras-bf16": 128, "extras-mx8": 128, "telemetry-total": 64}
 # A record of changes adds one bit per element.
-MAX_REGISTERS |= {"changes-fp32": 64, "changes-bf16": 80, "changes-mx8": 128}
+MAX_REGISTERS |= {"changes-fp32": 80, "changes-bf16": 80, "changes-mx8": 128}
 # These kernels run as a single warp.
 MAX_REGISTERS |= dict.fromkeys(("judge", "advance-adam"), 64)
 MAX_REGISTERS_AMD = {**MAX_REGISTERS, "norm": 128, "extras-mx8": 168}

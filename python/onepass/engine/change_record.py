@@ -12,17 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .backends.base import WORD
-from .plan_request import ParamView
+from .plan_request import ParamView, Tally
 from .weight_checksum import checksum
-
-
-class Tally:
-    """The number of times that one plan has incremented the version counters of its parameters."""
-
-    __slots__ = ("count",)
-
-    def __init__(self) -> None:
-        self.count = 0
 
 
 class _Seen(NamedTuple):
@@ -126,12 +117,23 @@ class ChangeRecord:
         tracked.look(view)
         return tracked
 
+    def bits(self, param: torch.Tensor, view: ParamView) -> torch.Tensor:
+        """The bits of a parameter for the steps of a new plan; see :meth:`of`."""
+        return self.of(param, view).bits_for(view.local)
+
     def begin(self, params: Iterable[torch.Tensor]) -> Tally:
         """The tally of a new plan with these parameters, which :meth:`of` has seen."""
         tally = Tally()
         for param in params:
             self._tracked[param].begin(tally)
         return tally
+
+    def next_patch(self, names: Iterable[str]) -> tuple[str, str]:
+        """Counts a patch with these parameters; returns the ids of its predecessor and its own."""
+        last = f"{self.chain}.{self.taken}" if self.taken else ""
+        self.taken += 1
+        self.names = frozenset(names)
+        return last, f"{self.chain}.{self.taken}"
 
     def mark_loaded(self) -> None:
         """Marks every parameter as changed throughout, after states were loaded or copied."""

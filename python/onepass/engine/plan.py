@@ -19,12 +19,11 @@ import torch
 
 from ..numerics.verdict import VERDICT_WIDTH
 from . import backends
-from .change_record import Tally
 from .device_plan import DevicePlan
 from .hyper_table import TELEMETRY_WIDTH
 from .plan_layout import PlanLayout
 from .plan_publish import Publication
-from .plan_request import Member, RankSums
+from .plan_request import Member, RankSums, Tally
 from .plan_validity import PlanValidity
 from .state_tracking import Watch
 from .tensor_access import share_memory

@@ -6,13 +6,12 @@ published after the first step.
 
 from __future__ import annotations
 
-from .change_record import Tally
 from .plan import Plan
 from .plan_check import check_plan
 from .plan_fit import fit_members
 from .plan_layout import lay_out
 from .plan_publish import make_publication
-from .plan_request import PlanRequest
+from .plan_request import PlanRequest, Tally
 from .plan_validity import PlanValidity
 from .state_tracking import Watch
 

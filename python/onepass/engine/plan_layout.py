@@ -86,7 +86,7 @@ def lay_out(
         place = _Place(one.view.local.device, one.view.groups)
         changed = None
         if request.record is not None:
-            changed = request.record.of(one.member.param, one.view).bits_for(one.view.local)
+            changed = request.record.bits(one.member.param, one.view)
         row = listed.setdefault(place, _Listed()).add(request.rule, one, changed)
         found.append((place, row))
     for some in listed.values():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,9 +18,6 @@ from .state_layouts import Home
 from .state_tracking import Watch
 from .tensor_access import unwrapped
 from .whole_positions import Place, whole_place
-
-if TYPE_CHECKING:
-    from .change_record import ChangeRecord
 
 ProcessGroups = tuple[Any, ...]
 """The process groups over which a parameter is sharded; empty if every rank has all of it."""
@@ -145,6 +142,25 @@ class RankSums(Protocol):
         """The sum of float64 tensors of one shape over all parts and ranks."""
 
 
+class Tally:
+    """The number of times that one plan has incremented the version counters of its parameters."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Record(Protocol):
+    """The interface of :class:`onepass.engine.change_record.ChangeRecord` for plans."""
+
+    def bits(self, param: torch.Tensor, view: ParamView) -> torch.Tensor:
+        """The record of changes of a parameter; see :class:`onepass.engine.backends.Entry`."""
+
+    def begin(self, params: Iterable[torch.Tensor]) -> Tally:
+        """The tally of a new plan with these parameters."""
+
+
 class PlanFeatures(Protocol):
     """The sharding and paging of one plan.
 
@@ -217,4 +233,4 @@ class PlanRequest:
     forget: Callable[[Watch], None]
     settle: Callable[[], None] | None
     features: PlanFeatures
-    record: ChangeRecord | None
+    record: Record | None

@@ -99,21 +99,10 @@ def take_delta(model: torch.nn.Module, optimizer: Any) -> Delta:
             for m in members
             if m.tracked.start is not None and _reports(m, part)
         }
-    try:
-        changes = dict(_changes(members, part))
-    except BaseException:
-        for member in members:  # some records may be cleared already
-            member.tracked.whole = True
-        raise
-    for member in members:
-        member.tracked.clear()
-    last = f"{record.chain}.{record.taken}" if record.taken else ""
-    record.taken += 1
-    record.names = frozenset(changes)
+    changes = _taken(members, part)
+    last, current = record.next_patch(changes)
     sums = {name: value for name, value in checksums.items() if not changes[name].complete}
-    return Delta(
-        changes, f"{record.chain}.{record.taken}", last, sums, tied, frozenset((part,)), ranks
-    )
+    return Delta(changes, current, last, sums, tied, frozenset((part,)), ranks)
 
 
 def mark_changed(param: torch.Tensor) -> None:
@@ -210,6 +199,19 @@ def _agreed(value: str, params: Any) -> str:
                 found, torch.distributed.get_global_rank(group, 0), group
             )
     return found[0]
+
+
+def _taken(members: list[_Member], part: int) -> dict[str, Change]:
+    """The change of each parameter; clears the records, or marks all parameters after an error."""
+    try:
+        changes = dict(_changes(members, part))
+    except BaseException:
+        for member in members:  # some records may be cleared already
+            member.tracked.whole = True
+        raise
+    for member in members:
+        member.tracked.clear()
+    return changes
 
 
 def _changes(members: list[_Member], part: int) -> Iterator[tuple[str, Change]]:
