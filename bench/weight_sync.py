@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -54,7 +54,8 @@ def _time(run: Callable[[], object], device: str) -> float:
         start = perf_counter()
         run()
         return 1e3 * (perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event
+    begin, end = (event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()
@@ -62,7 +63,7 @@ def _time(run: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end)
 
 
-def _compare(params: list[torch.Tensor], copies: list[torch.Tensor]) -> list[Any]:
+def _compare(params: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> list[Any]:
     """Positions and values of the weights that differ from a copy, which is then brought up to
     date."""
     found = []

@@ -48,7 +48,7 @@ class _Member(NamedTuple):
         return max(self.view.local.numel(), torch.Size(self.place.shape).numel()) > _INT32
 
 
-def take_delta(model: torch.nn.Module, optimizer: Any) -> Delta:
+def take_delta(model: torch.nn.Module, optimizer: Any, *, complete: bool = False) -> Delta:
     """The weights of a model that have changed since the last call, as a patch.
 
     The steps of the optimizer have recorded the changes (``track_changes=True``). Parameters that
@@ -66,6 +66,7 @@ def take_delta(model: torch.nn.Module, optimizer: Any) -> Delta:
     Args:
         model: a module with parameters of the optimizer. It is only read.
         optimizer: an optimizer of onepass, or a wrapper of one.
+        complete: make a patch with every weight, which a receiver accepts at any time.
 
     Returns:
         A patch on the devices of the parameters.
@@ -88,6 +89,8 @@ def take_delta(model: torch.nn.Module, optimizer: Any) -> Delta:
     record.keep({*named.values(), *owned})
     tied = tied_names(named)
     members = _members({n: p for n, p in named.items() if n not in tied}, record)
+    for member in members if complete else ():
+        member.tracked.whole = True
     part, ranks = _part_of(named.values())
     if not record.chain:
         record.chain = _agreed(uuid.uuid4().hex[:16], named.values())
