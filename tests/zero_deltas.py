@@ -43,7 +43,7 @@ def patches_keep_a_server_equal(directory, checkpoints):
         server = copy.deepcopy(model.state_dict())
         model.out.bias.requires_grad_(False)
         sharded(model)
-        optimizer = onepass.AdamW(model.parameters(), lr=1e-4, track_changes=True, **options)
+        optimizer = onepass.AdamW(model.parameters(), lr=1e-5, track_changes=True, **options)
         for number in range(50 if "states" in options else 5):
             backward(model, number)
             optimizer.step()
@@ -59,7 +59,8 @@ def patches_keep_a_server_equal(directory, checkpoints):
                     onepass.apply_delta(server, parts[0])
             onepass.apply_delta(server, delta)
             assert same(model, server)
-            assert delta.changes["head.weight"].complete == (number == 2)
+            assert number != 2 or delta.changes["head.weight"].complete
+            assert not delta.changes["embedding.weight"].complete
             assert 0 < delta.numel < sum(p.numel() for p in model.parameters()) / 2
 
 
