@@ -1,7 +1,9 @@
 """Time of a step of Muon: onepass and torch.optim.Muon over the same matrices, interleaved.
 
 The sweeps' share is the time of the step without its products. The weights of the providers are
-compared after the measurement, because both must have done the same work.
+compared after the measurement, because both must have done the same work. The Muon of dion is
+measured on a GPU if the package is installed (pip install git+https://github.com/microsoft/dion);
+its coefficients differ, so its weights are not compared.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 import onepass
+from onepass.integrations.other_libraries import Library, OptimizerClass
 from onepass.muon.batches import Settings
 from onepass.muon.products import TorchProducts, TritonProducts
 
@@ -36,6 +39,9 @@ LISTS = {
     "tiny": [(16, 16)] * 8,
 }
 """Name -> shapes of the matrices; llama3-8b/16 has 2 of the 32 layers."""
+
+DION = OptimizerClass(Library("dion", "dion", "dion"), "Muon", "muon", {"adjust_lr": "rms_norm"})
+"""The Muon of dion; ``use_triton`` computes symmetric products once."""
 
 
 class NoProducts(TorchProducts):
@@ -80,6 +86,11 @@ def providers(shapes: list[tuple[int, int]], device: str) -> dict[str, torch.opt
         triton = onepass.Muon(make(shapes, device))
         triton.products = Settings(None, triton.products.scratch, TritonProducts())
         made["onepass-triton-products"] = triton
+        missing = DION.library.unavailable()
+        if missing:
+            print(f"dion: {missing}")
+        else:
+            made["dion"] = DION.make(make(shapes, device), nesterov=True, use_triton=True)
     return made
 
 
@@ -139,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         if "torch" in times:
             line["times_torch"] = statistics.median(times["torch"]) / statistics.median(values)
-            if name != "onepass-sweeps":
+            if name not in ("onepass-sweeps", "dion"):
                 line["difference"] = difference(made[name], made["torch"])
         found.append(line)
         words = f"{name:24} {line['ms']:10.2f} ms (least {line['least_ms']:.2f})"
