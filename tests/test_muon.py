@@ -251,6 +251,31 @@ def test_clipping_skipping_and_unscaling():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
     before = [p.detach().clone() for p in params + rest]
     buffer = muon.state[params[0]]["momentum_buffer"].clone()
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)]
+)
+def test_products_are_fp32_where_bf16_products_are_slow(capability, dtype, monkeypatch):
+    """Then a step rounds to bf16 twice: each direction, before and after the products."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for shape, group, take in (
+        ((24, 8), {}, lambda g: [g]),
+        ((3, 8, 24), {}, list),
+        ((8, 32), {"split": (2, 1)}, lambda g: list(g.chunk(2, 1))),
+    ):
+        (param,) = matrices(shapes=[shape])
+        set_grads([param], torch.float32, 0)
+        muon = onepass.Muon([{"params": [param], **group}], 1.0, 0.0, precision="bf16")
+        before = param.detach().double()
+        muon.step()
+        assert [t.dtype for t in muon.scratch()] == [torch.bfloat16, dtype]
+        if dtype == torch.float32:
+            found = take(before - param.detach().double())
+            for one, u in zip(found, take(param.grad * 0.0975), strict=True):
+                expected = newton_schulz(u.bfloat16()) * math.sqrt(max(1, shape[-2] / shape[-1]))
+                # Half an ulp of bf16 for the result, and for directions that round differently.
+                assert error(one, expected) < 2**-8
+
+
     params[1].grad[0, 0] = math.inf
     muon.step()
     assert muon.skipped_steps == 1

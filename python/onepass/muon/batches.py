@@ -44,6 +44,15 @@ class Settings:
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return DTYPES[self.precision]
 
+    def products_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of the products: that of the directions, or fp32 where bf16 is slow.
+
+        torch multiplies bf16 matrices one element at a time on a CPU without AVX-512, fifty times
+        as slowly as fp32 matrices on AMD Zen 3.
+        """
+        slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+        return torch.float32 if slow else self.dtype(device)
+
 
 class Direction(NamedTuple):
     """A parameter whose direction is orthogonalised.
@@ -89,7 +98,8 @@ class _Batch(NamedTuple):
         rows, cols: the shape of the matrices, for the learning rate.
         x: [n, rows, cols] as stored.
         space: scratch memory.
-        views: the matrices in the directions, copied to x and back; empty if x is in them.
+        copies: pairs of equal shape, one in the directions and one in x, which is copied to and
+            back; empty if x is in the directions.
     """
 
     group: Mapping[str, Any]
@@ -97,17 +107,17 @@ class _Batch(NamedTuple):
     cols: int
     x: torch.Tensor
     space: Workspace
-    views: list[torch.Tensor]
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
 
     def run(self, products: Products) -> None:
         """Orthogonalises the matrices in place."""
         group = self.group
         scale = lr_ratio(group["adjust_lr_fn"], self.rows, self.cols)
-        for view, matrix in zip(self.views, self.x, strict=False):
-            matrix.view(view.shape).copy_(view)
+        for direction, copied in self.copies:
+            copied.copy_(direction)
         orthogonalize(products, self.x, self.space, triples_of(group), float(group["eps"]), scale)
-        for view, matrix in zip(self.views, self.x, strict=False):
-            view.copy_(matrix.view(view.shape))
+        for direction, copied in self.copies:
+            direction.copy_(copied)
 
 
 class Directions:
@@ -129,9 +139,7 @@ class Directions:
         self, found: Sequence[Direction], settings: Settings, device: torch.device
     ) -> None:
         self._products, dtype = settings.products, settings.dtype(device)
-        kinds: dict[_Kind, list[int]] = {}
-        for i, one in enumerate(found):
-            kinds.setdefault(_kind_of(one), []).append(i)
+        kinds = _kinds_of(found)
         offsets, length = [0] * len(found), 0
         for members in kinds.values():
             length = -(-length // _ALIGNMENT) * _ALIGNMENT
@@ -143,21 +151,18 @@ class Directions:
             torch.as_strided(memory, one.shape, one.stride, offset)
             for one, offset in zip(found, offsets, strict=True)
         ]
-        limit = _largest(settings.scratch // dtype.itemsize, device)
-        plans = [
-            _Cut(kind, sum(found[i].matrices.count for i in members), limit)
-            for kind, members in kinds.items()
-        ]
-        work = torch.empty(max((p.elements for p in plans), default=0), dtype=dtype, device=device)
+        cuts = _cuts_of(found, kinds, settings, device)
+        most = max((cut.elements for cut in cuts), default=0)
+        work = torch.empty(most, dtype=settings.products_dtype(device), device=device)
         self.memory = [memory, work]
         self._batches: list[_Batch] = []
-        for plan, members in zip(plans, kinds.values(), strict=True):
-            begin = offsets[members[0]]
+        for cut, members in zip(cuts, kinds.values(), strict=True):
             views = []
-            if plan.kind.strided:
+            if cut.kind.strided:
                 for i in members:
                     views += found[i].matrices.views(memory[offsets[i] :])
-            self._batches += plan.batches(found[members[0]].group, memory[begin:], views, work)
+            begin, group = offsets[members[0]], found[members[0]].group
+            self._batches += cut.batches(group, memory[begin:], views, work)
 
     def orthogonalize(self) -> None:
         """Replaces each direction by the orthogonalised one times the ratio of learning rates."""
@@ -169,26 +174,40 @@ def scratch_sizes(
     found: Sequence[Direction], settings: Settings, device: torch.device
 ) -> list[int]:
     """The bytes of each tensor of :attr:`Directions.memory`, without allocating them."""
-    kinds: dict[_Kind, list[Direction]] = {}
-    for one in found:
-        kinds.setdefault(_kind_of(one), []).append(one)
-    limit = _largest(settings.scratch // settings.dtype(device).itemsize, device)
-    length = work = 0
-    for kind, members in kinds.items():
-        length = -(-length // _ALIGNMENT) * _ALIGNMENT + sum(one.numel for one in members)
-        work = max(work, _Cut(kind, sum(one.matrices.count for one in members), limit).elements)
-    return [size * settings.dtype(device).itemsize for size in (length, work)]
+    kinds, length = _kinds_of(found), 0
+    for members in kinds.values():
+        length = -(-length // _ALIGNMENT) * _ALIGNMENT + sum(found[i].numel for i in members)
+    cuts = _cuts_of(found, kinds, settings, device)
+    work = max((cut.elements for cut in cuts), default=0)
+    sizes = (length, settings.dtype(device)), (work, settings.products_dtype(device))
+    return [size * dtype.itemsize for size, dtype in sizes]
 
 
-def _kind_of(one: Direction) -> _Kind:
-    """The kind of a direction."""
-    m = one.matrices
-    return _Kind(id(one.group), (m.rows, m.cols), m.stored, m.order == "strided")
+def _kinds_of(found: Sequence[Direction]) -> dict[_Kind, list[int]]:
+    """The indices of the directions of each kind."""
+    kinds: dict[_Kind, list[int]] = {}
+    for i, one in enumerate(found):
+        m = one.matrices
+        kind = _Kind(id(one.group), (m.rows, m.cols), m.stored, m.order == "strided")
+        kinds.setdefault(kind, []).append(i)
+    return kinds
 
 
-def _largest(elements_: int, device: torch.device) -> int:
-    """The most elements of one workspace."""
-    return min(elements_, _CPU_CHUNK) if device.type == "cpu" else elements_
+def _cuts_of(
+    found: Sequence[Direction],
+    kinds: Mapping[_Kind, Sequence[int]],
+    settings: Settings,
+    device: torch.device,
+) -> list[_Cut]:
+    """The division into batches of the directions of each kind."""
+    dtype = settings.products_dtype(device)
+    limit, converts = settings.scratch // dtype.itemsize, dtype != settings.dtype(device)
+    if device.type == "cpu":
+        limit = min(limit, _CPU_CHUNK)
+    return [
+        _Cut(kind, sum(found[i].matrices.count for i in members), limit, kind.strided or converts)
+        for kind, members in kinds.items()
+    ]
 
 
 class _Cut:
@@ -198,18 +217,19 @@ class _Cut:
         kind: the kind.
         count: the number of matrices.
         limit: the most elements of one workspace.
+        copied: whether the products work on copies of the directions.
 
     Attributes:
         kind: as given.
         elements: the elements of the workspace.
     """
 
-    def __init__(self, kind: _Kind, count: int, limit: int) -> None:
-        self.kind = kind
+    def __init__(self, kind: _Kind, count: int, limit: int, copied: bool) -> None:
+        self.kind, self._copied = kind, copied
         rows, cols = kind.stored
         # Matrices without elements need no products.
         self._count = count if rows * cols else 0
-        self._each = elements(rows, cols) + (rows * cols if kind.strided else 0)
+        self._each = elements(rows, cols) + (rows * cols if copied else 0)
         most = max(1, limit // self._each)
         parts = max(1, -(-self._count // most))
         self._most = -(-self._count // parts)
@@ -235,19 +255,19 @@ class _Cut:
         for begin in range(0, self._count, self._most or 1):
             n = min(self._most, self._count - begin)
             sizes = [(rows, cols), (m, m), (m, m), (1, 1), (1, 1)]
-            if self.kind.strided:
+            if self._copied:
                 sizes.append((rows, cols))
             parts, at = [], 0
             for size in sizes:
                 numel = n * math.prod(size)
                 parts.append(work[at : at + numel].view(n, *size))
                 at += numel
+            start = begin * rows * cols
+            whole = memory[start : start + n * rows * cols].view(n, rows, cols)
+            x = parts.pop() if self._copied else whole
+            copies = [(whole, x)] if self._copied else []
             if self.kind.strided:
-                x = parts.pop()
-            else:
-                start = begin * rows * cols
-                x = memory[start : start + n * rows * cols].view(n, rows, cols)
-            made.append(
-                _Batch(group, *self.kind.ratio, x, Workspace(*parts), views[begin : begin + n])
-            )
+                pairs = zip(views[begin : begin + n], x, strict=True)
+                copies = [(view, one.view(view.shape)) for view, one in pairs]
+            made.append(_Batch(group, *self.kind.ratio, x, Workspace(*parts), copies))
         return made

@@ -81,7 +81,8 @@ class Muon(Optimizer):
             triple.
         adjust_lr_fn: "original" (the default, also None) or "match_rms_adamw".
         precision: dtype of the directions and the products, "fp32" or "bf16"; None (default) for
-            "bf16" on a GPU and "fp32" elsewhere.
+            "bf16" on a GPU and "fp32" elsewhere. On a CPU without AVX-512, the products of bf16
+            directions are fp32, because torch's bf16 products are slow there.
         muon_scratch: most memory for the workspace of one batch of matrices, in bytes or as a size
             such as "256MB". A single large matrix may need more.
         options: keyword-only, see :class:`Options`. In a group with matrices, ``states`` must be
