@@ -137,7 +137,12 @@ CASES = [
         torch.optim.SGD,
         0.02,
         {},
-        [{}, {"momentum": 0.9, "dampening": 0.25}, {"momentum": 0.9, "nesterov": True}],
+        [
+            {},
+            {"momentum": 0.9, "dampening": 0.25},
+            {"momentum": 0.9, "nesterov": True},
+            *_product(momentum=(0, 0.9), **CAUTIOUS),
+        ],
     ),
     Case(
         "adagrad",

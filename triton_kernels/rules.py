@@ -93,6 +93,7 @@ def sgd(param, grad, states, h, FLAGS: tl.constexpr):
     DECOUPLED: tl.constexpr = FLAGS & 1
     MOMENTUM: tl.constexpr = FLAGS & 2
     NESTEROV: tl.constexpr = FLAGS & 4
+    CAUTIOUS: tl.constexpr = FLAGS & 8
     lr, weight_decay, momentum, one_minus_dampening = h
     if not DECOUPLED:
         grad = grad + weight_decay * param
@@ -102,7 +103,9 @@ def sgd(param, grad, states, h, FLAGS: tl.constexpr):
         momentum_buffer = momentum * momentum_buffer + one_minus_dampening * grad
         direction = grad + momentum * momentum_buffer if NESTEROV else momentum_buffer
     delta = lr * direction
-    if DECOUPLED:
+    if CAUTIOUS:
+        delta = cautious(delta, weight_decay * param, param)
+    elif DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (momentum_buffer,)
 

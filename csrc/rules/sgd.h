@@ -6,13 +6,17 @@
 
 namespace onepass {
 
-// Flag 0: decoupled weight decay; flag 1: momentum; flag 2: Nesterov momentum.
+// Flag 0: decoupled weight decay; flag 1: momentum; flag 2: Nesterov momentum; flag 3: cautious
+// weight decay.
 template <unsigned Flags>
 struct Sgd : RuleDefaults {
   static constexpr bool kDecoupled = Flags & 1;
   static constexpr bool kMomentum = Flags & 2;
   static constexpr bool kNesterov = Flags & 4;
-  static constexpr bool kValid = Flags < 8 && (kMomentum || !kNesterov);
+  static constexpr bool kCautious = Flags & 8;
+  static constexpr bool kValid =
+      Flags < 16 && (kMomentum || !kNesterov) && (kDecoupled || !kCautious);
+  static constexpr bool kUncommon = kCautious;
   static constexpr int kStates = 1;
   static constexpr unsigned kSlots = kMomentum ? 0b001 : 0;
   static constexpr unsigned kSecond = 0, kRelative = 0;   // kinds of its states
@@ -40,7 +44,10 @@ struct Sgd : RuleDefaults {
       direction = kNesterov ? grad + h.momentum * momentum_buffer : momentum_buffer;
     }
     float delta = h.lr * direction;
-    if (kDecoupled) delta = delta + h.weight_decay * param;
+    if (kCautious)
+      delta = cautious(delta, h.weight_decay * param, param);
+    else if (kDecoupled)
+      delta = delta + h.weight_decay * param;
     param = param - delta;
   }
 };

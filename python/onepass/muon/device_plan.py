@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..engine.joint_table import JointTable
 from ..engine.tensor_access import is_dtensor
 from ..formats import NATIVE, WEIGHT_FORMAT_OF_CODE
 from ..numerics.verdict import SKIP
+from ..rules.group_options import option
 from ..rules.muon import RULE as MUON
 from ..rules.sgd import RULE as SGD
 from .batches import Direction, Directions, Settings
@@ -113,8 +114,8 @@ class MuonDevicePlan(DevicePlan):
             for i, direction in zip(self._matrices, self.directions.tensors, strict=True)
         ]
         second = [
-            _weight_entry(entry, row) if entry.rule is MUON else replace(entry, row=row)
-            for entry, row in zip(entries, rows, strict=True)
+            _weight_entry(entry, row, group) if entry.rule is MUON else replace(entry, row=row)
+            for entry, row, group in zip(entries, rows, self._groups, strict=True)
         ]
         make, backend, counters = self._make_stage, self.backend, table.counters
         self._first: Stage | None = None
@@ -127,7 +128,7 @@ class MuonDevicePlan(DevicePlan):
             for numbers in _launches(backend, second)
         ]
         # A backend may prepare the entries of one rule only.
-        self._whole = WholeNorm(self.backend, [_weight_entry(entry, 0) for entry in entries])
+        self._whole = WholeNorm(self.backend, [_weight_entry(entry, 0, {}) for entry in entries])
 
     def _make_directions(self, entries: list[backends.Entry]) -> Directions | SharedDirections:
         """The memory of the directions; of DTensors, this rank's shards."""
@@ -236,14 +237,20 @@ def _momentum_entry(entry: backends.Entry, row: int, direction: torch.Tensor) ->
     )
 
 
-def _weight_entry(entry: backends.Entry, row: int) -> backends.Entry:
+def _weight_entry(entry: backends.Entry, row: int, group: Mapping[str, Any]) -> backends.Entry:
     """The entry of the second sweep: SGD with decoupled weight decay and without momentum."""
+    options = {
+        "decoupled_weight_decay": True,
+        "cautious_weight_decay": option(group, "cautious_weight_decay"),
+        "momentum": 0.0,
+        "nesterov": False,
+    }
     return replace(
         entry,
         states={},
         scales={},
         rule=SGD,
-        flags=SGD.flag_bits({"decoupled_weight_decay": True, "momentum": 0.0, "nesterov": False}),
+        flags=SGD.flag_bits(options),
         row=row,
         draws=WEIGHT_FORMAT_OF_CODE[entry.weight].stochastic,
     )

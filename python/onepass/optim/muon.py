@@ -24,7 +24,14 @@ from .base import Optimizer
 from .mixed_precision import EMBEDDINGS, Selection, select
 from .options import Options, torch_keys
 
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False}
+ADAMW = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+    "amsgrad": False,
+    "cautious_weight_decay": False,
+}
 """What a group with ``use_muon=False`` does not set; its states are fp32."""
 
 _OF_MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
@@ -80,6 +87,9 @@ class Muon(Optimizer):
         ns_steps: number of iterations, at most 99. A shorter list of coefficients repeats its last
             triple.
         adjust_lr_fn: "original" (the default, also None) or "match_rms_adamw".
+        cautious_weight_decay: keyword-only; decay a weight only in steps whose update does not move
+            it away from 0 (Chen et al., "Cautious weight decay", 2025), where update times weight
+            is at least 0. Also per parameter group.
         precision: dtype of the directions and the products, "fp32" or "bf16"; None (default) for
             "bf16" on a GPU and "fp32" elsewhere. On a CPU without AVX-512, the products of bf16
             directions are fp32, because torch's bf16 products are slow there.
@@ -116,6 +126,7 @@ class Muon(Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
         *,
+        cautious_weight_decay: bool = False,
         precision: Literal["fp32", "bf16"] | None = None,
         muon_scratch: int | str = "256MB",
         **options: Unpack[Options],
@@ -130,11 +141,15 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "cautious_weight_decay": cautious_weight_decay,
         }
         super().__init__(params, defaults, **options)
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """See :meth:`Optimizer.check_options`."""
+        if uses_muon(group):
+            # Groups of matrices do not store it, as those of torch.optim.Muon.
+            group = {"decoupled_weight_decay": True, **group}
         super().check_options(group)
         if not uses_muon(group):
             return

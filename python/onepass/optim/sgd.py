@@ -35,6 +35,9 @@ class SGD(Optimizer):
         dampening: :math:`\tau`.
         weight_decay: :math:`\lambda`.
         nesterov: use Nesterov momentum; requires momentum > 0 and dampening = 0.
+        cautious_weight_decay: keyword-only; decay a weight only in steps whose update does not move
+            it away from 0 (Chen et al., "Cautious weight decay", 2025), where update times weight
+            is at least 0. Needs ``decoupled_weight_decay=True``. Also per parameter group.
         options: keyword-only, see :class:`Options`.
 
     Raises:
@@ -54,6 +57,8 @@ class SGD(Optimizer):
         dampening: float = 0,
         weight_decay: float = 0,
         nesterov: bool = False,
+        *,
+        cautious_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -62,5 +67,6 @@ class SGD(Optimizer):
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
+            "cautious_weight_decay": cautious_weight_decay,
         }
         super().__init__(params, defaults, **options)

@@ -16,7 +16,19 @@ import numpy as np
 
 from ..numerics.arrays import F32, States
 from . import adam
-from .base import LR, OWN, WEIGHT_DECAY, Flag, Group, Numbers, Rule, Slot, StepOf, present
+from .base import (
+    CAUTIOUS_DECAY,
+    LR,
+    OWN,
+    WEIGHT_DECAY,
+    Flag,
+    Group,
+    Numbers,
+    Rule,
+    Slot,
+    StepOf,
+    present,
+)
 from .option_checks import check_choice, check_flag, check_number, check_tuple, check_whole
 
 
@@ -136,10 +148,12 @@ def _check_group(group: Group) -> None:
 
 MIXED = _MuonOrAdamW(
     "muon_or_adamw",
+    # Of AdamW, and of the rule that steps the matrices (onepass.muon.device_plan).
+    flags=(CAUTIOUS_DECAY,),
     slots=(*RULE.slots, *adam.RULE.slots),
     update=update,
     check=_check_group,
     saves_step=False,
     formats=RULE.formats,
-    laid_out_by=("split", "flatten"),
+    laid_out_by=("split", "flatten", "cautious_weight_decay"),
 )

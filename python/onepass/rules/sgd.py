@@ -12,6 +12,7 @@ import numpy as np
 
 from ..numerics.arrays import F32, States
 from .base import (
+    CAUTIOUS_DECAY,
     DECOUPLED_DECAY,
     LR,
     OWN,
@@ -23,6 +24,7 @@ from .base import (
     Rule,
     Slot,
     StepOf,
+    cautious,
     decay,
     present,
 )
@@ -42,7 +44,9 @@ def update(
         momentum_buffer = momentum * present(momentum_buffer) + one_minus_dampening * grad
         direction = grad + momentum * momentum_buffer if "nesterov" in flags else momentum_buffer
     delta = lr * direction
-    if "decoupled" in flags:
+    if "cautious" in flags:
+        delta = cautious(delta, weight_decay * param, param)
+    elif "decoupled" in flags:
         delta = delta + weight_decay * param
     return param - delta, (momentum_buffer,)
 
@@ -76,7 +80,7 @@ def check(group: Group) -> None:
 
 RULE = Rule(
     "sgd",
-    flags=(DECOUPLED_DECAY, Flag("momentum"), Flag("nesterov")),
+    flags=(DECOUPLED_DECAY, Flag("momentum"), Flag("nesterov"), CAUTIOUS_DECAY),
     slots=(Slot("momentum_buffer", "first", "momentum"),),
     own=own,
     derive=derive,
@@ -86,7 +90,9 @@ RULE = Rule(
     needs_first=True,
     saves_step=False,
     bitsandbytes=BitsAndBytes(
-        ("momentum_buffer",), betas="momentum", lacking={"dampening": 0, "nesterov": False}
+        ("momentum_buffer",),
+        betas="momentum",
+        lacking={"dampening": 0, "nesterov": False, "cautious_weight_decay": False},
     ),
     benchmark=Benchmark("sgd", {"lr": 1e-1, "momentum": 0.9}),
 )
