@@ -35,7 +35,7 @@ FORMATS = (
     "linear8 nearest, blocks of 32, bf16",
     "linear8 nearest, blocks of 16, power of 2^(1/8)",
 )
-FULL = Size(Shape(64, 96, 2, 4), 8, 300, 32, 4_000_000, 0)
+FULL = Size(Shape(64, 96, 2, 4), 8, 150, 16, 4_000_000, 0)
 QUICK = Size(Shape(16, 16, 1, 2), 4, 6, 2, 400_000, 0)
 LR, DECAY = 0.02, 0.1
 
