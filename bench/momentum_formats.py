@@ -191,6 +191,26 @@ def measure(start: Tensor, grads: Tensor, codes: dict[str, Code]) -> dict[str, l
     return found
 
 
+def table(lines: list[results.Line]) -> str:
+    """The cosines of the newest line, in Markdown."""
+    line = lines[-1]
+    rows = [
+        "| stored momentum | bytes | one encoding, mean / worst | kept for "
+        f"{KEPT} steps, mean / worst |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, pairs in line["cosines"].items():
+        words = (f"{sum(v) / len(v):.4f} / {min(v):.4f}" for v in zip(*pairs, strict=True))
+        rows.append(f"| {name} | {CODES[name].bytes:.4g} | {' | '.join(words)} |")
+    text = (
+        f"Measured by `python -m bench.momentum_formats` on a CPU ({line['date'][:10]}, commit "
+        f"{str(line['commit'])[:7]}): the {len(pairs)} matrices of a block of width "
+        f"{line['width']}, trained for {line['steps']} steps of {line['batch'] * line['context']} "
+        "bytes. The cosines are those of the orthogonalised update and the update of fp32."
+    )
+    return "\n".join([*rows, "", text])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the mean and the worst cosine of each format."""
     parser = argparse.ArgumentParser(prog="python -m bench.momentum_formats", description=__doc__)

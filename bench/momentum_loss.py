@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -51,8 +52,8 @@ def train(name: str, size: Size, seed: int, corpus: Corpus) -> Line:
         validation=Batches(corpus.validation, size.validation_batches, size.batch, context, 0),
     )
     model = task.model()
-    states = name if name in NATIVE else "fp32"
-    optimizer = onepass.Muon(muon_groups(model, DECAY), LR, states=states, seed=seed)
+    options: dict[str, Any] = {"states": name if name in NATIVE else "fp32", "seed": seed}
+    optimizer = onepass.Muon(muon_groups(model, DECAY), LR, **options)
     scheduler = schedule(optimizer, size.steps)
     generator = torch.Generator().manual_seed(seed)
     losses = []
@@ -61,7 +62,7 @@ def train(name: str, size: Size, seed: int, corpus: Corpus) -> Line:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if name != states:
+        if name not in NATIVE:
             for param in optimizer.param_groups[0]["params"]:
                 momentum = optimizer.state[param]["momentum_buffer"]
                 momentum.copy_(CODES[name].run(momentum, generator))
@@ -73,20 +74,31 @@ def train(name: str, size: Size, seed: int, corpus: Corpus) -> Line:
     }
 
 
-def report(lines: list[Line]) -> None:
-    """Prints the validation losses of each format, and their distance from those of fp32."""
+def table(lines: list[Line]) -> str:
+    """The validation losses of each format, and their distance from those of fp32, in Markdown."""
     found: dict[str, dict[int, float]] = {}
     for line in lines:
         losses = found.setdefault(line["settings"]["format"], {})
         losses[line["seed"]] = line["validation_loss"]
+    rows = [
+        "| stored momentum | mean loss | standard deviation | minus fp32 of the same seed, mean "
+        "(smallest to largest) |",
+        "|---|---:|---:|---:|",
+    ]
     for name, losses in found.items():
-        values = losses.values()
+        values = list(losses.values())
         paired = [loss - found["fp32"][seed] for seed, loss in losses.items()]
-        print(
-            f"{name:40} {len(values)} seeds: mean {statistics.mean(values):.4f}, from "
-            f"{min(values):.4f} to {max(values):.4f}; minus fp32 with the same seed: mean "
-            f"{statistics.mean(paired):+.4f}, from {min(paired):+.4f} to {max(paired):+.4f}"
-        )
+        cells = [name, f"{statistics.mean(values):.4f}", f"{statistics.stdev(values):.4f}"]
+        apart = f"{min(paired):+.4f} to {max(paired):+.4f}"
+        rows.append(f"| {' | '.join(cells)} | {statistics.mean(paired):+.4f} ({apart}) |")
+    last, seeds = lines[-1], {seed for losses in found.values() for seed in losses}
+    shape = last["settings"]["shape"]
+    text = (
+        f"Measured by `python -m bench.momentum_loss` on a CPU ({last['date'][:10]}, commit "
+        f"{str(last['commit'])[:7]}): the model of the demo with width {shape['width']} and depth "
+        f"{shape['depth']}, {last['settings']['steps']} steps, {len(seeds)} seeds."
+    )
+    return "\n".join([*rows, "", text])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser, "--formats", FORMATS, OUT, seeds=5)
     args = parser.parse_args(argv)
     if args.report:
-        report(results.read_lines(args.out))
+        print(table(results.read_lines(args.out)))
         return 0
     check_arguments(parser, args)
     size = QUICK if args.quick else FULL

@@ -1,4 +1,4 @@
-"""``python -m bench.readme``: tables of README.md and of three pages from the result lines.
+"""``python -m bench.readme``: tables of README.md and of four pages from the result lines.
 
 A test fails if a page differs from what this module writes.
 """
@@ -14,13 +14,26 @@ from pathlib import Path
 from onepass_tools.benchmark.cases import DTYPES
 from onepass_tools.benchmark.providers import all_providers
 
-from . import results, sgd8bit, training_report, weight_sync
+from . import (
+    momentum_formats,
+    momentum_loss,
+    results,
+    sgd8bit,
+    training_report,
+    weight_sync,
+)
 from .cases import gpu_cases
 from .results import Line, case_key
 
 PAGES = tuple(
     results.ROOT / name
-    for name in ("README.md", "docs/settings.md", "docs/migrate.md", "docs/weight-sync.md")
+    for name in (
+        "README.md",
+        "docs/settings.md",
+        "docs/migrate.md",
+        "docs/weight-sync.md",
+        "docs/algorithms/muon.md",
+    )
 )
 COMMITTED = results.ROOT / "bench" / "results"
 OURS = "onepass-cuda"
@@ -205,6 +218,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "weight_sync": lambda: weight_sync.table(results.read_lines(COMMITTED / "weight_sync.jsonl")),
     "sgd8bit": lambda: sgd8bit.table(results.read_lines(COMMITTED / "sgd8bit.jsonl")),
+    "momentum": lambda: momentum_formats.table(results.read_lines(COMMITTED / "momentum.jsonl")),
+    "momentum loss": lambda: momentum_loss.table(
+        results.read_lines(COMMITTED / "momentum_loss.jsonl")
+    ),
 }
 
 
