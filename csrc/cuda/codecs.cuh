@@ -41,18 +41,10 @@ struct Random {
   uint32_t low;  // lower half of the index of the warp's first element
 
   // at: position of the element, counted from the warp's first.
-  ONEPASS_HD uint32_t draw(int use, int at) const {
-    return word(use, at) >> (use % 2 * 16) & 0xFFFFu;
-  }
-  ONEPASS_HD Upper16 draw_upper(int use, int at) const {
-    const uint32_t drawn = word(use, at);
-    return {use % 2 ? select_bytes(drawn, 0, 0x3244) : drawn << 16};
-  }
-
- private:
-  ONEPASS_HD uint32_t word(int use, int at) const {
+  ONEPASS_HD RandomHalf draw(int use, int at) const {
     const RandomKey key = keys[use / 2];
-    return random_mix(key, random_start(key, low + static_cast<uint32_t>(at)));
+    const uint32_t start = random_start(key, low + static_cast<uint32_t>(at));
+    return {random_mix(key, start), use % 2 != 0};
   }
 };
 
@@ -65,7 +57,19 @@ ONEPASS_HD uint32_t code_fp16(float value) { return encode_fp16(value); }
 ONEPASS_HD float from_bf16(uint32_t code) { return decode_bf16(static_cast<uint16_t>(code)); }
 ONEPASS_HD float from_fp16(uint32_t code) { return decode_fp16(static_cast<uint16_t>(code)); }
 
-// Decodes a weight or gradient. Quick omits special cases; Quick::note_weight of fast_path.cuh
+// The companion of element j, as decode_one takes it.
+template <Format F, int Vector>
+ONEPASS_HD uint32_t companion_at(const Raw& raw, int j) {
+  constexpr int kBits = companion_bits_of(F);
+  if constexpr (kBits == 0) return 0;
+  // split8: a signed byte times 256.
+  else if constexpr (F == Format::kSplit8)
+    return select_bytes(raw[j / 4], 0, (j % 4) * 0x1110u | 0x8804u);
+  else
+    return Codes<kBits, Vector>::get(raw, j);
+}
+
+// Decodes a weight or gradient. Quick omits special cases; Quick::note_finite of fast_path.cuh
 // detects them afterwards.
 template <Format F, bool Quick>
 ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
@@ -90,8 +94,8 @@ ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
       return Quick ? joined_plain(code, low) : decode_split16(code, low);
     }
     case Format::kSplit8: {
-      const int32_t low = static_cast<int8_t>(companion);
-      return Quick ? joined_plain(code, low * 256) : decode_split8(code, low);
+      const int32_t low = static_cast<int32_t>(companion);
+      return Quick ? joined_plain(code, low) : joined(code, low);
     }
     default:
       return from_bf16(code);
@@ -99,8 +103,8 @@ ONEPASS_HD float decode_one(uint32_t code, uint32_t companion) {
 }
 
 // The position of the lowest bit of the code and of the companion in the words of encode_one.
-constexpr int code_at(Format format) { return bits_of(format) == 16 ? 16 : 0; }
-constexpr int companion_at(Format format) {
+constexpr int code_bit(Format format) { return bits_of(format) == 16 ? 16 : 0; }
+constexpr int companion_bit(Format format) {
   const bool kahan = format == Format::kKahanBf16 || format == Format::kKahanFp16;
   return kahan ? 16 : format == Format::kSplit8 ? 8 : 0;
 }
@@ -110,9 +114,9 @@ struct Pair {
   uint32_t code, companion;
 };
 
-// Encodes a weight. random16 is called if the format draws. Quick requires a finite value.
+// Encodes a weight. draw is called if the format draws. Quick requires a finite value.
 template <Format F, bool Quick, class Draw>
-ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
+ONEPASS_HD Pair encode_one(float value, const Draw& draw) {
   const uint32_t bits = to_bits(value);
   switch (F) {
     case Format::kFp32:
@@ -120,9 +124,10 @@ ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
     case Format::kFp16:
       return {code_fp16(value) << 16, 0};
     case Format::kFp16Stochastic:
-      return {uint32_t{encode_fp16_stochastic(value, random16() >> 3)} << 16, 0};
+      return {uint32_t{encode_fp16_stochastic(value, value16(draw()) >> 3)} << 16, 0};
     case Format::kBf16Stochastic:
-      return {Quick ? bits + random16() : round_bf16_stochastic(value, random16()), 0};
+      return {
+          Quick ? add_random(bits, draw(), 0) : round_bf16_stochastic(value, value16(draw())), 0};
     case Format::kKahanBf16: {
       const uint32_t code = round_bf16(value);
       return {code, round_bf16(left_over(value, from_bf16(code >> 16)))};
@@ -142,10 +147,10 @@ ONEPASS_HD Pair encode_one(float value, const Draw& random16) {
     }
     case Format::kSplit8: {
       if (Quick) {
-        const uint32_t rounded = bits + (random16() & 0xFFu);
+        const uint32_t rounded = add_random8(bits, draw());
         return {rounded + 0x8000u, rounded};
       }
-      const Split split = encode_split8(value, random16());
+      const Split split = encode_split8(value, value16(draw()));
       return {split.weight << 16, split.low << 8};
     }
     default:
@@ -286,7 +291,7 @@ struct StateCodec {
         const auto draw = [&] { return random.draw(use, lanes.at(j)); };
         words[j] = encode_one<F, Math::kQuick>(values[j], draw).code;
       }
-      C::template pack<code_at(F)>(words, state.raw);
+      C::template pack<code_bit(F)>(words, state.raw);
     } else {
       uint32_t largest[kScales] = {}, least[kScales];
 #pragma unroll
@@ -327,7 +332,7 @@ struct StateCodec {
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {
           const uint32_t scale = state.scales[j / Vector];
-          const Upper16 bits = random.draw_upper(use, lanes.at(j));
+          const RandomHalf bits = random.draw(use, lanes.at(j));
           if constexpr (Math::kQuick && F == Format::kMx8) {
             if constexpr (K == kSecond)
               words[j] = Code::encode_normal(units[j], bits, scale);

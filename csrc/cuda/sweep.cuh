@@ -91,11 +91,8 @@ __device__ __forceinline__ bool sweep_warp(
     constexpr Format F = decltype(format)::value;
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      uint32_t companion = 0;
-      if constexpr (companion_bits_of(F) > 0)
-        companion = Codes<companion_bits_of(F), kVector>::get(companions, j);
       const uint32_t code = Codes<bits_of(F), kVector>::get(param_codes, j);
-      param[j] = decode_one<F, Math::kQuick>(code, companion);
+      param[j] = decode_one<F, Math::kQuick>(code, companion_at<F, kVector>(companions, j));
     }
   });
   formats.grad([&](auto format) {
@@ -137,9 +134,9 @@ __device__ __forceinline__ bool sweep_warp(
       const Pair pair = encode_one<F, Math::kQuick>(param[j], draw);
       codes[j] = pair.code, beside[j] = pair.companion;
     }
-    Codes<bits_of(F), kVector>::template pack<code_at(F)>(codes, param_codes);
+    Codes<bits_of(F), kVector>::template pack<code_bit(F)>(codes, param_codes);
     if constexpr (kCompanion > 0)
-      Codes<kCompanion, kVector>::template pack<companion_at(F)>(beside, companions);
+      Codes<kCompanion, kVector>::template pack<companion_bit(F)>(beside, companions);
   });
   for_each_slot_in_order<Sample>([&](auto slot) {
     constexpr int k = decltype(slot)::value;

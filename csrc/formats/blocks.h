@@ -5,7 +5,7 @@
 // and mx4.py specify the formats.
 #pragma once
 
-#include "../portability.h"
+#include "random.h"
 
 namespace onepass {
 
@@ -34,21 +34,12 @@ ONEPASS_HD float magnitude(float value) {
 // The larger of two unsigned integers.
 ONEPASS_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// 16 random bits in the upper half of a word whose lower half is zero. Functions that take a
-// uint32_t random16 instead expect them in the lower half.
-struct Upper16 {
-  uint32_t word;
-};
-// The 16 random bits as a number below 2^16.
-ONEPASS_HD uint32_t value16(uint32_t random16) { return random16; }
-ONEPASS_HD uint32_t value16(Upper16 random) { return random.word >> 16; }
-
 // The common part of codes with Exponent bits of exponent and Mantissa bits of mantissa.
 template <int Exponent, int Mantissa>
 struct Minifloat {
   static constexpr int kMantissa = Mantissa;
   static constexpr int kDropped = 23 - Mantissa;      // mantissa bits of an fp32 that are dropped
-  static constexpr int kRandomShift = kDropped - 16;  // aligns 16 random bits with the upper ones
+  static constexpr int kRandomShift = kDropped - 16;  // aligns 16 random bits with the dropped ones
   static constexpr uint32_t kSpan = (1u << Exponent) - 1;  // the largest relative exponent
   static constexpr uint32_t kSign = 0;        // the sign bit of a code; 0 if it has none
   static constexpr bool kHasZero = false;     // whether code 0 is reserved for zero
@@ -63,13 +54,10 @@ struct Minifloat {
     const uint32_t e = max_u32(top, kSpan + least) - kSpan;
     return largest >= kInfinity ? kNotFinite : e;
   }
-  // Shifts the 16 random bits to the upper 16 of the dropped bits.
-  ONEPASS_HD static uint32_t spread(uint32_t random16) { return random16 << kRandomShift; }
-  ONEPASS_HD static uint32_t spread(Upper16 random) { return random.word >> (32 - kDropped); }
   // The code of an fp32 whose bits are at least those of the scale's power of two.
   template <class Random>
   ONEPASS_HD static uint32_t round(uint32_t bits, Random random, uint32_t scale) {
-    return ((bits + spread(random)) >> kDropped) - (scale << Mantissa);
+    return (add_random(bits, random, kRandomShift) >> kDropped) - (scale << Mantissa);
   }
   ONEPASS_HD static float value(uint32_t code, uint32_t scale) {
     return from_bits((code + (scale << Mantissa)) << kDropped);
@@ -163,8 +151,8 @@ struct Root {
   template <class Random>
   ONEPASS_HD static uint32_t encode(float value, Random random, Unit unit) {
     const uint32_t bits = max_u32(to_bits(value), unit.lowest);
-    const uint32_t dithered = bits - unit.lowest + (value16(random) << (7 - unit.mantissa));
-    return dithered >> (23 - unit.mantissa);  // 0 for a zero
+    return add_random(bits - unit.lowest, random, 7 - unit.mantissa) >>
+           (23 - unit.mantissa);  // 0 for a zero
   }
   ONEPASS_HD static float decode(uint32_t code, Unit unit) {
     return from_bits((code << (23 - unit.mantissa)) + unit.lowest);
@@ -204,12 +192,13 @@ struct Ratio {
   template <class Random>
   ONEPASS_HD static uint32_t encode(float value, Random random, float per_step) {
     const uint32_t sign = to_bits(value) >> (31 - kWidth) & kSign;
-    return dithered(value, value16(random), per_step) >> 16 | sign;
+    return dithered(value, random, per_step) >> 16 | sign;
   }
   // The number of steps, stochastically rounded, in the upper half of the word.
-  ONEPASS_HD static uint32_t dithered(float value, uint32_t random16, float per_step) {
+  template <class Random>
+  ONEPASS_HD static uint32_t dithered(float value, Random random, float per_step) {
     const float steps = magnitude(value) * per_step;
-    return static_cast<uint32_t>(static_cast<int32_t>(steps)) + random16;
+    return add_random(static_cast<uint32_t>(static_cast<int32_t>(steps)), random, 0);
   }
   ONEPASS_HD static float decode(uint32_t stored, float step) {
     const float value = static_cast<float>(static_cast<int32_t>(stored & (kSign - 1))) * step;

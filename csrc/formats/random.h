@@ -50,4 +50,35 @@ ONEPASS_HD uint32_t random_mix(RandomKey key, uint32_t x) {
   return x * 0x846CA68Bu;
 }
 
+// 16 random bits: one half of a word. Functions that take them also take a uint32_t below 2^16.
+struct RandomHalf {
+  uint32_t word;
+  bool upper;  // a constant wherever the compiler sees it
+};
+ONEPASS_HD uint32_t value16(uint32_t random16) { return random16; }
+ONEPASS_HD uint32_t value16(RandomHalf random) {
+  return random.upper ? random.word >> 16 : random.word & 0xFFFFu;
+}
+
+// bits + (random << shift), for a shift of at most 7. A GPU selects, shifts and adds a half in one
+// instruction: a dot product of the two halves with two bytes.
+template <class Random>
+ONEPASS_HD uint32_t add_random(uint32_t bits, Random random, int shift) {
+  return bits + (value16(random) << shift);
+}
+#if defined(__CUDA_ARCH__)
+template <>
+ONEPASS_HD uint32_t add_random(uint32_t bits, RandomHalf random, int shift) {
+  return __dp2a_lo(random.word, (random.upper ? 256u : 1u) << shift, bits);
+}
+#endif
+// bits + the lower 8 of the random bits.
+ONEPASS_HD uint32_t add_random8(uint32_t bits, RandomHalf random) {
+#if defined(__CUDA_ARCH__)
+  return __dp4a(random.word, random.upper ? 0x10000u : 1u, bits);
+#else
+  return bits + (value16(random) & 0xFFu);
+#endif
+}
+
 }  // namespace onepass
