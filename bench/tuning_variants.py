@@ -1,7 +1,7 @@
 """The variants of the CUDA kernels that :mod:`bench.tuning` builds and measures, and their formats.
 
-A variant is a CUDA library with other values of the launch shape, the chunk length and the prefetch
-than csrc/cuda/tuning.h. It contains only the kernels of FORMATS.
+A variant is a CUDA library with other values of the launch shape, the chunk length, the prefetch
+and the ring than csrc/cuda/tuning.h. It contains only the kernels of FORMATS.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ class Variant:
         blocks: thread blocks per multiprocessor, which limits the registers of a thread.
         chunk: elements per thread block; half as many if the states are fp32.
         prefetch: whether a warp prefetches its next elements into L2 while it computes.
+        ring: stages of the ring of bulk copies (csrc/cuda/ring.cuh), which replaces the prefetch;
+            0 for none.
     """
 
     threads: int
     blocks: int
     chunk: int
     prefetch: bool = True
+    ring: int = 0
 
     @property
     def name(self) -> str:
         """The name in result lines and file names, for example 128x6-16K."""
-        plain = "" if self.prefetch else "-no-prefetch"
-        return f"{self.threads}x{self.blocks}-{self.chunk // 1024}K{plain}"
+        other = f"-ring{self.ring}" if self.ring else "" if self.prefetch else "-no-prefetch"
+        return f"{self.threads}x{self.blocks}-{self.chunk // 1024}K{other}"
 
     @property
     def macros(self) -> dict[str, int]:
@@ -50,6 +53,7 @@ class Variant:
             "ONEPASS_CHUNK": self.chunk,
             "ONEPASS_WIDE_CHUNK": self.chunk // 2,
             "ONEPASS_PREFETCH": int(self.prefetch),
+            "ONEPASS_RING": self.ring,
         }
 
     @property
@@ -62,10 +66,14 @@ class Variant:
 
 SHAPES = ((128, 6), (256, 3), (128, 4), (256, 2), (512, 1))
 CHUNKS = (16384, 8192, 32768, 65536)
+RINGS = tuple(Variant(128, 6, 16384, ring=stages) for stages in (2, 3))
+"""The variants with a ring, which has not run on a GPU. Their bits are compared even if they are not
+the fastest."""
 VARIANTS = (
     *(Variant(threads, blocks, chunk) for chunk in CHUNKS for threads, blocks in SHAPES),
+    *RINGS,
     # Shows how much the prefetch gains with the chunk length of tuning.h.
-    *(Variant(threads, blocks, CHUNKS[0], prefetch=False) for threads, blocks in SHAPES[:4]),
+    *(Variant(threads, blocks, CHUNKS[0], prefetch=False) for threads, blocks in SHAPES[:2]),
 )
 TODAY = VARIANTS[0]
 """The default values of csrc/cuda/tuning.h."""

@@ -61,9 +61,13 @@ struct Exact {
   static constexpr bool kQuick = false;  // whether all operands must be finite
 
   ONEPASS_HD static float sqrt(float x) { return sqrt_rn(x); }
-  ONEPASS_HD static float div(float x, float y) { return div_rn(x, y); }
-  // div for operands of which cuda/fast_path.cuh knows more.
+  // sqrt of the new value of a state of kind kSecond.
+  ONEPASS_HD static float sqrt_of_state(float x) { return sqrt_rn(x); }
+  // x divided by a root plus the scalar `eps` of the rule, or by the root of a number >= 0 plus
+  // eps.
   ONEPASS_HD static float div_by_root(float x, float y) { return div_rn(x, y); }
+  // Division by a number from a range that cuda/fast_path.cuh assumes.
+  ONEPASS_HD static float div_by_code(float x, float y) { return div_rn(x, y); }
   ONEPASS_HD static float div_in_range(float x, float y) { return div_rn(x, y); }
 };
 

@@ -37,18 +37,57 @@ def main_path(kernel: Kernel) -> list[str]:
     """The instructions of one round of a sweep kernel whose warp passes the vote of the fast path.
 
     A round handles eight elements per thread. The path goes from the head of the loop to the branch
-    after the vote, and from there through the writes to the end of the loop. Instructions that are
-    skipped by a predicate or a short branch count.
+    after the vote, and from there by the shorter way to the end of the loop, which is that of the
+    writes. Instructions that are skipped by a predicate or a short branch count, except those that
+    refill a stage of a ring (:func:`refill`).
     """
-    branches = {
-        i: int(match[1], 16) // 16  # an instruction has 16 bytes
+    branches, vote = _branches(kernel), _vote(kernel)
+    loops = [(to, i) for i, to in branches.items() if kernel.instructions[i].startswith("@")]
+    head, end = min((to, i) for to, i in loops if to < vote < i)
+    decides = min(i for i in branches if i > vote)
+    ways = [_way(kernel, start, end) for start in (decides + 1, branches[decides])]
+    places = [*range(head, decides + 1), *min(ways, key=len)]
+    skipped = set(refill(kernel, head))
+    return [kernel.instructions[i] for i in places if i not in skipped]
+
+
+def refill(kernel: Kernel, head: int) -> range:
+    """The places of the instructions that refill a stage of a ring in the loop that starts at head.
+
+    They are the longest part with a bulk copy that one branch skips; empty without a ring.
+    """
+    vote = _vote(kernel)
+    copies = [i for i, op in enumerate(map(opcode, kernel.instructions)) if op.startswith("UBLKCP")]
+    around = [
+        range(i + 1, to)
+        for i, to in _branches(kernel).items()
+        if head < i < to < vote and any(i < copy < to for copy in copies)
+    ]
+    return max(around, key=len, default=range(0))
+
+
+def _branches(kernel: Kernel) -> dict[int, int]:
+    """Place of a branch -> place that it jumps to; an instruction has 16 bytes."""
+    return {
+        i: int(match[1], 16) // 16
         for i, line in enumerate(kernel.instructions)
-        if (match := re.search(r"\bBRA (0x[0-9a-f]+)", line))
+        if (match := re.search(r"\bBRA(?:\.\w+)* (?:\w+, )?(0x[0-9a-f]+)", line))
     }
+
+
+def _way(kernel: Kernel, start: int, end: int) -> list[int]:
+    """The places from one instruction to another, along branches without a predicate."""
+    branches, found = _branches(kernel), [start]
+    while found[-1] != end and len(found) < len(kernel.instructions):
+        last = found[-1]
+        jumps = last in branches and not kernel.instructions[last].startswith("@")
+        found.append(branches[last] if jumps and branches[last] > last else last + 1)
+    return found
+
+
+def _vote(kernel: Kernel) -> int:
     (vote,) = [i for i, line in enumerate(kernel.instructions) if opcode(line) == "VOTE.ALL"]
-    head, end = min((to, i) for i, to in branches.items() if to < vote < i)
-    passed = min(i for i in branches if i > vote)
-    return kernel.instructions[head : passed + 1] + kernel.instructions[branches[passed] : end + 1]
+    return vote
 
 
 def opcode(line: str) -> str:

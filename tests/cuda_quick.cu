@@ -7,7 +7,7 @@
 using onepass::from_bits;
 using onepass::splitmix64;
 using onepass::to_bits;
-using onepass::cuda::Quick;
+using Quick = onepass::cuda::Quick<false>;
 
 namespace {
 
@@ -42,10 +42,11 @@ __global__ void roots() {
   atomicAdd(&tested[kRoots], count);
 }
 
-// The bits with the exponent replaced by a random one between the bounds of Quick.
-__device__ uint32_t bounded(uint32_t bits, uint64_t random) {
-  constexpr uint32_t kFirst = (Quick::kLeast >> 23) + 1, kSpan = (Quick::kMost >> 23) - kFirst;
-  return (bits & 0x807FFFFFu) | (kFirst + static_cast<uint32_t>(random % kSpan)) << 23;
+// The bits with the exponent replaced by a random one between the lower bound of Quick and `most`.
+__device__ uint32_t bounded(uint32_t bits, uint64_t random, uint32_t most) {
+  constexpr uint32_t kFirst = (Quick::kLeast >> 23) + 1;
+  const uint32_t span = (most >> 23) - kFirst;
+  return (bits & 0x807FFFFFu) | (kFirst + static_cast<uint32_t>(random % span)) << 23;
 }
 
 // The bits with a random number of the lowest mantissa bits all set or all cleared.
@@ -60,13 +61,16 @@ __global__ void quotients(Kind kind, uint64_t pairs) {
     const uint64_t both = splitmix64(i * kKinds + kind), more = splitmix64(~both);
     uint32_t x = static_cast<uint32_t>(both), y = static_cast<uint32_t>(both >> 32);
     if (kind == kFewBits) x = plain(x, more), y = plain(y, more >> 6);
-    if (kind != kAny) x = bounded(x, more >> 12), y = bounded(y, more >> 36) & 0x7FFFFFFFu;
+    const uint32_t divisors = to_bits(Quick::kMostEps);
+    y = y & 0x7FFFFFFFu;
+    if (kind != kAny)
+      x = bounded(x, more >> 12, Quick::kMost), y = bounded(y, more >> 36, divisors);
+    // The other bounds of a divisor are those that Quick::covers tests.
+    if (!Quick::covers(from_bits(y))) continue;
     Quick quick;
-    // div_by_root expects a divisor that is bounded from below, which only `bounded` ensures.
-    const float dividend = from_bits(x), divisor = from_bits(y);
-    const float quotient =
-        kind == kAny ? quick.div(dividend, divisor) : quick.div_by_root(dividend, divisor);
-    if (!quick.right()) continue;
+    const float quotient = quick.div_by_root(from_bits(x), from_bits(y));
+    // A quotient that overflows makes the weight infinite or a NaN.
+    if (!quick.right() || !isfinite(quotient)) continue;
     ++count;
     report(kind, to_bits(quotient) == to_bits(__fdiv_rn(from_bits(x), from_bits(y))), x, y);
   }

@@ -84,6 +84,42 @@ def test_averages_and_telemetry_are_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("weights", "states"), [("split8", "mx8"), ("stochastic", "mx4"), ("native", "fp32")]
+)
+def test_rows_of_zero_gradients_stay_on_the_fast_path(weights, states):
+    """Rows of an embedding without gradients, from the first step on, also with gradients of -0."""
+    dtype = torch.float32 if states == "fp32" else torch.bfloat16
+    found = []
+    for backend in ("reference", STAND_IN):
+        params = make_params([(64, 64)], dtype, 0)
+        optimizer = onepass.AdamW(params, weights=weights, states=states, backend=backend)
+        for step in range(3):
+            set_grads(params, dtype, step)
+            params[0].grad[::2] = 0.0
+            params[0].grad[::4] = -0.0
+            before = cuda_shim.failed_votes()
+            optimizer.step()
+            assert cuda_shim.failed_votes() == before
+        params[0].grad[3, 5] = 1e-38
+        optimizer.step()
+        found.append(optimizer)
+    assert_same(found[1], found[0])
+
+
+def test_a_small_eps_leaves_the_fast_path():
+    found = []
+    for backend in ("reference", STAND_IN):
+        params = make_params([(1024,)], torch.float32, 0)
+        optimizer = onepass.AdamW(params, eps=0.0, backend=backend)
+        for step in range(2):
+            set_grads(params, torch.float32, step)
+            params[0].grad[7] = 0.0
+            optimizer.step()
+        found.append(optimizer)
+    assert_same(found[1], found[0])
+
+
 # --- supported devices ---
 
 

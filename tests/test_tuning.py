@@ -13,7 +13,7 @@ import pytest
 
 import onepass
 from bench import digest, results, sources, tuning, tuning_report
-from bench.tuning_variants import CHUNKS, FORMATS, TODAY, VARIANTS, Variant, digest_cases
+from bench.tuning_variants import CHUNKS, FORMATS, RINGS, TODAY, VARIANTS, Variant, digest_cases
 from onepass_tools.benchmark.devices import DEVICES
 
 from . import cuda_code, cuda_shim
@@ -202,12 +202,13 @@ assert check("Lion(lr=0.01,weight_decay=0.1) * mx8 chunks") == 1
 
 
 @thorough
-def test_a_variant_has_the_bits_and_refuses_other_lists():
+@pytest.mark.parametrize("variant", [OTHER, *RINGS], ids=lambda variant: variant.name)
+def test_a_variant_has_the_bits_and_refuses_other_lists(variant):
     """Runs on the CPU with the stand-in of tests/cuda_shim."""
     if why := cuda_shim.why_not():
         pytest.skip(why)
     command = [sys.executable, "-c", COMPARE]
-    environ = {**os.environ, "ONEPASS_CUDA_DEFINES": OTHER.defines}
+    environ = {**os.environ, "ONEPASS_CUDA_DEFINES": variant.defines}
     found = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "a variant built for bench.tuning" in found.stdout

@@ -210,33 +210,39 @@ struct StateCodec {
   static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;         // lanes per scale
   static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // scales per thread
 
-  // offset: position of the warp's first element in the chunk.
-  template <bool Full>
+  // offset: position of the warp's first element behind the addresses. Full and Shared are those of
+  // Codes::load.
+  template <bool Full, bool Shared>
   __device__ __forceinline__ static void load(
       const Stored& from, int offset, const L& lanes, State<Vector>& state) {
-    const char* codes = static_cast<const char*>(from.data) + int64_t{offset} * bits_of(F) / 8;
-    C::template load<Full>(codes, lanes, state.raw);
+    C::template load<Full, Shared>(from.data, offset, lanes, state.raw);
 #pragma unroll
     for (int v = 0; v < kScales; ++v) {
       const int at = lanes.at(v * Vector);
       const unsigned block = block_at(offset + at);
       state.scales[v] = 0;
       if (Full || at < lanes.left)
-        state.scales[v] = kDynamic ? global(static_cast<const uint32_t*>(from.extra))[block]
-                                   : global(static_cast<const uint8_t*>(from.extra))[block];
+        state.scales[v] = *global_unless<Shared>(
+            static_cast<const Scale*>(scale_address < Full && !Shared > (from.extra, block)));
     }
   }
 
   // Prefetches what load<true> reads Ahead elements later.
   template <int Ahead>
   __device__ __forceinline__ static void fetch(const Stored& from, int offset, const L& lanes) {
-    C::template fetch<Ahead>(
-        static_cast<const char*>(from.data) + int64_t{offset} * bits_of(F) / 8, lanes);
-    constexpr int kScaleBytes = kDynamic ? 4 : 1;
+    C::template fetch<Ahead>(from.data, offset, lanes);
     if (kScaled)
       fetch_ahead(
-          static_cast<const char*>(from.extra) + block_at(offset + lanes.at(0)) * kScaleBytes +
-          Ahead / kBlock * kScaleBytes);
+          static_cast<const char*>(
+              scale_address<true>(from.extra, block_at(offset + lanes.at(0)))) +
+          Ahead / kBlock * sizeof(Scale));
+  }
+
+  using Scale = std::conditional_t<kDynamic, uint32_t, uint8_t>;
+  // The address of the scale of a block; Near is that of offset_by.
+  template <bool Near>
+  __device__ __forceinline__ static void* scale_address(void* scales, unsigned block) {
+    return offset_by<Near>(static_cast<char*>(scales), block * sizeof(Scale));
   }
 
   // The block of an element of the chunk. Unsigned, because a signed division rounds towards zero,
@@ -304,12 +310,12 @@ struct StateCodec {
         const uint32_t bits = to_bits(units[j]);
         largest[v] = max_u32(largest[v], measure(units[j]));
         least[v] = bits < least[v] ? bits : least[v];  // removed by the compiler if unused
-        if constexpr (F == Format::kMx8 && K == kSecond) math.note_second(values[j]);
       }
 #pragma unroll
       for (int v = 0; v < kScales; ++v) {
         math.note_largest(largest[v]);
         largest[v] = largest_in<kLanes>(largest[v]);
+        if constexpr (F == Format::kMx8 && K == kSecond) math.note_seconds(least[v], largest[v]);
       }
       if constexpr (kDynamic) {
         const bool finite = largest[0] < kInfinity;
@@ -335,7 +341,7 @@ struct StateCodec {
           const RandomHalf bits = random.draw(use, lanes.at(j));
           if constexpr (Math::kQuick && F == Format::kMx8) {
             if constexpr (K == kSecond)
-              words[j] = Code::encode_normal(units[j], bits, scale);
+              words[j] = Code::encode_from(largest[j / Vector] != 0, units[j], bits, scale);
             else
               words[j] = Code::encode_magnitude(units[j], bits, scale);
           } else {
@@ -371,18 +377,14 @@ struct StateCodec {
   template <bool Full>
   __device__ __forceinline__ static void store(
       const Stored& to, int offset, const L& lanes, const State<Vector>& state) {
-    char* codes = static_cast<char*>(to.data) + int64_t{offset} * bits_of(F) / 8;
-    C::template store<Full>(codes, lanes, state.raw);
+    C::template store<Full>(to.data, offset, lanes, state.raw);
 #pragma unroll
     for (int v = 0; v < kScales; ++v) {
       const int at = lanes.at(v * Vector);
       const unsigned block = block_at(offset + at);
-      if (lanes.lane % kLanes == 0 && (Full || at < lanes.left)) {
-        if (kDynamic)
-          global(static_cast<uint32_t*>(to.extra))[block] = state.scales[v];
-        else
-          global(static_cast<uint8_t*>(to.extra))[block] = static_cast<uint8_t>(state.scales[v]);
-      }
+      if (lanes.lane % kLanes == 0 && (Full || at < lanes.left))
+        *global(static_cast<Scale*>(scale_address<Full>(to.extra, block))) =
+            static_cast<Scale>(state.scales[v]);
     }
   }
 };

@@ -13,20 +13,23 @@ namespace onepass::cuda {
 // they branch uniformly over a block.
 template <Format Param, Format Grad, Format Held>
 struct Fixed {
+  static constexpr Format kParam = Param, kGrad = Grad, kHeld = Held;
   // Elements of a vector access. It is at most 16 bytes of the widest tensor; with 4-byte elements
   // a thread takes two vectors.
   static constexpr bool kWide = bits_of(Param) == 32 || bits_of(Grad) == 32 ||
                                 bits_of(Held) == 32 || companion_bits_of(Param) == 32;
   static constexpr int kVector = kWide ? 4 : 8;
   static constexpr bool kDraws = is_stochastic(Param) || is_stochastic(Held);
-  static constexpr bool kQuick = true;
-  static constexpr bool kFetch = kTuning.prefetch;
+  using Math = Quick<Held == Format::kMx8 || Held == Format::kMx4>;
+  static constexpr bool kRing = kTuning.ring > 0 && kHasBulkCopies;
+  static constexpr bool kFetch = kTuning.prefetch && !kRing;
   // Resident blocks per multiprocessor, few enough that no register spills: a thread has 80
   // registers with 768 resident threads, 96 with 640 and 128 with 512.
   static constexpr bool kMx8 = Held == Format::kMx8;
   static constexpr int kBits = companion_bits_of(Param);
   static constexpr bool kFp16 = Param == Format::kFp16Stochastic || Param == Format::kMasterFp16;
-  static constexpr int kFewer = ((kMx8 && (kBits == 8 || kBits == 32)) || kFp16) + (kMx8 && kFp16);
+  static constexpr int kFewer = ((kMx8 && (kBits == 8 || kBits == 32)) || kFp16) + (kMx8 && kFp16) +
+                                (kRing && !kMx8 && kBits == 16);
   static constexpr int kMost = (768 - 128 * kFewer) / kTuning.threads;
   static constexpr int kBlocks =
       kFewer > 0 && kMost < kTuning.blocks_per_sm ? kMost : kTuning.blocks_per_sm;
@@ -50,7 +53,8 @@ struct Fixed {
 struct Any {
   static constexpr int kVector = 4;
   static constexpr bool kDraws = true;
-  static constexpr bool kQuick = false;  // too few registers for eight elements in every format
+  using Math = Careful;  // too few registers for eight elements in every format
+  static constexpr bool kRing = false;
   static constexpr bool kFetch = false;
   Format param_, grad_, held_;
 
@@ -141,6 +145,16 @@ struct AnyRule {
       from<Flags + 1>(work);
     }
   }
+};
+
+// Whether Math computes the divisors of a rule with these scalars; see Quick::covers.
+template <class Math, class Hyper, class = void>
+struct Covered {
+  ONEPASS_HD static bool by(const Hyper&) { return true; }
+};
+template <class Math, class Hyper>
+struct Covered<Math, Hyper, std::void_t<decltype(Hyper::eps), decltype(Math::covers(0.0f))>> {
+  ONEPASS_HD static bool by(const Hyper& hyper) { return Math::covers(hyper.eps); }
 };
 
 // Calls work with each slot below Count except Skip, as an integral_constant.

@@ -11,7 +11,7 @@ struct Careful : Exact {
   ONEPASS_HD static void note_codes(uint32_t, uint32_t) {}
   ONEPASS_HD static void note_finite(float) {}
   ONEPASS_HD static void note_largest(uint32_t) {}
-  ONEPASS_HD static void note_second(float) {}
+  ONEPASS_HD static void note_seconds(uint32_t, uint32_t) {}
   ONEPASS_HD static bool right() { return true; }
 };
 
@@ -22,68 +22,58 @@ struct Careful : Exact {
 // Square roots and quotients use the approximation instructions and Newton steps, as compiled code
 // does. The results are correctly rounded if no intermediate overflows or is below the normal
 // numbers. The compiler tests this for each operation, and a branch per operation prevents
-// overlapping the elements.
+// overlapping the elements. Zero has a root and is a dividend, because a row of zero gradients (of
+// an embedding) has both.
 //
-// Half as many integer comparisons as additions fit into a cycle, and in 8-bit formats the integer
-// units are the bottleneck. Upper bounds are therefore tested by sums of magnitudes: each magnitude
-// is at most the sum, and an infinity or a NaN makes the sum one.
+// NotedStates: the format of the states calls note_seconds and note_largest for every state of kind
+// kSecond, so that roots of these states need no check of their own.
+template <bool NotedStates>
 struct Quick {
   static constexpr bool kQuick = true;
-  // The bits of 2^-101 and 2^20, the range of operands. The lower bound makes every remainder
-  // x - y * q exact, because its last bit is at least 2^-148, and makes roots equal those of
-  // compiled code. Both bounds keep quotients normal.
-  static constexpr uint32_t kLeast = 0x0D000000u, kMost = 0x49800000u;
-  // The bits of 2^50. An inverse of at most 2^50 has a divisor of at least 2^-50, or a square root
-  // of at least 2^-50.
-  static constexpr uint32_t kMostInverse = 0x58800000u;
+  // The bits of 2^-101 and 2^40, the range of operands other than zero. The lower bound makes every
+  // remainder x - y * q exact, because its last bit is at least 2^-148, and makes roots equal those
+  // of compiled code. Both bounds keep quotients normal.
+  static constexpr uint32_t kLeast = 0x0D000000u, kMost = 0x53800000u;
+  // The range of what a rule adds to its divisors: a quotient is normal or overflows.
+  static constexpr float kLeastEps = 0x1p-100f, kMostEps = 0x1p20f;
 
-  uint32_t least = ~0u, most = 0, zeros = 0;
-  float magnitudes = 0.0f, inverses = 0.0f;  // sums
+  // The smallest noted bits less 1, of which those of zero are the largest integer.
+  uint32_t least = ~0u;
+  uint32_t most = 0, zeros = 0, smallest_second = ~0u;
+  float magnitudes = -0.0f;  // a sum; the compiler drops the addition of -0
 
-  // A root is a part of a divisor or is encoded, so notes of both bound x from above. The inverse
-  // of 0 is infinite, and that of a negative x is a NaN.
+  // Whether a number that a rule adds to its divisors makes them large enough for div_by_root.
+  ONEPASS_HD static bool covers(float eps) { return eps >= kLeastEps && eps <= kMostEps; }
+
   ONEPASS_HD float sqrt(float x) {
-#if defined(__CUDA_ARCH__)
-    float inverse;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
-    inverses = inverses + inverse;
-    const float root = x * inverse;
-    return __fmaf_rn(__fmaf_rn(-root, root, x), inverse * 0.5f, root);
-#else
-    const float root = sqrt_rn(x);
-    inverses = inverses + 1.0f / root;
-    return root;
-#endif
+    note_least(to_bits(x));
+    note_most(to_bits(x));
+    return root_in_range(x);
   }
+  ONEPASS_HD float sqrt_of_state(float x) { return NotedStates ? root_in_range(x) : sqrt(x); }
 
-  // Divides by any y.
-  ONEPASS_HD float div(float x, float y) {
-    note_finite(x);
-    float inverse;
-#if defined(__CUDA_ARCH__)
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
-#else
-    inverse = 1.0f / y;
-#endif
-    inverses = inverses + magnitude(inverse);
-    return div_by_root(x, y);
-  }
-  // Divides by a root from sqrt plus a number >= 0; the notes of the root bound y from below. The
-  // quotient of a rule becomes a part of the weight, so an x that makes it overflow makes the
-  // weight infinite or a NaN.
+  // y is a root from above plus eps, or such a root of a number plus eps. The quotient of a rule
+  // becomes a part of the weight, so an x that makes it overflow makes the weight infinite or a
+  // NaN.
   ONEPASS_HD float div_by_root(float x, float y) {
     note_least(to_bits(x) & kMagnitude);
-    note_finite(y);
     return div_in_range(x, y);
   }
-  // Divides if both operands are in the range by construction.
+  // Divides by a value that a format decoded from a code.
+  ONEPASS_HD float div_by_code(float x, float y) {
+    note_finite(x);
+    note_least(to_bits(x) & kMagnitude);
+    return div_in_range(x, y);
+  }
+  // Divides if both operands are in the range by construction, or x is zero. The signs of the last
+  // line keep the sign of zero.
   ONEPASS_HD static float div_in_range(float x, float y) {
 #if defined(__CUDA_ARCH__)
     float inverse;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
     inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.0f), inverse);
     const float quotient = x * inverse;
-    return __fmaf_rn(__fmaf_rn(-y, quotient, x), inverse, quotient);
+    return __fmaf_rn(-__fmaf_rn(y, quotient, -x), inverse, quotient);
 #else
     return div_rn(x, y);
 #endif
@@ -95,22 +85,40 @@ struct Quick {
     zeros |= scale == 0 ? 0u : (four - 0x01010101u) & ~four & 0x80808080u;
   }
   // Records a value that must be finite: an operand, a state without a scale, or a weight.
-  // joined_plain returns a NaN for a stale split companion.
+  // joined_plain returns a NaN for a stale split companion. A sum is used because half as many
+  // integer comparisons as additions fit into a cycle, and in 8-bit formats the integer units are
+  // the bottleneck: each magnitude is at most the sum, and an infinity or a NaN makes the sum one.
   ONEPASS_HD void note_finite(float value) { magnitudes = magnitudes + magnitude(value); }
   // Records the bits of the largest magnitude of a block, all values of which must be finite.
   ONEPASS_HD void note_largest(uint32_t bits) { note_most(bits); }
-  // Records a second moment, whose bits must exceed every one of its codes.
-  ONEPASS_HD void note_second(float value) { note_least(to_bits(value)); }
+  // Records the bits of the smallest second moment of a thread, and of the largest of its block:
+  // the bits of each must exceed every code, unless all are zero.
+  ONEPASS_HD void note_seconds(uint32_t smallest, uint32_t largest) {
+    const uint32_t noted = largest == 0 ? ~0u : smallest;
+    smallest_second = noted < smallest_second ? noted : smallest_second;
+  }
 
   // Whether all results have the same bits as those of Careful. A sum with a NaN has the bits of
   // one, which exceed every bound.
   ONEPASS_HD bool right() const {
-    return least >= kLeast && most <= kMost && zeros == 0 && to_bits(magnitudes) <= kMost &&
-           to_bits(inverses) <= kMostInverse;
+    return least >= kLeast - 1 && smallest_second >= kLeast && most <= kMost && zeros == 0 &&
+           to_bits(magnitudes) <= kMost;
   }
 
  private:
-  ONEPASS_HD void note_least(uint32_t bits) { least = bits < least ? bits : least; }
+  // The root of a number in the range, or of zero. 2^-126 is below half of the last bit of a number
+  // in the range, and gives zero a finite inverse.
+  ONEPASS_HD static float root_in_range(float x) {
+#if defined(__CUDA_ARCH__)
+    float inverse;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x + 0x1p-126f));
+    const float root = x * inverse;
+    return __fmaf_rn(__fmaf_rn(-root, root, x), inverse * 0.5f, root);
+#else
+    return sqrt_rn(x);
+#endif
+  }
+  ONEPASS_HD void note_least(uint32_t bits) { least = bits - 1 < least ? bits - 1 : least; }
   ONEPASS_HD void note_most(uint32_t bits) { most = max_u32(most, bits); }
 };
 

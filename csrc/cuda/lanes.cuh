@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../portability.h"
 #include "tuning.h"
 
@@ -21,67 +23,101 @@ struct Lanes {
   static constexpr int kVectors = kElements / Vector;
   static constexpr int kStretch = kWarp * Vector;
 
-  int lane;  // of the thread
-  int left;  // number of elements from the warp's first to the end of the chunk
+  unsigned lane;  // of the thread
+  int left;       // number of elements from the warp's first to the end of the chunk
 
   // The position of element j of the thread, relative to the thread's first. It is a constant so
   // that it becomes an immediate offset of the instruction: an address per element would take most
   // registers.
   ONEPASS_HD static constexpr int step(int j) { return j / Vector * kStretch + j % Vector; }
   // The position of element j, relative to the warp's first.
-  ONEPASS_HD int at(int j) const { return lane * Vector + step(j); }
+  ONEPASS_HD int at(int j) const { return static_cast<int>(lane) * Vector + step(j); }
   // Whether element j is inside the chunk.
-  ONEPASS_HD bool has(int j) const { return step(j) < left - lane * Vector; }
+  ONEPASS_HD bool has(int j) const { return at(j) < left; }
 };
 
-// A load or store of Bytes bytes in one instruction.
+// A load or store of Bytes bytes in one instruction. The words of a narrow access have their code
+// in the lowest bits. load and store let the compiler find the address space. It does not find that
+// of an address from offset_by<true>, so load_from (Shared: from shared memory) and store_global
+// say it.
 template <int Bytes>
-struct Access;
+struct Access {
+  using Word =
+      std::conditional_t<Bytes == 1, uint8_t, std::conditional_t<Bytes == 2, uint16_t, uint32_t>>;
+
+  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+    to[0] = *static_cast<const Word*>(from);
+  }
+  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+    *static_cast<Word*>(to) = static_cast<Word>(from[0]);
+  }
+  template <bool Shared>
+  __device__ __forceinline__ static void load_from(const void* from, uint32_t* to) {
+#if defined(__CUDA_ARCH__)
+    if (!Shared && Bytes == 4) {
+      asm volatile("ld.global.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+      return;
+    }
+#endif
+    load(from, to);
+  }
+  __device__ __forceinline__ static void store_global(const uint32_t* from, void* to) {
+#if defined(__CUDA_ARCH__)
+    if (Bytes == 4) {
+      asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(from[0]));
+      return;
+    }
+#endif
+    store(from, to);
+  }
+};
 template <>
 struct Access<16> {
-  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+    *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+  }
+  template <bool Shared>
+  __device__ __forceinline__ static void load_from(const void* from, uint32_t* to) {
+#if defined(__CUDA_ARCH__)
+    if (!Shared) {
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "l"(from));
+      return;
+    }
+#endif
     const uint4 v = *static_cast<const uint4*>(from);
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
-  ONEPASS_HD static void store(const uint32_t* from, void* to) {
-    *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+  __device__ __forceinline__ static void store_global(const uint32_t* from, void* to) {
+#if defined(__CUDA_ARCH__)
+    asm volatile(
+        "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]),
+        "r"(from[2]), "r"(from[3]));
+#else
+    store(from, to);
+#endif
   }
 };
 template <>
 struct Access<8> {
-  ONEPASS_HD static void load(const void* from, uint32_t* to) {
+  template <bool Shared>
+  __device__ __forceinline__ static void load_from(const void* from, uint32_t* to) {
+#if defined(__CUDA_ARCH__)
+    if (!Shared) {
+      asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+      return;
+    }
+#endif
     const uint2 v = *static_cast<const uint2*>(from);
     to[0] = v.x, to[1] = v.y;
   }
-  ONEPASS_HD static void store(const uint32_t* from, void* to) {
+  __device__ __forceinline__ static void store_global(const uint32_t* from, void* to) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(from[0]), "r"(from[1]));
+#else
     *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
-  }
-};
-template <>
-struct Access<4> {
-  ONEPASS_HD static void load(const void* from, uint32_t* to) {
-    to[0] = *static_cast<const uint32_t*>(from);
-  }
-  ONEPASS_HD static void store(const uint32_t* from, void* to) {
-    *static_cast<uint32_t*>(to) = from[0];
-  }
-};
-template <>
-struct Access<2> {
-  ONEPASS_HD static void load(const void* from, uint32_t* to) {
-    to[0] = *static_cast<const uint16_t*>(from);
-  }
-  ONEPASS_HD static void store(const uint32_t* from, void* to) {
-    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(from[0]);
-  }
-};
-template <>
-struct Access<1> {
-  ONEPASS_HD static void load(const void* from, uint32_t* to) {
-    to[0] = *static_cast<const uint8_t*>(from);
-  }
-  ONEPASS_HD static void store(const uint32_t* from, void* to) {
-    *static_cast<uint8_t*>(to) = static_cast<uint8_t>(from[0]);
+#endif
   }
 };
 
@@ -91,6 +127,26 @@ template <class T>
 __device__ __forceinline__ T* global(T* address) {
   __builtin_assume(__isGlobal(address));
   return address;
+}
+
+// The same, unless the address is in shared memory.
+template <bool Shared, class T>
+__device__ __forceinline__ T* global_unless(T* address) {
+  return Shared ? address : global(address);
+}
+
+// base + bytes. Near: no multiple of 2^32 is between base and the result, so that it takes one
+// addition instead of two.
+template <bool Near, class T>
+__device__ __forceinline__ T* offset_by(T* base, unsigned bytes) {
+#if defined(__CUDA_ARCH__)
+  if (Near) {
+    const uint64_t start = reinterpret_cast<uint64_t>(base);
+    const uint32_t low = static_cast<uint32_t>(start) + bytes;
+    return reinterpret_cast<T*>((start >> 32) << 32 | low);
+  }
+#endif
+  return base + bytes;
 }
 
 // Prefetches an address into L2.
@@ -163,11 +219,20 @@ struct Codes {
     }
   }
 
+  // The address of the codes of the thread, whose warp starts at an offset in elements.
+  template <bool Near, class T>
+  __device__ __forceinline__ static T* address(T* base, int offset, const L& lanes) {
+    const unsigned first = static_cast<unsigned>(offset) + lanes.lane * Vector;
+    return offset_by<Near>(base, Bits < 8 ? first / (8 / Bits) : first * (Bits / 8));
+  }
+
   // Loads the codes of the thread. Full: every element of the warp is inside the chunk, and the
-  // address is a multiple of 16.
-  template <bool Full>
-  __device__ __forceinline__ static void load(const void* warp, const L& lanes, Raw& raw) {
-    const char* from = global(static_cast<const char*>(warp) + lanes.lane * (Vector * Bits / 8));
+  // address is a multiple of 16. Shared: the address is in shared memory. Near: that of offset_by.
+  template <bool Full, bool Shared = false, bool Near = Full && !Shared>
+  __device__ __forceinline__ static void load(
+      const void* base, int offset, const L& lanes, Raw& raw) {
+    const char* from =
+        global_unless<Shared>(address<Near>(static_cast<const char*>(base), offset, lanes));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
@@ -175,7 +240,7 @@ struct Codes {
         constexpr int kWidest = kBytes < 16 ? kBytes : 16;
 #pragma unroll
         for (int part = 0; part < kBytes; part += kWidest)
-          Access<kWidest>::load(at + part, raw + v * kWords + part / 4);
+          Access<kWidest>::template load_from<Shared>(at + part, raw + v * kWords + part / 4);
       }
       return;
     }
@@ -192,14 +257,15 @@ struct Codes {
   // Prefetches what load<true> reads Ahead elements later. Ahead is a constant, so that it becomes
   // an immediate offset from the address of the load.
   template <int Ahead>
-  __device__ __forceinline__ static void fetch(const void* warp, const L& lanes) {
-    const char* from = global(static_cast<const char*>(warp) + lanes.lane * (Vector * Bits / 8));
+  __device__ __forceinline__ static void fetch(const void* base, int offset, const L& lanes) {
+    const char* from = global(address<true>(static_cast<const char*>(base), offset, lanes));
 #pragma unroll
     for (int v = 0; v < L::kVectors; ++v) fetch_ahead(from + (v * L::kStretch + Ahead) * Bits / 8);
   }
   template <bool Full>
-  __device__ __forceinline__ static void store(void* warp, const L& lanes, const Raw& raw) {
-    char* to = global(static_cast<char*>(warp) + lanes.lane * (Vector * Bits / 8));
+  __device__ __forceinline__ static void store(
+      void* base, int offset, const L& lanes, const Raw& raw) {
+    char* to = global(address<Full>(static_cast<char*>(base), offset, lanes));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
@@ -207,7 +273,7 @@ struct Codes {
         constexpr int kWidest = kBytes < 16 ? kBytes : 16;
 #pragma unroll
         for (int part = 0; part < kBytes; part += kWidest)
-          Access<kWidest>::store(raw + v * kWords + part / 4, at + part);
+          Access<kWidest>::store_global(raw + v * kWords + part / 4, at + part);
       }
       return;
     }

@@ -67,6 +67,15 @@ cudaError_t verify(void (*kernel)(Params...)) {
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }
 
+// Gives a kernel the largest part of the L1 cache as shared memory, so that the stages of the ring
+// of ring.cuh do not limit the resident blocks.
+template <class... Params>
+cudaError_t prefer_shared(void (*kernel)(Params...)) {
+  return cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+      cudaSharedmemCarveoutMaxShared);
+}
+
 // Launches a kernel with kTuning.threads threads per block.
 template <class... Params, class... Args>
 void launch(cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {

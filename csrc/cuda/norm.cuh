@@ -78,7 +78,7 @@ __device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads
   const char* grad = static_cast<const char*>(grads) + chunk.start * kBits / 8;
   const bool aligned = reinterpret_cast<uintptr_t>(grad) % 16 == 0;
   const auto lanes = [&](int offset) {
-    return Lanes<kVector>{static_cast<int>(threadIdx.x) % kWarp, chunk.count - offset};
+    return Lanes<kVector>{threadIdx.x % kWarp, chunk.count - offset};
   };
   const auto add = [&](const Raw& codes) {
     float values[kElements];
@@ -93,19 +93,17 @@ __device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads
     Raw codes[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      C::template load<true>(
-          grad + int64_t{offset + i * kRound} * kBits / 8, lanes(offset), codes[i]);
+      C::template load<true, false, false>(grad, offset + i * kRound, lanes(offset), codes[i]);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) add(codes[i]);
   }
 #pragma unroll 1
   for (; offset < chunk.count; offset += kRound) {
-    const char* at = grad + int64_t{offset} * kBits / 8;
     Raw codes;
     if (aligned && offset + kWarpElements <= chunk.count)
-      C::template load<true>(at, lanes(offset), codes);
+      C::template load<true, false, false>(grad, offset, lanes(offset), codes);
     else
-      C::template load<false>(at, lanes(offset), codes);  // zeros beyond the end
+      C::template load<false>(grad, offset, lanes(offset), codes);  // zeros beyond the end
     add(codes);
   }
 }

@@ -286,6 +286,7 @@ struct CudaPlan : Plan {
         "AdamW in five combinations of formats, and none for this list");
     const Relaxed mode;  // loading may allocate while another thread captures a graph
     ONEPASS_CUDA(verify(found));
+    if (kTuning.ring > 0) ONEPASS_CUDA(prefer_shared(found));
     return found;
   }
 

@@ -5,7 +5,9 @@
 
 #include <cstring>
 
+#include "bulk_copy.cuh"
 #include "dispatch.cuh"
+#include "ring.cuh"
 
 namespace onepass::cuda {
 
@@ -16,20 +18,17 @@ __device__ __forceinline__ void fetch_warp(
     int offset) {
   constexpr int kVector = Formats::kVector;
   using Sample = typename Rules::Sample;
-  const Lanes<kVector> lanes{static_cast<int>(threadIdx.x) % kWarp, chunk.count - offset};
-  const auto at = [&](const void* base, int bits) {
-    return static_cast<const char*>(base) + int64_t{offset} * bits / 8;
-  };
+  const Lanes<kVector> lanes{threadIdx.x % kWarp, chunk.count - offset};
   formats.param([&](auto format) {
     constexpr Format F = decltype(format)::value;
     constexpr int kCompanion = companion_bits_of(F);
-    Codes<bits_of(F), kVector>::template fetch<Ahead>(at(chunk.param.data, bits_of(F)), lanes);
+    Codes<bits_of(F), kVector>::template fetch<Ahead>(chunk.param.data, offset, lanes);
     if constexpr (kCompanion > 0)
-      Codes<kCompanion, kVector>::template fetch<Ahead>(at(chunk.param.extra, kCompanion), lanes);
+      Codes<kCompanion, kVector>::template fetch<Ahead>(chunk.param.extra, offset, lanes);
   });
   formats.grad([&](auto format) {
     constexpr int kBits = bits_of(decltype(format)::value);
-    Codes<kBits, kVector>::template fetch<Ahead>(at(grad_at, kBits), lanes);
+    Codes<kBits, kVector>::template fetch<Ahead>(grad_at, offset, lanes);
   });
   for_each_slot<Sample::kStates>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
@@ -42,48 +41,84 @@ __device__ __forceinline__ void fetch_warp(
   });
 }
 
-// Updates 256 elements of a chunk with one warp, from position offset on. Full is that of
-// Codes::load; Math is Quick or Careful of fast_path.cuh. Returns false, and writes nothing, if
-// Quick met a special case.
-template <bool Full, class Math, class Rules, class Formats>
-__device__ __forceinline__ bool sweep_warp(
-    const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
-    const float* row, const Random& keys, bool zero_grads, int offset) {
-  constexpr int kVector = Formats::kVector;
-  using Sample = typename Rules::Sample;
-  const Lanes<kVector> lanes{static_cast<int>(threadIdx.x) % kWarp, chunk.count - offset};
-  const auto at = [&](const void* base, int bits) {
-    return static_cast<char*>(const_cast<void*>(base)) + int64_t{offset} * bits / 8;
-  };
+// Reads a chunk from global memory, and prefetches what the warp reads in the next round.
+template <class Rules, class Formats>
+struct Memory {
+  static constexpr bool kShared = false;
+  const Rules& rules;
+  const Formats& formats;
+  const Chunk& chunk;
+  const void* grad_at;
+  int offset;  // of the elements of the warp in the chunk
 
-  Raw param_codes, companions, grad_codes;
-  State<kVector> states[kMaxStates];
+  __device__ __forceinline__ const Stored& param() const { return chunk.param; }
+  __device__ __forceinline__ const void* grad() const { return grad_at; }
+  template <int Slot>
+  __device__ __forceinline__ const Stored& state() const {
+    return chunk.states[Slot];
+  }
+  // Called when the loads have been issued.
+  template <bool Full>
+  __device__ __forceinline__ void loaded() const {
+    constexpr int kNext = kTuning.threads * kElements;
+    if (Full && Formats::kFetch && offset + kNext + kWarpElements <= chunk.count)
+      fetch_warp<kNext>(rules, formats, chunk, grad_at, offset);
+  }
+};
+
+// The data of a warp, as in memory.
+template <int Vector>
+struct Loaded {
+  Raw param, companions, grad;
+  State<Vector> states[kMaxStates];
+};
+
+// Loads 256 elements. Full is that of Codes::load; Source is Memory or Ring::Source.
+template <bool Full, class Rules, class Formats, class Source>
+__device__ __forceinline__ void load_warp(
+    const Rules& rules, const Formats& formats, const Source& source,
+    const Lanes<Formats::kVector>& lanes, Loaded<Formats::kVector>& to) {
+  constexpr int kVector = Formats::kVector;
+  constexpr bool kShared = Source::kShared;
+  using Sample = typename Rules::Sample;
   formats.param([&](auto format) {
     constexpr Format F = decltype(format)::value;
-    Codes<bits_of(F), kVector>::template load<Full>(
-        at(chunk.param.data, bits_of(F)), lanes, param_codes);
-    if constexpr (companion_bits_of(F) > 0)
-      Codes<companion_bits_of(F), kVector>::template load<Full>(
-          at(chunk.param.extra, companion_bits_of(F)), lanes, companions);
+    constexpr int kCompanion = companion_bits_of(F);
+    Codes<bits_of(F), kVector>::template load<Full, kShared>(
+        source.param().data, source.offset, lanes, to.param);
+    if constexpr (kCompanion > 0)
+      Codes<kCompanion, kVector>::template load<Full, kShared>(
+          source.param().extra, source.offset, lanes, to.companions);
   });
   formats.grad([&](auto format) {
-    constexpr Format F = decltype(format)::value;
-    Codes<bits_of(F), kVector>::template load<Full>(at(grad_at, bits_of(F)), lanes, grad_codes);
+    constexpr int kBits = bits_of(decltype(format)::value);
+    Codes<kBits, kVector>::template load<Full, kShared>(
+        source.grad(), source.offset, lanes, to.grad);
   });
   for_each_slot<Sample::kStates>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
       constexpr Format F = format_in<Sample, k>(decltype(format)::value);
-      StateCodec<F, kind_in<Sample, k>(F), kVector>::template load<Full>(
-          chunk.states[k], offset, lanes, states[k]);
+      StateCodec<F, kind_in<Sample, k>(F), kVector>::template load<Full, kShared>(
+          source.template state<k>(), source.offset, lanes, to.states[k]);
     });
   });
+  source.template loaded<Full>();
+}
 
-  // Prefetch the next elements of the warp, so that their loads hit L2.
-  constexpr int kNext = kTuning.threads * kElements;
-  if (Full && Formats::kFetch && offset + kNext + kWarpElements <= chunk.count)
-    fetch_warp<kNext>(rules, formats, chunk, grad_at, offset);
+// Updates 256 elements of a chunk with one warp, from position offset on. Full and Source are those
+// of load_warp; Math is Quick or Careful of fast_path.cuh. Returns false, and writes nothing, if
+// Quick met a special case.
+template <bool Full, class Math, class Rules, class Formats, class Source>
+__device__ __forceinline__ bool sweep_warp(
+    const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
+    const float* row, const Random& keys, bool zero_grads, int offset, const Source& source) {
+  constexpr int kVector = Formats::kVector;
+  using Sample = typename Rules::Sample;
+  const Lanes<kVector> lanes{threadIdx.x % kWarp, chunk.count - offset};
+  Loaded<kVector> loaded;
+  load_warp<Full>(rules, formats, source, lanes, loaded);
 
   Math math;
   float param[kElements], grad[kElements], values[kMaxStates][kElements] = {}, roots[kElements];
@@ -91,22 +126,23 @@ __device__ __forceinline__ bool sweep_warp(
     constexpr Format F = decltype(format)::value;
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      const uint32_t code = Codes<bits_of(F), kVector>::get(param_codes, j);
-      param[j] = decode_one<F, Math::kQuick>(code, companion_at<F, kVector>(companions, j));
+      const uint32_t code = Codes<bits_of(F), kVector>::get(loaded.param, j);
+      param[j] = decode_one<F, Math::kQuick>(code, companion_at<F, kVector>(loaded.companions, j));
     }
   });
   formats.grad([&](auto format) {
     constexpr Format F = decltype(format)::value;
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
-      grad[j] = row[0] * decode_one<F, false>(Codes<bits_of(F), kVector>::get(grad_codes, j), 0);
+      grad[j] = row[0] * decode_one<F, false>(Codes<bits_of(F), kVector>::get(loaded.grad, j), 0);
   });
   for_each_slot_in_order<Sample>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
     if (!rules.has(k)) return;
     formats.held([&](auto format) {
       constexpr Format F = format_in<Sample, k>(decltype(format)::value);
-      StateCodec<F, kind_in<Sample, k>(F), kVector>::decode(states[k], values[k], roots, math);
+      StateCodec<F, kind_in<Sample, k>(F), kVector>::decode(
+          loaded.states[k], values[k], roots, math);
     });
   });
 
@@ -134,9 +170,9 @@ __device__ __forceinline__ bool sweep_warp(
       const Pair pair = encode_one<F, Math::kQuick>(param[j], draw);
       codes[j] = pair.code, beside[j] = pair.companion;
     }
-    Codes<bits_of(F), kVector>::template pack<code_bit(F)>(codes, param_codes);
+    Codes<bits_of(F), kVector>::template pack<code_bit(F)>(codes, loaded.param);
     if constexpr (kCompanion > 0)
-      Codes<kCompanion, kVector>::template pack<companion_bit(F)>(beside, companions);
+      Codes<kCompanion, kVector>::template pack<companion_bit(F)>(beside, loaded.companions);
   });
   for_each_slot_in_order<Sample>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
@@ -144,7 +180,7 @@ __device__ __forceinline__ bool sweep_warp(
     formats.held([&](auto format) {
       constexpr Format F = format_in<Sample, k>(decltype(format)::value);
       StateCodec<F, kind_in<Sample, k>(F), kVector>::template encode<Full>(
-          values[k], random, state_use(k), lanes, states[k], roots, math);
+          values[k], random, state_use(k), lanes, loaded.states[k], roots, math);
     });
   });
   // All lanes must take the same path, because lanes share a scale.
@@ -152,11 +188,10 @@ __device__ __forceinline__ bool sweep_warp(
 
   formats.param([&](auto format) {
     constexpr Format F = decltype(format)::value;
-    Codes<bits_of(F), kVector>::template store<Full>(
-        at(chunk.param.data, bits_of(F)), lanes, param_codes);
+    Codes<bits_of(F), kVector>::template store<Full>(chunk.param.data, offset, lanes, loaded.param);
     if constexpr (companion_bits_of(F) > 0)
       Codes<companion_bits_of(F), kVector>::template store<Full>(
-          at(chunk.param.extra, companion_bits_of(F)), lanes, companions);
+          chunk.param.extra, offset, lanes, loaded.companions);
   });
   for_each_slot<Sample::kStates>([&](auto slot) {
     constexpr int k = decltype(slot)::value;
@@ -164,7 +199,7 @@ __device__ __forceinline__ bool sweep_warp(
     formats.held([&](auto format) {
       constexpr Format F = format_in<Sample, k>(decltype(format)::value);
       StateCodec<F, kind_in<Sample, k>(F), kVector>::template store<Full>(
-          chunk.states[k], offset, lanes, states[k]);
+          chunk.states[k], offset, lanes, loaded.states[k]);
     });
   });
   // Gradients are zeroed last: writing to memory that is still being read doubles the time of the
@@ -173,7 +208,7 @@ __device__ __forceinline__ bool sweep_warp(
     formats.grad([&](auto format) {
       constexpr int kBits = bits_of(decltype(format)::value);
       const Raw zeros = {};
-      Codes<kBits, kVector>::template store<Full>(at(grad_at, kBits), lanes, zeros);
+      Codes<kBits, kVector>::template store<Full>(const_cast<void*>(grad_at), offset, lanes, zeros);
     });
   }
   return true;
@@ -192,21 +227,55 @@ __device__ __forceinline__ void zero_bytes(char* to, int bytes) {
     Access<2>::store(zeros, global(to + at));
 }
 
+// In place of a Ring, where the loads of a sweep read global memory.
+struct NoRing {
+  ONEPASS_HD static void init() {}
+  ONEPASS_HD NoRing(const Chunk&, const char*) {}
+  ONEPASS_HD static void drain() {}
+};
+
+// Whether all tensors of a chunk start at multiples of 16 bytes, and no multiple of 2^32 is inside
+// them (offset_by).
+template <class Rules>
+__device__ __forceinline__ bool is_plain(const Rules& rules, const Chunk& chunk, const void* grad) {
+  bool plain = true;
+  uint32_t highest = 0;
+  const auto add = [&](const void* start, bool aligned) {
+    const uint32_t low = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(start));
+    plain = plain && (!aligned || low % 16 == 0);
+    highest = max_u32(highest, low);
+  };
+  add(grad, true);
+  add(chunk.param.data, true);
+  add(chunk.param.extra, true);
+  for_each_slot<Rules::Sample::kStates>([&](auto slot) {
+    if (!rules.has(slot)) return;
+    add(chunk.states[slot].data, true);
+    add(chunk.states[slot].extra, false);
+  });
+  constexpr uint32_t kMostBytes = sizeof(float) * (kTuning.chunk + 2 * kTuning.threads * kElements);
+  return plain && highest < 0u - kMostBytes;
+}
+
 // Updates one chunk with one block.
 template <class Rules, class Formats>
 __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
+  using Stages = std::conditional_t<Formats::kRing, Ring<Rules, Formats>, NoRing>;
   // A copy of the chunk, because the compiler must assume that stores to tensors change the table.
   // It is in shared memory, because its addresses would take up to a third of the registers.
-  __shared__ Chunk chunk;
+  __shared__ Chunk copy;
+  const Chunk& chunk = *keep_address(&copy);
   constexpr int kWords = sizeof(Chunk) / sizeof(uint32_t);
   const auto* from = reinterpret_cast<const uint32_t*>(tables.chunks + blockIdx.x);
-  if (threadIdx.x < kWords) reinterpret_cast<uint32_t*>(&chunk)[threadIdx.x] = from[threadIdx.x];
+  if (threadIdx.x < kWords) reinterpret_cast<uint32_t*>(&copy)[threadIdx.x] = from[threadIdx.x];
+  Stages::init();
   __syncthreads();
   const Rules rules(chunk);
   const Formats formats(chunk);
   const char* grad = static_cast<const char*>(tables.grads[chunk.entry]);
   formats.grad([&](auto format) { grad += chunk.start * bits_of(decltype(format)::value) / 8; });
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  Stages ring(chunk, grad);
   if (Formats::kFetch && (warp + 1) * kWarpElements <= chunk.count)
     fetch_warp<0>(rules, formats, chunk, grad, warp * kWarpElements);
   float row[kHyperWidth];
@@ -214,51 +283,59 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   for (int i = 0; i < kHyperWidth; ++i)
     row[i] = tables.step.hyper[static_cast<int64_t>(chunk.row) * kHyperWidth + i];
   const int64_t* counters = tables.step.counters + static_cast<int64_t>(chunk.row) * 2;
-  if (counters[1] == 0) {
+  const bool skipped = counters[1] == 0;
+  // One thread per key computes it; in every thread, this would be about 5 % of all instructions.
+  constexpr int kDrawn = Rules::Sample::kStates > 3 ? kRandomWords : 2;
+  __shared__ RandomKey words[kDrawn];
+  if (Formats::kDraws && threadIdx.x < kDrawn) {
+    const uint64_t stream = random_stream(
+        static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
+        static_cast<uint64_t>(chunk.param_id));
+    words[threadIdx.x] = random_key(stream, static_cast<uint32_t>(chunk.index >> 32), threadIdx.x);
+  }
+  if (Formats::kDraws || Formats::kRing) __syncthreads();
+  if (skipped) {
+    ring.drain();
     if (tables.step.zero_grads)
       formats.grad([&](auto format) {
         zero_bytes(const_cast<char*>(grad), chunk.count * (bits_of(decltype(format)::value) / 8));
       });
     return;
   }
-  // One thread per key computes it; in every thread, this would be about 5 % of all instructions.
-  constexpr int kDrawn = Rules::Sample::kStates > 3 ? kRandomWords : 2;
-  __shared__ RandomKey words[kDrawn];
-  if (Formats::kDraws) {
-    if (threadIdx.x < kDrawn) {
-      const uint64_t stream = random_stream(
-          static_cast<uint64_t>(counters[0]), static_cast<uint64_t>(counters[1]),
-          static_cast<uint64_t>(chunk.param_id));
-      words[threadIdx.x] =
-          random_key(stream, static_cast<uint32_t>(chunk.index >> 32), threadIdx.x);
-    }
-    __syncthreads();
-  }
   Random keys{{}, static_cast<uint32_t>(chunk.index)};
 #pragma unroll
   for (int word = 0; word < kDrawn; ++word) keys.keys[word] = words[word];
-  uintptr_t addresses = reinterpret_cast<uintptr_t>(grad) |
-                        reinterpret_cast<uintptr_t>(chunk.param.data) |
-                        reinterpret_cast<uintptr_t>(chunk.param.extra);
-  for_each_slot<Rules::Sample::kStates>([&](auto slot) {
-    if (rules.has(slot)) addresses |= reinterpret_cast<uintptr_t>(chunk.states[slot].data);
+  bool plain = is_plain(rules, chunk, grad);
+  rules.with([&](auto rule) {
+    using Hyper = typename decltype(rule)::Hyper;
+    Hyper hyper;
+    memcpy(&hyper, row + 1, sizeof hyper);
+    plain = plain && Covered<typename Formats::Math, Hyper>::by(hyper);
   });
-  const bool aligned = addresses % 16 == 0;
 #pragma unroll 1
   for (int offset = warp * kWarpElements; offset < chunk.count;
        offset += kTuning.threads * kElements) {
-    const auto sweep = [&](auto full, auto math, int from) {
+    const auto sweep = [&](auto full, auto math, int from, const auto& source) {
       return sweep_warp<decltype(full)::value, decltype(math)>(
-          rules, formats, chunk, grad, row, keys, tables.step.zero_grads, from);
+          rules, formats, chunk, grad, row, keys, tables.step.zero_grads, from, source);
     };
-    const bool full = aligned && offset + kWarpElements <= chunk.count;
-    using First = std::conditional_t<Formats::kQuick, Quick, Careful>;
-    if (full && sweep(std::true_type{}, First{}, offset)) continue;
+    const auto memory = [&](int from) {
+      return Memory<Rules, Formats>{rules, formats, chunk, grad, from};
+    };
+    using First = typename Formats::Math;
+    if constexpr (Formats::kRing) {
+      if (ring.has_round(offset) && sweep(std::true_type{}, First{}, offset, ring.begin(offset)))
+        continue;
+    } else {
+      const bool full = plain && offset + kWarpElements <= chunk.count;
+      if (full && sweep(std::true_type{}, First{}, offset, memory(offset))) continue;
+    }
     // The shuffle returns the same offset, but hides this from the compiler, which would otherwise
     // keep all loaded values in registers and spill others. This path accesses memory element by
     // element (Full is false), because a third copy of the code would take as long to compile as
     // the other two.
-    sweep(std::false_type{}, Careful{}, __shfl_xor_sync(~0u, offset, 1));
+    const int hidden = __shfl_xor_sync(~0u, offset, 1);
+    sweep(std::false_type{}, Careful{}, hidden, memory(hidden));
   }
 }
 

@@ -18,6 +18,9 @@
 #if !defined(ONEPASS_PREFETCH)
 #define ONEPASS_PREFETCH 1
 #endif
+#if !defined(ONEPASS_RING)
+#define ONEPASS_RING 0
+#endif
 
 namespace onepass::cuda {
 
@@ -29,14 +32,18 @@ struct Tuning {
   int wide_chunk;     // elements per chunk if the states are fp32; about as many bytes
   int norm_blocks_per_sm;
   bool prefetch;  // whether a warp prefetches its next elements while it computes
+  // Stages of the ring of ring.cuh, which replaces the prefetch on compute capability 9.0 and
+  // later; 0: no ring. It has not run on a GPU.
+  int ring;
 };
 
 // Tuned on NVIDIA H200, 2026-11-26 (docs/performance.md has the runs). Six blocks of 128 threads
 // allow 80 registers per thread. A chunk is long enough to amortize the setup of a block, and short
 // enough to keep the tail of a sweep, where few blocks are left, short.
 constexpr Tuning kTuning{
-    ONEPASS_THREADS,      ONEPASS_BLOCKS_PER_SM, ONEPASS_CHUNK, ONEPASS_WIDE_CHUNK, 16,
-    ONEPASS_PREFETCH != 0};
+    ONEPASS_THREADS,       ONEPASS_BLOCKS_PER_SM, ONEPASS_CHUNK, ONEPASS_WIDE_CHUNK, 16,
+    ONEPASS_PREFETCH != 0, ONEPASS_RING};
+static_assert(kTuning.ring == 0 || kTuning.ring > 1, "a stage is refilled while another is read");
 
 // A tuning variant has only the kernels that is_tuned of combinations.h selects, so that its build
 // takes seconds. A step on any other list is an error.
@@ -44,6 +51,13 @@ constexpr Tuning kTuning{
 constexpr bool kVariant = true;
 #else
 constexpr bool kVariant = false;
+#endif
+
+// Whether the architecture has the bulk copies of a ring.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasBulkCopies = false;
+#else
+constexpr bool kHasBulkCopies = true;
 #endif
 
 constexpr int kWarp = 32;

@@ -88,14 +88,16 @@ struct Unsigned : Minifloat<Exponent, Mantissa> {
   template <class Random>
   ONEPASS_HD static uint32_t encode(float value, Random random, uint32_t scale) {
     const uint32_t bits = to_bits(value);
-    const uint32_t code = encode_normal(value, random, scale);
+    const uint32_t code = encode_from(1, value, random, scale);
     return code < bits ? code : bits;
   }
-  // encode() for a value whose bits, as an integer, exceed every code.
+  // encode() for a value whose bits, as an integer, exceed every code. least is the lowest code: 1,
+  // or 0 in a block of zeros, which this function encodes too.
   template <class Random>
-  ONEPASS_HD static uint32_t encode_normal(float value, Random random, uint32_t scale) {
+  ONEPASS_HD static uint32_t encode_from(
+      int32_t least, float value, Random random, uint32_t scale) {
     const int32_t steps = static_cast<int32_t>(Base::round(to_bits(value), random, scale));
-    return static_cast<uint32_t>(steps > 1 ? steps : 1);
+    return static_cast<uint32_t>(steps > least ? steps : least);
   }
   ONEPASS_HD static float decode(uint32_t code, uint32_t scale) {
     return code == 0 ? 0.0f : Base::value(code, scale);
@@ -248,7 +250,7 @@ struct Signed : Minifloat<Exponent, Mantissa> {
 // of zero counts as 1.
 template <class Math = Exact>
 ONEPASS_HD float ratio(float value, float root, Math&& math = Math()) {
-  const uint32_t bits = to_bits(math.div(value, root == 0.0f ? 1.0f : root));
+  const uint32_t bits = to_bits(math.div_by_code(value, root == 0.0f ? 1.0f : root));
   const uint32_t magnitude = bits & kMagnitude;
   const bool over = magnitude > kRatioLimit && (math.kQuick || magnitude < kInfinity);
   return from_bits((over ? kRatioLimit : magnitude) | (bits & ~kMagnitude));

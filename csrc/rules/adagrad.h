@@ -31,7 +31,7 @@ struct Adagrad : RuleDefaults {
       const Hyper& h, float& param, float grad, float& sum, Math&& math = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     sum = sum + grad * grad;
-    const float denom = kEpsInSqrt ? math.sqrt(sum + h.eps) : math.sqrt(sum) + h.eps;
+    const float denom = kEpsInSqrt ? math.sqrt(sum + h.eps) : math.sqrt_of_state(sum) + h.eps;
     float delta = h.lr * math.div_by_root(grad, denom);
     if (kDecoupled) delta = delta + h.weight_decay * param;
     param = param - delta;

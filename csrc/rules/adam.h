@@ -48,7 +48,7 @@ struct Adam : RuleDefaults {
       max_exp_avg_sq = max_exp_avg_sq >= exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
       second = max_exp_avg_sq;
     }
-    const float denom = math.sqrt(second) + h.eps;
+    const float denom = math.sqrt_of_state(second) + h.eps;
     float delta = h.step_size * math.div_by_root(exp_avg, denom);
     if (kCautious)
       delta = cautious(delta, h.weight_decay * param, param);

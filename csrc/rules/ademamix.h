@@ -49,7 +49,7 @@ struct Ademamix : RuleDefaults {
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     exp_avg_slow = h.beta3 * exp_avg_slow + h.one_minus_beta3 * grad;
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
-    const float denom = math.sqrt(exp_avg_sq) + h.eps;
+    const float denom = math.sqrt_of_state(exp_avg_sq) + h.eps;
     float delta = math.div_by_root(h.fast_size * exp_avg + h.slow_size * exp_avg_slow, denom);
     if (kDecoupled) delta = delta + h.weight_decay * param;
     param = param - delta;

@@ -55,7 +55,7 @@ struct Nadam : RuleDefaults {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
-    const float denom = math.sqrt(exp_avg_sq) + h.eps;
+    const float denom = math.sqrt_of_state(exp_avg_sq) + h.eps;
     float delta = math.div_by_root(h.grad_size * grad + h.avg_size * exp_avg, denom);
     if (kCautious)
       delta = cautious(delta, h.weight_decay * param, param);

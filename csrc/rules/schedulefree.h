@@ -66,7 +66,7 @@ struct Schedulefree : RuleDefaults {
       const Hyper& h, float& param, float grad, float& z, float& exp_avg_sq, Math&& math = Math()) {
     if (!kDecoupled) grad = grad + h.weight_decay * param;
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
-    const float denom = math.sqrt(exp_avg_sq) + h.eps;
+    const float denom = math.sqrt_of_state(exp_avg_sq) + h.eps;
     float delta = h.step_size * math.div_by_root(grad, denom);
     if (kDecoupled) delta = delta + h.weight_decay * param;
     param = param - (h.scale * delta - h.share * (z - param));

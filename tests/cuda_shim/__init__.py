@@ -57,7 +57,7 @@ def _build() -> Path:
     """
     runpy.run_path(str(CSRC / "generate.py"))["write"]()
     sources = [p for p in CSRC.rglob("*.c[up]*") if "cuda" in p.parts]
-    sources.append(HERE / "shim.cpp")
+    sources += HERE.glob("*.cpp")
     sources = sorted(s for s in sources if s.suffix in (".cu", ".cpp"))
     key = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
     for path in sorted([*CSRC.rglob("*.*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]):
@@ -103,6 +103,11 @@ def _library() -> ctypes.CDLL:
 def launches() -> int:
     """The number of kernels launched so far."""
     return int(_library().shim_launches())
+
+
+def failed_votes() -> int:
+    """The number of rounds of a warp so far that left the fast path."""
+    return int(_library().shim_failed_votes())
 
 
 def set_devices(*devices: tuple[int, int], driver: int = 0) -> None:

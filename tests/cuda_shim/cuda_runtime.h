@@ -57,6 +57,7 @@ struct Block {
 };
 extern Block now;
 extern long launches;
+extern long failed_votes;  // the number of votes of a warp that were not unanimous
 
 // The number of the active capture, or 0, and the launches that it recorded for a replay.
 extern unsigned long long capture;
@@ -76,6 +77,17 @@ inline void meet(Meeting& meeting, int size) {
   while (meeting.round == round) give_way();
 }
 
+// Bulk copies and their barriers: csrc/cuda/bulk_copy.cuh. The destination of a copy is overwritten
+// when the copy starts, and gets its data only when a thread waits for a phase that has ended. A
+// misuse prints a message and aborts.
+void init_barrier(const void* barrier, unsigned arrivals);
+void arrive(const void* barrier, unsigned bytes);
+void wait_for(const void* barrier, unsigned parity);
+void copy_bulk(void* to, const void* from, unsigned bytes, const void* barrier);
+void fence_async();
+// Called at the end of each block: every copy must have arrived.
+void end_block();
+
 }  // namespace shim
 
 inline const dim3 &threadIdx = shim::now.thread, &blockIdx = shim::now.block;
@@ -83,6 +95,10 @@ inline const dim3 &gridDim = shim::now.grid, &blockDim = shim::now.threads;
 
 inline void __syncthreads() {
   shim::meet(shim::now.meeting, static_cast<int>(shim::now.threads.x));
+}
+
+inline void __syncwarp() {
+  shim::meet(shim::now.warps[threadIdx.x / shim::kWarp].meeting, shim::kWarp);
 }
 
 template <class T>
@@ -102,6 +118,7 @@ inline bool __all_sync(unsigned mask, bool value) {
   int all = value;
   for (int distance = 1; distance < shim::kWarp; distance *= 2)
     all &= __shfl_xor_sync(mask, all, distance);
+  shim::failed_votes += !all && threadIdx.x % shim::kWarp == 0;
   return all != 0;
 }
 
@@ -131,6 +148,8 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
 };
+enum cudaFuncAttribute { cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 struct cudaFuncAttributes {
   int numRegs = 0;
 };
@@ -210,6 +229,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
   return shim::devices[shim::device].kernels;
 }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id) {
   *status = shim::capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
