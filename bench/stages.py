@@ -162,7 +162,7 @@ STAGES = (
         (
             Part(
                 "tuning",
-                "launch shape, chunk length and prefetch for five formats",
+                "launch shape, chunk length, prefetch and ring for five formats",
                 280,
                 "python -m bench.tuning --device cuda --out {out}",
                 "python -m bench.tuning --dry --out {out}",

@@ -67,8 +67,8 @@ class Variant:
 SHAPES = ((128, 6), (256, 3), (128, 4), (256, 2), (512, 1))
 CHUNKS = (16384, 8192, 32768, 65536)
 RINGS = tuple(Variant(128, 6, 16384, ring=stages) for stages in (2, 3))
-"""The variants with a ring, which has not run on a GPU. Their bits are compared even if they are not
-the fastest."""
+"""The variants with a ring, which has not run on a GPU. Their bits are compared even if another
+variant is the fastest."""
 VARIANTS = (
     *(Variant(threads, blocks, chunk) for chunk in CHUNKS for threads, blocks in SHAPES),
     *RINGS,

@@ -25,10 +25,10 @@ struct Stream {
 template <class Rules, class Formats>
 struct Ring {
   using Sample = typename Rules::Sample;
-  static constexpr int kStages = kTuning.ring > 0 ? kTuning.ring : 2;
   static constexpr int kWarps = kTuning.threads / kWarp;
   static constexpr int kRound = kTuning.threads * kElements;
-  static constexpr int kMostBytes = 17 << 10;  // of a stage
+  // Of all stages: six blocks fit into a multiprocessor of compute capability 9.0.
+  static constexpr int kMostBytes = 36 << 10;
 
   // The parts of a stage: weight, companion, gradient, then the codes and the scales of each state.
   static constexpr int kParts = 3 + 2 * kMaxStates;
@@ -63,10 +63,16 @@ struct Ring {
     return index;
   }
   static constexpr int kStreams = index_of(kParts);
-  static constexpr int kRounds = bytes_before(kParts, 2 * kRound) <= kMostBytes ? 2 : 1;
+  static constexpr int kStages = kTuning.ring > 2 &&
+                                         kTuning.ring* bytes_before(kParts, kRound) <= kMostBytes
+                                     ? kTuning.ring
+                                     : 2;
+  static constexpr int kRounds = kStages * bytes_before(kParts, 2 * kRound) <= kMostBytes ? 2 : 1;
   static constexpr int kStage = kRounds * kRound;  // elements
   static constexpr int kBytes = bytes_before(kParts, kStage);
   static_assert(kStreams <= kWarp, "each lane copies one part");
+  // A block has at most 48 KiB of shared memory unless it asks for more.
+  static constexpr bool kFits = kStages * kBytes <= 47 << 10;
 
   struct Shared {
     alignas(128) char stages[kStages][kBytes];
@@ -163,10 +169,11 @@ struct Ring {
     return {ring.stages[slot], ring.empty[slot], static_cast<int>(within)};
   }
 
-  // Waits for the copies that the constructor started, for a block that ends without any round.
-  __device__ __forceinline__ void drain() const {
+  // Ends the ring before its first round: waits for the copies that the constructor started.
+  __device__ __forceinline__ void abandon() {
     for (int stage = 0; stage < kStages - 1 && stage * kStage < end; ++stage)
       ring.full[stage].wait(0);
+    end = 0;
   }
 
  private:
@@ -191,6 +198,23 @@ struct Ring {
           full);
     }
   }
+};
+
+// In place of a Ring, where a sweep reads global memory.
+struct NoRing {
+  ONEPASS_HD static void init() {}
+  ONEPASS_HD NoRing(const Chunk&, const char*) {}
+  ONEPASS_HD static void abandon() {}
+};
+
+// The Ring or NoRing of a kernel.
+template <class Rules, class Formats, bool = Formats::kRing>
+struct RingOf {
+  using type = NoRing;
+};
+template <class Rules, class Formats>
+struct RingOf<Rules, Formats, true> {
+  using type = std::conditional_t<Ring<Rules, Formats>::kFits, Ring<Rules, Formats>, NoRing>;
 };
 
 }  // namespace onepass::cuda

@@ -227,13 +227,6 @@ __device__ __forceinline__ void zero_bytes(char* to, int bytes) {
     Access<2>::store(zeros, global(to + at));
 }
 
-// In place of a Ring, where the loads of a sweep read global memory.
-struct NoRing {
-  ONEPASS_HD static void init() {}
-  ONEPASS_HD NoRing(const Chunk&, const char*) {}
-  ONEPASS_HD static void drain() {}
-};
-
 // Whether all tensors of a chunk start at multiples of 16 bytes, and no multiple of 2^32 is inside
 // them (offset_by).
 template <class Rules>
@@ -260,7 +253,8 @@ __device__ __forceinline__ bool is_plain(const Rules& rules, const Chunk& chunk,
 // Updates one chunk with one block.
 template <class Rules, class Formats>
 __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
-  using Stages = std::conditional_t<Formats::kRing, Ring<Rules, Formats>, NoRing>;
+  using Stages = typename RingOf<Rules, Formats>::type;
+  constexpr bool kRing = !std::is_same_v<Stages, NoRing>;
   // A copy of the chunk, because the compiler must assume that stores to tensors change the table.
   // It is in shared memory, because its addresses would take up to a third of the registers.
   __shared__ Chunk copy;
@@ -293,9 +287,9 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
         static_cast<uint64_t>(chunk.param_id));
     words[threadIdx.x] = random_key(stream, static_cast<uint32_t>(chunk.index >> 32), threadIdx.x);
   }
-  if (Formats::kDraws || Formats::kRing) __syncthreads();
+  if (Formats::kDraws || kRing) __syncthreads();
   if (skipped) {
-    ring.drain();
+    ring.abandon();
     if (tables.step.zero_grads)
       formats.grad([&](auto format) {
         zero_bytes(const_cast<char*>(grad), chunk.count * (bits_of(decltype(format)::value) / 8));
@@ -312,6 +306,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
     memcpy(&hyper, row + 1, sizeof hyper);
     plain = plain && Covered<typename Formats::Math, Hyper>::by(hyper);
   });
+  if (!plain) ring.abandon();
 #pragma unroll 1
   for (int offset = warp * kWarpElements; offset < chunk.count;
        offset += kTuning.threads * kElements) {
@@ -323,7 +318,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
       return Memory<Rules, Formats>{rules, formats, chunk, grad, from};
     };
     using First = typename Formats::Math;
-    if constexpr (Formats::kRing) {
+    if constexpr (kRing) {
       if (ring.has_round(offset) && sweep(std::true_type{}, First{}, offset, ring.begin(offset)))
         continue;
     } else {
