@@ -215,6 +215,7 @@ struct StateCodec {
   template <bool Full, bool Shared>
   __device__ __forceinline__ static void load(
       const Stored& from, int offset, const L& lanes, State<Vector>& state) {
+    constexpr bool kNear = Full && !Shared && !kDynamic;
     C::template load<Full, Shared>(from.data, offset, lanes, state.raw);
 #pragma unroll
     for (int v = 0; v < kScales; ++v) {
@@ -223,7 +224,7 @@ struct StateCodec {
       state.scales[v] = 0;
       if (Full || at < lanes.left)
         state.scales[v] = *global_unless<Shared>(
-            static_cast<const Scale*>(scale_address < Full && !Shared > (from.extra, block)));
+            static_cast<const Scale*>(scale_address<kNear>(from.extra, block)));
     }
   }
 
@@ -377,13 +378,14 @@ struct StateCodec {
   template <bool Full>
   __device__ __forceinline__ static void store(
       const Stored& to, int offset, const L& lanes, const State<Vector>& state) {
+    constexpr bool kNear = Full && !kDynamic;
     C::template store<Full>(to.data, offset, lanes, state.raw);
 #pragma unroll
     for (int v = 0; v < kScales; ++v) {
       const int at = lanes.at(v * Vector);
       const unsigned block = block_at(offset + at);
       if (lanes.lane % kLanes == 0 && (Full || at < lanes.left))
-        *global(static_cast<Scale*>(scale_address<Full>(to.extra, block))) =
+        *global(static_cast<Scale*>(scale_address<kNear>(to.extra, block))) =
             static_cast<Scale>(state.scales[v]);
     }
   }

@@ -29,7 +29,7 @@ struct Fixed {
   static constexpr int kBits = companion_bits_of(Param);
   static constexpr bool kFp16 = Param == Format::kFp16Stochastic || Param == Format::kMasterFp16;
   static constexpr int kFewer = ((kMx8 && (kBits == 8 || kBits == 32)) || kFp16) + (kMx8 && kFp16) +
-                                (kRing && !kMx8 && kBits == 16);
+                                (kMx8 && Param == Format::kFp16) + (kRing && !kMx8 && kBits == 16);
   static constexpr int kMost = (768 - 128 * kFewer) / kTuning.threads;
   static constexpr int kBlocks =
       kFewer > 0 && kMost < kTuning.blocks_per_sm ? kMost : kTuning.blocks_per_sm;

@@ -58,6 +58,12 @@ struct Access {
       asm volatile("ld.global.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
       return;
     }
+    if (!Shared && Bytes == 2) {
+      asm volatile("{.reg .u16 h; ld.global.u16 h, [%1]; cvt.u32.u16 %0, h;}"
+                   : "=r"(to[0])
+                   : "l"(from));
+      return;
+    }
 #endif
     load(from, to);
   }
@@ -65,6 +71,11 @@ struct Access {
 #if defined(__CUDA_ARCH__)
     if (Bytes == 4) {
       asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(from[0]));
+      return;
+    }
+    if (Bytes == 2) {
+      asm volatile(
+          "{.reg .u16 h; cvt.u16.u32 h, %1; st.global.u16 [%0], h;}" ::"l"(to), "r"(from[0]));
       return;
     }
 #endif
