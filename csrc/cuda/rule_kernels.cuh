@@ -23,8 +23,8 @@ SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
   return nullptr;
 }
 
-// Whether a rule lists these flags in kReducedPrecision. With ONEPASS_FEW_KERNELS, which tests define
-// because it compiles in half the time, only AdamW does.
+// Whether a rule lists these flags in kReducedPrecision. With ONEPASS_FEW_KERNELS, which tests
+// define because it compiles in half the time, only AdamW does.
 template <class Rule, unsigned Flags>
 constexpr bool has_reduced() {
 #ifdef ONEPASS_FEW_KERNELS
