@@ -66,6 +66,8 @@ class Case:
         row = rng.choice([row for row in CASES if row.name not in WITHOUT])
         self.kind, self.torch = row.ours, row.torch
         chosen = rng.choice(row.options)
+        if chosen.get("cautious_weight_decay"):
+            chosen = {**chosen, "decoupled_weight_decay": True}
         known = [f for f in EVERY_FORMAT if served(chosen, f[0]) and not WITHOUT & {*f[:2]}]
         states, weights, self.dtype = FP32 if rng.random() < 0.2 else rng.choice(known)
         self.formats = {"states": states, "weights": weights}
