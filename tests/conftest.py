@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
+
+# Two workers with two threads each share the cores of a small machine. By default, OpenMP's threads
+# spin while they wait, which takes as much time as the tests themselves. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Triton reads TRITON_INTERPRET when it is first imported, so it is set before that.
