@@ -258,6 +258,10 @@ def test_take_changes_refuses_what_does_not_fit():
         ([torch.zeros(4, dtype=torch.int32)[::2]], [param]),
         ([record, record], [param, param.bfloat16()]),
         ([record], [param.double()]),
+        ([record], [torch.zeros(1).expand(40)]),
+        ([record], [torch.zeros(80)[::2]]),
+        ([record, record], [param, param]),
+        ([torch.tensor([0, 1 << 8], dtype=torch.int32)], [param]),
     ):
         with pytest.raises(RuntimeError, match="onepass: "):
             take(records, params, False)

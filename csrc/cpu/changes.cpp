@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
+#include <unordered_set>
 #include <vector>
 
 #include "../prefetch.h"
@@ -29,12 +30,21 @@ struct Piece {
   int64_t param, begin, end, found;
 };
 
-// Divides the records into pieces and checks every argument.
+// The number of elements from the first to the last one in memory.
+int64_t extent_of(const Tensor& tensor) {
+  int64_t extent = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) extent += (tensor.size(d) - 1) * tensor.stride(d);
+  return extent;
+}
+
+// Divides the records into pieces and checks every argument. A record that occurs twice, or a bit
+// beyond the last weight, would be an access outside of a tensor.
 std::vector<Piece> pieces_of(
     const std::vector<Tensor>& records, const std::vector<Tensor>& params, int64_t bytes) {
   STD_TORCH_CHECK(
       records.size() == params.size() && !params.empty(), "onepass: a record for each parameter");
   std::vector<Piece> pieces;
+  std::unordered_set<const void*> seen;
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t words = (params[i].numel() + kWordBits - 1) / kWordBits;
     STD_TORCH_CHECK(
@@ -47,6 +57,13 @@ std::vector<Piece> pieces_of(
         "onepass: the parameters must have one dtype, float32, bfloat16 or float16");
     if (!words) continue;
     auto* const first = static_cast<uint32_t*>(records[i].mutable_data_ptr());
+    const int64_t used = params[i].numel() % kWordBits;
+    STD_TORCH_CHECK(
+        extent_of(params[i]) == params[i].numel() && first && params[i].const_data_ptr(),
+        "onepass: parameter ", i, " must be dense, with memory");
+    STD_TORCH_CHECK(
+        (!used || !(first[words - 1] >> used)) && seen.insert(first).second, "onepass: record ", i,
+        " has bits beyond the last weight, or occurs twice");
     for (int64_t begin = 0; begin < words; begin += kPieceWords)
       pieces.push_back(
           {first, params[i].const_data_ptr(), static_cast<int64_t>(i), begin,

@@ -12,9 +12,9 @@ namespace onepass::cpu {
 namespace {
 
 // The most elements whose weights are copied and compared at once. The kernels have prefetched the
-// weights of the next tile, so that the copy of a single tile reads from the cache. (AdamW with
-// track_changes takes 1.13 of the time in fp32, 1.10 in bf16 and 1.08 with split8 and mx8; with
-// 2048 elements 1.29, 1.13 and 1.14. AVX2, AMD Zen 3, one core, 2026-11.)
+// weights of the next tile, so that the copy of a single tile reads from the cache. (512 to 2,048
+// elements, and prefetches of the next weights, were not faster in all formats. AVX2, AMD Zen 3,
+// two threads, 2026-11. bench.weight_sync measures the cost.)
 constexpr int64_t kCompared = kTile;
 
 // fp32 buffers for tensors that are not fp32, small enough that the reads, update and writes of a
