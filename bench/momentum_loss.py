@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 import onepass
-from onepass_tools.demo.data import Batches, Corpus, load
+from onepass_tools.demo.data import Corpus, load
 from onepass_tools.demo.model import Shape, initial_weights
 from onepass_tools.demo.recipes import muon_groups
-from onepass_tools.demo.train import MAX_GRAD_NORM, Task, backward, schedule, validate
+from onepass_tools.demo.train import MAX_GRAD_NORM, backward, schedule, validate
 
 from . import results
 from .momentum_formats import CODES
 from .results import Line
 from .runs import Run, add_arguments, check_arguments, run_missing
-from .training import Size
+from .training import Size, task_of
 
 OUT = results.ROOT / "bench" / "results" / "momentum_loss.jsonl"
 NATIVE = ("fp32", "bf16")
@@ -43,14 +43,8 @@ LR, DECAY = 0.02, 0.1
 
 def train(name: str, size: Size, seed: int, corpus: Corpus) -> Line:
     """Trains one run; returns its validation loss."""
-    began, context = time.perf_counter(), size.shape.context
-    task = Task(
-        shape=size.shape,
-        device=torch.device("cpu"),
-        weights=initial_weights(size.shape, seed),
-        train=Batches(corpus.train, size.steps, size.batch, context, seed),
-        validation=Batches(corpus.validation, size.validation_batches, size.batch, context, 0),
-    )
+    began = time.perf_counter()
+    task = task_of(size, seed, corpus, initial_weights(size.shape, seed))
     model = task.model()
     options: dict[str, Any] = {"states": name if name in NATIVE else "fp32", "seed": seed}
     optimizer = onepass.Muon(muon_groups(model, DECAY), LR, **options)

@@ -216,6 +216,21 @@ class Watch:
             self.compared.add(taken, exact)
 
 
+def task_of(size: Size, seed: int, corpus: Corpus, weights: dict[str, Tensor]) -> Task:
+    """The initial weights, and the batches of a seed, on the CPU.
+
+    The validation windows are the same for every seed.
+    """
+    context = size.shape.context
+    return Task(
+        shape=size.shape,
+        device=torch.device("cpu"),
+        weights=weights,
+        train=Batches(corpus.train, size.steps, size.batch, context, seed),
+        validation=Batches(corpus.validation, size.validation_batches, size.batch, context, 0),
+    )
+
+
 def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
     """Trains one run; returns the final validation loss and the statistics of :class:`Watch`.
 
@@ -223,14 +238,7 @@ def train(config: Config, size: Size, seed: int, corpus: Corpus) -> Line:
     formats of the optimizer. 16-bit weights get 16-bit gradients.
     """
     began = time.perf_counter()
-    context = size.shape.context
-    task = Task(
-        shape=size.shape,
-        device=torch.device("cpu"),
-        weights=initial(config, size.shape, seed),
-        train=Batches(corpus.train, size.steps, size.batch, context, seed),
-        validation=Batches(corpus.validation, size.validation_batches, size.batch, context, 0),
-    )
+    task = task_of(size, seed, corpus, initial(config, size.shape, seed))
     model = task.model()
     held = task.model().to(torch.bfloat16) if config.dtype == "bf16" else model
     options = RULES[config.rule]

@@ -23,14 +23,14 @@ from torch import Tensor
 from onepass.formats import mx4, mx8
 from onepass.formats.block_scales import MX_BLOCK, decode_signed, encode_signed
 from onepass.numerics.arrays import F32, U32
-from onepass_tools.demo.data import Batches, Corpus, load
+from onepass_tools.demo.data import Corpus, load
 from onepass_tools.demo.model import Shape, initial_weights, parameter_groups
-from onepass_tools.demo.train import Task, backward, schedule, validate
+from onepass_tools.demo.train import backward, schedule, validate
 
 from . import results, training_study_report
 from .results import Line
 from .runs import Run, add_arguments, check_arguments, run_missing
-from .training import FULL, RULES, Compared, Size, step_of
+from .training import FULL, RULES, Compared, Size, step_of, task_of
 
 OUT = results.ROOT / "bench" / "results" / "training_study.jsonl"
 TINY = Size(Shape(16, 32, 1, 2), 4, 6, 2, 400_000, 2)
@@ -253,14 +253,7 @@ def settings(variant: Variant, size: Size) -> Line:
 def train(variant: Variant, size: Size, seed: int, corpus: Corpus) -> Line:
     """Trains one run; returns the validation loss and the comparison with exact averages."""
     began = time.perf_counter()
-    context = size.shape.context
-    task = Task(
-        shape=size.shape,
-        device=torch.device("cpu"),
-        weights=initial_weights(size.shape, seed),
-        train=Batches(corpus.train, size.steps, size.batch, context, seed),
-        validation=Batches(corpus.validation, size.validation_batches, size.batch, context, 0),
-    )
+    task = task_of(size, seed, corpus, initial_weights(size.shape, seed))
     model = task.model()
     options = RULES["adamw"]
     groups = parameter_groups(model, options["weight_decay"])
