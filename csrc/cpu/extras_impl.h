@@ -2,6 +2,7 @@
 // one instruction set: see kernels_impl.h.
 #pragma once
 
+#include "../prefetch.h"
 #include "kernels.h"
 #include "simd/simd.h"
 
@@ -54,9 +55,57 @@ void compare_codes(
   if (first % kStrip == 0)
     for (; i + kStrip <= n; i += kStrip)
       changed[(first + i) / kStrip] |= simd::differences(from + i, to + i);
-  for (; i < n; ++i)
-    changed[(first + i) / kStrip] |= uint32_t{from[i] != to[i]} << (first + i) % kStrip;
+  while (i < n) {
+    const int64_t word = (first + i) / kStrip, shift = (first + i) % kStrip;
+    uint32_t found = 0;
+    for (int64_t bit = shift; bit < kStrip && i < n; ++bit, ++i) {
+      Code old, now;
+      __builtin_memcpy(&old, from + i, sizeof(Code));
+      __builtin_memcpy(&now, to + i, sizeof(Code));
+      found |= uint32_t{old != now} << bit;
+    }
+    changed[word] |= found;
+  }
 }
+
+// An integer type of 2 or of 4 bytes.
+template <int Bytes>
+struct CodeOf {
+  using type = uint32_t;
+};
+template <>
+struct CodeOf<2> {
+  using type = uint16_t;
+};
+
+// The codes of at most Most weights before an update. keep and record do nothing without a record
+// of changes, which is null then; otherwise it begins with the bit of the first weight.
+template <int Bytes, int Most>
+struct Before {
+  using Code = typename CodeOf<Bytes>::type;
+  static constexpr int kLine = 64 / Bytes;
+  alignas(64) Code codes[Most];
+
+  ONEPASS_HD void keep(const void* weights, int n, const uint32_t* changed) {
+    if (!changed) return;
+    const Code* from = static_cast<const Code*>(weights);
+    if (__builtin_expect(n == Most, 1))
+#pragma GCC unroll 1
+      for (int i = 0; i < Most; i += kLine) simd::copy_line(from + i, codes + i);
+    else
+      for (int i = 0; i < n; ++i) __builtin_memcpy(codes + i, from + i, Bytes);
+  }
+  ONEPASS_HD void record(const void* weights, int n, uint32_t* changed) const {
+    if (!changed) return;
+    const Code* to = static_cast<const Code*>(weights);
+    if (__builtin_expect(n == Most, 1))
+#pragma GCC unroll 1
+      for (int i = 0; i < Most; i += kStrip)
+        changed[i / kStrip] |= simd::differences(codes + i, to + i);
+    else
+      compare_codes<Code>(codes, weights, n, 0, changed);
+  }
+};
 
 }  // namespace
 }  // namespace onepass::cpu

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../prefetch.h"
+#include "extras_impl.h"
 #include "simd/simd.h"
 
 namespace onepass::cpu {
@@ -46,7 +47,7 @@ ONEPASS_HD void prefetch(
 template <class Rule>
 void apply_fp32(
     const float* row, int n, const Stored& param_at, const void* grad_ptr, const Stored* states,
-    const TileRandom&) {
+    const TileRandom&, uint32_t* changed) {
   constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4,
                  kHas3 = Rule::kSlots & 8;
   const auto hyper = load_hyper<Rule>(row);
@@ -57,8 +58,11 @@ void apply_fp32(
   auto* __restrict state1 = static_cast<float*>(states[1].data);
   auto* __restrict state2 = static_cast<float*>(states[2].data);
   auto* __restrict state3 = static_cast<float*>(states[3].data);
+  Before<4, kBlock> before;
   for (int block = 0; block < n; block += kBlock) {
     const int end = n - block < kBlock ? n : block + kBlock;
+    uint32_t* const words = changed ? changed + block / kStrip : nullptr;
+    before.keep(param + block, end - block, words);
     if (simd::kPrefetchesInPlace && block + kAheadBytes / 4 < n)
       prefetch<Rule::kSlots, kBlock * 4>(int64_t{4} * block, param_at.data, grad_ptr, states);
 #pragma omp simd
@@ -74,6 +78,7 @@ void apply_fp32(
       if (kHas2) state2[i] = value2;
       if (kHas3) state3[i] = value3;
     }
+    before.record(param + block, end - block, words);
   }
 }
 
@@ -114,7 +119,7 @@ ONEPASS_HD void update_pair(
 template <class Rule, bool Scaled>
 void apply_bf16_scaled(
     const float* row, int n, const Stored& param_at, const void* grad_ptr, const Stored* states,
-    const TileRandom& random_ref) {
+    const TileRandom& random_ref, uint32_t* changed) {
   const TileRandom random = random_ref;  // a copy: the stores below could alias the original
   constexpr bool kHas0 = Rule::kSlots & 1, kHas1 = Rule::kSlots & 2, kHas2 = Rule::kSlots & 4;
   const auto hyper = load_hyper<Rule>(row);
@@ -128,10 +133,13 @@ void apply_bf16_scaled(
   const int pairs = n / 2;
   uint32_t start0 = random_start(random.keys[0], random.low);
   uint32_t start1 = random_start(random.keys[1], random.low);
+  Before<2, kBlock> before;
   for (int block = 0; block < pairs; block += kBlock / 2) {
     const int end = pairs - block < kBlock / 2 ? pairs : block + kBlock / 2;
     if (simd::kPrefetchesInPlace && block + kAheadBytes / 4 < pairs)
       prefetch<Rule::kSlots, kBlock * 2>(int64_t{4} * block, param_at.data, grad_ptr, states);
+    uint32_t* const words = changed ? changed + 2 * block / kStrip : nullptr;
+    before.keep(param + block, 2 * (end - block), words);
 #pragma omp simd linear(start0, start1 : 2 * kWeyl)
     for (int i = block; i < end; ++i) {
       uint32_t value = param[i], value0 = 0, value1 = 0, value2 = 0;
@@ -147,6 +155,7 @@ void apply_bf16_scaled(
       if (kHas1) state1[i] = value1;
       if (kHas2) state2[i] = value2;
     }
+    before.record(param + block, 2 * (end - block), words);
   }
   if (n % 2) {  // the last element, with nothing above it
     const auto half = [&](const void* base) {
@@ -161,7 +170,10 @@ void apply_bf16_scaled(
     if (kHas2) value2 = half(states[2].data);
     update_pair<Rule, Scaled>(
         hyper, grad_scale, random, start0, start1, value, half(grad_ptr), value0, value1, value2);
+    const auto old = half(param_at.data);
     set_half(param_at.data, value);
+    if (changed)
+      changed[(n - 1) / kStrip] |= uint32_t{old != half(param_at.data)} << (n - 1) % kStrip;
     if (kHas0) set_half(states[0].data, value0);
     if (kHas1) set_half(states[1].data, value1);
     if (kHas2) set_half(states[2].data, value2);
@@ -172,10 +184,10 @@ void apply_bf16_scaled(
 template <class Rule>
 void apply_bf16(
     const float* row, int n, const Stored& param, const void* grad, const Stored* states,
-    const TileRandom& random) {
+    const TileRandom& random, uint32_t* changed) {
   const auto apply =
       row[0] == 1.0f ? apply_bf16_scaled<Rule, false> : apply_bf16_scaled<Rule, true>;
-  apply(row, n, param, grad, states, random);
+  apply(row, n, param, grad, states, random, changed);
 }
 
 }  // namespace

@@ -20,10 +20,11 @@ struct TileRandom {
 constexpr int kTile = kDynamicBlock;
 
 // Applies a rule to n elements. row is the row of the hyperparameter table; states has one element
-// per slot of the rule.
+// per slot of the rule. changed is null, or the word of a record of changes whose bit 0 is that of
+// the first element; the bits of the elements whose stored weights change are set.
 using RuleFn = void (*)(
     const float* row, int n, const Stored& param, const void* grad, const Stored* states,
-    const TileRandom& random);
+    const TileRandom& random, uint32_t* changed);
 // Decodes elements [first, first + n) into a tile. roots holds the square roots of the first second
 // moment: mx4 writes it when it decodes that moment, and reads it when it decodes a relative
 // moment.

@@ -11,18 +11,12 @@
 namespace onepass::cpu {
 namespace {
 
-// The most elements whose weights are copied and compared at once. The kernels have prefetched the
-// weights of the next tile, so that the copy of a single tile reads from the cache. (512 to 2,048
-// elements, and prefetches of the next weights, were not faster in all formats. AVX2, AMD Zen 3,
-// two threads, 2026-11. bench.weight_sync measures the cost.)
-constexpr int64_t kCompared = kTile;
-
 // fp32 buffers for tensors that are not fp32, small enough that the reads, update and writes of a
 // tile overlap.
 struct Tiles {
   alignas(64) float param[kTile], grad[kTile], states[kMaxStates][kTile], roots[kTile];
-  alignas(64) float before[kTile];        // the weight before the update, for telemetry
-  alignas(64) uint32_t codes[kCompared];  // the codes of the weight before the update
+  alignas(64) float before[kTile];    // the weight before the update, for telemetry
+  alignas(64) uint32_t codes[kTile];  // its codes, for a record of changes
 };
 
 // Whether a format of the entry draws random bits.
@@ -73,13 +67,16 @@ void sweep_tile(
     return;
   }
   if (telemetry) std::copy_n(param, n, tiles.before);
+  const int64_t weight_bytes = bytes_of(entry.param_format, 1);
+  char* const weights = static_cast<char*>(entry.param.data) + first * weight_bytes;
+  if (entry.changed) std::memcpy(tiles.codes, weights, n * weight_bytes);
   Stored states[kMaxStates] = {};
   for (const int k : entry.order)
     if (entry.has(k))
       states[k].data =
           open(entry.state_formats[k], entry.kinds[k], entry.states[k], tiles.states[k]);
   const RuleFn rule = kernels.direct[0].rules[entry.rule][entry.flags];
-  rule(row, n, {param, nullptr}, grad, states, random);
+  rule(row, n, {param, nullptr}, grad, states, random, nullptr);
   if (telemetry) kernels.measure(grad, tiles.before, param, n, telemetry);
   if (entry.ema) kernels.average(row, param, n, entry.ema + first);
   close(entry.param_format, kFirst, param, entry.param, weight_use(entry.param_format));
@@ -88,7 +85,12 @@ void sweep_tile(
       close(
           entry.state_formats[k], entry.kinds[k], static_cast<float*>(states[k].data),
           entry.states[k], state_use(k));
+  if (entry.changed)
+    kernels.compare[weight_bytes / 4](tiles.codes, weights, n, first, entry.changed);
 }
+
+// The bits of a word of a record of changes.
+constexpr int64_t kWordBits = 32;
 
 // The most elements that are updated before their gradients are zeroed, so that the gradients are
 // still in the L1 cache.
@@ -104,9 +106,7 @@ void sweep_entry(
   if (skipped && !step.zero_grads && !telemetry) return;
   const bool plain = !skipped && !entry.ema && !telemetry;
   const Direct* direct = plain ? direct_kernel(kernels, entry) : nullptr;
-  const bool compared = entry.changed && !skipped;
-  const int64_t most = compared ? kCompared : step.zero_grads ? kZeroed : kPiece;
-  const int64_t weight_bytes = bytes_of(entry.param_format, 1);
+  const int64_t most = step.zero_grads ? kZeroed : kPiece;
   const bool draws = needs_random(entry);
   const uint32_t words = entry.slots >> 3 ? kRandomWords : 2;
   const uint64_t stream =
@@ -127,11 +127,11 @@ void sweep_entry(
       for (uint32_t word = 0; word < words; ++word)
         random.keys[word] = random_key(stream, high, word);
     }
-    const bool fused = whole && n % direct->step == 0;
+    // A direct kernel records changes from bit 0 of a word on.
+    const bool recordable = !entry.changed || first % kWordBits == 0;
+    const bool fused = whole && n % direct->step == 0 && recordable;
     // (Before the index wraps, more than a tile may be left that is not a multiple of step.)
     if (!fused) n = std::min<int64_t>(n, kTile);
-    char* weights = static_cast<char*>(entry.param.data) + first * weight_bytes;
-    if (compared) std::memcpy(tiles.codes, weights, n * weight_bytes);
     if (fused) {
       Stored states[kMaxStates] = {};
       for (int k = 0; k < kMaxStates; ++k)
@@ -139,12 +139,11 @@ void sweep_entry(
       const Stored grad = element({entry.grad, nullptr}, entry.grad_format, first);
       direct->rules[entry.rule][entry.flags](
           row, static_cast<int>(n), element(entry.param, entry.param_format, first), grad.data,
-          states, random);
+          states, random, entry.changed ? entry.changed + first / kWordBits : nullptr);
     } else {
       sweep_tile(
           kernels, entry, first, static_cast<int>(n), row, random, skipped, telemetry, tiles);
     }
-    if (compared) kernels.compare[weight_bytes / 4](tiles.codes, weights, n, first, entry.changed);
     if (step.zero_grads)
       std::memset(
           static_cast<char*>(entry.grad) + bytes_of(entry.grad_format, first), 0,

@@ -67,7 +67,7 @@ struct StateTiles {
 template <class Rule, class Weight, class Grad, template <Kind> class State>
 void apply_tiles(
     const float* row, int n, const Stored& param, const void* grad_ptr, const Stored* states_ref,
-    const TileRandom& random_ref) {
+    const TileRandom& random_ref, uint32_t* changed) {
   const TileRandom random = random_ref;  // copied because the stores below could alias the original
   const Stored weight = param, grad{const_cast<void*>(grad_ptr), nullptr};
   const Stored states[kMaxStates] = {states_ref[0], states_ref[1], states_ref[2]};
@@ -85,6 +85,11 @@ void apply_tiles(
   constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
   constexpr bool kMx8 = State<kFirst>::kFormat == Format::kMx8;
   using Params = Strip<Weight, kOrder>;
+  constexpr int kWeightBytes = static_cast<int>(bytes_of(Weight::kFormat, 1));
+  const auto weights_at = [&](int first) {
+    return static_cast<const char*>(weight.data) + int64_t{kWeightBytes} * first;
+  };
+  const auto words_at = [&](int first) { return changed ? changed + first / kStrip : nullptr; };
   struct Buffers {
     alignas(64) float params[kStrips][kStrip], roots[kStrips][kStrip];
     alignas(64) uint32_t words[2][kStrips][kStrip];
@@ -124,6 +129,8 @@ void apply_tiles(
       values[k] = in.tiles.of(slot).opened(states[k], first, strip);
     });
     float* __restrict t0 = values[0], * __restrict t1 = values[1], * __restrict t2 = values[2];
+    Before<kWeightBytes, kStrip> before;
+    if constexpr (!Weight::kDraws) before.keep(weights_at(first), kStrip, words_at(first));
 #pragma omp simd
     for (int i = 0; i < kStrip; ++i) {
       float value0 = 0, value1 = 0, value2 = 0;
@@ -138,7 +145,10 @@ void apply_tiles(
     }
     for_each_slot<Rule>([&](auto slot)
                             __attribute__((always_inline)) { in.tiles.of(slot).measure(strip); });
-    if constexpr (!Weight::kDraws) Params::store(p, weight, first);
+    if constexpr (!Weight::kDraws) {
+      Params::store(p, weight, first);
+      before.record(weights_at(first), kStrip, words_at(first));
+    }
   };
   const auto open_and_update = [&](int tile, int strip, Buffers& in)
                                    __attribute__((always_inline)) {
@@ -148,10 +158,15 @@ void apply_tiles(
   // These encode simd::kNarrowed strips of the weight, and of the states after their scales are
   // chosen.
   const auto write_weight = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
-    if constexpr (Weight::kDraws)
+    if constexpr (Weight::kDraws) {
+      constexpr int kWritten = simd::kNarrowed * kStrip;
+      const int first = tile + strip * kStrip;
+      Before<kWeightBytes, kWritten> before;
+      before.keep(weights_at(first), kWritten, words_at(first));
       Params::store_dithered(
-          in.params + strip, weight, tile + strip * kStrip, in.words[kUse / 2] + strip,
-          kUse % 2 * 16);
+          in.params + strip, weight, first, in.words[kUse / 2] + strip, kUse % 2 * 16);
+      before.record(weights_at(first), kWritten, words_at(first));
+    }
   };
   const auto write_states = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {

@@ -155,6 +155,12 @@ ONEPASS_HD void lift_signed(
 
 // --- comparison ---
 
+ONEPASS_HD void copy_line(const void* from, void* to) {
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  for (int i = 0; i < 64; i += 32) store_256(target + i, load_256(source + i));
+}
+
 ONEPASS_HD uint32_t differences(const uint16_t* a, const uint16_t* b) {
   const __m256i low = _mm256_cmpeq_epi16(load_256(a), load_256(b));
   const __m256i high = _mm256_cmpeq_epi16(load_256(a + 16), load_256(b + 16));

@@ -170,6 +170,8 @@ ONEPASS_HD void lift_signed(
 
 // --- comparison ---
 
+ONEPASS_HD void copy_line(const void* from, void* to) { store_512(to, load_512(from)); }
+
 ONEPASS_HD uint32_t differences(const uint16_t* a, const uint16_t* b) {
   return _mm512_cmpneq_epi16_mask(load_512(a), load_512(b));
 }

@@ -29,9 +29,15 @@ constexpr bool kInterleavesTiles = false;
 
 // --- comparison ---
 
-// Bit i is set where elements i of two strips differ.
+// Copies 64 bytes, in vectors as wide as those of differences: a load that spans two stores cannot
+// be forwarded, and copies by memcpy, with 16-byte vectors, took 0.4 cycles per weight (AMD Zen 3).
+ONEPASS_HD void copy_line(const void* from, void* to) { __builtin_memcpy(to, from, 64); }
+
+// Bit i is set where elements i of two strips differ. The codes may be those of floats.
 template <class Code>
-ONEPASS_HD uint32_t differences(const Code* a, const Code* b) {
+ONEPASS_HD uint32_t differences(const Code* from, const Code* to) {
+  typedef Code Any __attribute__((may_alias));
+  const Any *a = from, *b = to;
   uint32_t found = 0;
 #pragma omp simd reduction(| : found)
   for (int i = 0; i < kStrip; ++i) found |= uint32_t{a[i] != b[i]} << i;
