@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <unordered_set>
 #include <vector>
@@ -20,8 +21,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kWordBits = 32;
-constexpr int64_t kAhead = 32;         // changes between a prefetch and its use
 constexpr int64_t kPieceWords = 4096;  // words of a record that a thread takes at once
+constexpr int64_t kBlockWords = 256;   // words of a block; see Found
+constexpr int64_t kGroupWords = 8;     // words that are tested for zero together
+constexpr int kExpected = 2;           // changes in two words that are found without a branch
 
 // Consecutive words of the record of one parameter.
 struct Piece {
@@ -85,34 +88,79 @@ void for_each(std::vector<Piece>& pieces, const Body& body) {
     torch::stable::parallel_for(0, count, 1, some);
 }
 
-// The number of bits that are set, without the instruction that not every x86-64 processor has; the
-// compiler vectorises it.
-inline uint32_t ones(uint32_t word) {
-  word -= (word >> 1) & 0x55555555u;
-  word = (word & 0x33333333u) + ((word >> 2) & 0x33333333u);
-  word = (word + (word >> 4)) & 0x0F0F0F0Fu;
-  word += word >> 8;
-  return (word + (word >> 16)) & 0x3Fu;
+// The number of bits that are set in n words, without the instruction that not every x86-64
+// processor has.
+int64_t count_bits(const uint32_t* words, int64_t n) {
+  uint32_t found = 0;  // at most 2^17 bits in a piece
+#pragma omp simd reduction(+ : found)
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t word = words[i];
+    word -= (word >> 1) & 0x55555555u;
+    word = (word & 0x33333333u) + ((word >> 2) & 0x33333333u);
+    word = (word + (word >> 4)) & 0x0F0F0F0Fu;
+    word += word >> 8;
+    found += (word + (word >> 16)) & 0x3Fu;
+  }
+  return found;
 }
 
-// Writes the positions and codes of the changed weights of a piece, and clears its bits.
+// The changed weights of a block of a record: offsets from its first weight.
+struct Found {
+  int64_t first = 0;
+  int count = 0;
+  uint16_t offsets[kBlockWords * kWordBits + kExpected];
+};
+
+// Finds the changed weights of words [begin, end) of a record, prefetches them and clears the
+// words. Whether a word has a change is unpredictable when one weight in a hundred has changed, so
+// there is no branch for each word and each change.
+template <class Code>
+void find(uint32_t* words, const Code* weights, int64_t begin, int64_t end, Found& found) {
+  found.first = begin * kWordBits;
+  int count = 0;
+  const auto take = [&](uint64_t bits, int64_t first) {
+    for (int i = 0; i < kExpected; ++i) {
+      found.offsets[count] =
+          static_cast<uint16_t>(first + __builtin_ctzll(bits | uint64_t{1} << 63));
+      count += bits != 0;
+      bits &= bits - 1;
+    }
+    for (; __builtin_expect(bits != 0, 0); bits &= bits - 1)
+      found.offsets[count++] = static_cast<uint16_t>(first + __builtin_ctzll(bits));
+  };
+  int64_t word = begin;
+  for (; word + kGroupWords <= end; word += kGroupWords) {
+    uint64_t pairs[kGroupWords / 2], any = 0;
+    std::memcpy(pairs, words + word, sizeof pairs);
+    for (const uint64_t pair : pairs) any |= pair;
+    if (!any) continue;
+    for (int i = 0; i < kGroupWords / 2; ++i) take(pairs[i], (word - begin + 2 * i) * kWordBits);
+  }
+  for (; word < end; ++word) take(words[word], (word - begin) * kWordBits);
+  std::fill(words + begin, words + end, 0);
+  found.count = count;
+  for (int i = 0; i < count; ++i) prefetch_lines(weights + found.first + found.offsets[i], 1);
+}
+
+// Writes the positions and codes of the changed weights of a piece, and clears its bits. The codes
+// of a block are read when the next block has been searched: most are in different cache lines,
+// which arrive in the meantime.
 template <class Code, class Position>
 void take_piece(const Piece& piece, Position* positions, Code* codes) {
-  const Code* weights = static_cast<const Code*>(piece.weights);
-  Position* end = positions;
-  for (int64_t word = piece.begin; word < piece.end; ++word) {
-    uint32_t bits = piece.words[word];
-    if (!bits) continue;
-    piece.words[word] = 0;
-    for (; bits; bits &= bits - 1)
-      *end++ = static_cast<Position>(word * kWordBits + __builtin_ctz(bits));
-  }
-  // Most weights are in different cache lines. A loop of its own, with prefetches, overlaps their
-  // cache misses.
-  const int64_t count = end - positions;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) prefetch_lines(weights + positions[i + kAhead], 1);
-    codes[i] = weights[positions[i]];
+  const Code* const weights = static_cast<const Code*>(piece.weights);
+  Found blocks[2];
+  int now = 0;
+  for (int64_t word = piece.begin; word < piece.end + kBlockWords; word += kBlockWords) {
+    Found& last = blocks[1 - now];
+    blocks[now].count = 0;
+    if (word < piece.end)
+      find(piece.words, weights, word, std::min(word + kBlockWords, piece.end), blocks[now]);
+    for (int i = 0; i < last.count; ++i) {
+      const int64_t at = last.first + last.offsets[i];
+      *positions++ = static_cast<Position>(at);
+      *codes++ = weights[at];
+    }
+    now = 1 - now;
   }
 }
 
@@ -123,10 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> take_changes(
   STD_TORCH_CHECK(bytes == 2 || bytes == 4, "onepass: weights must have 2 or 4 bytes");
   std::vector<Piece> pieces = pieces_of(records, params, bytes);
   for_each(pieces, [](Piece& piece) {
-    uint32_t found = 0;
-#pragma omp simd reduction(+ : found)
-    for (int64_t word = piece.begin; word < piece.end; ++word) found += ones(piece.words[word]);
-    piece.found = found;
+    piece.found = count_bits(piece.words + piece.begin, piece.end - piece.begin);
   });
   const int64_t count = static_cast<int64_t>(params.size());
   Tensor counts = torch::stable::new_empty(records[0], {count}, ScalarType::Long);
