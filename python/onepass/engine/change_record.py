@@ -58,10 +58,11 @@ class Tracked:
 
     def _writes(self, view: ParamView) -> int | None:
         """The number of writes that no tracked step made; None without a version counter."""
-        holders = {id(t): t for t in (view.version_holder(), view.local)}.values()
-        if any(t.is_inference() for t in holders):
+        holder, local = view.version_holder(), view.local
+        if holder.is_inference() or local.is_inference():
             return None
-        return sum(t._version for t in holders) - self._own - self._tally.count
+        seen = local._version if holder is local else holder._version + local._version
+        return seen - self._own - self._tally.count
 
     def begin(self, tally: Tally) -> None:
         """Counts the steps of a new plan, which replaces the plan before."""

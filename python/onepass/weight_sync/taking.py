@@ -34,13 +34,9 @@ class _Member(NamedTuple):
 
     name: str
     view: ParamView
+    local: torch.Tensor  # of this rank, detached
     place: Place
     tracked: Tracked
-
-    @property
-    def local(self) -> torch.Tensor:
-        """The tensor of this rank."""
-        return self.view.local.detach()
 
     @property
     def wide(self) -> bool:
@@ -169,7 +165,8 @@ def _members(named: dict[str, torch.Tensor], record: ChangeRecord) -> list[_Memb
     for name, param in named.items():
         view: ParamView = shards.get(param) or PlainParam(param)
         try:
-            members.append(_Member(name, view, view.place(), record.of(param, view)))
+            local, place = view.local.detach(), view.place()
+            members.append(_Member(name, view, local, place, record.of(param, view)))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return members
