@@ -262,6 +262,7 @@ def new_group(world: World, rng: Random) -> None:
     world.tell(f"add_param_group: {drawn}")
     for one in world.copies:
         one.optimizer.add_param_group(make_group(drawn))
+        one.serve_new()
 
 
 @operation()
@@ -303,8 +304,16 @@ def change_weights(world: World, rng: Random) -> None:
         for p in one.params:
             if in_place:
                 p.data.mul_(0.5)
+                onepass.mark_changed(p)  # a write through .data does not move the version counter
             else:
                 p.data = p.detach() * 0.5
+
+
+@operation(2)
+def send_patch(world: World, rng: Random) -> None:
+    world.tell("send the changed weights")
+    for one in world.others:
+        one.send_patch()
 
 
 # --- operations that must not change results, applied to all copies except the plain one ---
@@ -315,7 +324,9 @@ def _loaded(one: Copy, saved: dict[str, Any], anew: bool) -> onepass.Optimizer:
     if anew:
         names = ("backend", "norm_type", *SETTINGS)
         groups = [dict(group) for group in optimizer.param_groups]
-        optimizer = type(optimizer)(groups, **{name: getattr(optimizer, name) for name in names})
+        settings = {name: getattr(optimizer, name) for name in names}
+        settings["track_changes"] = optimizer.changes is not None
+        optimizer = type(optimizer)(groups, **settings)
     optimizer.load_state_dict(saved)
     return optimizer
 

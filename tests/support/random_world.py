@@ -59,10 +59,13 @@ class Copy:
 
     Attributes:
         skipped: number of steps that the optimizer must have counted as skipped.
+        served: weights that only patches change (onepass.take_delta), by index of the parameter.
     """
 
     def __init__(self, name: str, optimizer: onepass.Optimizer) -> None:
         self.name, self.optimizer, self.skipped = name, optimizer, 0
+        self.served: dict[str, Tensor] = {}
+        self.serve_new()
 
     @property
     def params(self) -> list[Tensor]:
@@ -96,6 +99,21 @@ class Copy:
 
     def gradients(self) -> Grads:
         return [None if p.grad is None else plain_value(p.grad) for p in self.params]
+
+    def serve_new(self) -> None:
+        """Adds the weights of new parameters to those that only patches change."""
+        for i, p in enumerate(self.params):
+            if str(i) not in self.served:
+                self.served[str(i)] = p.detach().clone()
+
+    def send_patch(self) -> None:
+        """Checks that the changed weights, which the steps have recorded, are all that changed."""
+        if self.optimizer.changes is None:
+            return
+        delta = onepass.take_delta(torch.nn.ParameterList(self.params), self.optimizer)
+        onepass.apply_delta(self.served, delta)
+        for i, p in enumerate(self.params):
+            assert same_bits(self.served[str(i)], p.detach()), f"{self.name}: patched weight {i}"
 
     def set_gradients(self, grads: Grads) -> None:
         for p, grad in zip(self.params, grads, strict=True):
@@ -177,7 +195,8 @@ class World:
         backends, isa = {"plain": "reference", "reference": "reference"}, ""
         if not onepass.ops.missing:
             backends["cpu"], isa = "cpu", onepass.ops.cpu_isa(rng.choice(instruction_sets()))
-        self.tell(f"onepass.{self.case.ours.__name__} with {settings}, {isa}")
+        tracked = rng.random() < 0.5
+        self.tell(f"onepass.{self.case.ours.__name__} with {settings}, {isa}, {tracked=}")
         for i, group in enumerate(drawn):
             self.tell(f"  group {i}: {group}")
         self.plain, *self.others = (
@@ -187,6 +206,7 @@ class World:
                     [make_group(group) for group in drawn],
                     backend=backend,
                     norm_type=math.inf,
+                    track_changes=tracked and name != "plain",
                     **settings,
                 ),
             )
