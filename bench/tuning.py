@@ -34,12 +34,12 @@ from .tuning_build import build, compile_variant, copy_cpu_library
 from .tuning_variants import (
     FOLDER,
     FORMATS,
-    TODAY,
     VARIANTS,
     Variant,
     digest_cases,
     library_of,
     source_hash,
+    today,
 )
 
 ROUNDS = 2
@@ -282,7 +282,8 @@ def check_winners(env: Line, setting: Setting) -> int:
                 "variant": variant.name,
                 "numel": setting.numel,
                 "ms": round(fastest[variant.name], 5),
-                "today_ms": round(fastest[TODAY.name], 5) if TODAY.name in fastest else None,
+                "today": today(name).name,
+                "today_ms": round(now, 5) if (now := fastest.get(today(name).name)) else None,
                 "verdict": verdict,
                 "output": output[-2000:],
             }

@@ -9,7 +9,7 @@ from onepass_tools.benchmark.timing import percentile
 
 from . import results
 from .results import Line
-from .tuning_variants import FORMATS, TODAY, VARIANTS
+from .tuning_variants import FORMATS, VARIANTS, today
 
 START = "<!-- Written by python -m bench.tuning --report: do not edit. -->"
 END = "<!-- The end of what bench.tuning writes. -->"
@@ -49,8 +49,7 @@ def text(lines: Sequence[Line]) -> list[str]:
         f"steps, reached {min(copies):,.0f} to {max(copies):,.0f} GB/s, median {copy:,.0f}. Each "
         "cell is the bandwidth of a step's bytes divided by this median; the fastest variant of a "
         "column is bold. The name of a variant is threads x thread blocks per multiprocessor, then "
-        "the elements of a chunk; a list with fp32 states has half as many elements per chunk. "
-        f"The values in `tuning.h` are those of {TODAY.name}.",
+        "the elements of a chunk; a list with fp32 states has half as many elements per chunk.",
         "",
         f"| variant | {' | '.join(times)} |",
         "|---|" + "---:|" * len(times),
@@ -70,8 +69,8 @@ def text(lines: Sequence[Line]) -> list[str]:
 def _winners(lines: Sequence[Line], times: dict[str, dict[str, float]]) -> list[str]:
     """The table of the fastest variant of each format, compared with the values of tuning.h."""
     found = [
-        f"| weights+states | fastest | ms | {TODAY.name}, ms | time saved | bits |",
-        "|---|---|---:|---:|---:|---|",
+        "| weights+states | fastest | ms | in `tuning.h` | ms | time saved | bits |",
+        "|---|---|---:|---|---:|---:|---|",
     ]
     for name, of in times.items():
         best = min(of, key=lambda key: of[key])
@@ -82,8 +81,9 @@ def _winners(lines: Sequence[Line], times: dict[str, dict[str, float]]) -> list[
                 best,
             ):
                 verdict = line["verdict"]
-        today = of.get(TODAY.name)
-        then = f"{today:.3f} | {1 - of[best] / today:.1%}" if today else " | "
+        now = today(name).name
+        ms = of.get(now)
+        then = f"{now} | {ms:.3f} | {1 - of[best] / ms:.1%}" if ms else f"{now} | | "
         found.append(f"| {name} | {best} | {of[best]:.3f} | {then} | {verdict} |")
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onepass_tools.benchmark.cases import Case
@@ -75,8 +75,8 @@ VARIANTS = (
     # Shows how much the prefetch gains with the chunk length of tuning.h.
     *(Variant(threads, blocks, CHUNKS[0], prefetch=False) for threads, blocks in SHAPES[:2]),
 )
-TODAY = VARIANTS[0]
-"""The default values of csrc/cuda/tuning.h."""
+BASE = VARIANTS[0]
+"""The values of the macros in csrc/cuda/tuning.h."""
 
 FORMATS = {
     "fp32": ("fp32", "native", "fp32"),
@@ -87,6 +87,12 @@ FORMATS = {
 }
 """Name -> (dtype of the weights, format of the weights, format of the states). The function
 is_tuned in csrc/cuda/combinations.h lists the same five."""
+
+
+def today(name: str) -> Variant:
+    """The variant with the values that csrc/cuda/tuning.h has for a format of FORMATS."""
+    large = FORMATS[name][2] in ("fp32", "bf16")
+    return replace(BASE, threads=256, blocks=3) if large else BASE
 
 
 def case_of(name: str, numel: int) -> Case:

@@ -10,10 +10,21 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
 import onepass
 from bench import digest, results, sources, tuning, tuning_report
-from bench.tuning_variants import CHUNKS, FORMATS, RINGS, TODAY, VARIANTS, Variant, digest_cases
+from bench.tuning_variants import (
+    BASE,
+    CHUNKS,
+    FORMATS,
+    RINGS,
+    VARIANTS,
+    Variant,
+    digest_cases,
+    today,
+)
+from onepass.formats import STATE_FORMATS, WEIGHT_FORMATS
 from onepass_tools.benchmark.devices import DEVICES
 
 from . import cuda_code, cuda_shim
@@ -121,7 +132,7 @@ def test_failing_process_is_reported_and_the_others_run(run, tmp_path, monkeypat
     """The library of one variant does not load. Without digests nothing is compared."""
 
     def compile_one(variant, target):
-        target.write_bytes(b"") if variant == TODAY else shutil.copy(onepass.ops.LIBRARY, target)
+        target.write_bytes(b"") if variant == BASE else shutil.copy(onepass.ops.LIBRARY, target)
         return ""
 
     monkeypatch.setattr(tuning, "copy_cpu_library", compile_one)
@@ -129,7 +140,7 @@ def test_failing_process_is_reported_and_the_others_run(run, tmp_path, monkeypat
     arguments = run(digests=tmp_path / "none.jsonl", formats=CHOSEN[0])
     assert tuning.main(arguments) == 1
     told = capsys.readouterr().out
-    assert f"{TODAY.name}:  FAILED: exit status 2" in told
+    assert f"{BASE.name}:  FAILED: exit status 2" in told
     assert f"fp32: {VARIANTS[1].name} is the fastest" in told
     assert "bits not compared" in told
     assert len(lines_of(tmp_path / "tuning.jsonl", "tuning")) == 1
@@ -174,7 +185,43 @@ def test_variants_are_unique_and_include_the_defaults():
     assert {v.chunk for v in VARIANTS} == set(CHUNKS)
     header = (ROOT / "csrc" / "cuda" / "tuning.h").read_text()
     defaults = re.findall(r"#define (ONEPASS_\w+) (\d+)", header)
-    assert {name: int(value) for name, value in defaults} == TODAY.macros
+    assert {name: int(value) for name, value in defaults} == BASE.macros
+
+
+SHAPES = """
+#include <cstdio>
+#include "cuda/tuning.h"
+
+int main() {
+  constexpr int kPairs[][2] = {%s};
+  for (const auto& [weight, states] : kPairs) {
+    const auto shape = onepass::cuda::shape_of(onepass::Format(weight), onepass::Format(states));
+    std::printf("%%dx%%d ", shape.threads, shape.blocks_per_sm);
+  }
+}
+"""
+
+
+@compiled
+@pytest.mark.parametrize(
+    "variant", [None, VARIANTS[1], RINGS[0]], ids=lambda v: v.name if v else "default"
+)
+def test_each_format_has_its_launch_shape_and_a_variant_overrides_all(variant, tmp_path):
+    """Formats whose kernels need more registers have at most 640 threads per multiprocessor."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    pairs = ", ".join(
+        f"{{{WEIGHT_FORMATS[weights].codes[dtypes[dtype]]}, {STATE_FORMATS[states].code}}}"
+        for dtype, weights, states in FORMATS.values()
+    )
+    program = tmp_path / "shapes"
+    command = ["g++", "-std=c++17", "-I", ROOT / "csrc", "-x", "c++", "-", "-o", program]
+    command += [f"-D{name}" for name in variant.defines.split()] if variant else []
+    subprocess.run(command, input=SHAPES % pairs, text=True, check=True)
+    found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    for name, shape in zip(FORMATS, found, strict=True):
+        of = variant or today(name)
+        many = name == "split8+mx8" or (of.ring and name == "split16+bf16")
+        assert shape == f"{of.threads}x{640 // of.threads if many else of.blocks}", name
 
 
 def test_the_cuda_library_is_the_one_that_the_environment_names():
@@ -238,7 +285,7 @@ def test_variants_compile_and_differ(tmp_path):
         )
         return registers, {int(n, 16) for n in threads}, "CCTL.E.PF2" in dumped("-sass").stdout
 
-    (today, threads, fetched), (other, others, unfetched) = look(TODAY), look(OTHER)
+    (today, threads, fetched), (other, others, unfetched) = look(BASE), look(OTHER)
     assert len(today) == len(FORMATS)
     assert today.keys() == other.keys()
     assert (threads, others) == ({128}, {256})

@@ -23,16 +23,8 @@ struct Fixed {
   using Math = Quick<Held == Format::kMx8 || Held == Format::kMx4>;
   static constexpr bool kRing = kTuning.ring > 0 && kHasBulkCopies;
   static constexpr bool kFetch = kTuning.prefetch && !kRing;
-  // Resident blocks per multiprocessor, few enough that no register spills: a thread has 80
-  // registers with 768 resident threads, 96 with 640 and 128 with 512.
-  static constexpr bool kMx8 = Held == Format::kMx8;
-  static constexpr int kBits = companion_bits_of(Param);
-  static constexpr bool kFp16 = Param == Format::kFp16Stochastic || Param == Format::kMasterFp16;
-  static constexpr int kFewer = ((kMx8 && (kBits == 8 || kBits == 32)) || kFp16) + (kMx8 && kFp16) +
-                                (kMx8 && Param == Format::kFp16) + (kRing && !kMx8 && kBits == 16);
-  static constexpr int kMost = (768 - 128 * kFewer) / kTuning.threads;
-  static constexpr int kBlocks =
-      kFewer > 0 && kMost < kTuning.blocks_per_sm ? kMost : kTuning.blocks_per_sm;
+  static constexpr Shape kShape = shape_of(Param, Held);
+  static constexpr int kThreads = kShape.threads;
 
   ONEPASS_HD explicit Fixed(const Chunk&) {}
   template <class Work>
@@ -56,6 +48,7 @@ struct Any {
   using Math = Careful;  // too few registers for eight elements in every format
   static constexpr bool kRing = false;
   static constexpr bool kFetch = false;
+  static constexpr int kThreads = kTuning.threads;
   Format param_, grad_, held_;
 
   ONEPASS_HD explicit Any(const Chunk& chunk)

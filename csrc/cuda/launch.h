@@ -76,17 +76,24 @@ cudaError_t prefer_shared(void (*kernel)(Params...)) {
       cudaSharedmemCarveoutMaxShared);
 }
 
-// Launches a kernel with kTuning.threads threads per block.
+// Launches a kernel with this many threads per block.
 template <class... Params, class... Args>
-void launch(cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {
+void launch_with(
+    int threads, cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kTuning.threads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
   STD_TORCH_CHECK(
       error == cudaSuccess, "onepass: launching ", blocks, " blocks: ", cudaGetErrorName(error),
       ", ", cudaGetErrorString(error));
+}
+
+// Launches a kernel with kTuning.threads threads per block.
+template <class... Params, class... Args>
+void launch(cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {
+  launch_with(kTuning.threads, stream, kernel, blocks, args...);
 }
 
 }  // namespace

@@ -79,8 +79,9 @@ struct CudaPlan : Plan {
   // The ID of the capture (0 for eager) whose tables hold the gradients that were taken.
   std::optional<unsigned long long> ready_in;
   SweepKernel kernel = nullptr;
-  void* made_on = nullptr;  // the stream that the tables were allocated on
-  bool mixed = false;       // whether some tables were allocated on another stream
+  int threads = kTuning.threads;  // per block of that kernel
+  void* made_on = nullptr;        // the stream that the tables were allocated on
+  bool mixed = false;             // whether some tables were allocated on another stream
   int multiprocessors = 0;
   // Declared after the tables so that it is destroyed first: its destructor waits for the launches
   // that read the tables.
@@ -125,7 +126,7 @@ struct CudaPlan : Plan {
     const SideStreams::Use use(side_streams_of(stream, now), stream);
     Tables tables = prepare(stream, now);
     tables.step = step;
-    launch(stream, kernel, static_cast<unsigned>(chunks.size()), tables);
+    launch_with(threads, stream, kernel, static_cast<unsigned>(chunks.size()), tables);
   }
 
   // Launches the norm kernels; see the op norm in csrc/ops.cpp.
@@ -264,7 +265,8 @@ struct CudaPlan : Plan {
     for (const Entry& entry : entries) grad_formats.push_back(entry.grad_format);
   }
 
-  // Writes the formats of the gradients into the chunks, and loads the kernel for them.
+  // Writes the formats of the gradients into the chunks, and loads the kernel for them. Sets
+  // threads.
   SweepKernel choose_kernel() {
     const Chunk& first = chunks[0];
     bool one = true, one_flags = true;
@@ -278,6 +280,7 @@ struct CudaPlan : Plan {
     SweepKernel found =
         one ? kernels.fixed(first.flags, first.param_format, first.grad_format, first.state_format)
             : nullptr;
+    threads = found ? shape_of(first.param_format, first.state_format).threads : kTuning.threads;
     if (!found && one_flags) found = kernels.formats(first.flags);
     if (!found) found = kernels.any;
     STD_TORCH_CHECK(

@@ -25,8 +25,8 @@ struct Stream {
 template <class Rules, class Formats>
 struct Ring {
   using Sample = typename Rules::Sample;
-  static constexpr int kWarps = kTuning.threads / kWarp;
-  static constexpr int kRound = kTuning.threads * kElements;
+  static constexpr int kWarps = Formats::kThreads / kWarp;
+  static constexpr int kRound = Formats::kThreads * kElements;
   // Of all stages: six blocks fit into a multiprocessor of compute capability 9.0.
   static constexpr int kMostBytes = 36 << 10;
 

@@ -60,7 +60,7 @@ struct Memory {
   // Called when the loads have been issued.
   template <bool Full>
   __device__ __forceinline__ void loaded() const {
-    constexpr int kNext = kTuning.threads * kElements;
+    constexpr int kNext = Formats::kThreads * kElements;
     if (Full && Formats::kFetch && offset + kNext + kWarpElements <= chunk.count)
       fetch_warp<kNext>(rules, formats, chunk, grad_at, offset);
   }
@@ -214,22 +214,23 @@ __device__ __forceinline__ bool sweep_warp(
   return true;
 }
 
-// Zeroes memory with a whole block. The address and the size must be even, as those of gradients
-// are.
+// Zeroes memory with a whole block of Threads threads. The address and the size must be even, as
+// those of gradients are.
+template <int Threads>
 __device__ __forceinline__ void zero_bytes(char* to, int bytes) {
   const int wide = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? bytes / 16 * 16 : 0;
   const uint32_t zeros[4] = {};
 #pragma unroll 1
-  for (int at = static_cast<int>(threadIdx.x) * 16; at < wide; at += kTuning.threads * 16)
+  for (int at = static_cast<int>(threadIdx.x) * 16; at < wide; at += Threads * 16)
     Access<16>::store(zeros, global(to + at));
 #pragma unroll 1
-  for (int at = wide + static_cast<int>(threadIdx.x) * 2; at < bytes; at += kTuning.threads * 2)
+  for (int at = wide + static_cast<int>(threadIdx.x) * 2; at < bytes; at += Threads * 2)
     Access<2>::store(zeros, global(to + at));
 }
 
 // Whether all tensors of a chunk start at multiples of 16 bytes, and no multiple of 2^32 is inside
 // them (offset_by).
-template <class Rules>
+template <class Formats, class Rules>
 __device__ __forceinline__ bool is_plain(const Rules& rules, const Chunk& chunk, const void* grad) {
   bool plain = true;
   uint32_t highest = 0;
@@ -246,7 +247,8 @@ __device__ __forceinline__ bool is_plain(const Rules& rules, const Chunk& chunk,
     add(chunk.states[slot].data, true);
     add(chunk.states[slot].extra, false);
   });
-  constexpr uint32_t kMostBytes = sizeof(float) * (kTuning.chunk + 2 * kTuning.threads * kElements);
+  constexpr uint32_t kMostBytes =
+      sizeof(float) * (kTuning.chunk + 2 * Formats::kThreads * kElements);
   return plain && highest < 0u - kMostBytes;
 }
 
@@ -292,14 +294,15 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
     ring.abandon();
     if (tables.step.zero_grads)
       formats.grad([&](auto format) {
-        zero_bytes(const_cast<char*>(grad), chunk.count * (bits_of(decltype(format)::value) / 8));
+        zero_bytes<Formats::kThreads>(
+            const_cast<char*>(grad), chunk.count * (bits_of(decltype(format)::value) / 8));
       });
     return;
   }
   Random keys{{}, static_cast<uint32_t>(chunk.index)};
 #pragma unroll
   for (int word = 0; word < kDrawn; ++word) keys.keys[word] = words[word];
-  bool plain = is_plain(rules, chunk, grad);
+  bool plain = is_plain<Formats>(rules, chunk, grad);
   rules.with([&](auto rule) {
     using Hyper = typename decltype(rule)::Hyper;
     Hyper hyper;
@@ -309,7 +312,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   if (!plain) ring.abandon();
 #pragma unroll 1
   for (int offset = warp * kWarpElements; offset < chunk.count;
-       offset += kTuning.threads * kElements) {
+       offset += Formats::kThreads * kElements) {
     const auto sweep = [&](auto full, auto math, int from, const auto& source) {
       return sweep_warp<decltype(full)::value, decltype(math)>(
           rules, formats, chunk, grad, row, keys, tables.step.zero_grads, from, source);
@@ -336,7 +339,8 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
 
 // The kernel for a list with one combination of rule, flags and formats.
 template <template <unsigned> class Rule, unsigned Flags, class Formats>
-__global__ void __launch_bounds__(kTuning.threads, Formats::kBlocks) sweep_fixed(Tables tables) {
+__global__ void __launch_bounds__(Formats::kShape.threads, Formats::kShape.blocks_per_sm)
+    sweep_fixed(Tables tables) {
   sweep_chunk<FixedRule<Rule, Flags>, Formats>(tables);
 }
 

@@ -1,9 +1,14 @@
 // The launch shapes of all kernels.
 #pragma once
 
+#include "../formats/table.h"
+
 // Each value can be overridden by a macro. bench/tuning_variants.py lists the variants that are
-// built this way for comparison.
-#if !defined(ONEPASS_THREADS)
+// built this way for comparison. The launch shape is overridden for every format at once.
+#if defined(ONEPASS_THREADS)
+#define ONEPASS_ONE_SHAPE true
+#else
+#define ONEPASS_ONE_SHAPE false
 #define ONEPASS_THREADS 128
 #endif
 #if !defined(ONEPASS_BLOCKS_PER_SM)
@@ -25,9 +30,15 @@
 namespace onepass::cuda {
 
 // A launch shape.
-struct Tuning {
+struct Shape {
   int threads;        // threads per block
   int blocks_per_sm;  // the minimum for __launch_bounds__, which limits registers per thread
+};
+
+// The parameters of the kernels.
+struct Tuning {
+  int threads;        // of every kernel, except the sweeps for which shape_of has another shape
+  int blocks_per_sm;  // likewise
   int chunk;          // elements per chunk (one chunk per block), a multiple of kWarpElements
   int wide_chunk;     // elements per chunk if the states are fp32; about as many bytes
   int norm_blocks_per_sm;
@@ -67,5 +78,35 @@ static_assert(
     kTuning.chunk % kWarpElements == 0 && kTuning.wide_chunk % kWarpElements == 0,
     "chunks are whole rounds of a warp");
 static_assert(kTuning.threads % kWarp == 0 && kTuning.threads >= 128, "blocks are whole warps");
+
+// Resident threads per multiprocessor of a sweep with fixed formats, few enough that no register
+// spills: a thread has 80 registers with 768 resident threads, 96 with 640 and 128 with 512.
+constexpr int resident_threads(Format weight, Format states) {
+  const bool mx8 = states == Format::kMx8;
+  const int companion = block_of(weight) > 1 ? 0 : static_cast<int>(extra_bytes_of(weight, 1) * 8);
+  const bool fp16 = weight == Format::kFp16Stochastic || weight == Format::kMasterFp16;
+  const bool ring = kTuning.ring > 0 && kHasBulkCopies;
+  const int fewer = ((mx8 && (companion == 8 || companion == 32)) || fp16) + (mx8 && fp16) +
+                    (mx8 && weight == Format::kFp16) + (ring && !mx8 && companion == 16);
+  return 768 - 128 * fewer;
+}
+
+// The launch shape of a sweep with fixed formats: one row per kind of states. A shape that is not
+// that of kTuning is predicted, not measured on a GPU (docs/cuda.md has the reasons).
+constexpr Shape shape_of(Format weight, Format states) {
+  const int resident = resident_threads(weight, states);
+  const int most = resident / kTuning.threads;
+  const Shape base = {
+      kTuning.threads,
+      resident < 768 && most < kTuning.blocks_per_sm ? most : kTuning.blocks_per_sm};
+  if (ONEPASS_ONE_SHAPE || kTuning.ring > 0 || resident < 768) return base;
+  switch (states) {
+    case Format::kFp32:
+    case Format::kBf16Stochastic:
+      return {256, 3};
+    default:
+      return base;
+  }
+}
 
 }  // namespace onepass::cuda
