@@ -41,12 +41,12 @@ CPU_REASONS = {
     "with data in memory. It saves memory, not time: it has less than a third of the bytes of "
     "fp32.",
     "dynamic8": "The codes of bitsandbytes are a table without a formula: decoding a code takes "
-    "one gather, encoding takes three. The format exists to exchange checkpoints with "
-    "bitsandbytes; mx8 is the fast 8-bit format.",
+    "one gather; encoding took three when this was measured, and takes one since. The format "
+    "exists to exchange checkpoints with bitsandbytes; mx8 is the fast 8-bit format.",
 }
 GPU_REASONS = {
-    "dynamic8": "The format has no specialised kernel: it runs the kernel for mixed formats, which "
-    "searches the table for each code. It exists to exchange checkpoints with bitsandbytes.",
+    "dynamic8": "When this was measured, the format had no specialised kernel and searched a table "
+    "for each code. The kernel that it has since (docs/cuda.md) has not been measured.",
 }
 OUTDATED = {
     ("0c4df720749c", "adamw", "bf16", "native", "fp32"): "This version (commit 0c4df72) has no "

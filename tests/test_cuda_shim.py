@@ -85,7 +85,8 @@ def test_averages_and_telemetry_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("weights", "states"), [("split8", "mx8"), ("stochastic", "mx4"), ("native", "fp32")]
+    ("weights", "states"),
+    [("split8", "mx8"), ("stochastic", "mx4"), ("native", "fp32"), ("native", "dynamic8")],
 )
 def test_rows_of_zero_gradients_stay_on_the_fast_path(weights, states):
     """Rows of an embedding without gradients, from the first step on, also with gradients of -0."""

@@ -4,7 +4,7 @@
 Every format has ``decode(codes, scales, root, maps) -> values`` and ``encode(values, random, root,
 maps) -> (codes, scales)``. They work on the elements of consecutive whole blocks. A block of 32
 elements is within one warp, so its maximum needs only shuffles. mx4 codes relative first moments as
-multiples of root; maps points to the rows of :data:`DYNAMIC_TABLES`.
+multiples of root; maps points to the tables of :data:`DYNAMIC_MAPS`.
 """
 
 from __future__ import annotations
@@ -251,26 +251,34 @@ def pack(codes):
 
 # --- dynamic8 --------------------------------------------------------------------------------
 
-DYNAMIC_TABLES = ("signed values", "signed edges", "unsigned values", "unsigned edges")
+# The tables of a map, as csrc/formats/dynamic8.h describes them: 256 values, then the cells.
+DYNAMIC_MAPS = ("signed", "unsigned")
+_MAP = tl.constexpr(256 + 3072)  # 32-bit words
+_LEAST_UNIT = tl.constexpr(0x34000000)  # the bits of 2^-23
 
 
 @triton.jit
-def decode_dynamic(codes, scales, values_ptr):
-    return tl.load(values_ptr + codes.to(tl.int32)) * each(scales, DYNAMIC_BLOCK)
+def decode_dynamic(codes, scales, map_ptr):
+    return tl.load(map_ptr + codes.to(tl.int32)) * each(scales, DYNAMIC_BLOCK)
 
 
 @triton.jit
-def encode_dynamic(values, edges_ptr):
-    """The code of the nearest value, by a branchless binary search of the midpoints."""
+def encode_dynamic(values, map_ptr, SIGNED: tl.constexpr):
+    """The code of the nearest value, from one entry of the table of cells."""
+    SHIFT: tl.constexpr = 17 if SIGNED else 16
     magnitudes = values.to(tl.uint32, bitcast=True) & _MAGNITUDE
     largest = largest_of(magnitudes, DYNAMIC_BLOCK)
     largest = tl.where(largest >= _INFINITY, _NAN, largest).to(tl.uint32)
     divisor = tl.where(largest == 0, _ONE, largest).to(tl.uint32).to(tl.float32, bitcast=True)
     unit = tl.div_rn(values, each(divisor, DYNAMIC_BLOCK))
-    code = tl.zeros(values.shape, tl.int32)
-    for i in tl.static_range(8):
-        step = 128 >> i
-        code += tl.where(unit > tl.load(edges_ptr + code + (step - 1)), step, 0)
+    size = tl.abs(unit) if SIGNED else unit
+    bits = tl.where(size > 2.0**-23, size.to(tl.uint32, bitcast=True), _LEAST_UNIT).to(tl.uint32)
+    if SIGNED:
+        bits = bits ^ tl.where(unit < 0, _MAGNITUDE, 0).to(tl.uint32)
+    cell = (bits >> SHIFT).to(tl.int32) - (_LEAST_UNIT >> SHIFT)
+    entry = tl.load(map_ptr + 256 + cell).to(tl.uint32, bitcast=True)
+    code = (entry + (bits << (24 - SHIFT))) >> 24
+    code = tl.where(unit == unit, code, 0)  # NaN: the block is not finite
     return code.to(tl.uint8), largest.to(tl.float32, bitcast=True)
 
 
@@ -281,14 +289,14 @@ def decode_dynamic_signed(codes, scales, root, maps):
 
 @triton.jit
 def encode_dynamic_signed(values, random, root, maps):
-    return encode_dynamic(values, maps + 256)
+    return encode_dynamic(values, maps, True)
 
 
 @triton.jit
 def decode_dynamic_unsigned(codes, scales, root, maps):
-    return decode_dynamic(codes, scales, maps + 512)
+    return decode_dynamic(codes, scales, maps + _MAP)
 
 
 @triton.jit
 def encode_dynamic_unsigned(values, random, root, maps):
-    return encode_dynamic(values, maps + 768)
+    return encode_dynamic(values, maps + _MAP, False)

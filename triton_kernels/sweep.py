@@ -313,7 +313,8 @@ def launch(
     Args:
         chunks: int64 [chunks, COLUMNS], the chunk table; its addresses must be valid on the device.
         grads: int64 [entries], the addresses of the gradients.
-        maps: fp32 [4, 256], the tables of :data:`onepass.triton_kernels.blocks.DYNAMIC_TABLES`.
+        maps: fp32 [2, words], the tables of :data:`onepass.triton_kernels.blocks.DYNAMIC_MAPS`; the
+            cells have the bits of integers.
         variants: the variants that the column VARIANT of chunks refers to.
         tuned: the launch shape.
         spans: int64 [rows, 2]; see total_telemetry, which is launched after the sweep if

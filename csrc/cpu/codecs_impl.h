@@ -365,19 +365,21 @@ void store_tile(
 }
 
 // dynamic8: a block is a whole tile.
-constexpr DynamicMap kDynamicSigned = dynamic_map(true), kDynamicUnsigned = dynamic_map(false);
+template <bool Signed>
+constexpr DynamicMap kDynamicMap = dynamic_map(Signed);
 
-template <const DynamicMap& Map>
+template <bool Signed>
 void load_dynamic8(const Stored& src, int64_t first, int n, float* __restrict tile, float*) {
   const uint8_t* __restrict codes = static_cast<const uint8_t*>(src.data) + first;
   const float scale = static_cast<const float*>(src.extra)[first / kDynamicBlock];
   uint32_t wide[kTile];
   convert(codes, wide, n);
 #pragma omp simd
-  for (int i = 0; i < n; ++i) tile[i] = Map.values[static_cast<int32_t>(wide[i])] * scale;
+  for (int i = 0; i < n; ++i)
+    tile[i] = kDynamicMap<Signed>.values[static_cast<int32_t>(wide[i])] * scale;
 }
 
-template <const DynamicMap& Map>
+template <bool Signed>
 void store_dynamic8(
     const float* __restrict tile, int64_t first, int n, const Stored& dst, const TileRandom&, int,
     float*) {
@@ -392,9 +394,10 @@ void store_dynamic8(
     __builtin_memset(codes, 0, n);
     return;
   }
-  int32_t wide[kTile];
+  uint32_t wide[kTile];
 #pragma omp simd
-  for (int i = 0; i < n; ++i) wide[i] = encode_dynamic(div_rn(tile[i], divisor), Map);
+  for (int i = 0; i < n; ++i)
+    wide[i] = encode_dynamic<Signed>(div_rn(tile[i], divisor), kDynamicMap<Signed>);
   convert(wide, codes, n);
 }
 
@@ -413,8 +416,7 @@ void store_dynamic8(
       ONEPASS_ALIKE(FN##_tile<Half<DitherFp16>>),                                                  \
       {FN##_tile<Mx8State<kFirst>>, FN##_tile<Mx8State<kSecond>>, FN##_tile<Mx8State<kFirst>>},    \
       {FN##_tile<Mx4State<kFirst>>, FN##_tile<Mx4State<kSecond>>, FN##_tile<Mx4State<kRelative>>}, \
-      {FN##_dynamic8<kDynamicSigned>, FN##_dynamic8<kDynamicUnsigned>,                             \
-       FN##_dynamic8<kDynamicSigned>},                                                             \
+      {FN##_dynamic8<true>, FN##_dynamic8<false>, FN##_dynamic8<true>},                            \
       {FN##_tile<Kahan<ToBf16>>},                                                                  \
       {FN##_tile<Kahan<ToFp16>>},                                                                  \
       {FN##_tile<Master<AwayBf16>>},                                                               \

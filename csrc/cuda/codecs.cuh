@@ -192,6 +192,30 @@ ONEPASS_HD float from_units(float units, float* root) {
 // reads.
 __device__ const DynamicMap kDynamicMaps[2] = {dynamic_map(false), dynamic_map(true)};
 
+// The copy of a map in shared memory, which kernels with fixed formats make at their start and
+// Quick reads.
+template <bool Signed>
+__device__ __forceinline__ DynamicMap& shared_map() {
+  __shared__ DynamicMap map;
+  return map;
+}
+// Makes that copy with a block of Threads threads. A __syncthreads() must follow.
+template <bool Signed, int Threads>
+__device__ __forceinline__ void share_map() {
+  const auto* from = reinterpret_cast<const uint4*>(&kDynamicMaps[Signed]);
+  auto* to = reinterpret_cast<uint4*>(&shared_map<Signed>());
+  for (unsigned i = threadIdx.x; i < sizeof(DynamicMap) / sizeof(uint4); i += Threads)
+    to[i] = from[i];
+}
+// The map that a sweep with this arithmetic reads.
+template <bool Signed, bool Quick>
+__device__ __forceinline__ const DynamicMap& map_of() {
+  if constexpr (Quick)
+    return shared_map<Signed>();
+  else
+    return kDynamicMaps[Signed];
+}
+
 // The codes and scales of the elements of one state that a thread holds in registers.
 template <int Vector>
 struct State {
@@ -207,7 +231,8 @@ struct StateCodec {
   static constexpr int kBlock = block_of(F);
   static constexpr bool kScaled = kBlock > 1;
   static constexpr bool kDynamic = F == Format::kDynamic8;
-  static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;         // lanes per scale
+  static constexpr bool kSigned = K != kSecond;                        // of the map of dynamic8
+  static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;  // lanes per scale
   static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // scales per thread
 
   // offset: position of the warp's first element behind the addresses. Full and Shared are those of
@@ -275,7 +300,7 @@ struct StateCodec {
       }
       const uint32_t code = C::get(state.raw, j);
       if constexpr (kDynamic) {
-        values[j] = kDynamicMaps[K != kSecond].values[code] * from_bits(state.scales[0]);
+        values[j] = map_of<kSigned, Math::kQuick>().values[code] * from_bits(state.scales[0]);
       } else if constexpr (kScaled) {
         using Code = typename Block<F, K>::Code;
         const float units = Code::decode(code, Code::decoder(state.scales[j / Vector]));
@@ -319,14 +344,17 @@ struct StateCodec {
         if constexpr (F == Format::kMx8 && K == kSecond) math.note_seconds(least[v], largest[v]);
       }
       if constexpr (kDynamic) {
-        const bool finite = largest[0] < kInfinity;
+        const bool finite = Math::kQuick || largest[0] < kInfinity;
         const float divisor = largest[0] == 0 ? 1.0f : from_bits(largest[0]);
-        state.scales[0] = finite ? largest[0] : 0x7FC00000u;
-        const DynamicMap& map = kDynamicMaps[K != kSecond];
+        state.scales[0] = finite ? largest[0] : kNan32;
+        math.note_divisor(largest[0]);
+        const DynamicMap& map = map_of<kSigned, Math::kQuick>();
 #pragma unroll
-        for (int j = 0; j < kElements; ++j)
-          words[j] = finite ? encode_dynamic(div_rn(units[j], divisor), map) : 0u;
-        C::template pack<0>(words, state.raw);
+        for (int j = 0; j < kElements; ++j) {
+          const float quotient = math.div_in_range(units[j], divisor);
+          words[j] = finite ? encode_dynamic_upper<kSigned>(quotient, map) : 0u;
+        }
+        C::template pack<24>(words, state.raw);
       } else {
         using Code = typename Block<F, K>::Code;
 #pragma unroll

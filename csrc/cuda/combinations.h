@@ -39,9 +39,11 @@ constexpr bool is_tuned(Format weight, Format states) {
 #define ONEPASS_COMBINATIONS(COMBINATION)              \
   COMBINATION(kFp32, kFp32, kBf16Stochastic)           \
   COMBINATION(kFp32, kFp32, kMx8)                      \
+  COMBINATION(kFp32, kFp32, kDynamic8)                 \
   COMBINATION(kBf16, kBf16, kFp32)                     \
   COMBINATION(kBf16, kBf16, kBf16Stochastic)           \
   COMBINATION(kBf16, kBf16, kMx8)                      \
+  COMBINATION(kBf16, kBf16, kDynamic8)                 \
   COMBINATION(kBf16Stochastic, kBf16, kFp32)           \
   COMBINATION(kBf16Stochastic, kBf16, kBf16Stochastic) \
   COMBINATION(kBf16Stochastic, kBf16, kMx8)            \

@@ -21,7 +21,9 @@ struct Fixed {
   static constexpr int kVector = kWide ? 4 : 8;
   static constexpr bool kDraws = is_stochastic(Param) || is_stochastic(Held);
   using Math = Quick<Held == Format::kMx8 || Held == Format::kMx4>;
-  static constexpr bool kRing = kTuning.ring > 0 && kHasBulkCopies;
+  static constexpr bool kMaps = Held == Format::kDynamic8;  // reads shared_map
+  // A ring and the maps of dynamic8 would need more than 48 KiB of shared memory.
+  static constexpr bool kRing = kTuning.ring > 0 && kHasBulkCopies && !kMaps;
   static constexpr bool kFetch = kTuning.prefetch && !kRing;
   static constexpr Shape kShape = shape_of(Param, Held);
   static constexpr int kThreads = kShape.threads;
@@ -46,6 +48,7 @@ struct Any {
   static constexpr int kVector = 4;
   static constexpr bool kDraws = true;
   using Math = Careful;  // too few registers for eight elements in every format
+  static constexpr bool kMaps = false;
   static constexpr bool kRing = false;
   static constexpr bool kFetch = false;
   static constexpr int kThreads = kTuning.threads;

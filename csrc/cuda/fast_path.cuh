@@ -12,6 +12,7 @@ struct Careful : Exact {
   ONEPASS_HD static void note_finite(float) {}
   ONEPASS_HD static void note_largest(uint32_t) {}
   ONEPASS_HD static void note_seconds(uint32_t, uint32_t) {}
+  ONEPASS_HD static void note_divisor(uint32_t) {}
   ONEPASS_HD static bool right() { return true; }
 };
 
@@ -97,6 +98,11 @@ struct Quick {
     const uint32_t noted = largest == 0 ? ~0u : smallest;
     smallest_second = noted < smallest_second ? noted : smallest_second;
   }
+
+  // Records the bits of the largest magnitude of a block of dynamic8, by which its values are
+  // divided. Quotients below 2^-23 need not be correctly rounded, because all of them have the code
+  // of zero. In the others the dividend is thus at least 2^-101.
+  ONEPASS_HD void note_divisor(uint32_t bits) { note_least(to_bits(from_bits(bits) * 0x1p-23f)); }
 
   // Whether all results have the same bits as those of Careful. A sum with a NaN has the bits of
   // one, which exceed every bound.

@@ -265,6 +265,16 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   const auto* from = reinterpret_cast<const uint32_t*>(tables.chunks + blockIdx.x);
   if (threadIdx.x < kWords) reinterpret_cast<uint32_t*>(&copy)[threadIdx.x] = from[threadIdx.x];
   Stages::init();
+  if constexpr (Formats::kMaps) {
+    using Sample = typename Rules::Sample;
+    for_each_slot<Sample::kStates>([&](auto slot) {
+      constexpr int k = decltype(slot)::value;
+      constexpr Format F = format_in<Sample, k>(Formats::kHeld);
+      if constexpr (Rules::has(k) && F == Format::kDynamic8)
+        share_map<
+            StateCodec<F, kind_in<Sample, k>(F), Formats::kVector>::kSigned, Formats::kThreads>();
+    });
+  }
   __syncthreads();
   const Rules rules(chunk);
   const Formats formats(chunk);

@@ -103,6 +103,7 @@ constexpr Shape shape_of(Format weight, Format states) {
   switch (states) {
     case Format::kFp32:
     case Format::kBf16Stochastic:
+    case Format::kDynamic8:  // each block has 26 KiB of maps in shared memory
       return {256, 3};
     default:
       return base;

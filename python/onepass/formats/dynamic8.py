@@ -18,6 +18,7 @@ from .block_scales import blocks_of
 from .fp32 import FORMAT as FP32
 
 DYNAMIC_BLOCK = 256
+DYNAMIC_CELLS = 3072
 
 
 @cache
@@ -43,6 +44,24 @@ def dynamic_edges(signed: bool) -> F32:
     """The 255 midpoints of the map; a value above midpoint k has a code above k."""
     values = dynamic_map(signed)
     return (values[:-1] + values[1:]) * np.float32(0.5)
+
+
+@cache
+def dynamic_cells(signed: bool) -> U32:
+    """The table with which kernels encode; csrc/formats/dynamic8.h describes it."""
+    shift = np.uint32(17 if signed else 16)
+    cell = np.arange(DYNAMIC_CELLS, dtype=np.uint32) + (np.uint32(0x34000000) >> shift)
+    lowest = cell << shift
+    # The value that has these bits, or whose magnitude has their complement.
+    negative = lowest > 0x3FFFFFFF
+    value = np.where(negative, ~lowest, lowest).view(np.float32)
+    edges = np.append(dynamic_edges(signed), np.float32(np.inf))
+    code = np.searchsorted(edges, value, side="left")
+    edge = edges.view(np.uint32)[code]
+    behind = np.where(negative, ~edge, edge).astype(np.int64) + 1 - lowest
+    left = 24 - int(shift)
+    carry = np.where(behind < 1 << int(shift), (1 << 24) - (behind << left), 0)
+    return ((code.astype(np.int64) - cell << 24) + carry).astype(np.uint32)
 
 
 def has_signed_map(moment: Moment) -> bool:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from ...formats import NATIVE
-from ...formats.dynamic8 import dynamic_edges, dynamic_map
+from ...formats.dynamic8 import dynamic_cells, dynamic_map
 from ...rules import Rule
 from ..hyper_table import RowTable
 from ..tensor_access import has_memory
@@ -131,10 +131,10 @@ class _Prepared:
         self.tuning = self.columns.tuning(self.device)
         self.table, self.owners = self._chunk_table()
         self.chunks = torch.from_numpy(self.table.copy()).to(self.device)
-        maps = [f(signed) for signed in (True, False) for f in (dynamic_map, dynamic_edges)]
-        table = np.zeros((len(maps), 256), np.float32)
-        for line, values in zip(table, maps, strict=True):
-            line[: len(values)] = values
+        maps = [
+            (dynamic_map(signed).view(np.uint32), dynamic_cells(signed)) for signed in (True, False)
+        ]
+        table = np.stack([np.concatenate(parts) for parts in maps]).view(np.float32)
         self.maps = torch.from_numpy(table).to(self.device)
         self.spans = torch.from_numpy(self._spans()).to(self.device)
         self.grads = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
