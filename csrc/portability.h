@@ -67,7 +67,6 @@ struct Exact {
   // eps.
   ONEPASS_HD static float div_by_root(float x, float y) { return div_rn(x, y); }
   // Division by a number from a range that cuda/fast_path.cuh assumes.
-  ONEPASS_HD static float div_by_code(float x, float y) { return div_rn(x, y); }
   ONEPASS_HD static float div_in_range(float x, float y) { return div_rn(x, y); }
 };
 

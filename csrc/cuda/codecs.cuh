@@ -177,13 +177,16 @@ struct Block<Format::kMx4, K> {
 template <Format F, Kind K, class Math>
 ONEPASS_HD float to_units(float value, float root, Math& math) {
   if (F != Format::kMx4 || K == kFirst) return value;
-  return K == kSecond ? math.sqrt(value) : ratio(value, root, math);
+  if constexpr (Math::kQuick)  // a ratio is clamped later, and its root is not zero
+    return K == kSecond ? math.sqrt_of_code(value) : math.div_by_code(value, root);
+  else
+    return K == kSecond ? math.sqrt(value) : ratio(value, root);
 }
 // The inverse of to_units; a second moment in mx4 also writes *root.
-template <Format F, Kind K>
+template <Format F, Kind K, bool Quick>
 ONEPASS_HD float from_units(float units, float* root) {
   if (F != Format::kMx4 || K == kFirst) return units;
-  if (K == kRelative) return units * (*root == 0.0f ? 1.0f : *root);
+  if (K == kRelative) return units * (!Quick && *root == 0.0f ? 1.0f : *root);
   *root = units;
   return units * units;
 }
@@ -231,6 +234,10 @@ struct StateCodec {
   static constexpr int kBlock = block_of(F);
   static constexpr bool kScaled = kBlock > 1;
   static constexpr bool kDynamic = F == Format::kDynamic8;
+  // Whether the codes are ratios that Quick decodes from the nibbles of one word.
+  template <class Math>
+  static constexpr bool kLifted =
+      Math::kQuick && F == Format::kMx4 && K == kRelative && C::kNibbles;
   static constexpr bool kSigned = K != kSecond;                        // of the map of dynamic8
   static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;  // lanes per scale
   static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // scales per thread
@@ -286,8 +293,26 @@ struct StateCodec {
       for (int w = 0; w < kElements / 4; ++w)
         math.note_codes(state.raw[w], state.scales[w / (Vector / 4)]);
     }
+    if constexpr (F == Format::kMx4 && K == kSecond) {
+#pragma unroll
+      for (int v = 0; v < kScales; ++v) math.note_roots(state.scales[v] == 0);
+    }
+    static_assert(!Math::kQuick || F != Format::kMx4 || C::kNibbles, "Quick needs eight codes");
+    if constexpr (kLifted<Math>) math.note_ratios(state.raw[0]);
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
+      if constexpr (kLifted<Math>) {
+        // 2^23 + the lower three bits of the code, and a word with the sign in its uppermost bit.
+        const unsigned byte = static_cast<unsigned>(j / 2);
+        const uint32_t steps = C::nibbles(state.raw, j % 2 != 0) & 0x07070707u;
+        const uint32_t lifted = select_bytes(steps, 0x4B000000u, 0x7440u | byte);
+        const uint32_t above = j % 2 != 0 ? state.raw[0] : state.raw[0] << 4;
+        const uint32_t sign = select_bytes(above, 0, byte << 12 | 0x444u) & ~kMagnitude;
+        const float step = Ratio::decoder(state.scales[0]);
+        const float size = Ratio::decode_lifted(from_bits(lifted), step);
+        values[j] = from_bits(to_bits(size) | sign) * roots[j];
+        continue;
+      }
       if constexpr (F == Format::kMx8) {
         using Code = typename Block<F, K>::Code;
         const uint32_t upper = select_bytes(state.raw[j / 4], 0, j % 4 << 12 | 0x444);
@@ -304,7 +329,7 @@ struct StateCodec {
       } else if constexpr (kScaled) {
         using Code = typename Block<F, K>::Code;
         const float units = Code::decode(code, Code::decoder(state.scales[j / Vector]));
-        values[j] = from_units<F, K>(units, &roots[j]);
+        values[j] = from_units<F, K, Math::kQuick>(units, &roots[j]);
       } else {
         values[j] = decode_one<F, Math::kQuick>(code, 0);
       }
@@ -334,12 +359,15 @@ struct StateCodec {
         units[j] = Full || lanes.has(j) ? to_units<F, K>(values[j], roots[j], math) : 0.0f;
         const int v = kDynamic ? 0 : j / Vector;
         const uint32_t bits = to_bits(units[j]);
-        largest[v] = max_u32(largest[v], measure(units[j]));
+        largest[v] = max_u32(largest[v], measure<Math::kQuick>(units[j]));
         least[v] = bits < least[v] ? bits : least[v];  // removed by the compiler if unused
       }
 #pragma unroll
       for (int v = 0; v < kScales; ++v) {
-        math.note_largest(largest[v]);
+        if constexpr (Math::kQuick && F == Format::kMx4 && K == kSecond)
+          math.note_largest_root(largest[v]);
+        else
+          math.note_largest(largest[v]);
         largest[v] = largest_in<kLanes>(largest[v]);
         if constexpr (F == Format::kMx8 && K == kSecond) math.note_seconds(least[v], largest[v]);
       }
@@ -373,16 +401,26 @@ struct StateCodec {
               words[j] = Code::encode_from(largest[j / Vector] != 0, units[j], bits, scale);
             else
               words[j] = Code::encode_magnitude(units[j], bits, scale);
+          } else if constexpr (kLifted<Math>) {
+            words[j] = Code::dithered(Ratio::clamped(units[j]), bits, Code::encoder(scale, math));
           } else {
             const uint32_t finite = Code::encode(units[j], bits, Code::encoder(scale, math));
             const uint32_t code = !Math::kQuick && scale == kNotFinite ? Code::kNan : finite;
             // mx4 packs two elements into a byte; the second may be past the end of the chunk.
             words[j] = Full || lanes.has(j) ? code : 0u;
-            if (K == kSecond && F == Format::kMx4)
-              roots[j] = Code::decode(code, Code::decoder(scale));
+            if constexpr (K == kSecond && F == Format::kMx4) {
+              const auto unit = Code::decoder(scale);
+              roots[j] = Code::decode(code, Math::kQuick ? Code::divisor(unit, scale) : unit);
+            }
           }
         }
-        C::template pack<0>(words, state.raw);
+        C::template pack<kLifted<Math> ? 16 : 0>(words, state.raw);
+        if constexpr (kLifted<Math>) {
+#pragma unroll
+          for (int j = 0; j < kElements; ++j) words[j] = to_bits(units[j]);
+          const uint32_t even = C::template four<3>(words, 0), odd = C::template four<3>(words, 1);
+          state.raw[0] |= (even >> 4 & 0x08080808u) | (odd & 0x80808080u);
+        }
         if constexpr (Math::kQuick && F == Format::kMx8 && K != kSecond) {
           Raw signs;
 #pragma unroll
@@ -396,9 +434,12 @@ struct StateCodec {
   }
 
   // The bits whose block maximum determines the scale.
+  template <bool Quick>
   ONEPASS_HD static uint32_t measure(float units) {
     if constexpr (kDynamic)
       return to_bits(units) & kMagnitude;
+    else if constexpr (Quick && F == Format::kMx4 && K == kRelative)
+      return to_bits(Ratio::clamped(units));
     else
       return Block<F, K>::Code::measure(units);
   }

@@ -194,7 +194,16 @@ struct Codes {
   static constexpr uint32_t kMask = Bits == 32 ? ~0u : (1u << (Bits % 32)) - 1;
   using L = Lanes<Vector>;
 
+  // Whether the eight codes are the nibbles of one word.
+  static constexpr bool kNibbles = Bits == 4 && Vector == kElements;
+  // The nibbles of even or odd elements, in the lower halves of four bytes.
+  ONEPASS_HD static uint32_t nibbles(const Raw& raw, bool odd) {
+    return (odd ? raw[0] >> 4 : raw[0]) & 0x0F0F0F0Fu;
+  }
+
   ONEPASS_HD static uint32_t get(const Raw& raw, int j) {
+    if constexpr (kNibbles)
+      return select_bytes(nibbles(raw, j % 2 != 0), 0, 0x4440u | static_cast<unsigned>(j / 2));
     const int bit = j % Vector * Bits;
     return raw[j / Vector * kWords + bit / 32] >> (bit % 32) & kMask;
   }
@@ -206,6 +215,14 @@ struct Codes {
   ONEPASS_HD static void put(Raw& raw, int j, uint32_t code) {
     const int bit = j % Vector * Bits;
     raw[j / Vector * kWords + bit / 32] |= code << (bit % 32);
+  }
+  // One byte of each of the words of the even (first 0) or odd (first 1) elements.
+  template <int Byte>
+  ONEPASS_HD static uint32_t four(const uint32_t (&words)[kElements], int first) {
+    constexpr unsigned kPair = Byte | (Byte + 4) << 4;
+    return select_bytes(
+        select_bytes(words[first], words[first + 2], kPair),
+        select_bytes(words[first + 4], words[first + 6], kPair), 0x5410);
   }
   // Packs eight codes. words[j] has code j in the bits from bit From up; its other bits are
   // ignored.
@@ -223,6 +240,9 @@ struct Codes {
         raw[w] = select_bytes(
             select_bytes(words[4 * w], words[4 * w + 1], kPair),
             select_bytes(words[4 * w + 2], words[4 * w + 3], kPair), 0x5410);
+    } else if constexpr (kNibbles && From % 8 == 0) {
+      constexpr int kByte = From / 8;
+      raw[0] = (four<kByte>(words, 0) & 0x0F0F0F0Fu) | (four<kByte>(words, 1) << 4 & 0xF0F0F0F0u);
     } else {
       clear(raw);
 #pragma unroll

@@ -152,12 +152,18 @@ struct Root {
   }
   template <class Random>
   ONEPASS_HD static uint32_t encode(float value, Random random, Unit unit) {
-    const uint32_t bits = max_u32(to_bits(value), unit.lowest);
-    return add_random(bits - unit.lowest, random, 7 - unit.mantissa) >>
-           (23 - unit.mantissa);  // 0 for a zero
+    // Signed, because a GPU subtracts and takes a signed maximum in one instruction.
+    const int32_t above = static_cast<int32_t>(to_bits(value) - unit.lowest);
+    const uint32_t kept = static_cast<uint32_t>(above > 0 ? above : 0);
+    return add_random(kept, random, 7 - unit.mantissa) >> (23 - unit.mantissa);  // 0 for a zero
   }
   ONEPASS_HD static float decode(uint32_t code, Unit unit) {
     return from_bits((code << (23 - unit.mantissa)) + unit.lowest);
+  }
+  // The unit from which decode() returns the divisor of a ratio: 1 for the codes of a block of
+  // zeros, otherwise the root.
+  ONEPASS_HD static Unit divisor(Unit unit, uint32_t scale) {
+    return {unit.mantissa, scale == 0 ? 0x3F800000u : unit.lowest};
   }
 };
 
@@ -201,6 +207,20 @@ struct Ratio {
   ONEPASS_HD static uint32_t dithered(float value, Random random, float per_step) {
     const float steps = magnitude(value) * per_step;
     return add_random(static_cast<uint32_t>(static_cast<int32_t>(steps)), random, 0);
+  }
+  // The magnitude of a number that ratio() has not clamped; it must not be a NaN.
+  ONEPASS_HD static float clamped(float value) {
+    const float limit = from_bits(kRatioLimit), size = magnitude(value);
+    return size < limit ? size : limit;
+  }
+  // The magnitude that decode() returns, from 2^23 + the number of steps. It has at most 6
+  // significant bits, so that every operation is exact.
+  ONEPASS_HD static float decode_lifted(float lifted, float step) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(lifted, step, -0x1p23f * step);
+#else
+    return (lifted - 0x1p23f) * step;
+#endif
   }
   ONEPASS_HD static float decode(uint32_t stored, float step) {
     const float value = static_cast<float>(static_cast<int32_t>(stored & (kSign - 1))) * step;
@@ -248,11 +268,10 @@ struct Signed : Minifloat<Exponent, Mantissa> {
 
 // value / root, the number that mx4 codes. A finite ratio is clamped to +-kRatioLimit, and a root
 // of zero counts as 1.
-template <class Math = Exact>
-ONEPASS_HD float ratio(float value, float root, Math&& math = Math()) {
-  const uint32_t bits = to_bits(math.div_by_code(value, root == 0.0f ? 1.0f : root));
+ONEPASS_HD float ratio(float value, float root) {
+  const uint32_t bits = to_bits(div_rn(value, root == 0.0f ? 1.0f : root));
   const uint32_t magnitude = bits & kMagnitude;
-  const bool over = magnitude > kRatioLimit && (math.kQuick || magnitude < kInfinity);
+  const bool over = magnitude > kRatioLimit && magnitude < kInfinity;
   return from_bits((over ? kRatioLimit : magnitude) | (bits & ~kMagnitude));
 }
 
