@@ -11,10 +11,10 @@ using Quick = onepass::cuda::Quick<false>;
 
 namespace {
 
-enum Kind { kRoots, kWithin, kFewBits, kAny, kKinds };
+enum Kind { kRoots, kWithin, kFewBits, kAny, kByCodes, kKinds };
 const char* const kNames[kKinds] = {
     "roots, all there are", "quotients within the bounds", "of few or nearly all bits",
-    "of any bits at all"};
+    "of any bits at all", "by roots of mx4"};
 
 __device__ unsigned long long tested[kKinds], wrong[kKinds];
 __device__ uint32_t example[kKinds][2];
@@ -77,11 +77,29 @@ __global__ void quotients(Kind kind, uint64_t pairs) {
   atomicAdd(&tested[kind], count);
 }
 
+// Every number, divided by a random root that mx4 decodes: a power of two times 1 to 1.75.
+__global__ void by_codes() {
+  unsigned long long count = 0;
+  for (uint64_t bits = thread(); bits <= 0xFFFFFFFFu; bits += threads()) {
+    const uint64_t random = splitmix64(bits);
+    const uint32_t exponent = onepass::kLowestRoot + static_cast<uint32_t>(random >> 8) % 94;
+    const float x = from_bits(static_cast<uint32_t>(bits));
+    const float y = from_bits(exponent << 23 | static_cast<uint32_t>(random & 3) << 21);
+    Quick quick;
+    const float quotient = quick.div_by_code(x, y);
+    if (!quick.right()) continue;
+    ++count;
+    report(kByCodes, to_bits(quotient) == to_bits(__fdiv_rn(x, y)), to_bits(x), to_bits(y));
+  }
+  atomicAdd(&tested[kByCodes], count);
+}
+
 }  // namespace
 
 int main() {
   constexpr int kBlocks = 1024, kThreads = 256;
   roots<<<kBlocks, kThreads>>>();
+  by_codes<<<kBlocks, kThreads>>>();
   for (Kind kind : {kWithin, kFewBits, kAny})
     quotients<<<kBlocks, kThreads>>>(kind, uint64_t{1} << 36);
   unsigned long long counts[kKinds] = {}, errors[kKinds] = {};

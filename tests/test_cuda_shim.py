@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,49 @@ def test_a_small_eps_leaves_the_fast_path():
             optimizer.step()
         found.append(optimizer)
     assert_same(found[1], found[0])
+
+
+def test_ratios_to_roots_of_zero_leave_the_fast_path():
+    """The codes of the first moment are multiples of 1 where the second moment is zero."""
+    found = []
+    for backend in ("reference", STAND_IN):
+        params = make_params([(1024,)], torch.bfloat16, 0)
+        optimizer = onepass.AdamW(params, weights="stochastic", states="mx4", backend=backend)
+        params[0].grad = torch.zeros_like(params[0])
+        optimizer.step()
+        state = optimizer.state[params[0]]
+        assert not state["exp_avg_sq_scale"].any()
+        state["exp_avg"][:16] = 0x35
+        state["exp_avg_scale"].fill_(200)
+        before = cuda_shim.failed_votes()
+        optimizer.step()
+        # One of the four rounds of a warp has these codes.
+        assert cuda_shim.failed_votes() == before + (backend == STAND_IN)
+        found.append(optimizer)
+    assert_same(found[1], found[0])
+
+
+def test_a_quotient_by_a_root_of_mx4_needs_no_exact_inverse():
+    """The operations of Quick::div_by_code, for every error that PTX allows the inverse.
+
+    The stand-in divides with the exact operation, and tests/cuda_quick.cu runs on a GPU only.
+    """
+    rng = np.random.default_rng(0)
+    ends = np.concatenate([np.arange(4096), (1 << 23) - 1 - np.arange(4096)])
+    bits = np.concatenate([ends, rng.integers(0, 1 << 23, 100_000)]).astype(np.uint32)
+    x = (bits | np.uint32(0x3F800000)).view(np.float32).astype(np.float64)
+    for y in (1.0, 1.25, 1.5, 1.75):
+        wanted = (x / y).astype(np.float32)  # exact: the quotient of such numbers is not a tie
+        exact = np.float32(1 / y)
+        for inverse in (
+            np.nextafter(exact, np.float32(0)),
+            exact,
+            np.nextafter(exact, np.float32(2)),
+        ):
+            quotient = (x * float(inverse)).astype(np.float32).astype(np.float64)
+            remainder = (y * quotient - x).astype(np.float32).astype(np.float64)
+            found = (quotient - remainder * float(inverse)).astype(np.float32)
+            np.testing.assert_array_equal(found, wanted)
 
 
 # --- supported devices ---
