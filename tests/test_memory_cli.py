@@ -10,9 +10,10 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from onepass.memory.report import Bytes
 from onepass.memory.scenarios import Terms, candidate, predicted, report
 from onepass.memory.variants import parse
 from onepass_tools import EXIT_USAGE, main
+
+from .support.scripts import run_command
 
 SMALL = ["--model", "bert-base"]
 
@@ -275,15 +278,24 @@ def test_a_narrow_table_keeps_names_and_peaks(width, rich, capsys, monkeypatch, 
 
 # --- output to a pipe and to a terminal ------------------------------------------------------
 
-COMMAND = [sys.executable, "-m", "onepass", "memory", *SMALL, "--scale", "0.02", "--measure"]
+COMMAND = ["memory", *SMALL, "--scale", "0.02", "--measure"]
 COMMAND += ["--device", "cpu", "--optimizers", "adamw,lion8bit"]
 
 
 def test_no_control_characters_in_a_pipe():
-    result = subprocess.run(COMMAND, capture_output=True, text=True)
+    result = run_command(*COMMAND)
     assert result.returncode == 0, result.stderr
     assert all(char.isprintable() or char == "\n" for char in result.stdout)
     assert result.stderr == ""
+
+
+def read(terminal):
+    """Reads what is written to a pseudoterminal until it is closed."""
+    found = b""
+    with suppress(OSError):  # Linux reports a closed pseudoterminal as an error
+        while chunk := os.read(terminal, 4096):
+            found += chunk
+    return found
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -292,19 +304,14 @@ def test_the_progress_bar_is_shown_only_on_a_terminal(quiet):
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     argv = [*COMMAND, "--json", *(["--quiet"] if quiet else [])]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=follower, text=True)
-    os.close(follower)
-    shown = b""
-    try:
-        while chunk := os.read(leader, 4096):
-            shown += chunk
-    except OSError:  # Linux reports a closed pseudoterminal as an error
-        pass
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read, leader)
+        result = run_command(*argv, stderr=os.ttyname(follower))
+        os.close(follower)
+        shown = reading.result()
     os.close(leader)
-    out = process.stdout.read()
-    process.stdout.close()
-    assert process.wait() == 0
-    assert len(json.loads(out)["optimizers"]) == 2
+    assert result.returncode == 0, shown
+    assert len(json.loads(result.stdout)["optimizers"]) == 2
     assert (b"optimizer" in shown) != quiet
     assert not quiet or shown == b""
 

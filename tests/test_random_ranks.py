@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
-import multiprocessing
 import os
 import random
 import time
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from . import random_ranks
+from .support.processes import forked
 from .support.thorough import THOROUGH
 
 pytestmark = pytest.mark.skipif(
@@ -51,8 +51,7 @@ class Ranks:
         self.world, self.directory, self.processes, self.pipes = world, directory, [], []
 
     def start(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.random_ranks", "tests.zero_ranks"])
+        context = forked()
         self.directory.mkdir(exist_ok=True)
         (self.directory / "store").unlink(missing_ok=True)
         for rank in range(self.world):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from onepass.training import Trainer
 from tests import killed_run
+from tests.support.processes import forked
 from tests.training_case import data, model, same_weights
 
 
@@ -160,20 +159,30 @@ def test_resuming_with_too_few_batches_is_an_error(tmp_path):
         trainer.fit([(x, y)] * 2)
 
 
+def start(path, slow):
+    """Starts the training of killed_run.py; returns the process and its messages."""
+    context = forked()
+    mine, theirs = context.Pipe()
+    process = context.Process(target=killed_run.main, args=(path, slow, theirs))
+    process.start()
+    theirs.close()
+    return process, mine
+
+
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     """A run killed by SIGKILL at a random time, in a step or in a save, resumes to the same
     bits."""
     whole = killed_run.digest(killed_run.train(None))
     path = tmp_path / "run.pt"
-    command = [sys.executable, killed_run.__file__, str(path)]
     chance = random.Random(time.time_ns())
-    process = subprocess.Popen([*command, "--slow"], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()  # the line "training": training has started
+    process, pipe = start(path, slow=True)
+    assert pipe.recv() == "training"
     time.sleep(chance.uniform(0.2, 2.0))
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     done = torch.load(path, weights_only=True) if path.exists() else {"losses": []}
     assert len(done["losses"]) < killed_run.STEPS
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.split()[-1] == whole, f"killed after {len(done['losses'])} saved steps"
+    process, pipe = start(path, slow=False)
+    assert pipe.recv() == whole, f"killed after {len(done['losses'])} saved steps"
+    process.join()

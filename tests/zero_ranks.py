@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from .support.processes import forked
 
 # Timeout in seconds of all checks of one number of ranks: four ranks on two CPU cores took 60.
 PATIENCE = 240
@@ -30,8 +31,7 @@ def run(world, checks, directory, **arguments):
     Returns:
         Name -> None if the check passed, else the traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.zero_ranks", "tests.zero_checks"])
+    context = forked()
     ranks = [
         context.Process(target=_rank, args=(rank, world, checks, directory, arguments), daemon=True)
         for rank in range(world)

@@ -1,11 +1,7 @@
-"""Runs a script as the main program of a new process in which torch is imported already.
-
-Importing torch and the first optimizer take about four seconds, longer than most scripts run.
-"""
+"""Runs a script or a command in a new process in which torch is imported already."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import sys
@@ -13,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-PRELOADED = ["torch", "torch._dynamo", "onepass.optim"]
+from .processes import forked
 
 
 @dataclass(frozen=True)
@@ -33,25 +29,42 @@ def run_script(path: Path, folder: Path, threads: int) -> Result:
         folder: the working directory of the process.
         threads: the number of threads of torch.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    return _run([str(path)], folder, threads)
+
+
+def run_command(*arguments: str, stderr: str = "") -> Result:
+    """Runs `onepass` with arguments and waits for its end.
+
+    Args:
+        arguments: the command line.
+        stderr: path of a terminal that is the standard error; by default, a file is.
+    """
+    return _run(["onepass", *arguments], Path.cwd(), 2, stderr)
+
+
+def _run(argv: list[str], folder: Path, threads: int, stderr: str = "") -> Result:
     with tempfile.TemporaryDirectory() as written:
         outputs = [Path(written, name) for name in ("stdout", "stderr")]
-        process = context.Process(target=_run, args=(path, folder, threads, outputs))
+        files = [str(outputs[0]), stderr or str(outputs[1])]
+        process = forked().Process(target=_main, args=(argv, folder, threads, files))
         process.start()
         process.join()
-        return Result(process.exitcode, *(output.read_text() for output in outputs))
+        found = (output.read_text() if output.exists() else "" for output in outputs)
+        return Result(process.exitcode, *found)
 
 
-def _run(path: Path, folder: Path, threads: int, outputs: list[Path]) -> None:
+def _main(argv: list[str], folder: Path, threads: int, outputs: list[str]) -> None:
     for descriptor, output in enumerate(outputs, start=1):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), descriptor)
     os.chdir(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)
-    sys.argv = [str(path)]
-    sys.path.insert(0, str(path.parent))
+    sys.argv = argv
     import torch
 
     torch.set_num_threads(threads)
-    runpy.run_path(str(path), run_name="__main__")
+    if argv[0] == "onepass":
+        runpy.run_module("onepass", run_name="__main__")
+    else:
+        sys.path.insert(0, str(Path(argv[0]).parent))
+        runpy.run_path(argv[0], run_name="__main__")
