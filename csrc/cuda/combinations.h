@@ -33,6 +33,42 @@ constexpr bool is_tuned(Format weight, Format states) {
   }
 }
 
+// The kernels of ONEPASS_FEW_KERNELS, which tests define because they compile in half the time:
+// every format of weights and every format of states, but not every pair; AdamW alone has kernels
+// for low-precision formats; and flags have a kernel of their own one at a time only.
+#if defined(ONEPASS_FEW_KERNELS)
+constexpr bool kFewKernels = true;
+#else
+constexpr bool kFewKernels = false;
+#endif
+constexpr bool is_in_few(Format weight, Format states) {
+  switch (weight) {
+    case Format::kFp32:
+      return true;
+    case Format::kBf16:
+    case Format::kFp16Stochastic:
+      return states == Format::kFp32;
+    case Format::kMasterBf16:
+    case Format::kMasterFp16:
+      return states == Format::kBf16Stochastic;
+    case Format::kFp16:
+      return states == Format::kMx8;
+    default:
+      return is_tuned(weight, states);
+  }
+}
+
+// Whether this build has the kernel of a combination.
+constexpr bool is_built(Format weight, Format states) {
+  return (!kVariant || is_tuned(weight, states)) && (!kFewKernels || is_in_few(weight, states));
+}
+// Whether this build has kernels for a rule with these flags alone.
+template <class Rule>
+constexpr bool is_built(unsigned flags) {
+  return Rule::kValid && !Rule::kUncommon && (!kVariant || is_tuned<Rule>()) &&
+         (!kFewKernels || (flags & (flags - 1)) == 0);
+}
+
 }  // namespace onepass::cuda
 
 // COMBINATION(weight, gradient, states)

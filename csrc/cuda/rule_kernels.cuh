@@ -12,7 +12,7 @@ namespace onepass::cuda {
 template <template <unsigned> class Rule, unsigned Flags, bool Reduced>
 SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
 #define ONEPASS_FIND(WEIGHT, GRAD, STATES)                                            \
-  if constexpr (!kVariant || is_tuned(Format::WEIGHT, Format::STATES))                \
+  if constexpr (is_built(Format::WEIGHT, Format::STATES))                             \
     if (weight == Format::WEIGHT && grad == Format::GRAD && states == Format::STATES) \
       return sweep_fixed<Rule, Flags, Fixed<Format::WEIGHT, Format::GRAD, Format::STATES>>;
   ONEPASS_FIND(kFp32, kFp32, kFp32)
@@ -23,13 +23,10 @@ SweepKernel fixed_kernel(Format weight, Format grad, Format states) {
   return nullptr;
 }
 
-// Whether a rule lists these flags in kReducedPrecision. With ONEPASS_FEW_KERNELS, which tests
-// define because it compiles in half the time, only AdamW does.
+// Whether a rule lists these flags in kReducedPrecision.
 template <class Rule, unsigned Flags>
 constexpr bool has_reduced() {
-#ifdef ONEPASS_FEW_KERNELS
-  if (!std::is_same_v<Rule, Adam<0>> || Flags != 1) return false;
-#endif
+  if (kFewKernels && (!std::is_same_v<Rule, Adam<0>> || Flags != 1)) return false;
   return (Rule::kReducedPrecision >> Flags & 1) != 0;
 }
 
@@ -37,8 +34,7 @@ constexpr bool has_reduced() {
 template <template <unsigned> class Rule, unsigned Flags = 0>
 SweepKernel find_fixed(unsigned flags, Format weight, Format grad, Format states) {
   if constexpr (Flags < kFlagSets) {
-    if constexpr (
-        Rule<Flags>::kValid && !Rule<Flags>::kUncommon && (!kVariant || is_tuned<Rule<Flags>>())) {
+    if constexpr (is_built<Rule<Flags>>(Flags)) {
       if (flags == Flags)
         return fixed_kernel<Rule, Flags, has_reduced<Rule<0>, Flags>()>(weight, grad, states);
     }
