@@ -1,4 +1,4 @@
-"""The machine code in the built CUDA library, as printed by cuobjdump."""
+"""The machine code in the built CUDA library, as printed by cuobjdump and nvdisasm."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import onepass
 
+from .support.thorough import THOROUGH
+
 LIBRARY = onepass.ops.CUDA_LIBRARY
 FORMATS = ("fp32", "bf16", "fp16", "bf16sr", "fp16sr", "mx8", "mx4", "dynamic8", "kahan-bf16")
 FORMATS += ("kahan-fp16", "master-bf16", "master-fp16", "split16", "split8")
+# A label in the output of nvdisasm, and the address of the instruction after it.
+LABEL = r"^(\.L_x_\d+):(?:\n[^/\n]*)*\n\s+/\*([0-9a-f]{4,})"
 
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture: its name in onepass, resources and instructions."""
+    """One kernel for one architecture: its name in onepass, resources and instructions.
+
+    The instructions of a kernel that :func:`is_read` leaves out are empty.
+    """
 
     name: str
     arch: str
@@ -130,9 +138,20 @@ def _readable(symbol: str) -> str:
     return f"{name}-{flags[1]} " + " ".join(FORMATS[int(code)] for code in codes)
 
 
-def _dump(*options: str) -> str:
-    command = [cuobjdump() or "", *options, str(LIBRARY)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _run(tool: str, *arguments: str, folder: str | None = None) -> str:
+    command = [str(Path(cuobjdump() or "").with_name(tool)), *arguments]
+    made = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+    return made.stdout
+
+
+def is_read(name: str) -> bool:
+    """Whether the tests read the machine code of a kernel.
+
+    `make test` reads that of all kernels of AdamW, of one kernel that reads the flags and formats
+    of each chunk, and of the kernels of every rule for fp32. The code of all takes 25 s to print.
+    """
+    few = name.endswith(" fp32 fp32 fp32") or name in ("adam any", "lion-1 bf16 bf16 bf16sr")
+    return THOROUGH or few or name.startswith(("adam-1 ", "norm", "judge", "advance"))
 
 
 @cache
@@ -140,7 +159,7 @@ def kernels() -> list[Kernel]:
     """Every kernel of the library, once per architecture."""
     found: dict[tuple[str, str], Kernel] = {}
     arch = ""
-    for line in _dump("--dump-resource-usage").splitlines():
+    for line in _run("cuobjdump", "--dump-resource-usage", str(LIBRARY)).splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function (\S+?):$", line.strip()):
@@ -148,12 +167,34 @@ def kernels() -> list[Kernel]:
         elif "REG:" in line:
             resources = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)}
             found[arch, symbol] = Kernel(_readable(symbol), arch, resources)
-    kernel = None
-    for line in _dump("--dump-sass").splitlines():
-        if match := re.search(r"arch = (sm_\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
-            kernel = found[arch, match[1]]
-        elif kernel and (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+([^/;]+);", line)):
-            kernel.instructions.append(match[1].strip())
+    with tempfile.TemporaryDirectory() as folder:
+        _run("cuobjdump", "--extract-elf", "all", str(LIBRARY.resolve()), folder=folder)
+        for part in Path(folder).iterdir():
+            arch = re.search(r"\.(sm_\w+)\.", part.name)[1]
+            _read(part, {name: kernel for (a, name), kernel in found.items() if a in ("", arch)})
     return list(found.values())
+
+
+def _address(places: dict[str, str], label: re.Match[str]) -> str:
+    return f"0x{places[label[1]]}"
+
+
+def _read(part: Path, found: dict[str, Kernel]) -> None:
+    """Reads the instructions of the kernels that the tests read from an ELF file of the library.
+
+    Args:
+        part: the file.
+        found: symbol -> kernel.
+    """
+    table = subprocess.run(["readelf", "-sW", part], check=True, capture_output=True, text=True)
+    symbols = re.findall(r"^\s*(\d+): .* FUNC .*?(\S+)$", table.stdout, re.MULTILINE)
+    read = [index for index, name in symbols if name in found and is_read(found[name].name)]
+    if not read:
+        return
+    text = _run("nvdisasm", "-ndf", "-c", "-fun", ",".join(read), str(part))
+    for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
+        name, _, lines = section.partition(":\n")
+        places = dict(re.findall(LABEL, lines, re.MULTILINE))
+        lines = re.sub(r"`\((\.L_x_\d+)\)", partial(_address, places), lines)
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+([^/;]+);", lines, re.MULTILINE)
+        found[name].instructions = [line.strip() for line in code]

@@ -62,6 +62,8 @@ def test_no_kernel_spills_more_than_a_word():
             assert kernel.resources["STACK"] <= 64, what
             continue
         assert kernel.resources["STACK"] <= 8, what
+        if not kernel.instructions:
+            continue
         spills = [op for op in kernel.opcodes.elements() if op.startswith(("LDL", "STL"))]
         assert len(spills) == kernel.resources["STACK"] // 4, what
 
