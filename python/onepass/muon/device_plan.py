@@ -27,9 +27,11 @@ class SweepTable:
     """What a sweep reads of a table: see :class:`onepass.engine.hyper_table.RowTable`."""
 
     def __init__(
-        self, hyper: torch.Tensor, counters: torch.Tensor, telemetry: torch.Tensor | None
+        self, hyper: torch.Tensor, counters: torch.Tensor, like: torch.Tensor | None
     ) -> None:
-        self.hyper, self.counters, self.telemetry = hyper, counters, telemetry
+        self.hyper, self.counters = hyper, counters
+        # Of its own, because a sweep sets the telemetry of rows of other sweeps to zero.
+        self.telemetry = None if like is None else torch.zeros_like(like)
 
 
 class Stage(DevicePlan):
@@ -106,9 +108,6 @@ class MuonDevicePlan(DevicePlan):
         self.directions = self._make_directions(entries)
         # The sweep over the weights must not scale the directions as gradients.
         self._hyper = table.hyper.clone()
-        self._sums: list[torch.Tensor | None] = [None, None]
-        if table.telemetry is not None:
-            self._sums = [torch.zeros_like(table.telemetry) for _ in range(2)]
         first = [
             _momentum_entry(entries[i], rows[i], direction)
             for i, direction in zip(self._matrices, self.directions.tensors, strict=True)
@@ -120,13 +119,13 @@ class MuonDevicePlan(DevicePlan):
         make, backend, counters = self._make_stage, self.backend, table.counters
         self._first: Stage | None = None
         if first:
-            sums = SweepTable(table.hyper, counters, self._sums[0])
-            self._first = make(backend, first, sums, self._matrices)
-        sums = SweepTable(self._hyper, counters, self._sums[1])
-        self._second = [
-            (numbers, make(backend, [second[i] for i in numbers], sums, numbers))
-            for numbers in _launches(backend, second)
-        ]
+            swept = SweepTable(table.hyper, counters, table.telemetry)
+            self._first = make(backend, first, swept, self._matrices)
+        self._second = []
+        for numbers in _launches(backend, second):
+            swept = SweepTable(self._hyper, counters, table.telemetry)
+            stage = make(backend, [second[i] for i in numbers], swept, numbers)
+            self._second.append((numbers, stage))
         # A backend may prepare the entries of one rule only.
         self._whole = WholeNorm(self.backend, [_weight_entry(entry, 0, {}) for entry in entries])
 
@@ -215,11 +214,15 @@ class MuonDevicePlan(DevicePlan):
 
     def _measure(self) -> None:
         """Combines the telemetry of the sweeps: gradients of the first, weights of the second."""
-        first, second = self._sums
-        if self.table.telemetry is None or first is None or second is None:
+        if self.table.telemetry is None:
             return
-        for column in (GRAD, NONFINITE):
-            second[self._span, column] = first[self._span, column]
+        sums = [_telemetry_of(stage) for stage in self._stages()]
+        first = None if self._first is None else sums.pop(0)
+        # Each row has the parameters of one rule, and so is zero in all second sweeps but one.
+        second = torch.stack(sums).sum(0)
+        if first is not None:
+            for column in (GRAD, NONFINITE):
+                second[self._span, column] = first[self._span, column]
         self.table.telemetry.copy_(second[self.table.positions])
 
 
@@ -254,6 +257,13 @@ def _weight_entry(entry: backends.Entry, row: int, group: Mapping[str, Any]) -> 
         row=row,
         draws=WEIGHT_FORMAT_OF_CODE[entry.weight].stochastic,
     )
+
+
+def _telemetry_of(stage: Stage) -> torch.Tensor:
+    """The telemetry of a sweep that measures."""
+    found = stage.table.telemetry
+    assert found is not None
+    return found
 
 
 def _launches(backend: backends.Backend, entries: list[backends.Entry]) -> list[list[int]]:
