@@ -145,7 +145,7 @@ STAGES = (
                 60,
                 "python -m bench.weight_sync --device cuda --numel 500000000 --out {out}",
                 "python -m bench.weight_sync --numel 20000 --samples 2 --settings bf16 --out {out}",
-                ("triton",),
+                BOTH,
             ),
             Part(
                 "paging",

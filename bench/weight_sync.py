@@ -107,7 +107,6 @@ def measure(name: str, numel: int, device: str, samples: int) -> Line:
         key: onepass.AdamW(
             models[key].parameters(),
             lr=3e-6,
-            backend=None if device == "cpu" else "triton",
             track_changes=key == "with",
             **options,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import importlib.util
 import os
 import re
@@ -44,19 +45,18 @@ class Kernel:
 def main_path(kernel: Kernel) -> list[str]:
     """The instructions of one round of a sweep kernel whose warp passes the vote of the fast path.
 
-    A round handles eight elements per thread. The path goes from the head of the loop to the branch
-    after the vote, and from there by the shorter way to the end of the loop, which is that of the
-    writes. Instructions that are skipped by a predicate or a short branch count, except those that
-    refill a stage of a ring (:func:`refill`).
+    A round handles eight elements per thread. The path has every instruction from the head of the
+    loop to the vote, those that a predicate or a short branch skips included, except those that
+    refill a stage of a ring (:func:`refill`). From the vote, it is the shortest way to the end of
+    the loop that writes the new codes: the way without optional work, because optional work runs
+    between the vote and the writes.
     """
     branches, vote = _branches(kernel), _vote(kernel)
     loops = [(to, i) for i, to in branches.items() if kernel.instructions[i].startswith("@")]
     head, end = min((to, i) for to, i in loops if to < vote < i)
-    decides = min(i for i in branches if i > vote)
-    ways = [_way(kernel, start, end) for start in (decides + 1, branches[decides])]
-    places = [*range(head, decides + 1), *min(ways, key=len)]
     skipped = set(refill(kernel, head))
-    return [kernel.instructions[i] for i in places if i not in skipped]
+    places = [i for i in range(head, vote + 1) if i not in skipped]
+    return [kernel.instructions[i] for i in (*places, *_writing_way(kernel, vote + 1, end))]
 
 
 def refill(kernel: Kernel, head: int) -> range:
@@ -83,14 +83,34 @@ def _branches(kernel: Kernel) -> dict[int, int]:
     }
 
 
-def _way(kernel: Kernel, start: int, end: int) -> list[int]:
-    """The places from one instruction to another, along branches without a predicate."""
-    branches, found = _branches(kernel), [start]
-    while found[-1] != end and len(found) < len(kernel.instructions):
-        last = found[-1]
-        jumps = last in branches and not kernel.instructions[last].startswith("@")
-        found.append(branches[last] if jumps and branches[last] > last else last + 1)
-    return found
+def _writing_way(kernel: Kernel, start: int, end: int) -> tuple[int, ...]:
+    """The places on the shortest way from one instruction to another that writes 16 bytes of data
+    per thread (zeros do not count)."""
+    branches, seen = _branches(kernel), set()
+    ways: list[tuple[int, bool, tuple[int, ...]]] = [(1, False, (start,))]
+    while ways:
+        length, writes, way = heapq.heappop(ways)
+        place, line = way[-1], kernel.instructions[way[-1]]
+        writes = writes or (is_wide(line, "STG") and not line.endswith(", RZ"))
+        if place == end and writes:
+            return way
+        if place == end or (place, writes) in seen:
+            continue
+        seen.add((place, writes))
+        # A predicate is before the opcode, or one more after it. BRA.DIV has a condition too.
+        conditional = line.startswith("@") or re.match(r"BRA(\.\w+)* !?U?P|BRA\.DIV", line)
+        target = branches.get(place)
+        ends = opcode(line) == "EXIT" and not conditional
+        nexts = [] if ends or (target is not None and not conditional) else [place + 1]
+        for next_place in (*nexts, *([] if target is None else [target])):
+            if next_place < len(kernel.instructions):
+                heapq.heappush(ways, (length + 1, writes, (*way, next_place)))
+    raise AssertionError(f"{kernel.name}: no way from the vote to the end of the loop that writes")
+
+
+def is_wide(line: str, kind: str) -> bool:
+    """Whether an instruction reads ("LDG") or writes ("STG") 16 bytes per thread."""
+    return re.fullmatch(rf"{kind}\.E(\.\w+)*\.128", opcode(line)) is not None
 
 
 def _vote(kernel: Kernel) -> int:

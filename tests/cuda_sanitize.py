@@ -20,6 +20,10 @@ STORED = [
 ]
 
 
+EXTRAS = {"ema_decay": 0.9, "telemetry": True, "track_changes": True}
+"""Optional work of the sweep, in every second list."""
+
+
 def steps(device: str, backend: str) -> int:
     """Steps one list per format and a list with all formats, and computes the norm of each list.
 
@@ -31,7 +35,7 @@ def steps(device: str, backend: str) -> int:
         The number of lists.
     """
     lists = [[stored] for stored in STORED] + [STORED]
-    for formats in lists:
+    for number, formats in enumerate(lists):
         groups = []
         for dtype, weights, states in formats:
             storage = torch.ones(3000, dtype=dtype, device=device)
@@ -39,7 +43,8 @@ def steps(device: str, backend: str) -> int:
             for param in params:
                 param.grad = torch.full_like(param, 0.5)
             groups.append({"params": params, "weights": weights, "states": states})
-        optimizer = onepass.AdamW(groups, amsgrad=len(formats) > 1, backend=backend)
+        extras = EXTRAS if number % 2 or len(formats) > 1 else {}
+        optimizer = onepass.AdamW(groups, amsgrad=len(formats) > 1, backend=backend, **extras)
         for _ in range(2):
             optimizer.step()
         plan = optimizer._plan

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import onepass
-from onepass.engine.backends import BACKENDS, Entry, StepArgs, choose
+from onepass.engine.backends import BACKENDS, Entry, StepArgs
 from onepass.engine.changed_weights import _take_by_torch, take_changes
 from onepass.formats import NATIVE, STATE_FORMATS
 from onepass.paging.options import Paging
@@ -30,7 +30,7 @@ from .cases import (
     some_formats,
 )
 from .paging_cases import SMALLEST_PAGE
-from .support.targets import on_targets, one_in
+from .support.targets import every_target, one_in
 
 SIZES = [(0,), (), (31,), (7, 37), (1025,)]
 
@@ -76,11 +76,8 @@ def every_group(case, number, device="cpu"):
     return groups
 
 
-tracking_targets = on_targets(lambda target: target.tracks)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@tracking_targets
+@every_target
 def test_the_record_is_the_bitwise_difference(target, case):
     number = CASES.index(case)
     one_in(4, target, number)
@@ -96,13 +93,11 @@ def test_the_record_is_the_bitwise_difference(target, case):
     assert not all(changed.all() for changed in compared.changed)
 
 
-@tracking_targets
+@every_target
 def test_skipped_steps_change_nothing_and_options_keep_the_record(target):
     params = make_params([*STEP_LIST, (3000,)], torch.bfloat16, 1, device=target.device)
     options = {"skip_nonfinite": True, "max_grad_norm": 1.0, "zero_grads": True}
-    if target.averages:
-        options |= {"ema_decay": 0.9, "telemetry": True}
-    options |= {"states": "mx8", "weights": "split8"}
+    options |= {"ema_decay": 0.9, "telemetry": True, "states": "mx8", "weights": "split8"}
     compared = Compared(adamw(params, backend=target.backend, track_changes=True, **options))
     for step in range(3):
         set_grads(params, torch.bfloat16, seed=step)
@@ -166,7 +161,7 @@ def test_muon_and_released_gradients():
 
 
 @pytest.mark.parametrize("first", [5, (1 << 32) - 100, (1 << 32) - 96])
-@tracking_targets
+@every_target
 def test_shards_that_begin_anywhere(target, first):
     if target.interpreted and first == 5:
         pytest.skip("the other rows cover it")
@@ -193,12 +188,6 @@ def test_shards_that_begin_anywhere(target, first):
     assert torch.equal(found[:700], codes(param) != before)
     assert not found[700:].any()
     assert found.any()
-
-
-def test_a_backend_without_a_record_is_refused(monkeypatch):
-    monkeypatch.setattr(type(BACKENDS["cpu"]), "tracks", False)
-    with pytest.raises(RuntimeError, match=r"does not support track_changes\. Backends that can:"):
-        choose(torch.device("cpu"), "cpu", tracks=True)
 
 
 # --- taking the changes out of the record ---

@@ -100,20 +100,18 @@ def test_the_main_path_reads_16_bytes_per_access_before_it_writes(name, loads, s
     """
     zeroed = 2 if "fp32 fp32 fp32" in name else 1
     for kernel in named(name):
-        ops = [cuda_code.opcode(line) for line in kernel.instructions]
-        wide = re.compile(r"(LDG|STG)\.E(\.\w+)*\.128")
-        (vote,) = [i for i, op in enumerate(ops) if op == "VOTE.ALL"]
-        reads = [i for i, op in enumerate(ops) if wide.fullmatch(op) and op.startswith("LDG")]
+        path = cuda_code.main_path(kernel)
+        (vote,) = [i for i, line in enumerate(path) if cuda_code.opcode(line) == "VOTE.ALL"]
+        reads = [i for i, line in enumerate(path) if cuda_code.is_wide(line, "LDG")]
         assert len(reads) == loads
-        writes = [i for i, op in enumerate(ops) if wide.fullmatch(op) and op.startswith("STG")]
-        # The last write zeroes the gradients of a row that the step skips.
-        assert len(writes) == stores + zeroed + 1
+        writes = [i for i, line in enumerate(path) if cuda_code.is_wide(line, "STG")]
         assert reads[-1] < vote < writes[0]
-        zeros = [kernel.instructions[i].endswith(", RZ") for i in writes[:-1]]
-        # The zeros are written last. A sweep that writes to gradients still being read takes twice
-        # as long.
+        # The zeros are written last, if the option is set. A sweep that writes to gradients still
+        # being read takes twice as long.
+        zeros = [path[i].endswith(", RZ") for i in writes]
         assert zeros == [False] * stores + [True] * zeroed
-        between = ops[reads[0] : reads[-1] + 1]
+        assert all(path[i].startswith("@") for i in writes[stores:])
+        between = [cuda_code.opcode(line) for line in path[reads[0] : reads[-1] + 1]]
         assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
 
 

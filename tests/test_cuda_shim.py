@@ -63,28 +63,6 @@ def test_a_list_of_two_rules_is_refused():
         BACKENDS[STAND_IN].prepare(entries)
 
 
-def test_averages_and_telemetry_are_refused():
-    param = make_params([(5,)], torch.float32, 0)[0]
-    param.grad = torch.ones(5)
-    for option in ({"ema_decay": 0.9}, {"telemetry": True}):
-        with pytest.raises(RuntimeError, match="neither ema_decay nor telemetry"):
-            onepass.SGD([param], backend=STAND_IN, **option).step()
-    with pytest.raises(RuntimeError, match="does not support track_changes"):
-        onepass.SGD([param], backend=STAND_IN, track_changes=True).step()
-    entry = Entry(
-        param.detach(), {}, STATE_FORMATS["fp32"], 0, RULES["sgd"], 0, 0, 0, ema=torch.zeros(5)
-    )
-    with pytest.raises(RuntimeError, match=r"does not support ema_decay.*\(parameter 0\)"):
-        BACKENDS[STAND_IN].prepare([entry])
-    optimizer = onepass.SGD([param], backend=STAND_IN)
-    (part,) = optimizer.adopted()._parts
-    with pytest.raises(RuntimeError, match="does not support telemetry"):
-        part.backend.run(
-            part.prepared,
-            StepArgs(part.table.hyper, part.table.counters, torch.zeros(1, 4, dtype=torch.float64)),
-        )
-
-
 @pytest.mark.parametrize(
     ("weights", "states"),
     [("split8", "mx8"), ("stochastic", "mx4"), ("native", "fp32"), ("native", "dynamic8")],
@@ -253,7 +231,6 @@ def test_cuda_is_not_asked_where_there_is_no_gpu(gpus, monkeypatch):
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
 def test_paged_states(options, links):
     """Tests several pages, parameters cut into parts, and a norm over entries without states."""
-    options = {name: value for name, value in options.items() if name != "ema_decay"}
     dtype = torch.bfloat16 if options.get("weights") else torch.float32
     found = []
     for backend, paged in (

@@ -76,9 +76,7 @@ def backward(net, step):
 
 
 def options_of(target, options):
-    """Names the backend, except with averages: onepass must choose one that supports them."""
-    backend = None if "ema_decay" in options else target[1]
-    return {"lr": 0.02, "weight_decay": 0.1, "backend": backend, **options}
+    return {"lr": 0.02, "weight_decay": 0.1, "backend": target[1], **options}
 
 
 def assert_same_shards(ours, theirs, passed_over=lambda p: False):

@@ -12,7 +12,7 @@ from onepass.engine.backends import BACKENDS
 from onepass.paging.options import Paging
 
 from .cases import CASES, last_variant, same_bits, snapshot
-from .support.devices import ON_GPU, Pair, each_device, each_target, stream_of
+from .support.devices import ON_GPU, Pair, each_target, stream_of
 
 BF16 = torch.bfloat16
 FORMATS = [(torch.float32, {}), (BF16, {"states": "mx8", "weights": "split8"})]
@@ -36,18 +36,13 @@ def loss_of(net, step):
 # --- averages and telemetry ------------------------------------------------------------------
 
 
-@each_device
+@each_target
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
-def test_averages_of_weights(device, dtype, options):
-    """Averages have the bits of the reference, and averaged_weights() restores the weights.
-
-    onepass chooses a backend that supports averages.
-    """
-    pair = Pair(device, None, dtype=dtype, ema_decay=0.9, **options)
+def test_averages_of_weights(device, backend, dtype, options):
+    """Averages have the bits of the reference, and averaged_weights() restores the weights."""
+    pair = Pair(device, backend, dtype=dtype, ema_decay=0.9, **options)
     for step in range(3):
         pair.step(step)
-    (part,) = pair.ours._plan._parts
-    assert part.backend.name == {"cpu": "cpu", "cuda": "triton"}[device]
     pair.assert_same()
     assert all("ema" in pair.ours.state[p] for p in pair.params)
     before = snapshot(pair.ours)
@@ -60,12 +55,12 @@ def test_averages_of_weights(device, dtype, options):
     pair.assert_same()
 
 
-@each_device
+@each_target
 @pytest.mark.parametrize("skipped", [False, True], ids=["", "skipped"])
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
-def test_telemetry(device, dtype, options, skipped):
+def test_telemetry(device, backend, dtype, options, skipped):
     """Weights have the bits of the reference; norms differ only by the rounding of their sums."""
-    pair = Pair(device, None, dtype=dtype, telemetry=True, skip_nonfinite=True, **options)
+    pair = Pair(device, backend, dtype=dtype, telemetry=True, skip_nonfinite=True, **options)
     for step in range(3):
         pair.set_grads(step)
         if skipped and step == 2:

@@ -129,8 +129,6 @@ def test_no_gradients_at_all():
 def test_a_nonfinite_gradient_changes_no_bit(target, options, value):
     one_in(3, target, STEP_FORMATS.index(options) + math.isnan(value))
     dtype = torch.bfloat16 if "weights" in options else torch.float32
-    if not target.averages:
-        options = {key: value for key, value in options.items() if key != "ema_decay"}
     params = make_params(STEP_LIST, dtype, seed=1, device=target.device)
     optimizer = adamw(params, backend=target.backend, skip_nonfinite=True, **options)
     set_grads(params, dtype, seed=0)

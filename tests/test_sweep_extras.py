@@ -29,11 +29,10 @@ from .cases import (
 from .support.comparison import params_of, states_of
 from .support.targets import (
     REFERENCE,
-    averaging_targets,
     compare,
     every_target,
-    on_targets,
     one_in,
+    other_targets,
     with_rows,
 )
 
@@ -71,7 +70,7 @@ def averaged(target, number, decay):
 
 
 @pytest.mark.parametrize("options", STEP_FORMATS, ids=str)
-@on_targets(lambda target: target.averages and target.backend != "reference")
+@other_targets
 def test_averages_match_the_reference_and_change_nothing_else(target, options):
     number = STEP_FORMATS.index(options)
     one_in(2, target, number)
@@ -147,7 +146,7 @@ def test_averages_are_saved_and_loaded():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@averaging_targets
+@every_target
 def test_telemetry(target, dtype):
     """Sums of up to 300 squares, which each backend adds in its own order, at least in fp32."""
     params = make_params(STEP_LIST, dtype, seed=1, device=target.device)
@@ -183,7 +182,7 @@ def test_telemetry(target, dtype):
         assert int(numbers["nonfinite"]) == 0
 
 
-@averaging_targets
+@every_target
 def test_telemetry_of_a_skipped_step_counts_nonfinite_gradients(target):
     params = make_params([(33,), (300,)], torch.float32, seed=1, device=target.device)
     optimizer = adamw(params, backend=target.backend, telemetry=True, skip_nonfinite=True)
@@ -199,7 +198,7 @@ def test_telemetry_of_a_skipped_step_counts_nonfinite_gradients(target):
     torch.testing.assert_close(found["weight_norm"], norm, rtol=2e-5, atol=0)
 
 
-@averaging_targets
+@every_target
 def test_telemetry_is_the_same_run_after_run(target):
     found = []
     for threads in (1, 2):
@@ -282,12 +281,12 @@ def alone_rows(target):
     sizes = [(33,), (), (1025,), (257,)] if target.interpreted else LARGE
     rows = [(0, 0, True, False), (1, 2, False, True), (8, 3, True, True), (0, 2, False, False)]
     for offset, every, zero, measured in rows:
-        row = offset, every, zero, measured and target.averages
+        row = offset, every, zero, measured
         names = [
             f"offset{offset}",
             every and f"every{every}",
             zero and "zero",
-            row[3] and "measured",
+            measured and "measured",
         ]
         yield "-".join(filter(None, names)), (tuple(formats), tuple(sizes), *row)
 
@@ -320,7 +319,7 @@ def test_skipped_step_zeroes_gradients_only(target, offset):
         assert bool((beside == 0.5).all())
 
 
-@averaging_targets
+@every_target
 def test_telemetry_of_empty_parameters_is_zero(target):
     param = torch.nn.Parameter(torch.ones(0, device=target.device))
     param.grad = torch.ones_like(param)
@@ -330,7 +329,7 @@ def test_telemetry_of_empty_parameters_is_zero(target):
     assert not any(map(bool, found.values()))
 
 
-@averaging_targets
+@every_target
 def test_telemetry_beyond_the_range_of_squares_in_fp32(target):
     param = torch.nn.Parameter(torch.tensor([3e25, 4e25, 1e-30], device=target.device))
     param.grad = torch.tensor([3e-30, 4e-30, 0.0], device=target.device)

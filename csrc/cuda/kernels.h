@@ -25,6 +25,12 @@ struct NormKernels {
   void (*total)(const Norm* partials, int64_t count, Norm* total);
 };
 
+// The kernels of telemetry.cuh.
+struct TelemetryKernels {
+  void (*skipped)(Tables, int64_t rows);
+  void (*total)(Tables, const Span* spans);
+};
+
 // The kernels of advance.cuh.
 struct StepKernels {
   void (*judge)(Judged, Verdict* verdict);
@@ -35,6 +41,7 @@ struct StepKernels {
 ONEPASS_FOR_EACH_RULE(ONEPASS_DECLARE, )
 #undef ONEPASS_DECLARE
 extern const NormKernels kNormKernels;
+extern const TelemetryKernels kTelemetryKernels;
 extern const StepKernels kStepKernels;
 
 }  // namespace onepass::cuda

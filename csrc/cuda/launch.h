@@ -76,24 +76,40 @@ cudaError_t prefer_shared(void (*kernel)(Params...)) {
       cudaSharedmemCarveoutMaxShared);
 }
 
-// Launches a kernel with this many threads per block.
-template <class... Params, class... Args>
-void launch_with(
-    int threads, cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-  STD_TORCH_CHECK(
-      error == cudaSuccess, "onepass: launching ", blocks, " blocks: ", cudaGetErrorName(error),
-      ", ", cudaGetErrorString(error));
+// Lets a kernel have this much dynamic shared memory, also if that and its static shared memory
+// exceed 48 KiB.
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
+  return cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+      static_cast<int>(bytes));
 }
 
-// Launches a kernel with kTuning.threads threads per block.
+// A grid of blocks.
+struct Grid {
+  unsigned blocks;
+  int threads = kTuning.threads;  // per block
+  size_t shared = 0;              // bytes of dynamic shared memory per block
+};
+
+// Launches a kernel, or returns the error.
 template <class... Params, class... Args>
-void launch(cudaStream_t stream, void (*kernel)(Params...), unsigned blocks, Args... args) {
-  launch_with(kTuning.threads, stream, kernel, blocks, args...);
+cudaError_t try_launch(cudaStream_t stream, void (*kernel)(Params...), Grid grid, Args... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// Launches a kernel.
+template <class... Params, class... Args>
+void launch(cudaStream_t stream, void (*kernel)(Params...), Grid grid, Args... args) {
+  const cudaError_t error = try_launch(stream, kernel, grid, args...);
+  STD_TORCH_CHECK(
+      error == cudaSuccess, "onepass: launching ", grid.blocks,
+      " blocks: ", cudaGetErrorName(error), ", ", cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "../plan_ops.h"
+#include "aside.h"
 #include "kernels.h"
 #include "launch.h"
 #include "side_streams.h"
@@ -13,8 +15,10 @@ namespace onepass::cuda {
 namespace {
 
 constexpr int64_t kWord = sizeof(int64_t);
-static_assert(sizeof(Chunk) % kWord == 0 && sizeof(Norm) == 3 * kWord, "tables are of int64");
-constexpr int64_t kChunkWords = sizeof(Chunk) / kWord;
+static_assert(
+    sizeof(Chunk) % kWord == 0 && sizeof(Span) == 2 * kWord && sizeof(Norm) == 3 * kWord,
+    "tables are of int64");
+constexpr int64_t kChunkWords = sizeof(Chunk) / kWord, kSpanWords = sizeof(Span) / kWord;
 
 // The kernels of a rule by its code.
 const RuleKernels& kernels_of(int rule) {
@@ -66,12 +70,14 @@ struct Grads {
 // The plan of one CUDA device.
 struct CudaPlan : Plan {
   std::vector<Chunk> chunks;
+  std::vector<Span> spans;                 // of each row; behind the chunks in chunk_table
+  bool averages = false, records = false;  // whether any entry has an average, or a record
   std::vector<Format> grad_formats;  // the formats of gradients that the chunks were written with
   Tensor chunk_table;
   Grads grads;
   // A graph has its own gradient table, because eager steps and other graphs have other gradients.
-  // Each replay copies the addresses again. The memory that these copies use is never freed before
-  // the plan (kept), because the plan does not know when the graph is last replayed.
+  // Each replay copies the addresses again. The memory that replays use is never freed before the
+  // plan (kept), because the plan does not know when the graph is last replayed.
   Grads captured;
   unsigned long long capture = 0;  // the ID of the capture of `captured`
   std::vector<Tensor> kept;
@@ -83,6 +89,9 @@ struct CudaPlan : Plan {
   void* made_on = nullptr;        // the stream that the tables were allocated on
   bool mixed = false;             // whether some tables were allocated on another stream
   int multiprocessors = 0;
+  // The error of the launch that adds the telemetry of the last step, if any. The step itself was
+  // launched, so the next step raises it.
+  cudaError_t left = cudaSuccess;
   // Declared after the tables so that it is destroyed first: its destructor waits for the launches
   // that read the tables.
   std::optional<SideStreams> side_streams;
@@ -97,7 +106,7 @@ struct CudaPlan : Plan {
     side_streams.emplace(device.index);
     ONEPASS_CUDA(
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index));
-    chunk_table = table(like, static_cast<int64_t>(chunks.size()) * kChunkWords);
+    chunk_table = table(like, chunk_words() + static_cast<int64_t>(spans.size()) * kSpanWords);
     grads.table = table(like, static_cast<int64_t>(entries.size()));
   }
 
@@ -106,6 +115,10 @@ struct CudaPlan : Plan {
   void ready() {
     taken = false;
     ready_in.reset();
+    const cudaError_t error = std::exchange(left, cudaSuccess);
+    STD_TORCH_CHECK(
+        error == cudaSuccess, "onepass: adding the telemetry of the last step, which is now NaN: ",
+        cudaGetErrorName(error), ", ", cudaGetErrorString(error));
     if (!entries.empty()) {
       const OnDevice guard(device.index);
       const cudaStream_t stream = stream_of(device.index);
@@ -116,17 +129,36 @@ struct CudaPlan : Plan {
 
   // Launches the sweep.
   void run(const StepArgs& step) {
-    STD_TORCH_CHECK(
-        !step.telemetry,
-        "onepass: the cuda backend does not support telemetry; use the triton backend");
-    if (chunks.empty()) return;
+    if (chunks.empty() && !step.telemetry) return;
     const OnDevice guard(device.index);
     const cudaStream_t stream = stream_of(device.index);
     const unsigned long long now = capture_of(stream);
     const SideStreams::Use use(side_streams_of(stream, now), stream);
     Tables tables = prepare(stream, now);
     tables.step = step;
-    launch_with(threads, stream, kernel, static_cast<unsigned>(chunks.size()), tables);
+    tables.aside = averages || step.telemetry;
+    tables.extras = tables.aside || records;
+    const Grid grid{
+        static_cast<unsigned>(chunks.size()), threads, tables.aside ? aside_bytes(threads) : 0};
+    // Allocated on the current stream, as the launches are on that stream.
+    Tensor partials;
+    if (step.telemetry) {
+      partials = torch::stable::new_empty(
+          chunk_table, {std::max<int64_t>(grid.blocks, 1) * kTelemetryWidth}, ScalarType::Double);
+      tables.partials = static_cast<Telemetry*>(partials.mutable_data_ptr());
+      if (now) kept.push_back(partials);
+      if (grid.blocks)
+        launch(
+            stream, kTelemetryKernels.skipped,
+            Grid{grid.blocks, kTuning.threads, aside_bytes(kTuning.threads)}, tables, rows);
+    }
+    if (grid.blocks) launch(stream, kernel, grid, tables);
+    if (step.telemetry && rows) {
+      const auto* table = static_cast<const int64_t*>(chunk_table.data_ptr());
+      left = try_launch(
+          stream, kTelemetryKernels.total, Grid{static_cast<unsigned>(rows)}, tables,
+          reinterpret_cast<const Span*>(table + chunk_words()));
+    }
   }
 
   // Launches the norm kernels; see the op norm in csrc/ops.cpp.
@@ -143,15 +175,19 @@ struct CudaPlan : Plan {
     // Allocated on the current stream, as the launches are on that stream.
     Tensor partials = torch::stable::new_empty(chunk_table, {blocks * 3}, ScalarType::Double);
     Tensor total = torch::stable::new_empty(chunk_table, {3}, ScalarType::Double);
+    if (now) kept.insert(kept.end(), {partials, total});
     auto* partial = static_cast<Norm*>(partials.mutable_data_ptr());
-    launch(stream, kNormKernels.chunks, static_cast<unsigned>(blocks), tables, count, partial);
     launch(
-        stream, kNormKernels.total, 1u, static_cast<const Norm*>(partial), blocks,
+        stream, kNormKernels.chunks, Grid{static_cast<unsigned>(blocks)}, tables, count, partial);
+    launch(
+        stream, kNormKernels.total, Grid{1}, static_cast<const Norm*>(partial), blocks,
         static_cast<Norm*>(total.mutable_data_ptr()));
     return total;
   }
 
  private:
+  int64_t chunk_words() const { return static_cast<int64_t>(chunks.size()) * kChunkWords; }
+
   static Tensor table(const Tensor& like, int64_t words) {
     return torch::stable::new_empty(like, {std::max<int64_t>(words, 1)}, ScalarType::Long);
   }
@@ -162,13 +198,8 @@ struct CudaPlan : Plan {
       const Entry& entry = entries[e];
       const Format held = held_format(entry);
       const auto format_of = [&](int k) { return state_format(held, weights_of(entry), k); };
-      STD_TORCH_CHECK(
-          !entry.ema,
-          "onepass: the cuda backend does not support ema_decay; use the triton backend", at(e));
-      STD_TORCH_CHECK(
-          !entry.changed,
-          "onepass: the cuda backend does not support track_changes; use the triton backend",
-          at(e));
+      averages = averages || entry.ema;
+      records = records || entry.changed;
       const int64_t block = block_of(held);
       for (int k = 0; k < kMaxStates; ++k)
         STD_TORCH_CHECK(
@@ -187,6 +218,8 @@ struct CudaPlan : Plan {
             chunk.states[k] = {
                 offset(entry.states[k].data, bytes_of(format_of(k), start)),
                 offset(entry.states[k].extra, extra_bytes_of(format_of(k), start / block * block))};
+        chunk.average = entry.ema ? entry.ema + start : nullptr;
+        chunk.changed = entry.changed ? entry.changed + start / 32 : nullptr;
         chunk.start = start;
         chunk.index = static_cast<uint64_t>(entry.first + start);
         chunk.param_id = entry.param_id;
@@ -205,6 +238,12 @@ struct CudaPlan : Plan {
     STD_TORCH_CHECK(
         chunks.size() < 1u << 31, "onepass: the list has ", chunks.size(),
         " chunks; a launch has at most 2147483647 blocks");
+    spans.assign(rows, Span{0, 0});
+    for (int64_t c = 0; c < static_cast<int64_t>(chunks.size()); ++c) {
+      Span& span = spans[chunks[c].row];
+      if (span.end == 0) span.first = c;
+      span.end = c + 1;
+    }
   }
 
   // Returns null if freeing the plan need not wait for launches on the stream. That is the case on
@@ -258,10 +297,8 @@ struct CudaPlan : Plan {
   // changes its dtype.
   void bind_grad_formats(cudaStream_t stream) {
     grad_formats.clear();  // so that the next step tries again after an error
-    if (!chunks.empty()) {
-      kernel = choose_kernel();
-      upload_chunks(stream);
-    }
+    if (!chunks.empty()) kernel = choose_kernel();
+    upload_chunks(stream);
     for (const Entry& entry : entries) grad_formats.push_back(entry.grad_format);
   }
 
@@ -289,7 +326,10 @@ struct CudaPlan : Plan {
         "AdamW in five combinations of formats, and none for this list");
     const Relaxed mode;  // loading may allocate while another thread captures a graph
     ONEPASS_CUDA(verify(found));
-    if (kTuning.ring > 0) ONEPASS_CUDA(prefer_shared(found));
+    if (kTuning.ring > 0) {
+      ONEPASS_CUDA(prefer_shared(found));
+      ONEPASS_CUDA(allow_shared(found, aside_bytes(kTuning.threads)));
+    }
     return found;
   }
 
@@ -300,9 +340,10 @@ struct CudaPlan : Plan {
       mixed = mixed || stream != made_on;
       chunks_captured = false;
     }
-    const int64_t words = static_cast<int64_t>(chunks.size()) * kChunkWords;
-    upload(chunk_table, words, false, [&](int64_t* to) {
+    const int64_t words = chunk_words();
+    upload(chunk_table, chunk_table.numel(), false, [&](int64_t* to) {
       std::memcpy(to, chunks.data(), chunks.size() * sizeof(Chunk));
+      std::memcpy(to + words, spans.data(), spans.size() * sizeof(Span));
     });
   }
 

@@ -53,7 +53,7 @@ void judge_(
                   skip_nonfinite};
   const OnDevice guard(verdict.get_device_index());
   launch(
-      stream_of(verdict.get_device_index()), kStepKernels.judge, 1u, of,
+      stream_of(verdict.get_device_index()), kStepKernels.judge, Grid{1}, of,
       static_cast<Verdict*>(verdict.mutable_data_ptr()));
 }
 
@@ -80,7 +80,8 @@ void advance(
       rows};
   const OnDevice guard(kept.get_device_index());
   launch(
-      stream_of(kept.get_device_index()), kStepKernels.advance, 1u, static_cast<int>(rule), tables);
+      stream_of(kept.get_device_index()), kStepKernels.advance, Grid{1}, static_cast<int>(rule),
+      tables);
 }
 
 }  // namespace

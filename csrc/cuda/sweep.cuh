@@ -7,6 +7,7 @@
 
 #include "bulk_copy.cuh"
 #include "dispatch.cuh"
+#include "extras.cuh"
 #include "ring.cuh"
 
 namespace onepass::cuda {
@@ -107,16 +108,83 @@ __device__ __forceinline__ void load_warp(
   source.template loaded<Full>();
 }
 
+// Does the optional work on 256 elements of a chunk, whose new codes are not stored yet. Full is
+// that of load_warp.
+template <bool Full, class Formats>
+__device__ __forceinline__ void finish_warp(
+    const Formats& formats, const Tables& tables, const Chunk& chunk, const void* grad_at,
+    int offset, const Loaded<Formats::kVector>& loaded) {
+  const Lanes<Formats::kVector> lanes{threadIdx.x % kWarp, chunk.count - offset};
+  if (chunk.changed) record_changes<Full>(formats, chunk, offset, lanes, loaded.param);
+  if (!tables.aside) return;
+  formats.param([&](auto format) {
+    constexpr Format F = decltype(format)::value;
+    if constexpr (is_exact(F)) put_aside<F, Formats>(loaded.param, loaded.companions);
+  });
+  __syncwarp();
+  const float* row = tables.step.hyper + int64_t{chunk.row} * kHyperWidth;
+  if (chunk.average) average_warp<Full, Formats>(chunk.average, row + kEmaDecay, lanes, offset);
+  if (tables.partials) {
+    const Stored grad{const_cast<void*>(grad_at), nullptr};
+    measure_warp<Full>(formats, chunk.param, grad, offset, lanes, [](int j, float) {
+      return aside<Formats::kThreads>().weights[j / 4][threadIdx.x][j % 4];
+    });
+  }
+  __syncwarp();
+}
+
+// Writes the new codes of 256 elements, and zeroes their gradients if zero_grads is set. Full is
+// that of load_warp.
+template <bool Full, class Rules, class Formats>
+__device__ __forceinline__ void store_warp(
+    const Rules& rules, const Formats& formats, const Stored& param, const Stored* states,
+    const void* grad_at, bool zero_grads, int offset, const Lanes<Formats::kVector>& lanes,
+    const Loaded<Formats::kVector>& loaded) {
+  constexpr int kVector = Formats::kVector;
+  using Sample = typename Rules::Sample;
+  formats.param([&](auto format) {
+    constexpr Format F = decltype(format)::value;
+    Codes<bits_of(F), kVector>::template store<Full>(param.data, offset, lanes, loaded.param);
+    if constexpr (companion_bits_of(F) > 0)
+      Codes<companion_bits_of(F), kVector>::template store<Full>(
+          param.extra, offset, lanes, loaded.companions);
+  });
+  for_each_slot<Sample::kStates>([&](auto slot) {
+    constexpr int k = decltype(slot)::value;
+    if (!rules.has(k)) return;
+    formats.held([&](auto format) {
+      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
+      StateCodec<F, kind_in<Sample, k>(F), kVector>::template store<Full>(
+          states[k], offset, lanes, loaded.states[k]);
+    });
+  });
+  // Gradients are zeroed last: writing to memory that is still being read doubles the time of the
+  // sweep.
+  if (zero_grads) {
+    formats.grad([&](auto format) {
+      constexpr int kBits = bits_of(decltype(format)::value);
+      const Raw zeros = {};
+      Codes<kBits, kVector>::template store<Full>(const_cast<void*>(grad_at), offset, lanes, zeros);
+    });
+  }
+}
+
 // Updates 256 elements of a chunk with one warp, from position offset on. Full and Source are those
 // of load_warp; Math is Quick or Careful of fast_path.cuh. Returns false, and writes nothing, if
 // Quick met a special case.
 template <bool Full, class Math, class Rules, class Formats, class Source>
 __device__ __forceinline__ bool sweep_warp(
     const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
-    const float* row, const Random& keys, bool zero_grads, int offset, const Source& source) {
+    const float* row, const Random& keys, const Tables& tables, AsideSlot<Formats::kThreads> slot,
+    int offset, const Source& source) {
   constexpr int kVector = Formats::kVector;
   using Sample = typename Rules::Sample;
   const Lanes<kVector> lanes{threadIdx.x % kWarp, chunk.count - offset};
+  // Copies, because the compiler must assume that the optional work changes the chunk.
+  const Stored param_at = chunk.param;
+  Stored states_at[kMaxStates];
+#pragma unroll
+  for (int k = 0; k < kMaxStates; ++k) states_at[k] = chunk.states[k];
   Loaded<kVector> loaded;
   load_warp<Full>(rules, formats, source, lanes, loaded);
 
@@ -157,6 +225,9 @@ __device__ __forceinline__ bool sweep_warp(
       math.note_finite(param[j]);
     }
   });
+  formats.param([&](auto format) {
+    if constexpr (!is_exact(decltype(format)::value)) put_aside(param, slot);
+  });
 
   Random random = keys;
   random.low += static_cast<uint32_t>(offset);
@@ -184,33 +255,22 @@ __device__ __forceinline__ bool sweep_warp(
     });
   });
   // All lanes must take the same path, because lanes share a scale.
-  if (Math::kQuick && !__all_sync(~0u, math.right())) return false;
-
-  formats.param([&](auto format) {
-    constexpr Format F = decltype(format)::value;
-    Codes<bits_of(F), kVector>::template store<Full>(chunk.param.data, offset, lanes, loaded.param);
-    if constexpr (companion_bits_of(F) > 0)
-      Codes<companion_bits_of(F), kVector>::template store<Full>(
-          chunk.param.extra, offset, lanes, loaded.companions);
-  });
-  for_each_slot<Sample::kStates>([&](auto slot) {
-    constexpr int k = decltype(slot)::value;
-    if (!rules.has(k)) return;
-    formats.held([&](auto format) {
-      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
-      StateCodec<F, kind_in<Sample, k>(F), kVector>::template store<Full>(
-          chunk.states[k], offset, lanes, loaded.states[k]);
-    });
-  });
-  // Gradients are zeroed last: writing to memory that is still being read doubles the time of the
-  // sweep.
-  if (zero_grads) {
-    formats.grad([&](auto format) {
-      constexpr int kBits = bits_of(decltype(format)::value);
-      const Raw zeros = {};
-      Codes<kBits, kVector>::template store<Full>(const_cast<void*>(grad_at), offset, lanes, zeros);
-    });
+  const bool right = !Math::kQuick || __all_sync(~0u, math.right());
+  const bool zero_grads = tables.step.zero_grads;
+  // One branch for both conditions, and stores of its own for the main path. A ring has used none
+  // of the addresses before.
+  if (Full && (right & (tables.extras == 0))) {
+    const Stored& param = Source::kShared ? chunk.param : param_at;
+    const Stored* const states = Source::kShared ? chunk.states : states_at;
+    store_warp<Full>(rules, formats, param, states, grad_at, zero_grads, offset, lanes, loaded);
+    return true;
   }
+  if (!right) return false;
+  const int from = Full ? hidden_from_compiler(offset) : offset;
+  if (Full || tables.extras) finish_warp<Full>(formats, tables, chunk, grad_at, from, loaded);
+  store_warp<Full>(
+      rules, formats, chunk.param, chunk.states, grad_at, zero_grads, from, lanes, loaded);
+  if (Full) keep_apart();
   return true;
 }
 
@@ -242,6 +302,7 @@ __device__ __forceinline__ bool is_plain(const Rules& rules, const Chunk& chunk,
   add(grad, true);
   add(chunk.param.data, true);
   add(chunk.param.extra, true);
+  add(chunk.average, true);
   for_each_slot<Rules::Sample::kStates>([&](auto slot) {
     if (!rules.has(slot)) return;
     add(chunk.states[slot].data, true);
@@ -275,6 +336,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
             StateCodec<F, kind_in<Sample, k>(F), Formats::kVector>::kSigned, Formats::kThreads>();
     });
   }
+  if (tables.partials) clear_telemetry<Formats::kThreads>();
   __syncthreads();
   const Rules rules(chunk);
   const Formats formats(chunk);
@@ -320,12 +382,14 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
     plain = plain && Covered<typename Formats::Math, Hyper>::by(hyper);
   });
   if (!plain) ring.abandon();
+  AsideSlot<Formats::kThreads> slot(tables.aside != 0);
+  slot.keep();
 #pragma unroll 1
   for (int offset = warp * kWarpElements; offset < chunk.count;
        offset += Formats::kThreads * kElements) {
     const auto sweep = [&](auto full, auto math, int from, const auto& source) {
       return sweep_warp<decltype(full)::value, decltype(math)>(
-          rules, formats, chunk, grad, row, keys, tables.step.zero_grads, from, source);
+          rules, formats, chunk, grad, row, keys, tables, slot, from, source);
     };
     const auto memory = [&](int from) {
       return Memory<Rules, Formats>{rules, formats, chunk, grad, from};
@@ -345,6 +409,7 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
     const int hidden = __shfl_xor_sync(~0u, offset, 1);
     sweep(std::false_type{}, Careful{}, hidden, memory(hidden));
   }
+  if (tables.partials) leave_telemetry<Formats::kThreads>(tables.partials + blockIdx.x);
 }
 
 // The kernel for a list with one combination of rule, flags and formats.

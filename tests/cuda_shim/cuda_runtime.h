@@ -122,6 +122,13 @@ inline bool __all_sync(unsigned mask, bool value) {
   return all != 0;
 }
 
+// The threads of the stand-in run one at a time.
+inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
+  const uint32_t before = *to;
+  *to = before | bits;
+  return before;
+}
+
 // --- host API ---
 
 #define CUDART_VERSION 13000
@@ -148,7 +155,10 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
 };
-enum cudaFuncAttribute { cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 struct cudaFuncAttributes {
   int numRegs = 0;

@@ -42,16 +42,6 @@ class Target:
     isa: str = ""
     interpreted: bool = False
 
-    @property
-    def averages(self) -> bool:
-        """Whether the backend supports averages of weights and telemetry."""
-        return self.backend not in ("cuda", STAND_IN)
-
-    @property
-    def tracks(self) -> bool:
-        """Whether the backend records changed weights."""
-        return self.backend not in ("cuda", STAND_IN)
-
     def why_not(self) -> str:
         """The reason why the target is unavailable; empty if it is available."""
         if self.device == "cuda":
@@ -150,7 +140,6 @@ def one_in(count: int, target: Target, number: int) -> None:
 
 
 every_target = on_targets()
-averaging_targets = on_targets(lambda target: target.averages)
 other_targets = on_targets(lambda target: target is not REFERENCE)
 """Every target but the reference, for tests that compare with the reference."""
 

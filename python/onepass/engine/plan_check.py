@@ -58,14 +58,6 @@ def _check_member(member: Member, view: ParamView) -> None:
 def _choose_backends(
     request: PlanRequest, views: list[ParamView]
 ) -> dict[torch.device, backends.Backend]:
-    """The backend of each device, with the optional work of the sweep that the options need."""
-    extras = request.measured or any(
-        option(group, "ema_decay") is not None for group in request.groups
-    )
+    """The backend of each device."""
     devices = dict.fromkeys(view.local.device for view in views)
-    return {
-        device: backends.choose(
-            device, request.backend, extras, request.rule, request.record is not None
-        )
-        for device in devices
-    }
+    return {device: backends.choose(device, request.backend, request.rule) for device in devices}

@@ -43,13 +43,7 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}; got {name!r}")
 
 
-def choose(
-    device: torch.device,
-    name: str | None = None,
-    extras: bool = False,
-    rule: Rule | None = None,
-    tracks: bool = False,
-) -> Backend:
+def choose(device: torch.device, name: str | None = None, rule: Rule | None = None) -> Backend:
     """Chooses the backend for a device.
 
     Warns if name is None and only the reference backend can serve the device.
@@ -57,9 +51,7 @@ def choose(
     Args:
         device: device of the parameters.
         name: name of the backend; None for the first backend that serves the device.
-        extras: whether the backend must support weight averages and telemetry.
         rule: the rule of the optimizer; None if the backend only computes verdicts.
-        tracks: whether the backend must record changed weights.
 
     Raises:
         ValueError: the name is unknown.
@@ -70,7 +62,7 @@ def choose(
     check_name(name)
 
     def cannot(backend: Backend) -> str:
-        return _why_not(backend, device, extras, rule, tracks)
+        return backend.unavailable(device) or ("" if rule is None else backend.lacks(rule))
 
     if name is not None:
         if why_not := cannot(BACKENDS[name]):
@@ -96,20 +88,6 @@ def choose(
                 )
         warnings.warn(message, stacklevel=2)
     return found
-
-
-def _why_not(
-    backend: Backend, device: torch.device, extras: bool, rule: Rule | None, tracks: bool
-) -> str:
-    """The reason why a backend cannot be chosen; empty if it can. See :func:`choose`."""
-    why_not = backend.unavailable(device)
-    if not why_not and extras and not backend.extras:
-        why_not = "it supports neither ema_decay nor telemetry"
-    if not why_not and tracks and not backend.tracks:
-        why_not = "it does not support track_changes"
-    if not why_not and rule is not None:
-        why_not = backend.lacks(rule)
-    return why_not
 
 
 def status() -> list[tuple[str, str]]:

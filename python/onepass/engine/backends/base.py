@@ -163,16 +163,12 @@ class Backend(ABC):
 
     Attributes:
         name: value of the ``backend`` keyword.
-        extras: whether the sweep supports weight averages and telemetry.
-        tracks: whether the sweep records changed weights.
         mixes_rules: whether the entries of one :meth:`prepare` may have different rules.
-        launches: whether :meth:`run` is a single launch. If that launch raises, only the changes of
-            :meth:`advance` remain, and :meth:`retreat` undoes them.
+        launches: whether :meth:`run` changes the entries in a single launch. If :meth:`run` raises,
+            only the changes of :meth:`advance` remain, and :meth:`retreat` undoes them.
     """
 
     name: ClassVar[str]
-    extras: ClassVar[bool] = True
-    tracks: ClassVar[bool] = True
     mixes_rules: ClassVar[bool] = True
     launches: ClassVar[bool] = False
 

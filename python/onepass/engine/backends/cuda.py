@@ -15,8 +15,6 @@ class CudaBackend(CompiledBackend):
     """CUDA C++ kernels, compiled when onepass is built (csrc/cuda)."""
 
     name = "cuda"
-    extras = False
-    tracks = False
     mixes_rules = False
     launches = True
 
