@@ -147,7 +147,7 @@ def _readable(symbol: str) -> str:
     named "adam-1 formats" and "adam any" read the rest at run time."""
     rule = re.search(r"INS_\d+([A-Z][a-z]+)E|sweep_anyI[^E]*?\d+([A-Z][a-z]+)E", symbol)
     if rule is None:
-        return re.sub(r".*cuda\d+((norm|judge|advance)_[a-z]+)E.*", r"\1", symbol)
+        return re.sub(r".*cuda\d+((norm|judge|advance|measure|total)_[a-z]+)E.*", r"\1", symbol)
     name = (rule[1] or rule[2]).lower()
     flags = re.search(r"Lj(\d+)E", symbol)
     if flags is None:

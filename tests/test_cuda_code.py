@@ -47,6 +47,7 @@ def test_every_row_of_the_table_has_a_kernel():
         assert f"{rule} any" in names
     assert {"sgd-2 formats", "adam-0 formats", "adam-1 formats", "lion-1 formats"} <= names
     assert {"norm_chunks", "norm_total", "judge_step", "advance_rows"} <= names
+    assert {"measure_skipped", "total_telemetry"} <= names
 
 
 def test_no_kernel_spills_more_than_a_word():
