@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class _Kind(NamedTuple):
     strided: bool
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Matrices that are orthogonalised together.
 
     Attributes:
@@ -155,19 +155,54 @@ class Directions:
         most = max((cut.elements for cut in cuts), default=0)
         work = torch.empty(most, dtype=settings.products_dtype(device), device=device)
         self.memory = [memory, work]
-        self._batches: list[_Batch] = []
-        for cut, members in zip(cuts, kinds.values(), strict=True):
-            views = []
-            if cut.kind.strided:
-                for i in members:
-                    views += found[i].matrices.views(memory[offsets[i] :])
-            begin, group = offsets[members[0]], found[members[0]].group
-            self._batches += cut.batches(group, memory[begin:], views, work)
+        self._batches: list[tuple[_Unit, list[Batch]]] = []
+        for cut in cuts:
+            for unit in cut.units:
+                views = []
+                if cut.kind.strided:
+                    for i in unit.members:
+                        views += found[i].matrices.views(memory[offsets[i] :])
+                first = unit.members[0]
+                begin, group = offsets[first], found[first].group
+                self._batches.append((unit, cut.batches(unit, group, memory[begin:], views, work)))
 
-    def orthogonalize(self) -> None:
-        """Replaces each direction by the orthogonalised one times the ratio of learning rates."""
-        for batch in self._batches:
+    def batches_of(self, members: Collection[int]) -> list[Batch]:
+        """The batches of some directions.
+
+        Args:
+            members: the indices of the directions, which consist of whole units (:func:`units_of`).
+        """
+        return [
+            batch
+            for unit, batches in self._batches
+            if unit.members[0] in members
+            for batch in batches
+        ]
+
+    def orthogonalize(self, batches: Sequence[Batch] | None = None) -> None:
+        """Replaces each direction by the orthogonalised one times the ratio of learning rates.
+
+        Args:
+            batches: some of the batches; None for all of them.
+        """
+        if batches is None:
+            batches = [batch for _, some in self._batches for batch in some]
+        for batch in batches:
             batch.run(self._products)
+
+
+def units_of(
+    found: Sequence[Direction], settings: Settings, device: torch.device
+) -> list[list[int]]:
+    """The least sets of directions whose batches contain all of their matrices and no others.
+
+    The result is equal on ranks with equal arguments, whatever their CPUs are.
+
+    Returns:
+        The indices of the directions of each set, in the order of the products.
+    """
+    cuts = _cuts_of(found, _kinds_of(found), settings, device)
+    return [unit.members for cut in cuts for unit in cut.units]
 
 
 def scratch_sizes(
@@ -200,60 +235,97 @@ def _cuts_of(
     device: torch.device,
 ) -> list[_Cut]:
     """The division into batches of the directions of each kind."""
-    dtype = settings.products_dtype(device)
-    limit, converts = settings.scratch // dtype.itemsize, dtype != settings.dtype(device)
+    dtype = widest = settings.dtype(device)
+    limit = settings.scratch // dtype.itemsize
     if device.type == "cpu":
-        limit = min(limit, _CPU_CHUNK)
+        # Some CPUs convert bf16 directions to fp32. The division must not depend on the CPU,
+        # because all ranks of a process group must make the same one.
+        widest = torch.float32
+        limit = min(settings.scratch // widest.itemsize, _CPU_CHUNK)
+    converts = dtype != settings.products_dtype(device)
     return [
-        _Cut(kind, sum(found[i].matrices.count for i in members), limit, kind.strided or converts)
+        _Cut(
+            kind,
+            members,
+            [found[i].matrices.count for i in members],
+            limit,
+            copied=kind.strided or converts,
+            maybe_copied=kind.strided or dtype != widest,
+        )
         for kind, members in kinds.items()
     ]
 
 
+class _Unit(NamedTuple):
+    """Directions of one kind whose batches contain all of their matrices and no others.
+
+    Attributes:
+        members: the indices of the directions.
+        sizes: the number of matrices in each batch. There is one batch, or one direction, or the
+            matrices have no elements and need no products.
+    """
+
+    members: list[int]
+    sizes: list[int]
+
+
 class _Cut:
-    """The division of the matrices of one kind into batches of nearly equal size.
+    """The division of the matrices of one kind into batches.
 
     Args:
         kind: the kind.
-        count: the number of matrices.
+        members: the indices of the directions.
+        counts: the number of matrices of each direction.
         limit: the most elements of one workspace.
         copied: whether the products work on copies of the directions.
+        maybe_copied: whether they do so on some CPU.
 
     Attributes:
         kind: as given.
+        units: the directions in the order of members.
         elements: the elements of the workspace.
     """
 
-    def __init__(self, kind: _Kind, count: int, limit: int, copied: bool) -> None:
+    def __init__(
+        self,
+        kind: _Kind,
+        members: Sequence[int],
+        counts: Sequence[int],
+        limit: int,
+        *,
+        copied: bool,
+        maybe_copied: bool,
+    ) -> None:
         self.kind, self._copied = kind, copied
         rows, cols = kind.stored
-        # Matrices without elements need no products.
-        self._count = count if rows * cols else 0
-        self._each = elements(rows, cols) + (rows * cols if copied else 0)
-        most = max(1, limit // self._each)
-        parts = max(1, -(-self._count // most))
-        self._most = -(-self._count // parts)
-        self.elements = self._most * self._each
+        each = elements(rows, cols)
+        most = max(1, limit // (each + (rows * cols if maybe_copied else 0)))
+        if not rows * cols:
+            counts = [0] * len(members)
+        self.units = _units(members, counts, most)
+        largest = max((size for unit in self.units for size in unit.sizes), default=0)
+        self.elements = largest * (each + (rows * cols if copied else 0))
 
     def batches(
         self,
+        unit: _Unit,
         group: Mapping[str, Any],
         memory: torch.Tensor,
         views: list[torch.Tensor],
         work: torch.Tensor,
-    ) -> list[_Batch]:
-        """The batches.
+    ) -> list[Batch]:
+        """The batches of a unit.
 
         Args:
+            unit: one of the units.
             group: the group of the parameters.
-            memory: the directions of this kind, from the first one on.
+            memory: the directions of this unit, from the first one on.
             views: the matrices in memory if they are strided.
             work: the memory of the workspace.
         """
-        (rows, cols), made = self.kind.stored, []
+        (rows, cols), made, begin = self.kind.stored, [], 0
         m = min(rows, cols)
-        for begin in range(0, self._count, self._most or 1):
-            n = min(self._most, self._count - begin)
+        for n in unit.sizes:
             sizes = [(rows, cols), (m, m), (m, m), (1, 1), (1, 1)]
             if self._copied:
                 sizes.append((rows, cols))
@@ -269,5 +341,40 @@ class _Cut:
             if self.kind.strided:
                 pairs = zip(views[begin : begin + n], x, strict=True)
                 copies = [(view, one.view(view.shape)) for view, one in pairs]
-            made.append(_Batch(group, *self.kind.ratio, x, Workspace(*parts), copies))
+            made.append(Batch(group, *self.kind.ratio, x, Workspace(*parts), copies))
+            begin += n
         return made
+
+
+def _units(members: Sequence[int], counts: Sequence[int], most: int) -> list[_Unit]:
+    """Divides directions into units with batches of nearly equal size.
+
+    A batch consists of whole directions, so that directions can be exchanged between ranks one
+    batch after the other. A direction with too many matrices has several batches of its own.
+
+    Args:
+        members: the indices of the directions.
+        counts: the number of matrices of each direction.
+        most: the most matrices of one batch.
+    """
+    target, held = _even(sum(counts), most), 0
+    listed: list[tuple[list[int], list[int]]] = []  # members and counts of each unit
+    for i, count in zip(members, counts, strict=True):
+        if not listed or held + count > target:
+            listed.append(([], []))
+            held = 0
+        listed[-1][0].append(i)
+        listed[-1][1].append(count)
+        held += count
+    units = []
+    for some, numbers in listed:
+        total = sum(numbers)
+        size = _even(total, most)
+        units.append(_Unit(some, [min(size, total - at) for at in range(0, total, size or 1)]))
+    return units
+
+
+def _even(count: int, most: int) -> int:
+    """The size of the fewest parts of nearly equal size with at most this many elements."""
+    parts = max(1, -(-count // most))
+    return -(-count // parts)
