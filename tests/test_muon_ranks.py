@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from . import muon_ranks, zero_ranks
+from . import muon_exchange_ranks, muon_ranks, zero_ranks
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
@@ -18,5 +18,6 @@ def test_ranks(tmp_path):
         last = muon_ranks.save if world == 3 else muon_ranks.load
         directory = tmp_path / str(world)
         directory.mkdir()
-        found = zero_ranks.run(world, [*muon_ranks.EVERYWHERE, last], directory)
+        several = muon_exchange_ranks.SEVERAL if world > 1 else []
+        found = zero_ranks.run(world, [*muon_ranks.EVERYWHERE, last, *several], directory)
         assert not any(found.values()), "\n".join(filter(None, found.values()))
