@@ -168,10 +168,12 @@ def is_read(name: str) -> bool:
     """Whether the tests read the machine code of a kernel.
 
     `make test` reads that of all kernels of AdamW, of one kernel that reads the flags and formats
-    of each chunk, and of the kernels of every rule for fp32. The code of all takes 25 s to print.
+    of each chunk, and of those of the rules of torch.optim and Lion for fp32. Printing the code of
+    all kernels takes 25 s.
     """
-    few = name.endswith(" fp32 fp32 fp32") or name in ("adam any", "lion-1 bf16 bf16 bf16sr")
-    return THOROUGH or few or name.startswith(("adam-1 ", "norm", "judge", "advance"))
+    few = re.fullmatch(r"(sgd|adagrad|rmsprop|adam|lion)-\d+ fp32 fp32 fp32|adam-1 .*", name)
+    named = name in ("adam any", "lion-1 bf16 bf16 bf16sr")
+    return THOROUGH or bool(few) or named or name.startswith(("norm", "judge", "advance"))
 
 
 @cache
