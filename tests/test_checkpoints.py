@@ -25,6 +25,7 @@ from .cases import (
     served,
     train,
 )
+from .support.thorough import THOROUGH
 from .test_oracle import TWIN_IDS, TWINS, torch_twin
 
 
@@ -36,6 +37,9 @@ def save_and_load(state_dict):
     return torch.load(file, weights_only=True)
 
 
+STEPS = 5 if THOROUGH else 2
+
+
 @pytest.mark.parametrize(("case", "variant", "name"), VARIANTS, ids=IDS)
 @pytest.mark.parametrize("states", STATE_FORMATS)
 def test_a_resumed_run_is_the_uninterrupted_one(case, variant, name, states):
@@ -45,13 +49,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(case, variant, name, states):
         return
     params = make_params(SHAPES, torch.float32, 1)
     whole = case.ours(params, **variant, states=states, seed=3)
-    train(whole, params, 5)
+    train(whole, params, STEPS)
     saved, weights = save_and_load(whole.state_dict()), clone(params)
-    train(whole, params, 5, start=5)
+    train(whole, params, STEPS, start=STEPS)
 
     resumed = case.ours(weights, lr=123.0, states=states)
     resumed.load_state_dict(saved)
-    train(resumed, weights, 5, start=5)
+    train(resumed, weights, STEPS, start=STEPS)
     assert_same(resumed, whole)
 
 

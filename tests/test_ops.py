@@ -180,8 +180,8 @@ def test_instruction_sets(every_isa):
         onepass.ops.cpu_isa("mmx")
 
 
-def test_the_environment_picks_the_instruction_set():
-    code = "import onepass; print(onepass.ops.cpu_isa())"
-    env = {**os.environ, "ONEPASS_CPU_ISA": "plain"}
+def test_the_environment_picks_the_instruction_set_and_the_cuda_library():
+    code = "import onepass; print(onepass.ops.cpu_isa(), onepass.ops.CUDA_LIBRARY)"
+    env = {**os.environ, "ONEPASS_CPU_ISA": "plain", "ONEPASS_CUDA_LIBRARY": "/nowhere/variant.so"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert found.stdout.strip() == "plain"
+    assert found.stdout.strip() == "plain /nowhere/variant.so", found.stderr

@@ -224,15 +224,6 @@ def test_each_format_has_its_launch_shape_and_a_variant_overrides_all(variant, t
         assert shape == f"{of.threads}x{640 // of.threads if many else of.blocks}", name
 
 
-def test_the_cuda_library_is_the_one_that_the_environment_names():
-    code = "import onepass; print(onepass.ops.CUDA_LIBRARY)"
-    environ = {**os.environ, "ONEPASS_CUDA_LIBRARY": "/nowhere/variant.so"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True
-    )
-    assert found.stdout.strip() == "/nowhere/variant.so", found.stderr
-
-
 OTHER = Variant(256, 2, 8192, prefetch=False)
 # Lists that the variant has kernels for, and one that it has no kernels for.
 COMPARE = """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import linecache
 import pickle
 import signal
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,9 +94,15 @@ MISTAKES = {
 }
 
 
+# The mistakes that `make test` also makes with clipping in Triton's interpreter.
+CLIPPED = [MISTAKES[name] for name in ("counter -1", "lr negative", "states", "ema_decay")]
+
+
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}], ids=["", "clipped"])
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
 def test_an_error_before_the_sweep_changes_nothing(backend, mistake, options):
+    if backend == "triton" and options and mistake not in CLIPPED and not THOROUGH:
+        pytest.skip("the interpreter is slow: make test-all runs every mistake with clipping")
     if backend == "triton" and mistake is counter_in_place:
         pytest.skip("as on a GPU, the host does not read counters")
     params, optimizer = build(backend, **options)
@@ -148,6 +154,13 @@ def test_a_mistake_in_the_first_step_leaves_no_state(backend):
 # --- Ctrl-C -------------------------------------------------------------------------------------
 
 
+@cache
+def with_lines(path):
+    """The numbers of the lines of a file that start a `with` statement."""
+    lines = enumerate(Path(path).read_text().splitlines(), start=1)
+    return {number for number, line in lines if line.lstrip().startswith("with ")}
+
+
 class Interrupt:
     """Sends SIGINT at the n-th line of the package that runs."""
 
@@ -169,10 +182,9 @@ class Interrupt:
 
         Python reports this line a second time then, but runs signal handlers only after the call.
         """
-        place = frame, frame.f_lineno
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if not line.lstrip().startswith("with "):
+        if frame.f_lineno not in with_lines(frame.f_code.co_filename):
             return False
+        place = frame, frame.f_lineno
         again = place in self.entered
         self.entered ^= {place}
         return again
@@ -222,7 +234,7 @@ KINDS = {
 
 
 # Each kind of step is interrupted at every STRIDE-th line, starting from a different line.
-STRIDE = 1 if THOROUGH else 23
+STRIDE = 1 if THOROUGH else 37
 
 
 @pytest.fixture
