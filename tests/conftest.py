@@ -37,21 +37,22 @@ speed_up()
 # The slowest files. The two workers of `make test` take files in this order as they become free. A
 # slow file that started last would leave one worker idle.
 SLOWEST = (
-    "test_triton_compile",
-    "test_zero",
     "test_bits",
-    "test_memory_cli",
-    "test_session",
-    "test_whole_steps",
+    "test_zero",
+    "test_triton_compile",
+    "test_muon_ranks",
     "test_format_tracking",
-    "test_cuda_code",
     "test_random_ranks",
     "test_step",
+    "test_memory_cli",
+    "test_whole_steps",
+    "test_session",
+    "test_prologue",
+    "test_sweep_extras",
     "test_conformance",
     "test_bench",
-    "test_sweep_extras",
     "test_compile",
-    "test_training_resume",
+    "test_cuda_code",
 )
 
 

@@ -20,6 +20,7 @@ from onepass.formats.floats import decode_bf16, decode_fp16, encode_bf16, encode
 from onepass.rules import HYPER_WIDTH
 
 from .cases import make_params, set_grads
+from .support.thorough import thorough
 from .test_reference import NEAR_TIES
 
 try:
@@ -233,10 +234,10 @@ def test_options_are_uploaded_again_beside_a_graph_that_copies_its_own():
 
 
 @interpreted
-@pytest.mark.parametrize("count", [300, 20_000])
+@pytest.mark.parametrize("count", [300, 3_000, pytest.param(20_000, marks=thorough)])
 def test_a_step_is_one_launch_beside_that_of_its_hyperparameters(count, monkeypatch):
-    """Counts the launches of Triton. Interpreting 20,000 programs would take minutes, so that case
-    compares the grid with the number of tensors (one chunk each) and runs nothing."""
+    """Counts the launches of Triton. Interpreting 20,000 programs would take minutes, so only the
+    first case runs; the others compare the grid with the number of tensors (one chunk each)."""
     from triton.runtime.interpreter import GridExecutor
 
     grids = []
