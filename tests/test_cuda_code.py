@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from . import cuda_code
 from .cuda_code import LIBRARY, kernels
+from .support.thorough import thorough
 from .test_package import ROOT
 
 WHY_NOT = cuda_code.why_not()
@@ -160,16 +163,50 @@ def test_no_formula_is_contracted():
         for op, number in kernel.opcodes.items():
             for start in count:
                 count[start] += number if op.split(".FTZ")[0].startswith(start) else 0
+        # Pairs of compute capability 10.0 have another number, which the next test checks.
+        pairs = sum(number for op, number in kernel.opcodes.items() if op.startswith("FFMA2"))
+        count["FFMA"] -= pairs
         rule = kernel.name.split("-")[0].split()[0]
         if rule in ("sgd", "lion", "norm_chunks", "norm_total") and not kernel.name.endswith(
             (" any", " formats", " dynamic8")
         ):
             assert count["FFMA"] == 0, kernel.name
         elif not kernel.name.endswith((" any", " formats")):
-            key = (kernel.arch, count["MUFU.RCP"], count["MUFU.RSQ"])
+            key = (kernel.arch, count["MUFU.RCP"], count["MUFU.RSQ"], pairs)
             seen.setdefault(key, {}).setdefault(count["FFMA"], []).append(kernel.name)
     for key, counts in seen.items():
         assert len(counts) == 1, (key, {n: names[:3] for n, names in counts.items()})
+
+
+@thorough
+def test_pairs_are_not_contracted(tmp_path, monkeypatch):
+    """On sm_100, AdamW has 6 additions per pair of elements; a contracted one would be missing.
+
+    The multiply-adds are 10 products, 3 changes of sign, and those of the root (2) and of the
+    quotient (4).
+    """
+    most = {"fp32 fp32 fp32": 27, "split16 bf16 bf16sr": 46, "split16 bf16 mx8": 62}
+    most |= {"split8 bf16 mx8": 64, "bf16sr bf16 mx4": 94}
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    cubin = tmp_path / "pairs.sm_100.cubin"
+    command = [nvcc, "-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr"]
+    command += ["-arch=sm_100", "-DONEPASS_TUNING"]
+    source = ROOT / "csrc" / "generated" / "cuda" / "sweep_adam.cu"
+    subprocess.run([*command, "-cubin", source, "-o", cubin], check=True)
+    monkeypatch.setattr(cuda_code, "LIBRARY", cubin)
+    found = {kernel.name: kernel for kernel in cuda_code.kernels.__wrapped__()}
+    assert found.keys() == {f"adam-1 {formats}" for formats in most}
+    for formats, limit in most.items():
+        kernel = found[f"adam-1 {formats}"]
+        assert kernel.resources["STACK"] == 0, formats
+        path = [cuda_code.opcode(line) for line in cuda_code.main_path(kernel)]
+        assert len(path) / 8 <= limit, formats
+        pairs = Counter(
+            op.split(".")[0] for op in path if op.startswith(("FADD2", "FMUL2", "FFMA2"))
+        )
+        assert pairs == {"FADD2": 6 * 4, "FFMA2": 19 * 4}, formats
 
 
 # --- the library -----------------------------------------------------------------------------

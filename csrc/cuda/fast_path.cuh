@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../formats/table.h"
+#include "float_pair.cuh"
 
 namespace onepass::cuda {
 
@@ -50,8 +51,7 @@ struct Quick {
   ONEPASS_HD static bool covers(float eps) { return eps >= kLeastEps && eps <= kMostEps; }
 
   ONEPASS_HD float sqrt(float x) {
-    note_least(to_bits(x));
-    note_most(to_bits(x));
+    note(x);
     return root_in_range(x);
   }
   ONEPASS_HD float sqrt_of_state(float x) { return NotedStates ? root_in_range(x) : sqrt(x); }
@@ -77,8 +77,7 @@ struct Quick {
     note_finite(x);
     note_least(to_bits(x) & kMagnitude);
 #if defined(__CUDA_ARCH__)
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+    const float inverse = approximate_rcp(y);
     const float quotient = x * inverse;
     return __fmaf_rn(-__fmaf_rn(y, quotient, -x), inverse, quotient);
 #else
@@ -89,13 +88,39 @@ struct Quick {
   // line keep the sign of zero.
   ONEPASS_HD static float div_in_range(float x, float y) {
 #if defined(__CUDA_ARCH__)
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+    float inverse = approximate_rcp(y);
     inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.0f), inverse);
     const float quotient = x * inverse;
     return __fmaf_rn(-__fmaf_rn(y, quotient, -x), inverse, quotient);
 #else
     return div_rn(x, y);
+#endif
+  }
+
+  // The same for pairs.
+  __device__ __forceinline__ FloatPair sqrt_of_state(FloatPair x) {
+#if defined(__CUDA_ARCH__)
+    if (!NotedStates) note(first_of(x)), note(second_of(x));
+    const FloatPair shifted = x + 0x1p-126f;
+    const FloatPair inverse =
+        pair_of(approximate_rsqrt(first_of(shifted)), approximate_rsqrt(second_of(shifted)));
+    const FloatPair root = x * inverse;
+    return fma_rn(fma_rn(-root, root, x), 0.5f * inverse, root);
+#else
+    return pair_of(sqrt_of_state(first_of(x)), sqrt_of_state(second_of(x)));
+#endif
+  }
+  __device__ __forceinline__ FloatPair div_by_root(FloatPair x, FloatPair y) {
+#if defined(__CUDA_ARCH__)
+    note_least(to_bits(first_of(x)) & kMagnitude);
+    note_least(to_bits(second_of(x)) & kMagnitude);
+    // div_in_range with the negatives of the inverse and of x, which need fewer changes of sign.
+    const FloatPair start = pair_of(approximate_rcp(-first_of(y)), approximate_rcp(-second_of(y)));
+    const FloatPair inverse = fma_rn(start, fma_rn(y, start, pair_of(1.0f, 1.0f)), start);
+    const FloatPair minus = -x, quotient = minus * inverse;
+    return fma_rn(fma_rn(y, quotient, minus), inverse, quotient);
+#else
+    return pair_of(div_by_root(first_of(x), first_of(y)), div_by_root(second_of(x), second_of(y)));
 #endif
   }
 
@@ -144,13 +169,28 @@ struct Quick {
   // in the range, and gives zero a finite inverse.
   ONEPASS_HD static float root_in_range(float x) {
 #if defined(__CUDA_ARCH__)
-    float inverse;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x + 0x1p-126f));
+    const float inverse = approximate_rsqrt(x + 0x1p-126f);
     const float root = x * inverse;
     return __fmaf_rn(__fmaf_rn(-root, root, x), inverse * 0.5f, root);
 #else
     return sqrt_rn(x);
 #endif
+  }
+#if defined(__CUDA_ARCH__)
+  __device__ __forceinline__ static float approximate_rsqrt(float x) {
+    float inverse;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+  }
+  __device__ __forceinline__ static float approximate_rcp(float x) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+  }
+#endif
+  ONEPASS_HD void note(float x) {
+    note_least(to_bits(x));
+    note_most(to_bits(x));
   }
   ONEPASS_HD void note_least(uint32_t bits) { least = bits - 1 < least ? bits - 1 : least; }
   ONEPASS_HD void note_most(uint32_t bits) { most = max_u32(most, bits); }

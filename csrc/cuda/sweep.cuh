@@ -218,12 +218,28 @@ __device__ __forceinline__ bool sweep_warp(
     using Rule = decltype(rule);
     typename Rule::Hyper hyper;
     memcpy(&hyper, row + 1, sizeof hyper);
+    if constexpr (Math::kQuick && kHasPairs && Rule::kPaired) {
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      update_element<Rule>(
-          hyper, param[j], grad[j], values[0][j], values[1][j], values[2][j], values[3][j], math);
-      math.note_finite(param[j]);
+      for (int j = 0; j < kElements; j += 2) {
+        FloatPair p = pair_of(param[j], param[j + 1]), states[kMaxStates];
+#pragma unroll
+        for (int k = 0; k < kMaxStates; ++k) states[k] = pair_of(values[k][j], values[k][j + 1]);
+        update_element<Rule>(
+            hyper, p, pair_of(grad[j], grad[j + 1]), states[0], states[1], states[2], states[3],
+            math);
+        param[j] = first_of(p), param[j + 1] = second_of(p);
+#pragma unroll
+        for (int k = 0; k < kMaxStates; ++k)
+          values[k][j] = first_of(states[k]), values[k][j + 1] = second_of(states[k]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        update_element<Rule>(
+            hyper, param[j], grad[j], values[0][j], values[1][j], values[2][j], values[3][j], math);
     }
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) math.note_finite(param[j]);
   });
   formats.param([&](auto format) {
     if constexpr (!is_exact(decltype(format)::value)) put_aside(param, slot);

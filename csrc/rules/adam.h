@@ -15,6 +15,7 @@ struct Adam : RuleDefaults {
   static constexpr bool kCautious = Flags & 4;
   static constexpr bool kValid = Flags < 8 && (kDecoupled || !kCautious);
   static constexpr bool kUncommon = kCautious;
+  static constexpr bool kPaired = !kAmsgrad && !kCautious;
   static constexpr int kStates = 3;
   static constexpr unsigned kSlots = kAmsgrad ? 0b111 : 0b011;
   static constexpr unsigned kSecond = 0b110, kRelative = 0b001;     // kinds of its states
@@ -36,23 +37,23 @@ struct Adam : RuleDefaults {
         rounded(beta2),     rounded(1.0 - beta2),       rounded(eps * root)};
   }
 
-  template <class Math = Exact>
+  template <class T, class Math = Exact>
   ONEPASS_HD static void update(
-      const Hyper& h, float& param, float grad, float& exp_avg, float& exp_avg_sq,
-      float& max_exp_avg_sq, Math&& math = Math()) {
-    if (!kDecoupled) grad = grad + h.weight_decay * param;
+      const Hyper& h, T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq,
+      Math&& math = Math()) {
+    if constexpr (!kDecoupled) grad = grad + h.weight_decay * param;
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * grad;
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
-    float second = exp_avg_sq;
-    if (kAmsgrad) {
+    T second = exp_avg_sq;
+    if constexpr (kAmsgrad) {
       max_exp_avg_sq = max_exp_avg_sq >= exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
       second = max_exp_avg_sq;
     }
-    const float denom = math.sqrt_of_state(second) + h.eps;
-    float delta = h.step_size * math.div_by_root(exp_avg, denom);
-    if (kCautious)
+    const T denom = math.sqrt_of_state(second) + h.eps;
+    T delta = h.step_size * math.div_by_root(exp_avg, denom);
+    if constexpr (kCautious)
       delta = cautious(delta, h.weight_decay * param, param);
-    else if (kDecoupled)
+    else if constexpr (kDecoupled)
       delta = delta + h.weight_decay * param;
     param = param - delta;
   }

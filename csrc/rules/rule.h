@@ -46,6 +46,9 @@ struct RuleDefaults {
   // Whether these flags run only the kernels that serve all flags and formats: the fp32 loop of the
   // CPU, and the kernel of a rule that reads flags and formats from each chunk on CUDA.
   static constexpr bool kUncommon = false;
+  // Whether update also takes the elements as pairs (cuda/float_pair.cuh), which have no
+  // comparisons.
+  static constexpr bool kPaired = false;
 };
 
 ONEPASS_HD double sqrt_rn(double x) {
@@ -117,11 +120,12 @@ ONEPASS_HD float cautious(float delta, float decayed, float param) {
   return opposed ? delta : delta + decayed;
 }
 
-// Updates one element. Passes the first kStates of the four states to the rule.
-template <class Rule, class Math = Exact>
+// Updates one element, or a pair if the rule is kPaired. Passes the first kStates of the four
+// states to the rule.
+template <class Rule, class T, class Math = Exact>
 ONEPASS_HD void update_element(
-    const typename Rule::Hyper& hyper, float& param, float grad, float& state0, float& state1,
-    float& state2, float& state3, Math&& math = Math()) {
+    const typename Rule::Hyper& hyper, T& param, T grad, T& state0, T& state1, T& state2, T& state3,
+    Math&& math = Math()) {
   static_assert(
       Rule::kStates >= 1 && Rule::kStates <= kMaxStates, "a rule has 1 to kMaxStates states");
   if constexpr (Rule::kStates == 1) Rule::update(hyper, param, grad, state0, math);
