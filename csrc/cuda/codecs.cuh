@@ -4,6 +4,7 @@
 
 #include "../formats/table.h"
 #include "chunk.h"
+#include "dynamic_maps.cuh"
 #include "lanes.cuh"
 
 namespace onepass::cuda {
@@ -189,34 +190,6 @@ ONEPASS_HD float from_units(float units, float* root) {
   if (K == kRelative) return units * (!Quick && *root == 0.0f ? 1.0f : *root);
   *root = units;
   return units * units;
-}
-
-// In global memory, because lanes read different entries: constant memory would serialize the
-// reads.
-__device__ const DynamicMap kDynamicMaps[2] = {dynamic_map(false), dynamic_map(true)};
-
-// The copy of a map in shared memory, which kernels with fixed formats make at their start and
-// Quick reads.
-template <bool Signed>
-__device__ __forceinline__ DynamicMap& shared_map() {
-  __shared__ DynamicMap map;
-  return map;
-}
-// Makes that copy with a block of Threads threads. A __syncthreads() must follow.
-template <bool Signed, int Threads>
-__device__ __forceinline__ void share_map() {
-  const auto* from = reinterpret_cast<const uint4*>(&kDynamicMaps[Signed]);
-  auto* to = reinterpret_cast<uint4*>(&shared_map<Signed>());
-  for (unsigned i = threadIdx.x; i < sizeof(DynamicMap) / sizeof(uint4); i += Threads)
-    to[i] = from[i];
-}
-// The map that a sweep with this arithmetic reads.
-template <bool Signed, bool Quick>
-__device__ __forceinline__ const DynamicMap& map_of() {
-  if constexpr (Quick)
-    return shared_map<Signed>();
-  else
-    return kDynamicMaps[Signed];
 }
 
 // The codes and scales of the elements of one state that a thread holds in registers.
