@@ -168,12 +168,13 @@ def is_read(name: str) -> bool:
     """Whether the tests read the machine code of a kernel.
 
     `make test` reads that of all kernels of AdamW, of one kernel that reads the flags and formats
-    of each chunk, and of those of the rules of torch.optim and Lion for fp32. Printing the code of
-    all kernels takes 25 s.
+    of each chunk, of those of the rules of torch.optim and Lion for fp32, and of those that are
+    not sweeps. Printing the code of all kernels takes 25 s.
     """
     few = re.fullmatch(r"(sgd|adagrad|rmsprop|adam|lion)-\d+ fp32 fp32 fp32|adam-1 .*", name)
     named = name in ("adam any", "lion-1 bf16 bf16 bf16sr")
-    return THOROUGH or bool(few) or named or name.startswith(("norm", "judge", "advance"))
+    beside = name.startswith(("norm", "judge", "advance", "measure", "total"))
+    return THOROUGH or bool(few) or named or beside
 
 
 @cache

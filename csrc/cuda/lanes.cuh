@@ -330,4 +330,18 @@ __device__ __forceinline__ uint32_t largest_in(uint32_t value) {
   return value;
 }
 
+// Zeroes memory with a whole block of Threads threads. The address and the size must be even, as
+// those of gradients are.
+template <int Threads>
+__device__ __forceinline__ void zero_bytes(char* to, int bytes) {
+  const int wide = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? bytes / 16 * 16 : 0;
+  const uint32_t zeros[4] = {};
+#pragma unroll 1
+  for (int at = static_cast<int>(threadIdx.x) * 16; at < wide; at += Threads * 16)
+    Access<16>::store(zeros, global(to + at));
+#pragma unroll 1
+  for (int at = wide + static_cast<int>(threadIdx.x) * 2; at < bytes; at += Threads * 2)
+    Access<2>::store(zeros, global(to + at));
+}
+
 }  // namespace onepass::cuda
