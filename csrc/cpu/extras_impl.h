@@ -78,8 +78,9 @@ struct CodeOf<2> {
   using type = uint16_t;
 };
 
-// The codes of at most Most weights before an update. keep and record do nothing without a record
-// of changes, which is null then; otherwise it begins with the bit of the first weight.
+// The codes of at most Most weights before an update. keep copies them, and record sets the bits of
+// those that have changed since. changed points to the word of the record of changes whose bit 0 is
+// that of the first weight; if it is null, nothing is recorded.
 template <int Bytes, int Most>
 struct Before {
   using Code = typename CodeOf<Bytes>::type;

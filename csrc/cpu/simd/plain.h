@@ -29,8 +29,9 @@ constexpr bool kInterleavesTiles = false;
 
 // --- comparison ---
 
-// Copies 64 bytes, in vectors as wide as those of differences: a load that spans two stores cannot
-// be forwarded, and copies by memcpy, with 16-byte vectors, took 0.4 cycles per weight (AMD Zen 3).
+// Copies 64 bytes, in vectors as wide as those that differences loads: a load that spans two stores
+// cannot be forwarded. With AVX2, memcpy with its 16-byte vectors made a recorded bf16 step 0.4
+// cycles per weight slower (AMD Zen 3, 2026-11).
 ONEPASS_HD void copy_line(const void* from, void* to) { __builtin_memcpy(to, from, 64); }
 
 // Bit i is set where elements i of two strips differ. The codes may be those of floats.
