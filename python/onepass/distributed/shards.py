@@ -22,7 +22,14 @@ import torch
 
 from ..engine.state_conversion import fit_states, format_of, from_bytes, full_precision, to_bytes
 from ..engine.state_layouts import COMPANIONS, STRIDE
-from ..engine.tensor_access import dtensor_type, is_dtensor, local_of, unwrapped, version_holder
+from ..engine.tensor_access import (
+    dtensor_type,
+    group_of,
+    is_dtensor,
+    local_of,
+    unwrapped,
+    version_holder,
+)
 from ..engine.validation import check_memory
 from ..engine.whole_positions import Place
 from ..formats import STATE_FORMATS, StateFormat, scale_key
@@ -55,7 +62,8 @@ class Shard:
             Otherwise it is an index past the end of the parameter that no other shard uses.
 
     Raises:
-        ValueError: the parameter has a partial placement, or its local tensor is a subclass.
+        ValueError: the parameter has a partial placement, it is sharded over a mesh without this
+            rank, or its local tensor is a subclass.
     """
 
     def __init__(self, whole: Any) -> None:
@@ -70,7 +78,7 @@ class Shard:
             )
         cut = [i for i, p in enumerate(placements) if not p.is_replicate()]
         self._cut = [placements[i].dim for i in cut]
-        self.groups = tuple(mesh.get_group(i) for i in cut if mesh.size(i) > 1)
+        self.groups = tuple(group_of(mesh, i) for i in cut if mesh.size(i) > 1)
         self.first = self._first(cut)
 
     def _first(self, cut: list[int]) -> int:

@@ -60,6 +60,22 @@ def is_dtensor(tensor: Any) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def check_mesh(mesh: Any) -> None:
+    """Raises ValueError if a device mesh does not have this rank."""
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            "a parameter must not be distributed over a mesh without this rank; got "
+            f"{mesh} on rank {torch.distributed.get_rank()}: create the optimizer with the "
+            "parameters of this rank only"
+        )
+
+
+def group_of(mesh: Any, dim: int) -> Any:
+    """The process group of this rank along a dimension of a device mesh; see :func:`check_mesh`."""
+    check_mesh(mesh)
+    return mesh.get_group(dim)
+
+
 def waited(tensor: torch.Tensor) -> torch.Tensor:
     """Waits for the result of a functional collective; returns any other tensor unchanged."""
     kind: Any = getattr(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..engine.hyper_table import capturing
+from ..engine.tensor_access import check_mesh
 from .batches import Batch, Direction, Directions, Settings, units_of
 from .matrices import Matrices
 
@@ -51,13 +52,14 @@ def sharding_of(owners: Sequence[Any], names: Sequence[str]) -> Sharding | None:
 
     Raises:
         ValueError: a DTensor is sharded over several dimensions of its mesh, or not evenly in the
-            order of ranks; or its local tensor is not contiguous.
+            order of ranks, or over a mesh without this rank; or its local tensor is not contiguous.
     """
     from torch.distributed.tensor import Shard
 
     group, dims = None, []
     for owner, which in zip(owners, names, strict=True):
         mesh = owner.device_mesh
+        check_mesh(mesh)
         cut = [
             i
             for i, place in enumerate(owner.placements)

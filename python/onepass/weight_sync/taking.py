@@ -15,6 +15,7 @@ from ..engine.changed_weights import take_changes
 from ..engine.numpy_codec import flat
 from ..engine.plan_request import ParamView, PlainParam
 from ..engine.tensor_access import (
+    group_of,
     has_memory,
     has_own_operations,
     is_dtensor,
@@ -194,7 +195,7 @@ def _agreed(value: str, params: Any) -> str:
     found = [value]
     for i in range(mesh.ndim):
         if mesh.size(i) > 1:
-            group = mesh.get_group(i)
+            group = group_of(mesh, i)
             torch.distributed.broadcast_object_list(
                 found, torch.distributed.get_global_rank(group, 0), group
             )
