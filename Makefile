@@ -5,6 +5,8 @@
 #   CXX=...     the C++ compiler (default: the first of g++, c++, clang++)
 #   SANITIZE_SECONDS=...  duration of `make sanitize` in seconds (default 600)
 #   ONEPASS_CUDA_ARCH=...  architectures of the CUDA library (default 9.0; wheels have more)
+#   KERNELS=...  all: every CUDA kernel; sample: those whose machine code the tests read, in a quarter
+#                of the time. A GPU does not run a sample. Default: all if nvidia-smi lists a GPU.
 #   REPOSITORY=...  the address of the repository, for `make docs` and `make wheel` (default: git's remote origin)
 
 PYTHON ?= python3
@@ -32,6 +34,7 @@ endif
 # One architecture, because that builds fast; the longer default of setup.py is for wheels.
 ONEPASS_CUDA_ARCH ?= 9.0
 export ONEPASS_CUDA_ARCH
+KERNELS ?= $(if $(shell nvidia-smi -L 2>/dev/null),all,sample)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -49,6 +52,7 @@ test: $(VENV)/.built ## run the tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: export ONEPASS_THOROUGH = 1
+test-all: KERNELS = all
 test-all: test ## run also the tests that take long: about half an hour on two cores
 
 test-frameworks: $(FRAMEWORKS)/.tools ## run the tests with transformers, accelerate, Lightning, peft, torchtitan
@@ -138,5 +142,5 @@ $(SANITIZED): $(VENV)/.built
 # Without a compiler, .built is not touched, so that the next call tries again.
 $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
 	@rm -f $(LIBRARY) $(CUDA_LIBRARY)
-	$(RUN) -m pip install --quiet --no-build-isolation -e .
+	ONEPASS_CUDA_KERNELS=$(KERNELS) $(RUN) -m pip install --quiet --no-build-isolation -e .
 	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found (g++, c++ or clang++): only the slow reference backend is available"; fi

@@ -178,6 +178,12 @@ def is_read(name: str) -> bool:
 
 
 @cache
+def is_sample() -> bool:
+    """Whether the library has only a sample of the kernels (csrc/cuda/combinations.h)."""
+    return b"has only a sample of the kernels" in LIBRARY.read_bytes()
+
+
+@cache
 def kernels() -> list[Kernel]:
     """Every kernel of the library, once per architecture."""
     found: dict[tuple[str, str], Kernel] = {}

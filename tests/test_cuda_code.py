@@ -10,6 +10,8 @@ from collections import Counter
 
 import pytest
 
+from onepass.rules import RULES
+
 from . import cuda_code
 from .cuda_code import LIBRARY, kernels
 from .support.thorough import thorough
@@ -17,6 +19,10 @@ from .test_package import ROOT
 
 WHY_NOT = cuda_code.why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+all_kernels = pytest.mark.skipif(
+    not WHY_NOT and cuda_code.is_sample(),
+    reason="the library has a sample of the kernels: make -B setup KERNELS=all builds all",
+)
 
 # Registers per thread. A multiprocessor has 65,536 registers: with 80 per thread it holds 768
 # threads, with 128 it holds 512, the smallest number in __launch_bounds__ (csrc/cuda/tuning.h). A
@@ -36,6 +42,7 @@ def named(name):
     return found
 
 
+@all_kernels
 def test_every_row_of_the_table_has_a_kernel():
     table = (ROOT / "csrc" / "cuda" / "combinations.h").read_text()
     rows = re.findall(r"^\s+COMBINATION\(k\w+, k\w+, k\w+\)", table, re.MULTILINE)
@@ -49,6 +56,13 @@ def test_every_row_of_the_table_has_a_kernel():
         assert sum(n.startswith(rule) and n.endswith(" fp32 fp32 fp32") for n in names) == flags
         assert f"{rule} any" in names
     assert {"sgd-2 formats", "adam-0 formats", "adam-1 formats", "lion-1 formats"} <= names
+
+
+def test_every_rule_has_a_kernel_and_so_has_what_is_not_a_sweep():
+    names = {kernel.name for kernel in kernels()}
+    rules = {rule.name for rule in RULES.values()}
+    assert {n.split("-")[0] for n in names if n.endswith(" fp32 fp32 fp32")} == rules
+    assert {"adam any", "adam-1 formats"} <= names
     assert {"norm_chunks", "norm_total", "judge_step", "advance_rows"} <= names
     assert {"measure_skipped", "total_telemetry"} <= names
 
@@ -93,7 +107,7 @@ def test_registers():
         # One vector of eight elements each.
         ("adam-1 bf16 bf16 bf16sr", 4, 3),
         ("adam-1 split16 bf16 bf16sr", 5, 4),
-        ("lion-1 bf16 bf16 bf16sr", 3, 2),
+        pytest.param("lion-1 bf16 bf16 bf16sr", 3, 2, marks=all_kernels),
     ],
 )
 def test_the_main_path_reads_16_bytes_per_access_before_it_writes(name, loads, stores):
@@ -253,11 +267,13 @@ def test_the_library_loads_where_torch_has_a_cuda_part(tmp_path):
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "ops = ('sweep_', 'make_plan', 'refresh', 'run', 'norm', 'free_plan', 'judge', 'advance')\n"
         "print([name for name in ops if not has('onepass::' + name, 'CUDA')])\n"
+        "print(torch.ops.onepass.cuda_refusal())\n"
         "print(torch.cuda.is_available(), torch.ops.onepass.cuda_support(0)[0])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = found.stdout.splitlines()
     assert lines[:1] == ["[]"], found.stderr
+    assert ("KERNELS=all" in lines[1]) == cuda_code.is_sample()
     # Without a driver the library returns the reason and raises nothing.
-    if lines[1].startswith("False"):
-        assert re.search(r"NVIDIA driver|do not load on cuda:0 \(cudaErrorNoDevice\)", lines[1])
+    if lines[2].startswith("False"):
+        assert re.search(r"NVIDIA driver|do not load on cuda:0 \(cudaErrorNoDevice\)", lines[2])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from onepass.engine import backends
 from onepass.engine.backends import BACKENDS, Entry, StepArgs
 from onepass.formats import STATE_FORMATS
 from onepass.paging.options import SMALLEST_PAGE, Paging
-from onepass.rules import HYPER_WIDTH, RULES
+from onepass.rules import HYPER_WIDTH, LAYOUT, RULES
 
 from . import cuda_shim
 from .cases import STEP_FORMATS, assert_same, make_params, same_bits, set_grads
@@ -188,11 +191,26 @@ def test_a_gpu_that_the_library_has_no_code_for_is_left_to_triton(gpus, monkeypa
     assert cuda.unavailable(torch.device("cuda")) == reason
     assert cuda.unavailable(torch.device("cuda", 1)) == ""
     assert cuda.unavailable(None) == ""
-    assert backends.choose(torch.device("cuda", 0)).name == "triton"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(onepass.ops, "CUDA_LIBRARY", Path(__file__))
+    with pytest.warns(UserWarning, match=r"uses Triton on cuda:0: .*ONEPASS_CUDA_ARCH=8\.6"):
+        assert backends.choose(torch.device("cuda", 0)).name == "triton"
     assert backends.choose(torch.device("cuda", 1)).name == "cuda"
     with pytest.raises(RuntimeError, match=r"ONEPASS_CUDA_ARCH=8\.6"):
         backends.choose(torch.device("cuda", 0), "cuda")
     assert cuda_shim.current_device() == 0
+
+
+def test_a_library_with_a_sample_of_the_kernels_is_refused(monkeypatch):
+    ops = SimpleNamespace(
+        load_library=lambda path: None,
+        onepass=SimpleNamespace(cuda_layout=lambda: LAYOUT, cuda_refusal=lambda: "has a sample"),
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(onepass.ops, "CUDA_LIBRARY", Path(__file__))
+    monkeypatch.setattr(onepass.ops, "missing", "")
+    monkeypatch.setattr(torch, "ops", ops)
+    assert onepass.ops.cuda_missing.__wrapped__() == "test_cuda_shim.py has a sample"
 
 
 def test_without_a_gpu_that_can_be_served_every_reason_is_given(gpus):

@@ -1,9 +1,10 @@
-// The ops that Python calls before it uses this library: cuda_support and cuda_layout.
+// The ops that Python calls before it uses this library.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 #include <tuple>
 
+#include "combinations.h"
 #include "kernels.h"
 #include "launch.h"
 
@@ -87,6 +88,14 @@ std::tuple<std::string, bool> cuda_support(int64_t device) {
 // The op layout of csrc/ops.cpp for this library.
 std::string cuda_layout() { return kLayout; }
 
+// Why no GPU should run this library; empty unless it has only a sample of the kernels
+// (combinations.h).
+std::string cuda_refusal() {
+  if (!kSample) return "";
+  return "has only a sample of the kernels, because nvidia-smi listed no GPU where it was built: "
+         "run make -B setup KERNELS=all";
+}
+
 }  // namespace
 
 // The schemas are here, not in csrc/ops.cpp, because these ops take no tensor and therefore cannot
@@ -94,11 +103,13 @@ std::string cuda_layout() { return kLayout; }
 STABLE_TORCH_LIBRARY_FRAGMENT(onepass, m) {
   m.def("cuda_support(int device) -> (str reason, bool lasting)");
   m.def("cuda_layout() -> str");
+  m.def("cuda_refusal() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(onepass, CompositeExplicitAutograd, m) {
   m.impl("cuda_support", TORCH_BOX(&cuda_support));
   m.impl("cuda_layout", TORCH_BOX(&cuda_layout));
+  m.impl("cuda_refusal", TORCH_BOX(&cuda_refusal));
 }
 
 }  // namespace onepass::cuda

@@ -12,7 +12,7 @@ using SweepKernel = void (*)(Tables);
 // The sweep kernels of one rule. fixed() returns the kernel for a list with one combination of
 // flags and formats, and formats() the kernel for a list with one combination of flags; both return
 // null if combinations.h has none. any is the kernel for every list; it is null in a tuning variant
-// (tuning.h).
+// (tuning.h) and in most rules of a sample (combinations.h).
 struct RuleKernels {
   SweepKernel (*fixed)(unsigned flags, Format weight, Format grad, Format states);
   SweepKernel (*formats)(unsigned flags);

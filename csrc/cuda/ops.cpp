@@ -322,8 +322,8 @@ struct CudaPlan : Plan {
     if (!found) found = kernels.any;
     STD_TORCH_CHECK(
         found,
-        "onepass: this CUDA library is a variant built for bench.tuning. It has kernels only for "
-        "AdamW in five combinations of formats, and none for this list");
+        "onepass: this CUDA library has only some of the kernels (a variant of bench.tuning, or a "
+        "sample for tests), and none for this list");
     const Relaxed mode;  // loading may allocate while another thread captures a graph
     ONEPASS_CUDA(verify(found));
     if (kTuning.ring > 0) {

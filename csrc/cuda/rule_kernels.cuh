@@ -55,10 +55,11 @@ SweepKernel find_formats(unsigned flags) {
   return nullptr;
 }
 
-// All kernels of a rule. A tuning variant omits the kernel for every list.
+// All kernels of a rule. A tuning variant omits the kernel for every list, and a sample has that of
+// AdamW only.
 template <template <unsigned> class Rule>
 constexpr RuleKernels kernels_of() {
-  if constexpr (kVariant)
+  if constexpr (kVariant || (kSample && !std::is_same_v<Rule<0>, Adam<0>>))
     return {find_fixed<Rule>, find_formats<Rule>, nullptr};
   else
     return {find_fixed<Rule>, find_formats<Rule>, sweep_any<Rule>};

@@ -76,10 +76,12 @@ def cuda_missing() -> str:
     except OSError as error:
         return f"{CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     ops = torch.ops.onepass
-    if not hasattr(ops, "cuda_layout"):
+    if not hasattr(ops, "cuda_refusal"):
         return f"{CUDA_LIBRARY.name} is of another version of onepass: build it again"
     if ops.cuda_layout() != LAYOUT:
         return _other_layout(CUDA_LIBRARY, ops.cuda_layout())
+    if refusal := ops.cuda_refusal():
+        return f"{CUDA_LIBRARY.name} {refusal}"
     return ""
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ...formats import NATIVE, STATE_FORMATS
 from ...rules import RULES, Rule
+from .. import libraries
 from .base import NO_SWITCHES, Backend, Entry, Policy, StepArgs, StepSwitches
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -46,7 +47,8 @@ def check_name(name: str | None) -> None:
 def choose(device: torch.device, name: str | None = None, rule: Rule | None = None) -> Backend:
     """Chooses the backend for a device.
 
-    Warns if name is None and only the reference backend can serve the device.
+    Warns if name is None and only the reference backend can serve the device, or if Triton serves
+    an NVIDIA GPU because the compiled CUDA library cannot.
 
     Args:
         device: device of the parameters.
@@ -87,6 +89,9 @@ def choose(device: torch.device, name: str | None = None, rule: Rule | None = No
                     "which is exact but slow"
                 )
         warnings.warn(message, stacklevel=2)
+    built = bool(torch.version.cuda) and libraries.CUDA_LIBRARY.exists()
+    if found.name == "triton" and built and (why_not := BACKENDS["cuda"].unavailable(device)):
+        warnings.warn(f"onepass uses Triton on {device}: {why_not}", stacklevel=2)
     return found
 
 
