@@ -111,12 +111,16 @@ clean: ## delete .venv and all build outputs
 
 # pip 22 and later build editable packages as pyproject.toml says. --no-compile: Python compiles the
 # modules that are imported when they are imported; most are not.
-$(VENV)/.tools: requirements/dev.txt
+$(VENV)/.torch: requirements/build.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: PYTHON must be Python 3.10 or later; $(PYTHON) is not on PATH"; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: PYTHON=$(PYTHON) is Python %d.%d; onepass needs 3.10 or later: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	"$(PYTHON)" -m venv $(VENV)
 	@$(RUN) -c 'import pip; raise SystemExit(int(pip.__version__.split(".")[0]) < 22)' || $(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --no-compile -r requirements/dev.txt
+	$(RUN) -m pip install --no-compile -r requirements/build.txt
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch requirements/dev.txt
+	$(RUN) -m pip install --quiet --no-compile -r requirements/dev.txt
 	@touch $@
 
 # A separate environment, because the frameworks need other versions and take gigabytes.
@@ -139,8 +143,14 @@ $(RELEASE_ENV)/.tools: requirements/release.txt
 $(SANITIZED): $(VENV)/.built
 	ONEPASS_SANITIZE=1 ONEPASS_CUDA=0 $(RUN) setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 
-# Without a compiler, .built is not touched, so that the next call tries again.
-$(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
+# Without a compiler, .library is not touched, so that the next call tries again. --no-deps, because
+# the dependencies may be in the middle of their installation (.built).
+$(VENV)/.library: $(VENV)/.torch setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
 	@rm -f $(LIBRARY) $(CUDA_LIBRARY)
-	ONEPASS_CUDA_KERNELS=$(KERNELS) $(RUN) -m pip install --quiet --no-build-isolation -e .
+	ONEPASS_CUDA_KERNELS=$(KERNELS) $(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found (g++, c++ or clang++): only the slow reference backend is available"; fi
+
+# Two jobs, because pip uses one core and waits for the network while the compilers run.
+$(VENV)/.built: requirements/build.txt requirements/dev.txt setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
+	@$(MAKE) --no-print-directory --jobs=2 KERNELS=$(KERNELS) $(VENV)/.tools $(VENV)/.library
+	@if test -f $(VENV)/.library; then touch $@; fi
