@@ -36,6 +36,10 @@ ONEPASS_CUDA_ARCH ?= 9.0
 export ONEPASS_CUDA_ARCH
 KERNELS ?= $(if $(shell nvidia-smi -L 2>/dev/null),all,sample)
 
+# Some machines forbid Python to cache compiled modules. Each process that imports torch would then
+# compile its modules again, because pip does not either (see .tools), which takes 10 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all test-frameworks sanitize bench gpu lint format docs sdist wheel clean
