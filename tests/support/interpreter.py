@@ -17,6 +17,8 @@ def speed_up() -> None:
         _patch_once_per_launch(interpreter)
         _skip_ignored_overflow_checks(interpreter)
         _cache_types(interpreter)
+        _cache_operands(interpreter)
+        _pass_semantic_directly(interpreter)
     except (ImportError, AttributeError, TypeError):
         return
 
@@ -85,7 +87,16 @@ def _cache_types(interpreter: Any) -> None:
             blocks[key] = with_element_ty(self, scalar)
         return blocks[key]
 
-    original = core.tensor.__init__
+    original, original_block = core.tensor.__init__, core.block_type.__init__
+    made: dict[Any, Any] = {}
+
+    def block_init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
+        if key not in made:
+            original_block(self, element_ty, shape)
+            made[key] = self
+            return
+        self.__dict__.update(made[key].__dict__)
 
     def init(self: Any, handle: Any, type: Any) -> None:
         name = type.name
@@ -99,3 +110,71 @@ def _cache_types(interpreter: Any) -> None:
     interpreter._get_np_dtype = cached_numpy_dtype
     core.block_type.with_element_ty = cached_with_element_ty
     core.tensor.__init__ = init
+    core.block_type.__init__ = block_init
+
+
+def _cache_operands(interpreter: Any) -> None:
+    """Checks and converts the operands of each combination of types once.
+
+    A number becomes a block of its value, which is kept; no operation writes to its operands.
+    """
+    semantic, core = type(interpreter.interpreter_semantic), interpreter.tl.core
+    tensor, original = core.tensor, semantic.binary_op_type_checking_impl
+    unchanged: set[Any] = set()  # types of pairs of tensors that are returned as they are
+    blocks: dict[Any, Any] = {}
+
+    def of_numbers(self: Any, lhs: Any, rhs: Any, args: Any) -> Any:
+        left = type(lhs) is tensor
+        given, number = (lhs, rhs) if left else (rhs, lhs)
+        if type(given) is not tensor or type(number) not in (int, float):
+            return original(self, lhs, rhs, *args)
+        key = given.type.name, left, type(number), repr(number), args
+        if key in blocks:
+            return (given, blocks[key]) if left else (blocks[key], given)
+        found = original(self, lhs, rhs, *args)
+        if found[not left] is given:  # otherwise, it was converted too
+            if len(blocks) == 1000:
+                blocks.clear()
+            blocks[key] = found[left]
+        return found
+
+    def checked(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            return original(self, lhs, rhs, *args, **kwargs)
+        if type(lhs) is not tensor or type(rhs) is not tensor:
+            return of_numbers(self, lhs, rhs, args)
+        key = lhs.type.name, rhs.type.name, args
+        if key in unchanged:
+            return lhs, rhs
+        found = original(self, lhs, rhs, *args)
+        if found[0] is lhs and found[1] is rhs:
+            unchanged.add(key)
+        return found
+
+    semantic.binary_op_type_checking_impl = checked
+
+
+def _pass_semantic_directly(interpreter: Any) -> None:
+    """Calls each operation directly instead of through two functions that add an argument."""
+    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
+    builtin_code = core.builtin(lambda: None).__code__
+
+    def patch_attr(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = member
+        if getattr(member, "__code__", None) is builtin_code:
+            function = member.__wrapped__
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, call)
+
+    unwrap = core._unwrap_if_constexpr
+    plain = {core.tensor, int, float, bool, str, type(None), core.dtype}
+
+    def unwrap_if_constexpr(value: Any) -> Any:
+        return value if type(value) in plain else unwrap(value)
+
+    interpreter._patch_attr = patch_attr
+    core._unwrap_if_constexpr = unwrap_if_constexpr
