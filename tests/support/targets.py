@@ -162,7 +162,8 @@ def with_rows(names: str, rows: Callable[[Target], Iterable[tuple[str, tuple[Any
 
 
 @lru_cache(maxsize=4)
-def _of_reference(recipe: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def of_reference(recipe: Callable[..., Any], *args: Any) -> Any:
+    """The result of a recipe on the reference, which is kept for the next targets."""
     return recipe(REFERENCE, *args)
 
 
@@ -171,7 +172,7 @@ def compare(target: Target, recipe: Callable[..., Any], *args: Any) -> None:
 
     Args:
         recipe: called as recipe(target, *args); returns an optimizer after some steps or a list of
-            tensors. The result of the reference is cached for the next targets.
+            tensors.
     """
-    found, expected = recipe(target, *args), _of_reference(recipe, args)
+    found, expected = recipe(target, *args), of_reference(recipe, *args)
     assert_same(found, expected)
