@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 import onepass
 
 from .cases import assert_same, same_bits
+from .support.thorough import THOROUGH
 
 OPTIONS = [
     {},
@@ -37,8 +38,20 @@ def loss_of(net, step):
     return net(x).square().mean()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+COMPILERS = ["eager", "aot_eager", "inductor"]
+
+
+# `make test` runs every compiler and all options once; test_gpu_graphs.py runs more on a GPU.
+@pytest.mark.parametrize(
+    ("compiler", "options"),
+    [
+        (c, o)
+        for c in COMPILERS
+        for o in OPTIONS
+        if THOROUGH or COMPILERS.index(c) == OPTIONS.index(o)
+    ],
+    ids=str,
+)
 def test_the_step_compiles_without_graph_breaks_to_the_same_bits(compiler, options):
     (ours, theirs), (compiled, plain) = twins(**options)
     step = torch.compile(compiled.step, backend=compiler, fullgraph=True)

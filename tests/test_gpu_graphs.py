@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from .support.devices import Pair, each_target, replayable, stream_of
+from .support.thorough import THOROUGH
 from .test_gpu_features import FORMAT_IDS, FORMATS, loss_of, network
 
 OPTIONS = [{}, {"states": "mx8", "skip_nonfinite": True, "zero_grads": True}]
@@ -23,6 +24,16 @@ def _fresh():
 
 # --- torch.compile ---------------------------------------------------------------------------
 
+
+@pytest.fixture
+def _few_on_cpu(device, request):
+    """Skips all but one compiler and one set of options on the CPU; test_compile.py has them."""
+    chosen = request.node.callspec.params
+    few = chosen["compiler"] == "aot_eager" and chosen.get("options", {}) == {}
+    if device == "cpu" and not few and not THOROUGH:
+        pytest.skip("test_compile.py compiles on the CPU; make test-all runs these too")
+
+
 COMPILERS = {
     "eager": {"backend": "eager"},
     "aot_eager": {"backend": "aot_eager"},
@@ -34,6 +45,7 @@ COMPILERS = {
 @each_target
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.usefixtures("_few_on_cpu")
 def test_a_compiled_step(device, backend, compiler, options):
     """The step has no graph break, reads changed options, and zeroes gradients on request."""
     net = network(device)
@@ -57,6 +69,7 @@ def test_a_compiled_step(device, backend, compiler, options):
 @each_target
 @pytest.mark.parametrize("options", [{}, {"states": "mx8"}], ids=["fp32", "mx8"])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("_few_on_cpu")
 def test_a_compiled_training_step(device, backend, compiler, options):
     """Compiles the forward and backward pass as well; the reference takes the same gradients."""
     if (device, compiler) == ("cpu", "inductor"):
@@ -80,6 +93,7 @@ def test_a_compiled_training_step(device, backend, compiler, options):
 
 @each_target
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("_few_on_cpu")
 def test_gradients_that_the_graph_itself_computes(device, backend, compiler):
     """After the step, the graph reads the weights that the step wrote."""
     net = network(device)

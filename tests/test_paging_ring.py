@@ -9,9 +9,11 @@ from onepass.paging.links import HostLink
 from onepass.paging.ring import Page, Ring
 
 from .paging_links import ClockLink, Fault, RandomLink
+from .support.thorough import THOROUGH
 
 CPU = torch.device("cpu")
 SIZE = 64
+SEEDS = 250 if THOROUGH else 80
 
 
 def pages_of(ring: Ring, host: torch.Tensor) -> list[Page]:
@@ -45,8 +47,8 @@ def rows(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("block", range(4))
 def test_any_order_of_completion(count, block):
-    """250 seeds per block: three steps over all pages, with or without prefetching and settling."""
-    for seed in range(250 * block, 250 * (block + 1)):
+    """SEEDS per block: three steps over all pages, with or without prefetching and settling."""
+    for seed in range(SEEDS * block, SEEDS * (block + 1)):
         link = RandomLink(seed)
         ring = Ring(link, CPU, count, SIZE)
         host = rows(seed % 9)
@@ -94,7 +96,7 @@ def test_random_orders_detect_a_missing_wait(stream):
 
 def test_plans_that_share_a_ring():
     """One plan for each parameter, as in gradient release; each run prefetches the next plan."""
-    for seed in range(200):
+    for seed in range(SEEDS):
         link = RandomLink(seed)
         ring = Ring(link, CPU, 3, SIZE)
         hosts = [rows(n) for n in (1, 2, 1, 4, 1, 1)]

@@ -29,7 +29,7 @@ from .support.thorough import THOROUGH
 
 SECONDS = float(os.environ.get("ONEPASS_RANDOM_SECONDS") or 0)
 SEED = os.environ.get("ONEPASS_RANDOM_SEED", "")
-SEQUENCES, LENGTH = 40 if THOROUGH else 12, 30  # a sequence takes one second
+SEQUENCES, LENGTH = 40 if THOROUGH else 8, 30  # a sequence takes one second
 SHRINKING = 5.0  # seconds spent on reducing a failing sequence
 
 # --- running ---------------------------------------------------------------------------------
