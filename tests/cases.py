@@ -204,7 +204,6 @@ VARIANTS = [
     for case in CASES
     for i, variant in enumerate(case.variants())
 ]
-IDS = [name for _, _, name in VARIANTS]
 # Variants with different kernels. `maximize` changes only a factor in the hyperparameter table, so
 # each combination of the other options has one of its two values.
 KERNEL_VARIANTS = [

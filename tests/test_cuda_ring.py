@@ -26,7 +26,7 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=thorough)])
 def program(request, tmp_path_factory):
     """The program of ring_faults.cpp, with a ring of two or three stages."""
     if shutil.which("g++") is None:

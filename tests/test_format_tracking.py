@@ -12,7 +12,7 @@ import pytest
 from onepass.rules import RULES
 
 from .moments import F32, Moments, decode, encode, random_bits
-from .support.thorough import thorough
+from .support.thorough import THOROUGH, thorough
 
 STOCHASTIC = ("bf16", "mx8", "mx4")
 
@@ -200,6 +200,8 @@ def test_first_moments_of_noise_stay_close_and_decay(name, beta):
 # --- steps -------------------------------------------------------------------------------------
 
 ADAM_BETAS = [(0.9, 0.999), (0.9, 0.95)]
+# At least as long as the average of the second moments.
+STEPS = dict(zip(ADAM_BETAS, (2000, 500) if THOROUGH else (1000, 300), strict=True))
 
 
 def both(name: str, count: int, betas: tuple[float, float]) -> tuple[Moments, Moments]:
@@ -209,7 +211,7 @@ def both(name: str, count: int, betas: tuple[float, float]) -> tuple[Moments, Mo
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("betas", ADAM_BETAS)
 def test_steady_elements_beside_a_noisy_one_take_the_right_steps(name, betas):
-    blocks, steps = 48, 2000 if betas[1] > 0.99 else 500
+    blocks, steps = 48, STEPS[betas]
     coded, exact = both(name, 32 * blocks, betas)
     rng = np.random.default_rng(6)
     noisy = np.arange(32) == 9
@@ -242,7 +244,7 @@ def test_elements_whose_gradient_is_mostly_zero_take_no_large_steps(name, betas)
     shares = np.resize([0.001, 0.01, 0.05], blocks)
     chance = np.where(np.arange(32) == 0, 1, shares[:, None])
     largest, exact_largest = np.zeros((blocks, 32)), np.zeros((blocks, 32))
-    for _ in range(2000 if betas[1] > 0.99 else 500):
+    for _ in range(STEPS[betas]):
         grad = rng.standard_normal((blocks, 32), F32) * (rng.random((blocks, 32)) < chance)
         for most, averages in ((largest, coded), (exact_largest, exact)):
             np.maximum(most, np.abs(averages.add(grad.ravel())).reshape(blocks, 32), out=most)

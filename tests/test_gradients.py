@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 import onepass
 
 from .cases import assert_same, same_bits
+from .support.thorough import THOROUGH
 from .test_plan import BACKENDS
 
 needs_library = pytest.mark.skipif(bool(onepass.ops.missing), reason=onepass.ops.missing or "-")
@@ -88,10 +89,15 @@ READABLE = {
 }
 
 
+ZEROED = [*READABLE.values()][::2]
+
+
 @pytest.mark.parametrize("zero_grads", [False, True])
 @pytest.mark.parametrize(("make", "meant"), READABLE.values(), ids=READABLE)
 def test_gradients_count_with_the_values_that_they_stand_for(backend, make, meant, zero_grads):
     """Tests an odd gradient in the first, third and fourth step, and a plain one in the second."""
+    if backend == "triton" and zero_grads != ((make, meant) in ZEROED) and not THOROUGH:
+        pytest.skip("the interpreter zeroes every second kind; make test-all zeroes all")
     made = []
     for own in (make, meant):
         params = [torch.nn.Parameter(randn(4, 4)) for _ in range(3)]

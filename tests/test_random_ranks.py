@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
 )
 SEEDS = [int(os.environ[name]) for name in ("ONEPASS_RANDOM_SEED",) if name in os.environ]
-SEEDS = SEEDS or range(48 if THOROUGH else 16)
+SEEDS = SEEDS or range(48 if THOROUGH else 10)
 SECONDS = float(os.environ.get("ONEPASS_RANDOM_SECONDS", 0))
 
 # Timeouts in seconds: of a collective, of a segment of a case (which takes under 1 second), and of

@@ -59,7 +59,7 @@ FP32_KERNELS += ("changes-fp32", "changes-bf16", "changes-mx8")
 FEW = {
     "sm_80": ("adamw-fp32", "adamw-mx8"),
     "sm_90": (
-        *("adamw-fp32", "adamw-bf16", "adamw-split16", "adamw-mx8", "adamw-mx8-split8"),
+        *("adamw-fp32", "adamw-bf16", "adamw-split16", "adamw-mx8-split8"),
         *("adamw-mx4", "extras-bf16", "every-adabelief", "norm", "judge", "advance-adam"),
     ),
     "sm_100": ("adamw-fp32",),
