@@ -16,6 +16,7 @@ from bench import coverage, session, stages
 from bench.session import Session
 from bench.stages import STAGES, Part, Stage
 
+from .support.scripts import run_script
 from .support.thorough import thorough
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ def test_part_without_a_passed_test_does_not_pass(tmp_path, command, how):
     assert run(tmp_path, of("true"))[1] == {"a": "passed"}
 
 
-def test_stages_need_torch_numpy_and_pytest_alone():
+def test_stages_need_torch_numpy_and_pytest_alone(tmp_path):
     """Stages import no other packages, which may be missing on the machine with a GPU."""
     lacking = ("rich", "tqdm", "matplotlib", "hypothesis", "expecttest", "xdist", "safetensors")
     modules = [
@@ -166,9 +167,13 @@ def test_stages_need_torch_numpy_and_pytest_alone():
         "share",
         "steps",
     ]
-    code = f"import sys\nfor m in {lacking}: sys.modules[m] = None\n"
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    code += "assert not [m for m in sys.modules if m.startswith('bench.')]\n"
+    code += f"for m in {lacking}: sys.modules[m] = None\n"
     code += "".join(f"import bench.{module}\n" for module in modules)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    path = tmp_path / "stages.py"
+    path.write_text(code)
+    done = run_script(path, ROOT, threads=1)
     assert done.returncode == 0, done.stderr
 
 
