@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -226,18 +227,19 @@ EVERY_FORMAT = [
 """Every combination of a state format, a weight format and a weight dtype that it serves."""
 
 
-def some_formats(number: int) -> list[int]:
+@cache
+def some_formats(number: int) -> tuple[int, ...]:
     """Indices of the combinations of EVERY_FORMAT with which the ``number``-th row of a test runs.
 
     Each weight format occurs once, with the state formats in turn. As many rows as there are state
     formats have every combination together. `make test-all` runs each row with all of them.
     """
     weights = len(EVERY_FORMAT) // len(STATE_FORMATS)
-    return [
+    return tuple(
         i
         for i in range(len(EVERY_FORMAT))
         if THOROUGH or (sum(divmod(i, weights)) + number) % len(STATE_FORMATS) == 0
-    ]
+    )
 
 
 def served(variant: dict[str, Any], states: str) -> bool:

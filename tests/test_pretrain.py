@@ -20,7 +20,7 @@ HERE = [config.name for config in CONFIGS if not config.unavailable(CPU)]
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """One thread is fastest for a model this small. A fixture in conftest restores the number."""
+    """One thread is fastest for a model this small. Another fixture restores the number."""
     torch.set_num_threads(1)
 
 

@@ -1,6 +1,6 @@
 """The imports of the processes that tests start; :mod:`tests.support.processes` forks after them.
 
-The module also exempts everything imported from garbage collection, as tests/conftest.py does.
+The module also exempts everything imported from garbage collection, as the fixtures do.
 """
 
 import gc
