@@ -46,6 +46,7 @@ def _one_thread(_two_threads):
 # --- the claims, one by one ------------------------------------------------------------------
 
 
+@thorough
 def test_momentum_oscillates_where_adamw_lands_at_the_same_rate():
     found = claims.oscillation()
     momentum, adamw = found["momentum"], found["adamw"]
@@ -56,6 +57,7 @@ def test_momentum_oscillates_where_adamw_lands_at_the_same_rate():
     assert adamw["ravine crossings"] > 5
 
 
+@thorough
 def test_adagrads_steps_die_out_and_rmsprops_do_not():
     found = claims.step_decay()
     assert found["adagrad"] == pytest.approx(-0.5, abs=0.02)
@@ -196,6 +198,7 @@ def test_all_start_at_the_same_line_and_all_but_two_fit_it():
         assert (run["loss"][-1] < 1.1 * found["floor"]) == fits, key
 
 
+@thorough
 def test_smaller_batches_need_fewer_samples_and_are_noisier():
     batch, mini, stochastic = line_fit.run_batches().values()
     assert batch["samples"][1] == 100
