@@ -219,17 +219,19 @@ def test_state_dicts_that_do_not_fit_are_refused_before_anything_changes():
             assert all(torch.equal(state[key], now["state"][i][key]) for key in state)
 
 
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("size", [0, 1, 2, 33, (6, 5)])
-def test_version_2_state_dicts_load(size):
-    """In version 2 the codes of mx4 were uint8, as those of mx8 still are."""
+def test_state_dicts_of_versions_2_and_3_load(size, version):
+    """In version 2 the codes of mx4 were uint8, as those of mx8 still are. Codes of version 3 have
+    not changed since."""
     for states in ("mx8", "mx4"):
         sizes = [size if isinstance(size, tuple) else (size,)]
         params = make_params(sizes, torch.float32, 0)
         optimizer = onepass.AdamW(params, states=states)
         train(optimizer, params, 2)
         older = copy.deepcopy(optimizer.state_dict())
-        older["param_groups"][0]["format_version"] = 2
-        for state in older["state"].values():
+        older["param_groups"][0]["format_version"] = version
+        for state in older["state"].values() if version == 2 else ():
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].view(torch.uint8)
         loaded = onepass.AdamW(params, states=states)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import onepass
 from onepass.formats.floats import (
     decode_bf16,
     decode_fp16,
@@ -15,11 +16,20 @@ from onepass.formats.floats import (
     encode_bf16_stochastic,
     encode_fp16,
 )
-from onepass.numerics.random_bits import random_bits, splitmix64
+from onepass.numerics.random_bits import (
+    SHARED_WEIGHT_BITS,
+    STATE_BITS,
+    WEIGHT_BITS,
+    bits_from,
+    random_bits,
+    splitmix64,
+)
 from onepass.rules import HYPER_WIDTH, OPTIONS_WIDTH, RULES, StepOf, power
+from onepass.rules.limits import MAX_STATES
 
 from .cases import CASES
 
+U32 = np.uint32
 ALL_CODES = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 # Every fp32 value whose last 13 bits are 0. With their neighbours (NEAR_TIES), these values cover
 # all rounding decisions of bf16 and fp16.
@@ -114,6 +124,70 @@ def test_random_bits_known_answers():
 KNOWN = [3865129165, 2557184498, 1883049162]
 
 
+def test_uses_share_only_bits_that_are_low_in_one_of_them():
+    """No two states share a bit. A weight shares none without states that draw; with them, every
+    shared bit is one of the lower 8 of the state or of the weight."""
+
+    def bits_of(position):
+        """The bits of an element in the use at a position -> their places in the use."""
+        found = {}
+        for bit in range(96):
+            words = {w: np.array([1 << bit % 32 if w == bit // 32 else 0], U32) for w in range(3)}
+            (value,) = bits_from(words, position).tolist()
+            if value:
+                found[bit] = value.bit_length() - 1
+        assert sorted(found.values()) == list(range(16))
+        return found
+
+    states = [bits_of(position) for position in STATE_BITS]
+    assert len(states) == MAX_STATES
+    assert len({bit for state in states for bit in state}) == 16 * len(states)
+    weight = bits_of(WEIGHT_BITS)
+    assert not any(state.keys() & weight for state in states)
+    weight = bits_of(SHARED_WEIGHT_BITS)
+    for state in states:
+        assert all(min(state[bit], weight[bit]) < 8 for bit in state.keys() & weight)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_roundings_that_share_bits_are_nearly_uncorrelated(slot):
+    """A value is rounded up if its random bits are at least a threshold. The covariance of these
+    events for a state and a weight is at most 1/1024, for any two thresholds."""
+    # Every value of bits 4 to 23, or 12 to 31: the lowest 4 bits of the lower use are left out.
+    words = {0: np.arange(1 << 20, dtype=U32) << U32(4 + 8 * slot)}
+    state = bits_from(words, STATE_BITS[slot])
+    weight = bits_from(words, SHARED_WEIGHT_BITS)
+    largest = 0.0
+    for of_state in (0x3FF0, 0x8000, 0x8080, 0xF123):
+        for of_weight in (0x0080, 0x5C80, 0x8000, 0xFF80):
+            up, weight_up = state >= of_state, weight >= of_weight
+            found = (up & weight_up).mean() - up.mean() * weight_up.mean()
+            largest = max(largest, abs(found))
+    assert largest == 1 / 1024
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_weight_draws_from_the_word_of_the_states_if_they_draw(backend):
+    cases = {"fp32": WEIGHT_BITS, "dynamic8": WEIGHT_BITS}
+    cases |= dict.fromkeys(("bf16", "mx8"), SHARED_WEIGHT_BITS)
+    rng = np.random.default_rng(0)
+    start = decode_bf16(encode_bf16(rng.standard_normal(1000).astype(np.float32)))
+    grad = decode_bf16(encode_bf16(rng.standard_normal(1000).astype(np.float32)))
+    words = {word: random_bits(5, 1, 0, 0, 1000, word) for word in range(2)}
+    for states, position in cases.items():
+        # Without momentum there is no state that draws.
+        for momentum, where in ((0.9, position), (0.0, WEIGHT_BITS)):
+            param = torch.from_numpy(start).bfloat16()
+            param.grad = torch.from_numpy(grad).bfloat16()
+            options = {"states": states, "weights": "stochastic", "backend": backend, "seed": 5}
+            onepass.SGD([param], lr=0.01, momentum=momentum, **options).step()
+            expected = encode_bf16_stochastic(
+                start - np.float32(0.01) * grad, bits_from(words, where)
+            )
+            found = param.view(torch.int16).numpy().view(np.uint16)
+            np.testing.assert_array_equal(found, expected, err_msg=f"{states} {momentum}")
+
+
 def test_random_bits_do_not_depend_on_the_start_of_a_call():
     whole = random_bits(1, 2, 3, (1 << 32) - 100, 200)
     parts = [random_bits(1, 2, 3, (1 << 32) - 100 + i, 50) for i in range(0, 200, 50)]
@@ -125,7 +199,8 @@ def test_random_bits_look_independent():
     n = 1 << 19
     scores = {}
     base = random_bits(11, 4, 6, 0, n)
-    halves = {"low": base & np.uint32(0xFFFF), "high": base >> np.uint32(16)}
+    positions = {"low": STATE_BITS[0], "middle": SHARED_WEIGHT_BITS, "high": STATE_BITS[1]}
+    halves = {name: bits_from({0: base}, position) for name, position in positions.items()}
 
     def unit(half):
         return (half.astype(np.float64) - 32767.5) / (65536 / math.sqrt(12))

@@ -46,8 +46,10 @@ ABSENT = -1  # used instead of a format number if the rule does not have the sta
 
 # Written into every checkpoint. If the codes of a format change, increment this number and set
 # readable_since of the format. Version 2 changed the codes of mx4. Version 3 changed their dtype
-# from uint8 to int8, so that the dtypes of codes and scales identify every format.
-VERSION = 3
+# from uint8 to int8, so that the dtypes of codes and scales identify every format. Version 4
+# changed no codes, but the random bits of stochastic weights: a run that was saved in version 3
+# continues with other bits than in version 3.
+VERSION = 4
 
 
 def _found() -> list[StateFormat | WeightFormat]:
