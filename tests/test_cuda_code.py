@@ -140,7 +140,7 @@ def test_the_main_path_reads_16_bytes_per_access_before_it_writes(name, loads, s
         ("adam-1 split16 bf16 bf16sr", 57),
         ("adam-1 split16 bf16 mx8", 72),
         ("adam-1 split8 bf16 mx8", 74),
-        ("adam-1 bf16sr bf16 mx4", 99.5),
+        ("adam-1 bf16sr bf16 mx4", 92.5),
         ("adam-1 fp32 fp32 dynamic8", 79),
         ("adam-1 bf16 bf16 dynamic8", 83.5),
     ],
