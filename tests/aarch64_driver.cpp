@@ -258,7 +258,8 @@ void run_rule(const Direct& direct, const RuleCase& rule, int set, Content conte
     Stored at[kMaxStates] = {};
     for (int k = 0; k < kMaxStates; ++k)
       if (has(k)) at[k] = states[k].at();
-    direct.rules[rule.code][rule.flags](row, whole, param.at(), grad.at().data, at, random_of(0));
+    direct.rules[rule.code][rule.flags](
+        row, whole, param.at(), grad.at().data, at, random_of(0), nullptr);
   }
   for_each_tile(whole, n, [&](int first, int count) {
     float roots[kTile] = {}, p[kTile], g[kTile], s[kMaxStates][kTile];
@@ -270,7 +271,7 @@ void run_rule(const Direct& direct, const RuleCase& rule, int set, Content conte
       if (has(k)) at[k].data = s[k];
     }
     kernels.direct[0].rules[rule.code][rule.flags](
-        row, count, {p, nullptr}, g, at, random_of(first));
+        row, count, {p, nullptr}, g, at, random_of(first), nullptr);
     param.encode(p, first, count, weight_use(param.format), roots);
     for (const int k : order)
       if (has(k)) states[k].encode(s[k], first, count, state_use(k), roots);

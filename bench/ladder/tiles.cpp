@@ -48,7 +48,7 @@ void in_place(const Step& step, int64_t begin, int64_t end) {
         shifted(step.exp_avg, kState, at), shifted(step.exp_avg_sq, kState, at), {}};
     step.direct->rules[kAdam][kDecoupled](
         step.row, n, shifted(step.param, kWeight, at), shifted(step.grad, kWeight, at).data, states,
-        random_at(step, at));
+        random_at(step, at), nullptr);
   }
 }
 
@@ -71,7 +71,7 @@ void in_tiles(const Step& step, int64_t begin, int64_t end) {
     decode[kS][kRelative](step.exp_avg, at, n, exp_avg, roots);
     const Stored states[kMaxStates] = {{exp_avg, nullptr}, {exp_avg_sq, nullptr}, {}};
     step.kernels->direct[0].rules[kAdam][kDecoupled](
-        step.row, n, {param, nullptr}, grad, states, random);
+        step.row, n, {param, nullptr}, grad, states, random, nullptr);
     encode[kW][kFirst](param, at, n, step.param, random, weight_use(kWeight), roots);
     encode[kS][kSecond](exp_avg_sq, at, n, step.exp_avg_sq, random, 1, roots);
     encode[kS][kRelative](exp_avg, at, n, step.exp_avg, random, 0, roots);
