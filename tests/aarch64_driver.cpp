@@ -169,7 +169,7 @@ void run_format(Format format, int n) {
   std::vector<Tensor> tensors;
   for (const Kind kind : kKindOrder)
     if (kernels.encode[code][kind]) tensors.emplace_back(format, kind, n);
-  const int use = info_of(format).weight ? weight_use(format) : state_use(1);
+  const int use = info_of(format).weight ? weight_use(format, false) : state_use(1);
   for (int c = 0; c < kContents; ++c) {
     const Content content = static_cast<Content>(c);
     for_each_tile(0, n, [&](int first, int count) {
@@ -241,10 +241,11 @@ void run_rule(const Direct& direct, const RuleCase& rule, int set, Content conte
     if (k != lead) order.push_back(k);
   }
   const auto has = [&](int k) { return rule.slots >> k & 1; };
+  const int param_use = weight_use(param.format, rule.slots != 0 && is_stochastic(direct.state));
   const auto param_values = values_of(content, 10, n), grad_values = values_of(content, 11, n);
   for_each_tile(0, n, [&](int first, int count) {
     float roots[kTile] = {};
-    param.encode(&param_values[first], first, count, weight_use(param.format), roots);
+    param.encode(&param_values[first], first, count, param_use, roots);
     grad.encode(&grad_values[first], first, count, 0, roots);
     for (const int k : order) {
       if (!has(k)) continue;
@@ -272,7 +273,7 @@ void run_rule(const Direct& direct, const RuleCase& rule, int set, Content conte
     }
     kernels.direct[0].rules[rule.code][rule.flags](
         row, count, {p, nullptr}, g, at, random_of(first), nullptr);
-    param.encode(p, first, count, weight_use(param.format), roots);
+    param.encode(p, first, count, param_use, roots);
     for (const int k : order)
       if (has(k)) states[k].encode(s[k], first, count, state_use(k), roots);
   });

@@ -61,8 +61,8 @@ class Format:
             format has none.
         block: number of elements that share one element of extra.
         packed: number of codes in a stored element.
-        use: the 16 random bits that a weight in this format draws, as bits_of in sweep.py numbers
-            them; a state draws those of its slot.
+        position: the position of the 16 random bits that a weight in this format draws, if it does
+            not depend on the states; see onepass.numerics.random_bits.bits_from.
         root: (stored elements, scales) -> the unit of relative first moments; None if the format
             has no such unit.
     """
@@ -75,7 +75,7 @@ class Format:
     extra: tl.dtype | None = None
     block: int = 1
     packed: int = 1
-    use: int = 3
+    position: int | None = None
     root: Any = None
 
     @property
@@ -115,7 +115,7 @@ FORMATS = {
     12: _companion("split16", tl.uint16),
     # split8 needs 8 bits and shares the lowest bits of slot 0, because they hardly affect the
     # rounding of that state.
-    13: _companion("split8", tl.uint8, stochastic=True, use=0),
+    13: _companion("split8", tl.uint8, stochastic=True, position=0),
 }
 
 _DYNAMIC = {sign: _dynamic(sign) for sign in ("signed", "unsigned")}

@@ -49,7 +49,15 @@ from .table import (
     Tuning,
 )
 from .variants import Variant as Variant
-from .variants import Variants, has_slot, root_slot, state_format, variant_at
+from .variants import (
+    Variants,
+    has_slot,
+    root_slot,
+    state_bits,
+    state_format,
+    variant_at,
+    weight_bits,
+)
 
 EMA = tl.constexpr(rule_table.EMA)
 
@@ -61,13 +69,9 @@ def unit_root(root):
 
 
 @triton.jit
-def bits_of(words, USE: tl.constexpr):
-    """The 16 random bits of each element for one use.
-
-    Word 0 has those of slots 0 and 1, word 1 those of slot 2 and of the weight, word 2 those of
-    slot 3.
-    """
-    return (words[USE // 2] >> (USE % 2 * 16)) & 0xFFFF
+def bits_from(words, POSITION: tl.constexpr):
+    """The 16 random bits of each element for one use; see onepass.numerics.random_bits."""
+    return (words[POSITION // 32] >> (POSITION % 32)) & 0xFFFF
 
 
 @triton.jit
@@ -79,8 +83,8 @@ def store_state(
     FORMAT: tl.constexpr = state_format(V, SLOT)
     ROOT: tl.constexpr = root_slot(V)
     _, _, _, _, _, states_at, scales_at = at
-    USE: tl.constexpr = SLOT if SLOT < 3 else SLOT + 1
-    random = bits_of(words, USE)
+    BITS: tl.constexpr = state_bits(SLOT)
+    random = bits_from(words, BITS)
     values = only_elements(states[SLOT], first, count, FORMAT, FULL)
     codes, extra = FORMAT.encode(values, random, root, maps)
     store_stored(states_at[SLOT], scales_at[SLOT], first, count, codes, extra, FORMAT, BLOCK, FULL)
@@ -185,8 +189,8 @@ def sweep_block(
             formats.random_bits(stream, index, offsets, 1),
             formats.random_bits(stream, index, offsets, 2),
         )
-    USE: tl.constexpr = PARAM.use
-    codes, extra = PARAM.encode(param, bits_of(words, USE), 0, maps)
+    BITS: tl.constexpr = weight_bits(V)
+    codes, extra = PARAM.encode(param, bits_from(words, BITS), 0, maps)
     store_stored(param_at, companion_at, first, count, codes, extra, PARAM, BLOCK, FULL)
     if V.changed:
         record_changes(changed_at, first, count, weight_codes, codes, BLOCK, FULL)

@@ -10,6 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from onepass.numerics.random_bits import SHARED_WEIGHT_BITS, STATE_BITS, WEIGHT_BITS
 from onepass.rules import Rule
 
 from ..formats import ABSENT
@@ -86,6 +87,15 @@ class Variant:
     def stochastic(self) -> bool:
         """Whether any format draws random bits."""
         return any(f.stochastic for f in self.written)
+
+    @cached_property
+    def weight_bits(self) -> int:
+        """The position of the random bits of the weight; see
+        :func:`onepass.numerics.random_bits.bits_from`."""
+        if self.param_format.position is not None:
+            return self.param_format.position
+        drawn = any(f is not None and f.stochastic for f in self.state_formats)
+        return SHARED_WEIGHT_BITS if drawn else WEIGHT_BITS
 
     @cached_property
     def root_slot(self) -> int | None:
@@ -170,3 +180,15 @@ def state_format(variant, slot):
 def root_slot(variant):
     """Variant.root_slot."""
     return variant.root_slot
+
+
+@triton.constexpr_function
+def state_bits(slot):
+    """The position of the random bits of a slot."""
+    return STATE_BITS[slot]
+
+
+@triton.constexpr_function
+def weight_bits(variant):
+    """Variant.weight_bits."""
+    return variant.weight_bits

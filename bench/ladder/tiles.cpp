@@ -72,9 +72,9 @@ void in_tiles(const Step& step, int64_t begin, int64_t end) {
     const Stored states[kMaxStates] = {{exp_avg, nullptr}, {exp_avg_sq, nullptr}, {}};
     step.kernels->direct[0].rules[kAdam][kDecoupled](
         step.row, n, {param, nullptr}, grad, states, random, nullptr);
-    encode[kW][kFirst](param, at, n, step.param, random, weight_use(kWeight), roots);
-    encode[kS][kSecond](exp_avg_sq, at, n, step.exp_avg_sq, random, 1, roots);
-    encode[kS][kRelative](exp_avg, at, n, step.exp_avg, random, 0, roots);
+    encode[kW][kFirst](param, at, n, step.param, random, weight_use(kWeight, true), roots);
+    encode[kS][kSecond](exp_avg_sq, at, n, step.exp_avg_sq, random, state_use(1), roots);
+    encode[kS][kRelative](exp_avg, at, n, step.exp_avg, random, state_use(0), roots);
   }
 }
 

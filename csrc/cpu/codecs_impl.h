@@ -355,12 +355,12 @@ void store_tile(
   uint32_t words[kStrip];
   int i = 0;
   for (; i + kStrip <= n; i += kStrip) {
-    if (Format::kDraws) draw(random, use / 2, i, kStrip, words);
-    Format::store(tile + i, dst, first + i, kStrip, {words, use % 2 * 16}, roots + i);
+    if (Format::kDraws) draw(random, use / 32, i, kStrip, words);
+    Format::store(tile + i, dst, first + i, kStrip, {words, use % 32}, roots + i);
   }
   if (i < n) {
-    if (Format::kDraws) draw(random, use / 2, i, n - i, words);
-    Format::store(tile + i, dst, first + i, n - i, {words, use % 2 * 16}, roots + i);
+    if (Format::kDraws) draw(random, use / 32, i, n - i, words);
+    Format::store(tile + i, dst, first + i, n - i, {words, use % 32}, roots + i);
   }
 }
 

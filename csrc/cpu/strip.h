@@ -60,7 +60,7 @@ ONEPASS_HD void draw_strip(
   }
 }
 
-// The 16 random bits of one use: one half of each word.
+// The 16 random bits of one use: those of each word from bit `shift` up.
 struct Random {
   const uint32_t* words;
   int shift;

@@ -19,12 +19,12 @@ struct Tiles {
   alignas(64) uint32_t codes[kTile];  // its codes, for a record of changes
 };
 
-// Whether a format of the entry draws random bits.
-bool needs_random(const Entry& entry) {
-  bool needs = is_stochastic(entry.param_format);
+// Whether a state of the entry draws random bits.
+bool states_draw(const Entry& entry) {
+  bool draw = false;
   for (int k = 0; k < kMaxStates; ++k)
-    needs = needs || (entry.has(k) && is_stochastic(entry.state_formats[k]));
-  return needs;
+    draw = draw || (entry.has(k) && is_stochastic(entry.state_formats[k]));
+  return draw;
 }
 
 // The direct kernel for the formats of an entry, or null.
@@ -79,7 +79,9 @@ void sweep_tile(
   rule(row, n, {param, nullptr}, grad, states, random, nullptr);
   if (telemetry) kernels.measure(grad, tiles.before, param, n, telemetry);
   if (entry.ema) kernels.average(row, param, n, entry.ema + first);
-  close(entry.param_format, kFirst, param, entry.param, weight_use(entry.param_format));
+  close(
+      entry.param_format, kFirst, param, entry.param,
+      weight_use(entry.param_format, states_draw(entry)));
   for (const int k : entry.order)
     if (entry.has(k))
       close(
@@ -107,7 +109,7 @@ void sweep_entry(
   const bool plain = !skipped && !entry.ema && !telemetry;
   const Direct* direct = plain ? direct_kernel(kernels, entry) : nullptr;
   const int64_t most = step.zero_grads ? kZeroed : kPiece;
-  const bool draws = needs_random(entry);
+  const bool draws = is_stochastic(entry.param_format) || states_draw(entry);
   const uint32_t words = entry.slots >> 3 ? kRandomWords : 2;
   const uint64_t stream =
       draws ? random_stream(

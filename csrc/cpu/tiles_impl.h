@@ -79,10 +79,10 @@ void apply_tiles(
       Weight::kFormat == Format::kFp32 || State<kFirst>::kFormat == Format::kFp32;
   constexpr Order kOrder = kFloats ? kInOrder : kByPairs;
   constexpr bool kDraws = State<kFirst>::kDraws;
-  constexpr int kUse = weight_use(Weight::kFormat);
+  constexpr int kUse = weight_use(Weight::kFormat, kDraws && kSlots != 0);
   // Whether random word 0 and word 1 are drawn.
-  constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 2 == 0);
-  constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 2 == 1);
+  constexpr bool kDraws0 = ((kSlots & 3) && kDraws) || (Weight::kDraws && kUse / 32 == 0);
+  constexpr bool kDraws1 = ((kSlots & 4) && kDraws) || (Weight::kDraws && kUse / 32 == 1);
   constexpr bool kMx8 = State<kFirst>::kFormat == Format::kMx8;
   using Params = Strip<Weight, kOrder>;
   constexpr int kWeightBytes = static_cast<int>(bytes_of(Weight::kFormat, 1));
@@ -164,14 +164,14 @@ void apply_tiles(
       Before<kWeightBytes, kWritten> before;
       before.keep(weights_at(first), kWritten, words_at(first));
       Params::store_dithered(
-          in.params + strip, weight, first, in.words[kUse / 2] + strip, kUse % 2 * 16);
+          in.params + strip, weight, first, in.words[kUse / 32] + strip, kUse % 32);
       before.record(weights_at(first), kWritten, words_at(first));
     }
   };
   const auto write_states = [&](int tile, int strip, Buffers& in) __attribute__((always_inline)) {
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
-      constexpr int k = decltype(slot)::kIndex;
-      in.tiles.of(slot).write(states[k], tile, in.words[k / 2], k % 2 * 16, strip);
+      constexpr int k = decltype(slot)::kIndex, kOwn = state_use(k);
+      in.tiles.of(slot).write(states[k], tile, in.words[kOwn / 32], kOwn % 32, strip);
     });
   };
   const auto begin = [&](int tile, Buffers& in) __attribute__((always_inline)) {
@@ -181,8 +181,8 @@ void apply_tiles(
   };
   const auto choose = [&](int tile, Buffers& in) __attribute__((always_inline)) {
     for_each_slot<Rule>([&](auto slot) __attribute__((always_inline)) {
-      constexpr int k = decltype(slot)::kIndex;
-      in.tiles.of(slot).choose(states[k], tile, in.words[k / 2], k % 2 * 16, in.roots);
+      constexpr int k = decltype(slot)::kIndex, kOwn = state_use(k);
+      in.tiles.of(slot).choose(states[k], tile, in.words[kOwn / 32], kOwn % 32, in.roots);
     });
   };
   if constexpr (simd::kInterleavesTiles && kMx8) {

@@ -42,10 +42,10 @@ struct Random {
   uint32_t low;  // lower half of the index of the warp's first element
 
   // at: position of the element, counted from the warp's first.
-  ONEPASS_HD RandomHalf draw(int use, int at) const {
-    const RandomKey key = keys[use / 2];
+  ONEPASS_HD Random16 draw(int use, int at) const {
+    const RandomKey key = use < 32 ? keys[0] : use < 64 ? keys[1] : keys[2];
     const uint32_t start = random_start(key, low + static_cast<uint32_t>(at));
-    return {random_mix(key, start), use % 2 != 0};
+    return {random_mix(key, start), use % 32};
   }
 };
 
@@ -368,7 +368,7 @@ struct StateCodec {
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {
           const uint32_t scale = state.scales[j / Vector];
-          const RandomHalf bits = random.draw(use, lanes.at(j));
+          const Random16 bits = random.draw(use, lanes.at(j));
           if constexpr (Math::kQuick && F == Format::kMx8) {
             if constexpr (K == kSecond)
               words[j] = Code::encode_from(largest[j / Vector] != 0, units[j], bits, scale);

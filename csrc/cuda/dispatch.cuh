@@ -29,6 +29,8 @@ struct Fixed {
   static constexpr int kThreads = kShape.threads;
 
   ONEPASS_HD explicit Fixed(const Chunk&) {}
+  // Whether a state draws random bits. The formats of a parameter without states hold fp32.
+  ONEPASS_HD static constexpr bool states_draw() { return is_stochastic(Held); }
   template <class Work>
   ONEPASS_HD void param(const Work& work) const {
     work(Tag<Param>{});
@@ -56,6 +58,7 @@ struct Any {
 
   ONEPASS_HD explicit Any(const Chunk& chunk)
       : param_(chunk.param_format), grad_(chunk.grad_format), held_(chunk.state_format) {}
+  ONEPASS_HD bool states_draw() const { return is_stochastic(held_); }
 
 #define ONEPASS_CASE(NAME) \
   case Format::NAME:       \

@@ -250,10 +250,11 @@ __device__ __forceinline__ bool sweep_warp(
   formats.param([&](auto format) {
     constexpr Format F = decltype(format)::value;
     constexpr int kCompanion = companion_bits_of(F);
+    const int use = weight_use(F, formats.states_draw());
     uint32_t codes[kElements], beside[kElements];
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      const auto draw = [&] { return random.draw(weight_use(F), lanes.at(j)); };
+      const auto draw = [&] { return random.draw(use, lanes.at(j)); };
       const Pair pair = encode_one<F, Math::kQuick>(param[j], draw);
       codes[j] = pair.code, beside[j] = pair.companion;
     }

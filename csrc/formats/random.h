@@ -50,15 +50,14 @@ ONEPASS_HD uint32_t random_mix(RandomKey key, uint32_t x) {
   return x * 0x846CA68Bu;
 }
 
-// 16 random bits: one half of a word. Functions that take them also take a uint32_t below 2^16.
-struct RandomHalf {
+// 16 random bits: those of a word from bit `shift` up. Functions that take them also take a
+// uint32_t below 2^16.
+struct Random16 {
   uint32_t word;
-  bool upper;  // a constant wherever the compiler sees it
+  int shift;  // 0, 8 or 16; a constant wherever the compiler sees it
 };
 ONEPASS_HD uint32_t value16(uint32_t random16) { return random16; }
-ONEPASS_HD uint32_t value16(RandomHalf random) {
-  return random.upper ? random.word >> 16 : random.word & 0xFFFFu;
-}
+ONEPASS_HD uint32_t value16(Random16 random) { return random.word >> random.shift & 0xFFFFu; }
 
 // bits + (random << shift), for a shift of at most 7. A GPU selects, shifts and adds a half in one
 // instruction: a dot product of the two halves with two bytes.
@@ -68,14 +67,15 @@ ONEPASS_HD uint32_t add_random(uint32_t bits, Random random, int shift) {
 }
 #if defined(__CUDA_ARCH__)
 template <>
-ONEPASS_HD uint32_t add_random(uint32_t bits, RandomHalf random, int shift) {
-  return __dp2a_lo(random.word, (random.upper ? 256u : 1u) << shift, bits);
+ONEPASS_HD uint32_t add_random(uint32_t bits, Random16 random, int shift) {
+  if (random.shift == 8) return bits + (__byte_perm(random.word, 0, 0x4421) << shift);
+  return __dp2a_lo(random.word, (random.shift == 0 ? 1u : 256u) << shift, bits);
 }
 #endif
 // bits + the lower 8 of the random bits.
-ONEPASS_HD uint32_t add_random8(uint32_t bits, RandomHalf random) {
+ONEPASS_HD uint32_t add_random8(uint32_t bits, Random16 random) {
 #if defined(__CUDA_ARCH__)
-  return __dp4a(random.word, random.upper ? 0x10000u : 1u, bits);
+  return __dp4a(random.word, 1u << random.shift, bits);
 #else
   return bits + (value16(random) & 0xFFu);
 #endif

@@ -125,11 +125,16 @@ constexpr int64_t extra_bytes_of(Format format, int64_t n) {
   return (n + info.block - 1) / info.block * bytes_of(info.extra);
 }
 
-// Each element has kRandomWords random words, divided into uses of 16 bits: use u is half u % 2 of
-// word u / 2. split8 needs 8 bits and shares the lowest bits of state 0, because they hardly affect
-// the rounding of that state.
+// Each element has kRandomWords random words of 32 bits. A use is 16 of these bits, named by the
+// position of the lowest: bit use % 32 of word use / 32. States have bits of their own. A weight
+// takes bits of word 0 if a state draws too, because a second word would cost a second hash. Each
+// bit that it shares with a state is one of the lower 8 of either use, where it hardly affects the
+// rounding. split8 reads only the lower 8 of its bits.
 constexpr int kRandomWords = 3;
-constexpr int weight_use(Format format) { return format == Format::kSplit8 ? 0 : 3; }
-constexpr int state_use(int k) { return k < 3 ? k : k + 1; }
+constexpr int state_use(int k) { return k < 3 ? 16 * k : 64; }
+constexpr int weight_use(Format format, bool states_draw) {
+  if (format == Format::kSplit8) return 0;
+  return states_draw ? 8 : 48;
+}
 
 }  // namespace onepass

@@ -131,7 +131,6 @@ def _make_entry(
         scales={slot: held[scale_key(name)] for slot, name in scaled},
         format=form,
         weight=weight.codes[param.dtype],
-        draws=form.stochastic or weight.stochastic,
         companion=held.get(weight.key),
         ema=held.get(EMA),
         changed=changed,

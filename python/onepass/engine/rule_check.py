@@ -78,9 +78,7 @@ class _Run:
         start = History(0.0, True, tuple(s.starts_at for s in rule.scalar_states))
         self.table = RowTable(rule, [(group, start)], device)
         native = WEIGHT_FORMATS["native"].codes[torch.float32]
-        entry = Entry(
-            self.param, self.states, STATE_FORMATS["fp32"], native, rule, bits, 0, 0, draws=False
-        )
+        entry = Entry(self.param, self.states, STATE_FORMATS["fp32"], native, rule, bits, 0, 0)
         self.prepared = backend.prepare([entry])
 
     def step(self) -> None:

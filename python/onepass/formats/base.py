@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ..numerics.arrays import F32, U32, States
+from ..numerics.random_bits import SHARED_WEIGHT_BITS, WEIGHT_BITS
 
 Array = npt.NDArray[Any]
 Stored = tuple[Array, Array | None]
@@ -103,9 +104,8 @@ class WeightFormat:
             The companion has the shape and strides of the parameter.
         companion: the dtype of the companion; None for the dtype of the weight.
         stochastic: whether encode reads the random bits.
-        random_half: the 16 random bits of an element that encode reads: 0 and 1 are the lower and
-            upper half of word 0, 2 and 3 the lower and upper half of word 1. The state in slot i
-            reads half i.
+        random_position: the position of the 16 random bits that encode reads (see
+            :func:`onepass.numerics.random_bits.bits_from`), if it does not depend on the states.
         starts_as_weight: whether a new companion is a copy of the weight instead of 0.
     """
 
@@ -116,7 +116,7 @@ class WeightFormat:
     key: str = ""
     companion: torch.dtype | None = None
     stochastic: bool = False
-    random_half: int = 3
+    random_position: int | None = None
     starts_as_weight: bool = False
 
     @property
@@ -126,6 +126,16 @@ class WeightFormat:
         This holds for int16 companions, because process groups cannot send int16.
         """
         return self.companion == torch.int16
+
+    def position_of_bits(self, states_draw: bool) -> int:
+        """The position of the random bits that encode reads.
+
+        Args:
+            states_draw: whether a state of the parameter draws random bits.
+        """
+        if self.random_position is not None:
+            return self.random_position
+        return SHARED_WEIGHT_BITS if states_draw else WEIGHT_BITS
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the companion per weight."""

@@ -40,5 +40,5 @@ FORMAT = WeightFormat(
     stochastic=True,
     # Word 0 is already generated for the states. Its lowest 8 bits have little influence on the
     # rounding of the state in slot 0.
-    random_half=0,
+    random_position=0,
 )

@@ -13,7 +13,7 @@ from ..engine.device_plan import DevicePlan, Tensors, WholeNorm
 from ..engine.hyper_table import GRAD, NONFINITE
 from ..engine.joint_table import JointTable
 from ..engine.tensor_access import is_dtensor
-from ..formats import NATIVE, WEIGHT_FORMAT_OF_CODE
+from ..formats import NATIVE
 from ..numerics.verdict import SKIP
 from ..rules.group_options import option
 from ..rules.muon import RULE as MUON
@@ -236,7 +236,6 @@ def _momentum_entry(entry: backends.Entry, row: int, direction: torch.Tensor) ->
         ema=None,
         changed=None,
         row=row,
-        draws=entry.format.stochastic,
     )
 
 
@@ -255,7 +254,6 @@ def _weight_entry(entry: backends.Entry, row: int, group: Mapping[str, Any]) -> 
         rule=SGD,
         flags=SGD.flag_bits(options),
         row=row,
-        draws=WEIGHT_FORMAT_OF_CODE[entry.weight].stochastic,
     )
 
 

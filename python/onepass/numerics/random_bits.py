@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from .arrays import U32
+
+# The positions of the 16 random bits of each use; see bits_from.
+STATE_BITS = (0, 16, 32, 64)  # of the state in each slot
+WEIGHT_BITS = 48  # of a weight
+SHARED_WEIGHT_BITS = 8  # of a weight if a state of the parameter draws too
 
 _MASK64 = (1 << 64) - 1
 
@@ -30,9 +37,8 @@ def random_bits(seed: int, step: int, param_id: int, first: int, count: int, wor
         x ^= (x >> 15) ^ k1;  x *= 0x846CA68B
 
     where low is the lower half of the index. This is a Weyl sequence, hashed by the two
-    multiplications of Wellons' 32-bit hash "lowbias32" with a second key between the two. Word 0
-    rounds the states of slot 0 (lower 16 bits) and slot 1 (upper 16 bits). Word 1 rounds the state
-    of slot 2 and the weight. Word 2 rounds the state of slot 3.
+    multiplications of Wellons' 32-bit hash "lowbias32" with a second key between the two.
+    :func:`bits_from` takes the bits of one use from these words.
     """
     stream = splitmix64(splitmix64(splitmix64(seed & _MASK64) ^ step) ^ param_id)
     index = np.arange(first, first + count, dtype=np.uint64)
@@ -48,3 +54,27 @@ def random_bits(seed: int, step: int, param_id: int, first: int, count: int, wor
         x *= np.uint32(0x846CA68B)
         out[here] = x
     return out
+
+
+def bits_from(words: Mapping[int, U32], position: int) -> U32:
+    """The 16 random bits per element of one use, in the lower half of each result.
+
+    A position counts the bits of an element from the lowest bit of word 0, which is bit 0, over
+    word 1, whose lowest is bit 32, and so on. A use has the 16 bits from its position up. The
+    states have the positions STATE_BITS, so that no two of them share a bit. A weight has
+    WEIGHT_BITS if no state of the parameter draws, so that it shares no bit either. Otherwise it
+    has SHARED_WEIGHT_BITS, so that two states and the weight need one word. Its upper 8 bits are
+    then the lower 8 of slot 1, and its lower 8 bits the upper 8 of slot 0.
+
+    Every use is uniform, so that every rounding is unbiased. Two uses that share bits are not
+    independent. Let U be the 16 bits of the use whose lower 8 are shared, and V those of the other
+    use. A value is rounded up if U is at least a threshold. The lower 8 bits of U decide only if
+    its upper 8 equal those of the threshold, which has probability 1/256. So the covariance of the
+    events that the one and the other value are rounded up is at most 1/256 of the largest
+    covariance of two events, 1/4.
+
+    Args:
+        words: the number of a word -> the result of :func:`random_bits` for that word.
+        position: the position of the lowest of the 16 bits.
+    """
+    return (words[position // 32] >> np.uint32(position % 32)) & np.uint32(0xFFFF)

@@ -30,7 +30,6 @@ class Entry:
         rule, flags: the variant of the algorithm.
         row: index of the entry's row in the hyperparameter table.
         param_id: the parameter's number, which keys its random bits.
-        draws: whether any of the formats draws random bits.
         first: index of the entry's first element in the whole parameter, which also keys random
             bits.
         scales: slot -> scales of the state, if the format has blocks; updated in place.
@@ -49,7 +48,6 @@ class Entry:
     flags: int
     row: int
     param_id: int
-    draws: bool = True
     first: int = 0
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
     companion: torch.Tensor | None = None

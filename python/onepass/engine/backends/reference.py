@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...formats import NATIVE, WEIGHT_FORMAT_OF_CODE, WEIGHT_FORMATS
+from ...formats import NATIVE, WEIGHT_FORMAT_OF_CODE, WEIGHT_FORMATS, WeightFormat
 from ...numerics.arrays import F32, U32
 from ...numerics.gradient_norm import norm as gradient_norm
-from ...numerics.random_bits import random_bits
+from ...numerics.random_bits import STATE_BITS, bits_from, random_bits
 from ...rules import EMA
 from .. import numpy_codec
 from ..hyper_table import TELEMETRY_WIDTH
@@ -123,18 +123,11 @@ class ReferenceBackend(Backend):
             before, row[0] * raw, states, list(row[1 : 1 + rule.scalars]),
             rule.flag_names(entry.flags),
         )  # fmt: skip
-        # Each 32-bit random word is split into two 16-bit halves. Word 0 rounds the states of slots
-        # 0 and 1, word 1 the state of slot 2 and most weight formats, word 2 the state of slot 3.
-        halves: list[U32 | None] = [None] * 6
-        for word in range(3 if len(kinds) > 3 else 2) if entry.draws else ():
-            bits = random_bits(seed, step, entry.param_id, entry.first, count, word)
-            halves[2 * word : 2 * word + 2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
-        dither = halves[weight.random_half]
+        dither, *random = _random_uses(entry, weight, seed, step)
         codes = None if entry.changed is None else numpy_codec.to_array(entry.param)
         numpy_codec.write_weight(weight, param, entry.param, entry.companion, dither)
         if entry.changed is not None and codes is not None:
             _record(entry.changed, codes, numpy_codec.to_array(entry.param))
-        random = [*halves[:3], halves[4]][: len(kinds)]
         numpy_codec.write_states(entry.format, kinds, states, entry.states, entry.scales, random)
         if entry.ema is not None:
             # The average uses the computed fp32 weight, before it is rounded to the weight format.
@@ -142,6 +135,19 @@ class ReferenceBackend(Backend):
                 entry.ema, row[EMA] * numpy_codec.to_array(entry.ema) + row[EMA + 1] * param
             )
         return _telemetry(raw, before, param)
+
+
+def _random_uses(entry: Entry, weight: WeightFormat, seed: int, step: int) -> list[U32 | None]:
+    """The random bits of the weight, and of the state of each slot; None for what draws none."""
+    drawn = [
+        i in entry.states and entry.format_of(i).stochastic for i in range(len(entry.rule.kinds))
+    ]
+    of_weight = weight.position_of_bits(any(drawn)) if weight.stochastic else None
+    of_states = [STATE_BITS[i] if draws else None for i, draws in enumerate(drawn)]
+    positions = [of_weight, *of_states]
+    where = (seed, step, entry.param_id, entry.first, entry.param.numel())
+    words = {w: random_bits(*where, w) for w in {p // 32 for p in positions if p is not None}}
+    return [None if p is None else bits_from(words, p) for p in positions]
 
 
 def _tiles(entry: Entry, grad: torch.Tensor) -> Iterator[tuple[Entry, torch.Tensor]]:
