@@ -52,8 +52,10 @@ def main_path(kernel: Kernel) -> list[str]:
     between the vote and the writes.
     """
     branches, vote = _branches(kernel), _vote(kernel)
-    loops = [(to, i) for i, to in branches.items() if kernel.instructions[i].startswith("@")]
-    head, end = min((to, i) for to, i in loops if to < vote < i)
+    loops = [(to, i) for i, to in branches.items() if to < vote < i]
+    # On sm_80, a loop ends with a branch that has no predicate.
+    ends = [(to, i) for to, i in loops if kernel.instructions[i].startswith("@")]
+    head, end = min(ends or loops)
     skipped = set(refill(kernel, head))
     places = [i for i in range(head, vote + 1) if i not in skipped]
     return [kernel.instructions[i] for i in (*places, *_writing_way(kernel, vote + 1, end))]
@@ -72,6 +74,20 @@ def refill(kernel: Kernel, head: int) -> range:
         if head < i < to < vote and any(i < copy < to for copy in copies)
     ]
     return max(around, key=len, default=range(0))
+
+
+def first_use(path: list[str]) -> int:
+    """The place of the first instruction that reads a register that a load from global memory
+    wrote."""
+    loaded: set[int] = set()
+    for place, line in enumerate(path):
+        operands = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
+        if opcode(line).startswith("LDG"):
+            width = re.search(r"\.(64|128)$", opcode(line))
+            loaded.update(range(operands[0], operands[0] + int(width[1] if width else 32) // 32))
+        elif loaded.intersection(operands):
+            return place
+    raise AssertionError("no instruction reads what a load wrote")
 
 
 def _branches(kernel: Kernel) -> dict[int, int]:

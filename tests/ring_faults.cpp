@@ -41,7 +41,7 @@ void kernel(Tables tables) {
     if (is("no wait"))
       compare({ring.ring.stages[slot], ring.ring.empty[slot], offset % Tested::kStage}, offset);
     const auto source = ring.begin(offset);
-    if (is("early release")) source.loaded<true>();
+    if (is("early release")) source.loaded<true>({});
     // The other warps run ahead here, as they may on a GPU.
     for (int turn = 0; warp == 3 && turn < 20; ++turn) {
       shim::now.moved = true;
@@ -49,7 +49,7 @@ void kernel(Tables tables) {
     }
     if (!is("no wait")) compare(source, offset);
     if (is("no release") && warp == 3) continue;
-    if (!is("early release")) source.loaded<true>();
+    if (!is("early release")) source.loaded<true>({});
   }
   if (is("misaligned")) wrong += ring.has_round(0);
 }

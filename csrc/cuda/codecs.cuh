@@ -215,46 +215,42 @@ struct StateCodec {
   static constexpr int kLanes = kDynamic ? kWarp : kMxBlock / Vector;  // lanes per scale
   static constexpr int kScales = kScaled ? (kDynamic ? 1 : L::kVectors) : 0;  // scales per thread
 
-  // offset: position of the warp's first element behind the addresses. Full and Shared are those of
-  // Codes::load.
+  using Scale = std::conditional_t<kDynamic, uint32_t, uint8_t>;
+
+  // The addresses of the codes and of the first scale of the thread. offset: position of the warp's
+  // first element behind the addresses of `base`. Near is that of offset_by.
+  template <bool Near>
+  __device__ __forceinline__ static Stored place(const Stored& base, int offset, const L& lanes) {
+    Stored at{C::template address<Near>(base.data, offset, lanes), nullptr};
+    if (kScaled) {
+      const unsigned block = static_cast<unsigned>(offset + lanes.at(0)) / kBlock;
+      at.extra = offset_by < Near && !kDynamic > (base.extra, block * sizeof(Scale));
+    }
+    return at;
+  }
+  // The scale of a vector, at the address that place returned.
+  __device__ __forceinline__ static Scale* scale_at(const Stored& at, int v) {
+    return static_cast<Scale*>(at.extra) + v * L::kStretch / kBlock;
+  }
+
+  // Loads from the addresses that place returned. Full and Shared are those of Codes::load.
   template <bool Full, bool Shared>
   __device__ __forceinline__ static void load(
-      const Stored& from, int offset, const L& lanes, State<Vector>& state) {
-    constexpr bool kNear = Full && !Shared && !kDynamic;
-    C::template load<Full, Shared>(from.data, offset, lanes, state.raw);
+      const Stored& from, const L& lanes, State<Vector>& state) {
+    C::template load<Full, Shared>(from.data, lanes, state.raw);
 #pragma unroll
     for (int v = 0; v < kScales; ++v) {
-      const int at = lanes.at(v * Vector);
-      const unsigned block = block_at(offset + at);
       state.scales[v] = 0;
-      if (Full || at < lanes.left)
-        state.scales[v] = *global_unless<Shared>(
-            static_cast<const Scale*>(scale_address<kNear>(from.extra, block)));
+      if (Full || lanes.at(v * Vector) < lanes.left)
+        state.scales[v] = *global_unless<Shared>(static_cast<const Scale*>(scale_at(from, v)));
     }
   }
 
   // Prefetches what load<true> reads Ahead elements later.
   template <int Ahead>
-  __device__ __forceinline__ static void fetch(const Stored& from, int offset, const L& lanes) {
-    C::template fetch<Ahead>(from.data, offset, lanes);
-    if (kScaled)
-      fetch_ahead(
-          static_cast<const char*>(
-              scale_address<true>(from.extra, block_at(offset + lanes.at(0)))) +
-          Ahead / kBlock * sizeof(Scale));
-  }
-
-  using Scale = std::conditional_t<kDynamic, uint32_t, uint8_t>;
-  // The address of the scale of a block; Near is that of offset_by.
-  template <bool Near>
-  __device__ __forceinline__ static void* scale_address(void* scales, unsigned block) {
-    return offset_by<Near>(static_cast<char*>(scales), block * sizeof(Scale));
-  }
-
-  // The block of an element of the chunk. Unsigned, because a signed division rounds towards zero,
-  // which takes two more instructions.
-  ONEPASS_HD static unsigned block_at(int element) {
-    return static_cast<unsigned>(element) / (kScaled ? kBlock : 1);
+  __device__ __forceinline__ static void fetch(const Stored& from) {
+    C::template fetch<Ahead>(from.data);
+    if (kScaled) fetch_ahead(scale_at(from, 0) + Ahead / kBlock);
   }
 
   template <class Math>
@@ -417,19 +413,15 @@ struct StateCodec {
       return Block<F, K>::Code::measure(units);
   }
 
+  // Stores to the addresses that place returned.
   template <bool Full>
   __device__ __forceinline__ static void store(
-      const Stored& to, int offset, const L& lanes, const State<Vector>& state) {
-    constexpr bool kNear = Full && !kDynamic;
-    C::template store<Full>(to.data, offset, lanes, state.raw);
+      const Stored& to, const L& lanes, const State<Vector>& state) {
+    C::template store<Full>(to.data, lanes, state.raw);
 #pragma unroll
-    for (int v = 0; v < kScales; ++v) {
-      const int at = lanes.at(v * Vector);
-      const unsigned block = block_at(offset + at);
-      if (lanes.lane % kLanes == 0 && (Full || at < lanes.left))
-        *global(static_cast<Scale*>(scale_address<kNear>(to.extra, block))) =
-            static_cast<Scale>(state.scales[v]);
-    }
+    for (int v = 0; v < kScales; ++v)
+      if (lanes.lane % kLanes == 0 && (Full || lanes.at(v * Vector) < lanes.left))
+        *global(scale_at(to, v)) = static_cast<Scale>(state.scales[v]);
   }
 };
 

@@ -299,7 +299,9 @@ __device__ __forceinline__ void record_changes(
   formats.param([&](auto format) {
     constexpr int kBits = bits_of(decltype(format)::value), kVector = Formats::kVector;
     Raw before;
-    Codes<kBits, kVector>::template load<Full>(chunk.param.data, offset, lanes, before);
+    using C = Codes<kBits, kVector>;
+    C::template load<Full>(
+        C::template address<Full>(chunk.param.data, offset, lanes), lanes, before);
     uint32_t bits = differences<kBits, kVector>(before, after);
     if (!Full) {
 #pragma unroll

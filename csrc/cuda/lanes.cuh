@@ -148,16 +148,18 @@ __device__ __forceinline__ T* global_unless(T* address) {
 
 // base + bytes. Near: no multiple of 2^32 is between base and the result, so that it takes one
 // addition instead of two.
-template <bool Near, class T>
-__device__ __forceinline__ T* offset_by(T* base, unsigned bytes) {
+template <bool Near>
+__device__ __forceinline__ void* offset_by(const void* base, unsigned bytes) {
 #if defined(__CUDA_ARCH__)
   if (Near) {
     const uint64_t start = reinterpret_cast<uint64_t>(base);
-    const uint32_t low = static_cast<uint32_t>(start) + bytes;
-    return reinterpret_cast<T*>((start >> 32) << 32 | low);
+    uint32_t low = static_cast<uint32_t>(start) + bytes;
+    // Otherwise the compiler computes the address again for the store at the end of a round.
+    asm("" : "+r"(low));
+    return reinterpret_cast<void*>((start >> 32) << 32 | low);
   }
 #endif
-  return base + bytes;
+  return static_cast<char*>(const_cast<void*>(base)) + bytes;
 }
 
 // Prefetches an address into L2.
@@ -250,20 +252,20 @@ struct Codes {
     }
   }
 
-  // The address of the codes of the thread, whose warp starts at an offset in elements.
-  template <bool Near, class T>
-  __device__ __forceinline__ static T* address(T* base, int offset, const L& lanes) {
+  // The address of the codes of the thread, whose warp starts at an offset in elements. Near is
+  // that of offset_by.
+  template <bool Near>
+  __device__ __forceinline__ static void* address(const void* base, int offset, const L& lanes) {
     const unsigned first = static_cast<unsigned>(offset) + lanes.lane * Vector;
     return offset_by<Near>(base, Bits < 8 ? first / (8 / Bits) : first * (Bits / 8));
   }
 
-  // Loads the codes of the thread. Full: every element of the warp is inside the chunk, and the
-  // address is a multiple of 16. Shared: the address is in shared memory. Near: that of offset_by.
-  template <bool Full, bool Shared = false, bool Near = Full && !Shared>
-  __device__ __forceinline__ static void load(
-      const void* base, int offset, const L& lanes, Raw& raw) {
-    const char* from =
-        global_unless<Shared>(address<Near>(static_cast<const char*>(base), offset, lanes));
+  // Loads the codes of the thread from their address. Full: every element of the warp is inside the
+  // chunk, and the address is a multiple of the bytes of a vector, or of 16. Shared: the address is
+  // in shared memory.
+  template <bool Full, bool Shared = false>
+  __device__ __forceinline__ static void load(const void* codes, const L& lanes, Raw& raw) {
+    const char* from = global_unless<Shared>(static_cast<const char*>(codes));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
@@ -288,15 +290,14 @@ struct Codes {
   // Prefetches what load<true> reads Ahead elements later. Ahead is a constant, so that it becomes
   // an immediate offset from the address of the load.
   template <int Ahead>
-  __device__ __forceinline__ static void fetch(const void* base, int offset, const L& lanes) {
-    const char* from = global(address<true>(static_cast<const char*>(base), offset, lanes));
+  __device__ __forceinline__ static void fetch(const void* codes) {
+    const char* from = global(static_cast<const char*>(codes));
 #pragma unroll
     for (int v = 0; v < L::kVectors; ++v) fetch_ahead(from + (v * L::kStretch + Ahead) * Bits / 8);
   }
   template <bool Full>
-  __device__ __forceinline__ static void store(
-      void* base, int offset, const L& lanes, const Raw& raw) {
-    char* to = global(address<Full>(static_cast<char*>(base), offset, lanes));
+  __device__ __forceinline__ static void store(void* codes, const L& lanes, const Raw& raw) {
+    char* to = global(static_cast<char*>(codes));
     if (Full) {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {

@@ -80,6 +80,9 @@ __device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads
   const auto lanes = [&](int offset) {
     return Lanes<kVector>{threadIdx.x % kWarp, chunk.count - offset};
   };
+  const auto at = [&](int offset) {
+    return C::template address<false>(grad, offset, lanes(offset));
+  };
   const auto add = [&](const Raw& codes) {
     float values[kElements];
 #pragma unroll
@@ -93,7 +96,7 @@ __device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads
     Raw codes[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      C::template load<true, false, false>(grad, offset + i * kRound, lanes(offset), codes[i]);
+      C::template load<true>(at(offset + i * kRound), lanes(offset), codes[i]);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) add(codes[i]);
   }
@@ -101,9 +104,9 @@ __device__ __forceinline__ void norm_chunk(const Chunk& chunk, const void* grads
   for (; offset < chunk.count; offset += kRound) {
     Raw codes;
     if (aligned && offset + kWarpElements <= chunk.count)
-      C::template load<true, false, false>(grad, offset, lanes(offset), codes);
+      C::template load<true>(at(offset), lanes(offset), codes);
     else
-      C::template load<false>(grad, offset, lanes(offset), codes);  // zeros beyond the end
+      C::template load<false>(at(offset), lanes(offset), codes);  // zeros beyond the end
     add(codes);
   }
 }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "bulk_copy.cuh"
-#include "dispatch.cuh"
+#include "warp_access.cuh"
 
 namespace onepass::cuda {
 
@@ -143,7 +143,7 @@ struct Ring {
     }
     // Called when the loads have been issued: the warp has read its part of the stage.
     template <bool Full>
-    __device__ __forceinline__ void loaded() const {
+    __device__ __forceinline__ void loaded(const Places&) const {
       __syncwarp();
       if (threadIdx.x % kWarp == 0) empty.arrive();
     }

@@ -9,104 +9,9 @@
 #include "dispatch.cuh"
 #include "extras.cuh"
 #include "ring.cuh"
+#include "warp_access.cuh"
 
 namespace onepass::cuda {
-
-// Prefetches what sweep_warp<true> reads Ahead elements later.
-template <int Ahead, class Rules, class Formats>
-__device__ __forceinline__ void fetch_warp(
-    const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
-    int offset) {
-  constexpr int kVector = Formats::kVector;
-  using Sample = typename Rules::Sample;
-  const Lanes<kVector> lanes{threadIdx.x % kWarp, chunk.count - offset};
-  formats.param([&](auto format) {
-    constexpr Format F = decltype(format)::value;
-    constexpr int kCompanion = companion_bits_of(F);
-    Codes<bits_of(F), kVector>::template fetch<Ahead>(chunk.param.data, offset, lanes);
-    if constexpr (kCompanion > 0)
-      Codes<kCompanion, kVector>::template fetch<Ahead>(chunk.param.extra, offset, lanes);
-  });
-  formats.grad([&](auto format) {
-    constexpr int kBits = bits_of(decltype(format)::value);
-    Codes<kBits, kVector>::template fetch<Ahead>(grad_at, offset, lanes);
-  });
-  for_each_slot<Sample::kStates>([&](auto slot) {
-    constexpr int k = decltype(slot)::value;
-    if (!rules.has(k)) return;
-    formats.held([&](auto format) {
-      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
-      StateCodec<F, kind_in<Sample, k>(F), kVector>::template fetch<Ahead>(
-          chunk.states[k], offset, lanes);
-    });
-  });
-}
-
-// Reads a chunk from global memory, and prefetches what the warp reads in the next round.
-template <class Rules, class Formats>
-struct Memory {
-  static constexpr bool kShared = false;
-  const Rules& rules;
-  const Formats& formats;
-  const Chunk& chunk;
-  const void* grad_at;
-  int offset;  // of the elements of the warp in the chunk
-
-  __device__ __forceinline__ const Stored& param() const { return chunk.param; }
-  __device__ __forceinline__ const void* grad() const { return grad_at; }
-  template <int Slot>
-  __device__ __forceinline__ const Stored& state() const {
-    return chunk.states[Slot];
-  }
-  // Called when the loads have been issued.
-  template <bool Full>
-  __device__ __forceinline__ void loaded() const {
-    constexpr int kNext = Formats::kThreads * kElements;
-    if (Full && Formats::kFetch && offset + kNext + kWarpElements <= chunk.count)
-      fetch_warp<kNext>(rules, formats, chunk, grad_at, offset);
-  }
-};
-
-// The data of a warp, as in memory.
-template <int Vector>
-struct Loaded {
-  Raw param, companions, grad;
-  State<Vector> states[kMaxStates];
-};
-
-// Loads 256 elements. Full is that of Codes::load; Source is Memory or Ring::Source.
-template <bool Full, class Rules, class Formats, class Source>
-__device__ __forceinline__ void load_warp(
-    const Rules& rules, const Formats& formats, const Source& source,
-    const Lanes<Formats::kVector>& lanes, Loaded<Formats::kVector>& to) {
-  constexpr int kVector = Formats::kVector;
-  constexpr bool kShared = Source::kShared;
-  using Sample = typename Rules::Sample;
-  formats.param([&](auto format) {
-    constexpr Format F = decltype(format)::value;
-    constexpr int kCompanion = companion_bits_of(F);
-    Codes<bits_of(F), kVector>::template load<Full, kShared>(
-        source.param().data, source.offset, lanes, to.param);
-    if constexpr (kCompanion > 0)
-      Codes<kCompanion, kVector>::template load<Full, kShared>(
-          source.param().extra, source.offset, lanes, to.companions);
-  });
-  formats.grad([&](auto format) {
-    constexpr int kBits = bits_of(decltype(format)::value);
-    Codes<kBits, kVector>::template load<Full, kShared>(
-        source.grad(), source.offset, lanes, to.grad);
-  });
-  for_each_slot<Sample::kStates>([&](auto slot) {
-    constexpr int k = decltype(slot)::value;
-    if (!rules.has(k)) return;
-    formats.held([&](auto format) {
-      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
-      StateCodec<F, kind_in<Sample, k>(F), kVector>::template load<Full, kShared>(
-          source.template state<k>(), source.offset, lanes, to.states[k]);
-    });
-  });
-  source.template loaded<Full>();
-}
 
 // Does the optional work on 256 elements of a chunk, whose new codes are not stored yet. Full is
 // that of load_warp.
@@ -133,45 +38,9 @@ __device__ __forceinline__ void finish_warp(
   __syncwarp();
 }
 
-// Writes the new codes of 256 elements, and zeroes their gradients if zero_grads is set. Full is
-// that of load_warp.
-template <bool Full, class Rules, class Formats>
-__device__ __forceinline__ void store_warp(
-    const Rules& rules, const Formats& formats, const Stored& param, const Stored* states,
-    const void* grad_at, bool zero_grads, int offset, const Lanes<Formats::kVector>& lanes,
-    const Loaded<Formats::kVector>& loaded) {
-  constexpr int kVector = Formats::kVector;
-  using Sample = typename Rules::Sample;
-  formats.param([&](auto format) {
-    constexpr Format F = decltype(format)::value;
-    Codes<bits_of(F), kVector>::template store<Full>(param.data, offset, lanes, loaded.param);
-    if constexpr (companion_bits_of(F) > 0)
-      Codes<companion_bits_of(F), kVector>::template store<Full>(
-          param.extra, offset, lanes, loaded.companions);
-  });
-  for_each_slot<Sample::kStates>([&](auto slot) {
-    constexpr int k = decltype(slot)::value;
-    if (!rules.has(k)) return;
-    formats.held([&](auto format) {
-      constexpr Format F = format_in<Sample, k>(decltype(format)::value);
-      StateCodec<F, kind_in<Sample, k>(F), kVector>::template store<Full>(
-          states[k], offset, lanes, loaded.states[k]);
-    });
-  });
-  // Gradients are zeroed last: writing to memory that is still being read doubles the time of the
-  // sweep.
-  if (zero_grads) {
-    formats.grad([&](auto format) {
-      constexpr int kBits = bits_of(decltype(format)::value);
-      const Raw zeros = {};
-      Codes<kBits, kVector>::template store<Full>(const_cast<void*>(grad_at), offset, lanes, zeros);
-    });
-  }
-}
-
-// Updates 256 elements of a chunk with one warp, from position offset on. Full and Source are those
-// of load_warp; Math is Quick or Careful of fast_path.cuh. Returns false, and writes nothing, if
-// Quick met a special case.
+// Updates 256 elements of a chunk with one warp, from position offset on. Full is that of load_warp
+// and Source that of places_of; Math is Quick or Careful of fast_path.cuh. Returns false, and
+// writes nothing, if Quick met a special case.
 template <bool Full, class Math, class Rules, class Formats, class Source>
 __device__ __forceinline__ bool sweep_warp(
     const Rules& rules, const Formats& formats, const Chunk& chunk, const void* grad_at,
@@ -180,13 +49,10 @@ __device__ __forceinline__ bool sweep_warp(
   constexpr int kVector = Formats::kVector;
   using Sample = typename Rules::Sample;
   const Lanes<kVector> lanes{threadIdx.x % kWarp, chunk.count - offset};
-  // Copies, because the compiler must assume that the optional work changes the chunk.
-  const Stored param_at = chunk.param;
-  Stored states_at[kMaxStates];
-#pragma unroll
-  for (int k = 0; k < kMaxStates; ++k) states_at[k] = chunk.states[k];
+  const Places from = places_of<Full>(rules, formats, source, lanes);
   Loaded<kVector> loaded;
-  load_warp<Full>(rules, formats, source, lanes, loaded);
+  load_warp<Full, Source::kShared>(rules, formats, from, lanes, loaded);
+  source.template loaded<Full>(from);
 
   Math math;
   float param[kElements], grad[kElements], values[kMaxStates][kElements] = {}, roots[kElements];
@@ -274,19 +140,22 @@ __device__ __forceinline__ bool sweep_warp(
   // All lanes must take the same path, because lanes share a scale.
   const bool right = !Math::kQuick || __all_sync(~0u, math.right());
   const bool zero_grads = tables.step.zero_grads;
-  // One branch for both conditions, and stores of its own for the main path. A ring has used none
-  // of the addresses before.
+  // One branch for both conditions, and stores of its own for the main path.
+  const auto store = [&](const Places& to) {
+    store_warp<Full>(rules, formats, to, zero_grads, lanes, loaded);
+  };
+  const auto in_chunk = [&](int position) {
+    const Memory<Rules, Formats> memory{rules, formats, chunk, grad_at, position};
+    return places_of<Full>(rules, formats, memory, lanes);
+  };
   if (Full && (right & (tables.extras == 0))) {
-    const Stored& param = Source::kShared ? chunk.param : param_at;
-    const Stored* const states = Source::kShared ? chunk.states : states_at;
-    store_warp<Full>(rules, formats, param, states, grad_at, zero_grads, offset, lanes, loaded);
+    store(Source::kShared ? in_chunk(offset) : from);
     return true;
   }
   if (!right) return false;
-  const int from = Full ? hidden_from_compiler(offset) : offset;
-  if (Full || tables.extras) finish_warp<Full>(formats, tables, chunk, grad_at, from, loaded);
-  store_warp<Full>(
-      rules, formats, chunk.param, chunk.states, grad_at, zero_grads, from, lanes, loaded);
+  const int hidden = Full ? hidden_from_compiler(offset) : offset;
+  if (Full || tables.extras) finish_warp<Full>(formats, tables, chunk, grad_at, hidden, loaded);
+  store(in_chunk(hidden));
   if (Full) keep_apart();
   return true;
 }
@@ -347,8 +216,12 @@ __device__ __forceinline__ void sweep_chunk(const Tables& tables) {
   formats.grad([&](auto format) { grad += chunk.start * bits_of(decltype(format)::value) / 8; });
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   Stages ring(chunk, grad);
-  if (Formats::kFetch && (warp + 1) * kWarpElements <= chunk.count)
-    fetch_warp<0>(rules, formats, chunk, grad, warp * kWarpElements);
+  if (Formats::kFetch && (warp + 1) * kWarpElements <= chunk.count) {
+    const Lanes<Formats::kVector> lanes{threadIdx.x % kWarp, 0};
+    const Memory<Rules, Formats> first{rules, formats, chunk, grad, warp * kWarpElements};
+    // Not Near: a multiple of 2^32 may be inside a tensor.
+    fetch_warp<0>(rules, formats, places_of<false>(rules, formats, first, lanes));
+  }
   float row[kHyperWidth];
 #pragma unroll
   for (int i = 0; i < kHyperWidth; ++i)
