@@ -18,7 +18,7 @@ from onepass.engine import libraries
 from . import results
 from .tuning_variants import Variant, architecture, library_of, source_hash
 
-NAME = re.compile(r"\d+x\d+-\d+K(-no-prefetch)?-[0-9a-f]{12}\.so")
+NAME = re.compile(r"\d+x\d+-\d+K(-[a-z0-9-]+)?-[0-9a-f]{12}\.so")
 Compile = Callable[[Variant, Path], str]
 """(variant, file to write) -> error message, or "" on success."""
 

@@ -49,7 +49,8 @@ def text(lines: Sequence[Line]) -> list[str]:
         f"steps, reached {min(copies):,.0f} to {max(copies):,.0f} GB/s, median {copy:,.0f}. Each "
         "cell is the bandwidth of a step's bytes divided by this median; the fastest variant of a "
         "column is bold. The name of a variant is threads x thread blocks per multiprocessor, then "
-        "the elements of a chunk; a list with fp32 states has half as many elements per chunk.",
+        "the elements of a chunk; a list with fp32 states has half as many elements per chunk. The "
+        "chunks at the end of a list are shorter, except in variants named no-taper.",
         "",
         f"| variant | {' | '.join(times)} |",
         "|---|" + "---:|" * len(times),

@@ -1,7 +1,7 @@
 """The variants of the CUDA kernels that :mod:`bench.tuning` builds and measures, and their formats.
 
-A variant is a CUDA library with other values of the launch shape, the chunk length, the prefetch
-and the ring than csrc/cuda/tuning.h. It contains only the kernels of FORMATS.
+A variant is a CUDA library with other values of the launch shape, the chunk length, the taper, the
+prefetch and the ring than csrc/cuda/tuning.h. It contains only the kernels of FORMATS.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Variant:
         prefetch: whether a warp prefetches its next elements into L2 while it computes.
         ring: stages of the ring of bulk copies (csrc/cuda/ring.cuh), which replaces the prefetch;
             0 for none.
+        taper: waves of chunks of a quarter of the length, which end a list; 0 for none.
     """
 
     threads: int
@@ -37,11 +38,13 @@ class Variant:
     chunk: int
     prefetch: bool = True
     ring: int = 0
+    taper: int = 2
 
     @property
     def name(self) -> str:
         """The name in result lines and file names, for example 128x6-16K."""
         other = f"-ring{self.ring}" if self.ring else "" if self.prefetch else "-no-prefetch"
+        other += "" if self.taper else "-no-taper"
         return f"{self.threads}x{self.blocks}-{self.chunk // 1024}K{other}"
 
     @property
@@ -54,6 +57,7 @@ class Variant:
             "ONEPASS_WIDE_CHUNK": self.chunk // 2,
             "ONEPASS_PREFETCH": int(self.prefetch),
             "ONEPASS_RING": self.ring,
+            "ONEPASS_TAPER": self.taper,
         }
 
     @property
@@ -65,15 +69,16 @@ class Variant:
 
 
 SHAPES = ((128, 6), (256, 3), (128, 4), (256, 2), (512, 1))
-CHUNKS = (16384, 8192, 32768, 65536)
+CHUNKS = (16384, 32768, 65536)
 RINGS = tuple(Variant(128, 6, 16384, ring=stages) for stages in (2, 3))
 """The variants with a ring, which has not run on a GPU. Their bits are compared even if another
 variant is the fastest."""
 VARIANTS = (
     *(Variant(threads, blocks, chunk) for chunk in CHUNKS for threads, blocks in SHAPES),
     *RINGS,
-    # Shows how much the prefetch gains with the chunk length of tuning.h.
+    # Show how much the prefetch and the taper gain with the chunk length of tuning.h.
     *(Variant(threads, blocks, CHUNKS[0], prefetch=False) for threads, blocks in SHAPES[:2]),
+    *(Variant(threads, blocks, CHUNKS[0], taper=0) for threads, blocks in SHAPES[:2]),
 )
 BASE = VARIANTS[0]
 """The values of the macros in csrc/cuda/tuning.h."""

@@ -67,6 +67,38 @@ def test_a_list_of_two_rules_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("weights", "states", "chunk", "resident"),
+    [("native", "fp32", 8192, 3), ("split8", "mx8", 16384, 5)],
+)
+def test_the_chunks_at_the_end_of_a_list_are_shorter(weights, states, chunk, resident):
+    """The last two waves have chunks of a quarter of the length. The bits are those of the
+    reference for lists that end before, at and behind such a chunk.
+
+    The stand-in has one multiprocessor, so that a wave is the thread blocks that are resident in
+    it.
+    """
+    dtype = torch.float32 if states == "fp32" else torch.bfloat16
+    quarters = 2 * resident
+    tail = quarters * chunk // 4
+    for sizes, expected in (
+        ([tail], quarters),
+        ([tail + 1], quarters - 3 + 1),
+        ([chunk + tail], 1 + quarters),
+        ([chunk + 5, tail - 6], 1 + 1 + quarters),
+    ):
+        found = []
+        for backend in ("reference", STAND_IN):
+            params = make_params([(size,) for size in sizes], dtype, 0)
+            set_grads(params, dtype, 0)
+            optimizer = onepass.AdamW(params, weights=weights, states=states, backend=backend)
+            before = cuda_shim.blocks()
+            optimizer.step()
+            found.append(optimizer)
+        assert cuda_shim.blocks() - before - 1 == expected, sizes  # without the block of advance
+        assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize(
     ("weights", "states"),
     [("split8", "mx8"), ("stochastic", "mx4"), ("native", "fp32"), ("native", "dynamic8")],
 )

@@ -46,14 +46,16 @@ void* offset(void* base, int64_t bytes) {
   return base ? static_cast<char*>(base) + bytes : nullptr;
 }
 
-// The starts of the chunks of an entry, followed by its end. A chunk has at most `most` elements
-// and ends where the element index is a multiple of 2^32, because the random keys change there.
-std::vector<int64_t> cut_chunks(int64_t numel, int64_t first, int64_t most) {
+// The starts of the chunks of an entry, followed by its end. A chunk has at most `most` elements,
+// or a quarter of that from position `taper` on. It ends where the element index is a multiple of
+// 2^32, because the random keys change there.
+std::vector<int64_t> cut_chunks(int64_t numel, int64_t first, int64_t most, int64_t taper) {
   constexpr int64_t kHalf = int64_t{1} << 32;
   std::vector<int64_t> cuts;
   for (int64_t at = 0; at < numel;) {
     cuts.push_back(at);
-    const int64_t chunk = (at / most + 1) * most;
+    const int64_t size = at < taper ? most : most / 4;
+    const int64_t chunk = (at / size + 1) * size;
     const int64_t half = at + kHalf - (first + at) % kHalf;
     at = std::min(chunk, half);
   }
@@ -100,12 +102,12 @@ struct CudaPlan : Plan {
       const std::vector<Tensor>& params, const std::vector<Tensor>& states, const Tensor& spec) {
     const Tensor& like = params.empty() ? spec : params[0];
     build(*this, params, states, spec);
+    ONEPASS_CUDA(
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index));
     cut();
     const OnDevice guard(device.index);
     made_on = stream_of(device.index);
     side_streams.emplace(device.index);
-    ONEPASS_CUDA(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index));
     chunk_table = table(like, chunk_words() + static_cast<int64_t>(spans.size()) * kSpanWords);
     grads.table = table(like, static_cast<int64_t>(entries.size()));
   }
@@ -192,8 +194,11 @@ struct CudaPlan : Plan {
     return torch::stable::new_empty(like, {std::max<int64_t>(words, 1)}, ScalarType::Long);
   }
 
-  // Divides the entries into chunks.
+  // Divides the entries into chunks. Those that fill the device for the last time are shorter, so
+  // that all blocks end at about the same time.
   void cut() {
+    int64_t left = 0;  // elements from the current entry on
+    for (const Entry& entry : entries) left += entry.numel;
     for (size_t e = 0; e < entries.size(); ++e) {
       const Entry& entry = entries[e];
       const Format held = held_format(entry);
@@ -206,7 +211,11 @@ struct CudaPlan : Plan {
             !entry.has(k) || entry.state_formats[k] == format_of(k),
             "onepass: the states of a parameter must have the same format", at(e));
       const int64_t most = held == Format::kFp32 ? kTuning.wide_chunk : kTuning.chunk;
-      const std::vector<int64_t> cuts = cut_chunks(entry.numel, entry.first, most);
+      const int64_t wave =
+          int64_t{multiprocessors} * shape_of(entry.param_format, held).blocks_per_sm;
+      const int64_t tapered = kTuning.taper * wave * (most / 4);
+      const auto cuts = cut_chunks(entry.numel, entry.first, most, left - tapered);
+      left -= entry.numel;
       for (size_t c = 0; c + 1 < cuts.size(); ++c) {
         const int64_t start = cuts[c];
         Chunk chunk{};

@@ -20,6 +20,9 @@
 #if !defined(ONEPASS_WIDE_CHUNK)
 #define ONEPASS_WIDE_CHUNK 8192
 #endif
+#if !defined(ONEPASS_TAPER)
+#define ONEPASS_TAPER 2
+#endif
 #if !defined(ONEPASS_PREFETCH)
 #define ONEPASS_PREFETCH 1
 #endif
@@ -41,6 +44,7 @@ struct Tuning {
   int blocks_per_sm;  // likewise
   int chunk;          // elements per chunk (one chunk per block), a multiple of kWarpElements
   int wide_chunk;     // elements per chunk if the states are fp32; about as many bytes
+  int taper;  // waves (all resident blocks) of chunks of a quarter of that, which end a list
   int norm_blocks_per_sm;
   bool prefetch;  // whether a warp prefetches its next elements while it computes
   // Stages of the ring of ring.cuh, which replaces the prefetch on compute capability 9.0 and
@@ -51,9 +55,9 @@ struct Tuning {
 // Tuned on NVIDIA H200, 2026-11-26 (docs/performance.md has the runs). Six blocks of 128 threads
 // allow 80 registers per thread. A chunk is long enough to amortize the setup of a block, and short
 // enough to keep the tail of a sweep, where few blocks are left, short.
-constexpr Tuning kTuning{
-    ONEPASS_THREADS,       ONEPASS_BLOCKS_PER_SM, ONEPASS_CHUNK, ONEPASS_WIDE_CHUNK, 16,
-    ONEPASS_PREFETCH != 0, ONEPASS_RING};
+constexpr Tuning kTuning{ONEPASS_THREADS,       ONEPASS_BLOCKS_PER_SM, ONEPASS_CHUNK,
+                         ONEPASS_WIDE_CHUNK,    ONEPASS_TAPER,         16,
+                         ONEPASS_PREFETCH != 0, ONEPASS_RING};
 static_assert(kTuning.ring == 0 || kTuning.ring > 1, "a stage is refilled while another is read");
 
 // A tuning variant has only the kernels that is_tuned of combinations.h selects, so that its build
@@ -75,8 +79,8 @@ constexpr int kWarp = 32;
 constexpr int kElements = 8;                      // elements that a thread holds at once
 constexpr int kWarpElements = kWarp * kElements;  // 256: every block of a format is in one warp
 static_assert(
-    kTuning.chunk % kWarpElements == 0 && kTuning.wide_chunk % kWarpElements == 0,
-    "chunks are whole rounds of a warp");
+    kTuning.chunk % (4 * kWarpElements) == 0 && kTuning.wide_chunk % (4 * kWarpElements) == 0,
+    "chunks, and quarters of them, are whole rounds of a warp");
 static_assert(kTuning.threads % kWarp == 0 && kTuning.threads >= 128, "blocks are whole warps");
 
 // Resident threads per multiprocessor of a sweep with fixed formats, few enough that no register

@@ -110,6 +110,11 @@ def launches() -> int:
     return int(_library().shim_launches())
 
 
+def blocks() -> int:
+    """The number of thread blocks of all launches so far."""
+    return int(_library().shim_blocks())
+
+
 def failed_votes() -> int:
     """The number of rounds of a warp so far that left the fast path."""
     return int(_library().shim_failed_votes())

@@ -56,8 +56,8 @@ struct Block {
   bool moved = false;  // whether any thread made progress in this round of turns
 };
 extern Block now;
-extern long launches;
-extern long failed_votes;  // the number of votes of a warp that were not unanimous
+extern long launches, blocks;  // blocks of all launches
+extern long failed_votes;      // the number of votes of a warp that were not unanimous
 
 // The number of the active capture, or 0, and the launches that it recorded for a replay.
 extern unsigned long long capture;

@@ -11,7 +11,7 @@
 namespace shim {
 
 Block now;
-long launches = 0, failed_votes = 0;
+long launches = 0, blocks = 0, failed_votes = 0;
 unsigned long long capture = 0;
 std::vector<std::function<void()>> graph;
 std::vector<Device> devices{{90, cudaSuccess}};
@@ -95,6 +95,7 @@ void give_way() {
 
 void run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
   ++launches;
+  blocks += grid.x;
   work = &kernel;
   now.grid = grid;
   now.threads = threads;
@@ -157,6 +158,7 @@ EXPORT int shim_capture_broken() { return shim::capture_broken; }
 EXPORT int shim_mode() { return shim::mode; }
 EXPORT int shim_current_device() { return shim::device; }
 EXPORT long shim_launches() { return shim::launches; }
+EXPORT long shim_blocks() { return shim::blocks; }
 EXPORT long shim_failed_votes() { return shim::failed_votes; }
 // Starts a capture of this number, or ends it if the number is 0. Launches are captured; copies are
 // torch's own and run immediately.
