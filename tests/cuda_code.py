@@ -83,8 +83,11 @@ def first_use(path: list[str]) -> int:
     for place, line in enumerate(path):
         operands = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
         if opcode(line).startswith("LDG"):
-            width = re.search(r"\.(64|128)$", opcode(line))
-            loaded.update(range(operands[0], operands[0] + int(width[1] if width else 32) // 32))
+            width = re.search(r"\.(64|128|256)$", opcode(line))
+            words = int(width[1] if width else 32) // 32
+            # A load of 256 bits names the registers of its upper half first.
+            for first in operands[: max(words // 4, 1)]:
+                loaded.update(range(first, first + min(words, 4)))
         elif loaded.intersection(operands):
             return place
     raise AssertionError("no instruction reads what a load wrote")
@@ -95,13 +98,13 @@ def _branches(kernel: Kernel) -> dict[int, int]:
     return {
         i: int(match[1], 16) // 16
         for i, line in enumerate(kernel.instructions)
-        if (match := re.search(r"\bBRA(?:\.\w+)* (?:\w+, )?(0x[0-9a-f]+)", line))
+        if (match := re.search(r"\bBRA(?:\.\w+)* (?:!?\w+, )?(0x[0-9a-f]+)", line))
     }
 
 
 def _writing_way(kernel: Kernel, start: int, end: int) -> tuple[int, ...]:
     """The places on the shortest way from one instruction to another that writes 16 bytes of data
-    per thread (zeros do not count)."""
+    or more per thread (zeros do not count)."""
     branches, seen = _branches(kernel), set()
     ways: list[tuple[int, bool, tuple[int, ...]]] = [(1, False, (start,))]
     while ways:
@@ -125,8 +128,8 @@ def _writing_way(kernel: Kernel, start: int, end: int) -> tuple[int, ...]:
 
 
 def is_wide(line: str, kind: str) -> bool:
-    """Whether an instruction reads ("LDG") or writes ("STG") 16 bytes per thread."""
-    return re.fullmatch(rf"{kind}\.E(\.\w+)*\.128", opcode(line)) is not None
+    """Whether an instruction reads ("LDG") or writes ("STG") 16 or 32 bytes per thread."""
+    return re.fullmatch(rf"{kind}\.E(\.\w+)*\.(ENL2\.256|128)", opcode(line)) is not None
 
 
 def _vote(kernel: Kernel) -> int:

@@ -111,26 +111,35 @@ def test_registers():
     ],
 )
 def test_the_main_path_reads_16_bytes_per_access_before_it_writes(name, loads, stores):
-    """All reads of a round are 16 bytes wide and precede its first write.
+    """All reads of a round are 16 bytes wide, or 32, and precede its first write.
 
     The fast arithmetic ends in a vote of the warp. The exact arithmetic, which runs if the vote
     fails, handles one element at a time.
     """
     zeroed = 2 if "fp32 fp32 fp32" in name else 1
     for kernel in named(name):
+        # On compute capability 10.0, the eight elements of an fp32 tensor are one access.
+        share = 2 if zeroed == 2 and kernel.arch == "sm_100" else 1
         path = cuda_code.main_path(kernel)
         (vote,) = [i for i, line in enumerate(path) if cuda_code.opcode(line) == "VOTE.ALL"]
         reads = [i for i, line in enumerate(path) if cuda_code.is_wide(line, "LDG")]
-        assert len(reads) == loads
+        assert len(reads) == loads // share
         writes = [i for i, line in enumerate(path) if cuda_code.is_wide(line, "STG")]
         assert reads[-1] < vote < writes[0]
         # The zeros are written last, if the option is set. A sweep that writes to gradients still
-        # being read takes twice as long.
+        # being read takes twice as long. On compute capability 10.0, the path may branch around
+        # them.
         zeros = [path[i].endswith(", RZ") for i in writes]
-        assert zeros == [False] * stores + [True] * zeroed
-        assert all(path[i].startswith("@") for i in writes[stores:])
+        first = stores // share
+        assert zeros[:first] == [False] * first
+        assert zeros[first:] == [True] * (zeroed // share) or (
+            kernel.arch == "sm_100" and not zeros[first:]
+        )
+        assert all(path[i].startswith("@") for i in writes[first:])
         between = [cuda_code.opcode(line) for line in path[reads[0] : reads[-1] + 1]]
-        assert not [op for op in between if re.match(r"(LD|ST)G?\.", op) and ".128" not in op]
+        assert not [
+            op for op in between if re.match(r"(LD|ST)G?\.", op) and not op.endswith(("128", "256"))
+        ]
 
 
 @pytest.mark.parametrize(
@@ -214,8 +223,8 @@ def test_pairs_are_not_contracted(tmp_path, monkeypatch):
     The multiply-adds are 10 products, 3 changes of sign, and those of the root (2) and of the
     quotient (4).
     """
-    most = {"fp32 fp32 fp32": 27, "split16 bf16 bf16sr": 46, "split16 bf16 mx8": 62}
-    most |= {"split8 bf16 mx8": 64, "bf16sr bf16 mx4": 94}
+    most = {"fp32 fp32 fp32": 26, "split16 bf16 bf16sr": 46.5, "split16 bf16 mx8": 63}
+    most |= {"split8 bf16 mx8": 65, "bf16sr bf16 mx4": 89.5}
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,8 @@ from onepass.rules import HYPER_WIDTH, LAYOUT, RULES
 from . import cuda_shim
 from .cases import STEP_FORMATS, assert_same, make_params, same_bits, set_grads
 from .support.targets import STAND_IN, needs_stand_in
+from .support.thorough import thorough
+from .test_package import ROOT
 
 pytestmark = [needs_stand_in, pytest.mark.usefixtures("cuda_stand_in")]
 
@@ -96,6 +101,19 @@ def test_the_chunks_at_the_end_of_a_list_are_shorter(weights, states, chunk, res
             found.append(optimizer)
         assert cuda_shim.blocks() - before - 1 == expected, sizes  # without the block of advance
         assert_same(found[1], found[0])
+
+
+@thorough
+def test_accesses_of_32_bytes_give_the_same_bits():
+    """The stand-in with the layout of compute capability 10.0, where a vector has eight elements of
+    4 bytes instead of four."""
+    environ = {**os.environ, "ONEPASS_CUDA_DEFINES": "ONEPASS_WIDEST_ACCESS=32"}
+    environ.pop("ONEPASS_THOROUGH", None)  # compiles fewer kernels
+    for cases in ("AdamW(*) fp32+native grad fp32 *chunks", "AdamW(*) bf16+master *chunks"):
+        command = [sys.executable, "-m", "bench.digest", "--backends", "cuda", "--check"]
+        command += ["--cases", cases]
+        found = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,20 @@ namespace onepass::cuda {
 template <Format Param, Format Grad, Format Held>
 struct Fixed {
   static constexpr Format kParam = Param, kGrad = Grad, kHeld = Held;
-  // Elements of a vector access. It is at most 16 bytes of the widest tensor; with 4-byte elements
-  // a thread takes two vectors.
-  static constexpr bool kWide = bits_of(Param) == 32 || bits_of(Grad) == 32 ||
-                                bits_of(Held) == 32 || companion_bits_of(Param) == 32;
-  static constexpr int kVector = kWide ? 4 : 8;
   static constexpr bool kDraws = is_stochastic(Param) || is_stochastic(Held);
   using Math = Quick<Held == Format::kMx8 || Held == Format::kMx4>;
   static constexpr bool kMaps = Held == Format::kDynamic8;  // reads shared_map
   // A ring and the maps of dynamic8 would need more than 48 KiB of shared memory.
   static constexpr bool kRing = kTuning.ring > 0 && kHasBulkCopies && !kMaps;
   static constexpr bool kFetch = kTuning.prefetch && !kRing;
+  // Elements of a vector access. It is at most kWidestAccess bytes of the widest tensor, or 16
+  // bytes in the shared memory of a ring; with 4-byte elements in 16 bytes, a thread takes two
+  // vectors.
+  static constexpr bool kWide = bits_of(Param) == 32 || bits_of(Grad) == 32 ||
+                                bits_of(Held) == 32 || companion_bits_of(Param) == 32;
+  static constexpr int kVector = kWide && (kRing || kWidestAccess < 32) ? 4 : 8;
+  // The addresses of the tensors of a plain chunk (is_plain) are multiples of this.
+  static constexpr int kAlignment = kWide && kVector == 8 ? 32 : 16;
   static constexpr Shape kShape = shape_of(Param, Held);
   static constexpr int kThreads = kShape.threads;
 
@@ -47,7 +50,7 @@ struct Fixed {
 
 // Formats that each chunk stores.
 struct Any {
-  static constexpr int kVector = 4;
+  static constexpr int kVector = 4, kAlignment = 16;
   static constexpr bool kDraws = true;
   using Math = Careful;  // too few registers for eight elements in every format
   static constexpr bool kMaps = false;

@@ -110,6 +110,33 @@ struct Access<16> {
 #endif
   }
 };
+// In global memory of compute capability 10.0.
+template <>
+struct Access<32> {
+  template <bool Shared>
+  __device__ __forceinline__ static void load_from(const void* from, uint32_t* to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    asm volatile("ld.global.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]), "=r"(to[4]), "=r"(to[5]),
+                   "=r"(to[6]), "=r"(to[7])
+                 : "l"(from));
+#else
+    Access<16>::load_from<false>(from, to);
+    Access<16>::load_from<false>(static_cast<const char*>(from) + 16, to + 4);
+#endif
+  }
+  __device__ __forceinline__ static void store_global(const uint32_t* from, void* to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    asm volatile(
+        "st.global.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};" ::"l"(to), "r"(from[0]),
+        "r"(from[1]), "r"(from[2]), "r"(from[3]), "r"(from[4]), "r"(from[5]), "r"(from[6]),
+        "r"(from[7]));
+#else
+    Access<16>::store_global(from, to);
+    Access<16>::store_global(from + 4, static_cast<char*>(to) + 16);
+#endif
+  }
+};
 template <>
 struct Access<8> {
   template <bool Shared>
@@ -261,8 +288,8 @@ struct Codes {
   }
 
   // Loads the codes of the thread from their address. Full: every element of the warp is inside the
-  // chunk, and the address is a multiple of the bytes of a vector, or of 16. Shared: the address is
-  // in shared memory.
+  // chunk, and the address is a multiple of the bytes of an access. Shared: the address is in
+  // shared memory.
   template <bool Full, bool Shared = false>
   __device__ __forceinline__ static void load(const void* codes, const L& lanes, Raw& raw) {
     const char* from = global_unless<Shared>(static_cast<const char*>(codes));
@@ -270,7 +297,8 @@ struct Codes {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
         const char* at = from + v * L::kStretch * Bits / 8;
-        constexpr int kWidest = kBytes < 16 ? kBytes : 16;
+        constexpr int kMost = Shared ? 16 : kWidestAccess,
+                      kWidest = kBytes < kMost ? kBytes : kMost;
 #pragma unroll
         for (int part = 0; part < kBytes; part += kWidest)
           Access<kWidest>::template load_from<Shared>(at + part, raw + v * kWords + part / 4);
@@ -302,7 +330,7 @@ struct Codes {
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
         char* at = to + v * L::kStretch * Bits / 8;
-        constexpr int kWidest = kBytes < 16 ? kBytes : 16;
+        constexpr int kWidest = kBytes < kWidestAccess ? kBytes : kWidestAccess;
 #pragma unroll
         for (int part = 0; part < kBytes; part += kWidest)
           Access<kWidest>::store_global(raw + v * kWords + part / 4, at + part);

@@ -160,15 +160,15 @@ __device__ __forceinline__ bool sweep_warp(
   return true;
 }
 
-// Whether all tensors of a chunk start at multiples of 16 bytes, and no multiple of 2^32 is inside
-// them (offset_by).
+// Whether all tensors of a chunk start at multiples of the widest access, and no multiple of 2^32
+// is inside them (offset_by).
 template <class Formats, class Rules>
 __device__ __forceinline__ bool is_plain(const Rules& rules, const Chunk& chunk, const void* grad) {
   bool plain = true;
   uint32_t highest = 0;
   const auto add = [&](const void* start, bool aligned) {
     const uint32_t low = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(start));
-    plain = plain && (!aligned || low % 16 == 0);
+    plain = plain && (!aligned || low % Formats::kAlignment == 0);
     highest = max_u32(highest, low);
   };
   add(grad, true);

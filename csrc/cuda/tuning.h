@@ -75,6 +75,15 @@ constexpr bool kHasBulkCopies = false;
 constexpr bool kHasBulkCopies = true;
 #endif
 
+// Bytes of the widest access to global memory. The tests also compile the stand-in with 32.
+#if defined(ONEPASS_WIDEST_ACCESS)
+constexpr int kWidestAccess = ONEPASS_WIDEST_ACCESS;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kWidestAccess = 32;
+#else
+constexpr int kWidestAccess = 16;
+#endif
+
 constexpr int kWarp = 32;
 constexpr int kElements = 8;                      // elements that a thread holds at once
 constexpr int kWarpElements = kWarp * kElements;  // 256: every block of a format is in one warp
