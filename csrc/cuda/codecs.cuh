@@ -221,10 +221,11 @@ struct StateCodec {
   // first element behind the addresses of `base`. Near is that of offset_by.
   template <bool Near>
   __device__ __forceinline__ static Stored place(const Stored& base, int offset, const L& lanes) {
+    constexpr bool kNear = Near && !kDynamic;
     Stored at{C::template address<Near>(base.data, offset, lanes), nullptr};
     if (kScaled) {
       const unsigned block = static_cast<unsigned>(offset + lanes.at(0)) / kBlock;
-      at.extra = offset_by < Near && !kDynamic > (base.extra, block * sizeof(Scale));
+      at.extra = offset_by<kNear>(base.extra, block * sizeof(Scale));
     }
     return at;
   }
