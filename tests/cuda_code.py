@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -51,14 +52,15 @@ def main_path(kernel: Kernel) -> list[str]:
     the loop that writes the new codes: the way without optional work, because optional work runs
     between the vote and the writes.
     """
-    branches, vote = _branches(kernel), _vote(kernel)
+    branches, vote = branches_of(kernel), _vote(kernel)
     loops = [(to, i) for i, to in branches.items() if to < vote < i]
     # On sm_80, a loop ends with a branch that has no predicate.
     ends = [(to, i) for to, i in loops if kernel.instructions[i].startswith("@")]
     head, end = min(ends or loops)
     skipped = set(refill(kernel, head))
     places = [i for i in range(head, vote + 1) if i not in skipped]
-    return [kernel.instructions[i] for i in (*places, *_writing_way(kernel, vote + 1, end))]
+    way = writing_way(kernel, vote + 1, end, _writes_data)
+    return [kernel.instructions[i] for i in (*places, *way)]
 
 
 def refill(kernel: Kernel, head: int) -> range:
@@ -70,7 +72,7 @@ def refill(kernel: Kernel, head: int) -> range:
     copies = [i for i, op in enumerate(map(opcode, kernel.instructions)) if op.startswith("UBLKCP")]
     around = [
         range(i + 1, to)
-        for i, to in _branches(kernel).items()
+        for i, to in branches_of(kernel).items()
         if head < i < to < vote and any(i < copy < to for copy in copies)
     ]
     return max(around, key=len, default=range(0))
@@ -93,7 +95,7 @@ def first_use(path: list[str]) -> int:
     raise AssertionError("no instruction reads what a load wrote")
 
 
-def _branches(kernel: Kernel) -> dict[int, int]:
+def branches_of(kernel: Kernel) -> dict[int, int]:
     """Place of a branch -> place that it jumps to; an instruction has 16 bytes."""
     return {
         i: int(match[1], 16) // 16
@@ -102,18 +104,25 @@ def _branches(kernel: Kernel) -> dict[int, int]:
     }
 
 
-def _writing_way(kernel: Kernel, start: int, end: int) -> tuple[int, ...]:
-    """The places on the shortest way from one instruction to another that writes 16 bytes of data
-    or more per thread (zeros do not count)."""
-    branches, seen = _branches(kernel), set()
+def _writes_data(line: str) -> bool:
+    """Whether an instruction writes 16 bytes or more per thread that are not zeros."""
+    return is_wide(line, "STG") and not line.endswith(", RZ")
+
+
+def writing_way(
+    kernel: Kernel, start: int, end: int, writing: Callable[[str], bool]
+) -> tuple[int, ...]:
+    """The places on the shortest way from one instruction to another that passes an instruction
+    for which writing is true. A subroutine that is called in any case is not on it."""
+    branches, seen = branches_of(kernel), set()
     ways: list[tuple[int, bool, tuple[int, ...]]] = [(1, False, (start,))]
     while ways:
         length, writes, way = heapq.heappop(ways)
         place, line = way[-1], kernel.instructions[way[-1]]
-        writes = writes or (is_wide(line, "STG") and not line.endswith(", RZ"))
+        writes = writes or writing(line)
         if place == end and writes:
             return way
-        if place == end or (place, writes) in seen:
+        if place == end or (place, writes) in seen or line.startswith("CALL"):
             continue
         seen.add((place, writes))
         # A predicate is before the opcode, or one more after it. BRA.DIV has a condition too.
@@ -124,7 +133,7 @@ def _writing_way(kernel: Kernel, start: int, end: int) -> tuple[int, ...]:
         for next_place in (*nexts, *([] if target is None else [target])):
             if next_place < len(kernel.instructions):
                 heapq.heappush(ways, (length + 1, writes, (*way, next_place)))
-    raise AssertionError(f"{kernel.name}: no way from the vote to the end of the loop that writes")
+    raise AssertionError(f"{kernel.name}: no way from {start} to {end} that writes")
 
 
 def is_wide(line: str, kind: str) -> bool:
@@ -244,5 +253,10 @@ def _read(part: Path, found: dict[str, Kernel]) -> None:
         name, _, lines = section.partition(":\n")
         places = dict(re.findall(LABEL, lines, re.MULTILINE))
         lines = re.sub(r"`\((\.L_x_\d+)\)", partial(_address, places), lines)
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+([^/;]+);", lines, re.MULTILINE)
-        found[name].instructions = [line.strip() for line in code]
+        found[name].instructions = instructions_in(lines)
+
+
+def instructions_in(text: str) -> list[str]:
+    """The instructions in the output of nvdisasm or of cuobjdump --dump-sass."""
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+([^/;]+);", text, re.MULTILINE)
+    return [line.strip() for line in found]

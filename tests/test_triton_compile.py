@@ -72,11 +72,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_compiled(script: str, cache: Path, *arguments: str) -> str:
-    """Runs a script of this folder in a process that compiles kernels; returns its output."""
+    """Runs a module of this folder in a process that compiles kernels; returns its output."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(HERE / script), *arguments]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"tests.{script}", *arguments]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -105,7 +105,7 @@ def kernels(tmp_path_factory):
     ]
     left_out = filter(is_left_out, names)
     cache = HERE.parent / "build" / "tests" / "triton"
-    run_compiled("triton_compile.py", cache, str(folder), *left_out)
+    run_compiled("triton_compile", cache, str(folder), *left_out)
     return Kernels((path.stem, json.loads(path.read_text())) for path in folder.glob("*.json"))
 
 
@@ -379,6 +379,6 @@ def test_numbers_that_change_compile_nothing(tmp_path):
     """
     counts = [
         tuple(map(int, line.split()))
-        for line in run_compiled("triton_schedule.py", tmp_path).splitlines()
+        for line in run_compiled("triton_schedule", tmp_path).splitlines()
     ]
     assert counts == [(2, 100), (2, 118), (3, 124), (7, 139), (7, 149)]

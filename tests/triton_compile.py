@@ -1,6 +1,6 @@
 """Compiles kernels for targets that need not be present; run by test_triton_compile.py.
 
-    python tests/triton_compile.py FOLDER [KERNEL.TARGET ...]
+    python -m tests.triton_compile FOLDER [KERNEL.TARGET ...]
 
 The script compiles all kernels but those named, and writes one JSON file per kernel: the PTX or
 AMD assembly, the resources and, for NVIDIA, the machine code. It runs in its own process because a
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import triton
-from support.custom_rules import ADABELIEF
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from onepass.formats import NATIVE, STATE_FORMATS, WEIGHT_FORMATS
 from onepass.rules import MAX_STATES
@@ -30,6 +30,8 @@ from onepass.triton_kernels import norm, prologue, rules, sums
 from onepass.triton_kernels.sweep import sweep
 from onepass.triton_kernels.table import TUNING
 from onepass.triton_kernels.variants import Variant, Variants
+
+from .support.custom_rules import ADABELIEF
 
 RULES = {**BUILT_IN, ADABELIEF.name: ADABELIEF}
 TARGETS = {
@@ -40,7 +42,9 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FP32, BF16, _ = NATIVE.values()
-SPLIT16, SPLIT8 = (WEIGHT_FORMATS[name].codes[torch.bfloat16] for name in ("split16", "split8"))
+STOCHASTIC, SPLIT16, SPLIT8 = (
+    WEIGHT_FORMATS[name].codes[torch.bfloat16] for name in ("stochastic", "split16", "split8")
+)
 
 
 def variant(
@@ -85,7 +89,7 @@ KERNELS = {
     "adamw-mx8": (variant("adam", 1, BF16, BF16, "mx8"),),
     "adamw-mx8-split8": (variant("adam", 1, SPLIT8, BF16, "mx8"),),
     "adamw-mx8-fp32": (variant("adam", 1, FP32, FP32, "mx8"),),
-    "adamw-mx4": (variant("adam", 1, BF16, BF16, "mx4"),),
+    "adamw-mx4": (variant("adam", 1, STOCHASTIC, BF16, "mx4"),),
     "adamw-split16": (variant("adam", 1, SPLIT16, BF16, "bf16"),),
     "ema-fp32": (variant("adam", 1, FP32, FP32, "fp32", True),),
     "changes-fp32": (variant("adam", 1, FP32, FP32, "fp32", changed=True),),
@@ -176,6 +180,16 @@ SMALL = {
 SMALL_EVERYWHERE = ("norm", "norm-total", "telemetry-total", "judge", "advance-adam")
 
 
+class Driver:
+    """Names the target to kernels that depend on it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
 def compiled(
     function: Any, signature: dict[str, str], constants: dict[str, Any], target: GPUTarget
 ) -> dict[str, object]:
@@ -190,6 +204,7 @@ def compiled(
         options = prologue.OPTIONS
     if function in (norm.partial_norms, norm.total_norm):
         options = norm.OPTIONS
+    driver.set_active(Driver(target))
     kernel = triton.compile(source, target=target, options=options)
     found: dict[str, object] = {}
     if target.backend == "hip":
@@ -217,6 +232,20 @@ def compiled(
     return found
 
 
+def compiled_sweep(
+    variants: tuple[Variant, ...], target: GPUTarget, extras: bool = False
+) -> dict[str, object]:
+    """The sweep kernel of some variants.
+
+    Args:
+        extras: whether it zeroes the gradients and measures.
+    """
+    block = TUNING[target.warp_size].block
+    made = Variants(variants)
+    constants = {"VARIANTS": made, "BLOCK": block, "ZERO": extras, "MEASURED": extras}
+    return compiled(sweep, SWEEP, constants, target)
+
+
 def main(folder: Path, *left_out: str) -> None:
     """Compiles the kernels for every target and writes the files.
 
@@ -238,15 +267,7 @@ def main(folder: Path, *left_out: str) -> None:
         for kernel, variants in kernels.items():
             if f"{kernel}.{name}" in left_out:
                 continue
-            block = TUNING[target.warp_size].block
-            extras = kernel.startswith("extras-")
-            constants = {
-                "VARIANTS": Variants(variants),
-                "BLOCK": block,
-                "ZERO": extras,
-                "MEASURED": extras,
-            }
-            found[kernel] = compiled(sweep, SWEEP, constants, target)
+            found[kernel] = compiled_sweep(variants, target, extras=kernel.startswith("extras-"))
             found[kernel]["scalars"] = variants[0].scalars
         for kernel, what in found.items():
             (folder / f"{kernel}.{name}.json").write_text(json.dumps(what))
