@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .roots import in_range, over_normal, root_of
+
 MX_BLOCK = tl.constexpr(32)
 DYNAMIC_BLOCK = tl.constexpr(256)
 NOT_FINITE = tl.constexpr(255)  # the scale of a block that holds a NaN or an infinity
@@ -176,7 +178,7 @@ def decode_mx4_second(codes, scales, root, maps):
 
 @triton.jit
 def encode_mx4_second(values, random, root, maps):
-    bits = tl.sqrt_rn(values).to(tl.uint32, bitcast=True)
+    bits = root_of(values).to(tl.uint32, bitcast=True)
     largest = largest_of(bits, MX_BLOCK)
     fine = lowest_binade(largest, 2, 3, 54, 0)
     coarse = lowest_binade(largest, 1, 7, 54, 0) - _COARSE_BIAS
@@ -217,17 +219,17 @@ def decode_mx4_relative(codes, scales, root, maps):
 
 @triton.jit
 def encode_mx4_relative(values, random, root, maps):
-    bits = tl.div_rn(values, root).to(tl.uint32, bitcast=True)
+    bits = over_normal(values, root).to(tl.uint32, bitcast=True)
     magnitude = bits & _MAGNITUDE
     over = (magnitude > _RATIO_LIMIT) & (magnitude < _INFINITY)
     magnitude = tl.where(over, _RATIO_LIMIT, magnitude).to(tl.uint32)
     largest = largest_of(magnitude, MX_BLOCK)
     held = tl.maximum(largest, _LEAST_LARGEST).to(tl.float32, bitcast=True)
-    seventh = tl.div_rn(held, tl.full(held.shape, 7.0, tl.float32))
+    seventh = in_range(held, tl.full(held.shape, 7.0, tl.float32))
     upper = (seventh.to(tl.uint32, bitcast=True) + 0xFFFFF) >> 20
     scales = tl.where(largest >= _INFINITY, NOT_FINITE, upper - _LEAST_STEP).to(tl.uint32)
     step = ratio_step(scales)
-    per_step = each(tl.div_rn(tl.full(step.shape, 65536.0, tl.float32), step), MX_BLOCK)
+    per_step = each(in_range(tl.full(step.shape, 65536.0, tl.float32), step), MX_BLOCK)
     finite = each(scales, MX_BLOCK) != NOT_FINITE
     steps = tl.where(finite, magnitude.to(tl.float32, bitcast=True) * per_step, 0.0)
     code = (steps.to(tl.int32).to(tl.uint32, bitcast=True) + random) >> 16

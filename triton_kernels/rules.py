@@ -22,6 +22,8 @@ import triton.language as tl
 
 from onepass import rules as rule_table
 
+from .roots import over_root
+
 # Columns of the options table.
 DECOUPLED = tl.constexpr(rule_table.DECOUPLED)
 LR = tl.constexpr(rule_table.LR)
@@ -125,8 +127,7 @@ def adagrad(param, grad, states, h, FLAGS: tl.constexpr):
     if not DECOUPLED:
         grad = grad + weight_decay * param
     sum_ = states[0] + grad * grad
-    denom = tl.sqrt_rn(sum_ + eps) if EPS_IN_SQRT else tl.sqrt_rn(sum_) + eps
-    delta = lr * tl.div_rn(grad, denom)
+    delta = lr * over_root(grad, sum_, eps, FLAGS, EPS_IN_SQRT)
     if DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (sum_,)
@@ -155,8 +156,7 @@ def rmsprop(param, grad, states, h, FLAGS: tl.constexpr):
         grad_avg = alpha * grad_avg + one_minus_alpha * grad
         variance = square_avg - grad_avg * grad_avg
         variance = tl.where(variance < 0, 0.0, variance)
-    denom = tl.sqrt_rn(variance + eps) if EPS_IN_SQRT else tl.sqrt_rn(variance) + eps
-    direction = tl.div_rn(grad, denom)
+    direction = over_root(grad, variance, eps, FLAGS, EPS_IN_SQRT)
     if MOMENTUM:
         momentum_buffer = momentum * momentum_buffer + direction
         direction = momentum_buffer
@@ -187,8 +187,7 @@ def adam(param, grad, states, h, FLAGS: tl.constexpr):
     if AMSGRAD:
         max_exp_avg_sq = tl.where(max_exp_avg_sq >= exp_avg_sq, max_exp_avg_sq, exp_avg_sq)
         second = max_exp_avg_sq
-    denom = tl.sqrt_rn(second) + eps
-    delta = step_size * tl.div_rn(exp_avg, denom)
+    delta = step_size * over_root(exp_avg, second, eps, FLAGS)
     if CAUTIOUS:
         delta = cautious(delta, weight_decay * param, param)
     elif DECOUPLED:
@@ -216,8 +215,7 @@ def ademamix(param, grad, states, h, FLAGS: tl.constexpr):
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_slow = beta3 * exp_avg_slow + one_minus_beta3 * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
-    denom = tl.sqrt_rn(exp_avg_sq) + eps
-    delta = tl.div_rn(fast_size * exp_avg + slow_size * exp_avg_slow, denom)
+    delta = over_root(fast_size * exp_avg + slow_size * exp_avg_slow, exp_avg_sq, eps, FLAGS)
     if DECOUPLED:
         delta = delta + weight_decay * param
     return param - delta, (exp_avg, exp_avg_slow, exp_avg_sq)
@@ -295,8 +293,7 @@ def nadam(param, grad, states, h, FLAGS: tl.constexpr):
         grad = grad + weight_decay * param
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
-    denom = tl.sqrt_rn(exp_avg_sq) + eps
-    delta = tl.div_rn(grad_size * grad + avg_size * exp_avg, denom)
+    delta = over_root(grad_size * grad + avg_size * exp_avg, exp_avg_sq, eps, FLAGS)
     if CAUTIOUS:
         delta = cautious(delta, weight_decay * param, param)
     elif DECOUPLED:
@@ -336,8 +333,7 @@ def schedulefree(param, grad, states, h, FLAGS: tl.constexpr):
     if not DECOUPLED:
         grad = grad + weight_decay * param
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
-    denom = tl.sqrt_rn(exp_avg_sq) + eps
-    delta = step_size * tl.div_rn(grad, denom)
+    delta = step_size * over_root(grad, exp_avg_sq, eps, FLAGS)
     if DECOUPLED:
         delta = delta + weight_decay * param
     param = param - (scale * delta - share * (z - param))

@@ -173,7 +173,7 @@ def sweep_block(
                 states_at[slot], scales_at[slot], first, count, state_format(V, slot), BLOCK, FULL
             )
             states = states + (state_format(V, slot).decode(codes, extra, root, maps),)
-    param, states = V.update(before, h[0] * raw, states, h[1:], V.flags)
+    param, states = V.update(before, h[0] * raw, states, h[1:], V.update_flags)
     if V.ema:
         # The average takes the weight before it is rounded to its format.
         lanes = tl.arange(0, BLOCK)

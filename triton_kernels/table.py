@@ -8,10 +8,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 from .. import rules as rule_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+@triton.constexpr_function
+def on_nvidia():
+    """Whether the kernel is being compiled for an NVIDIA GPU."""
+    target = None if INTERPRETED else current_target()
+    return target is not None and target.backend == "cuda"
+
 
 # Columns of the chunk table, int64, with one row per chunk.
 PARAM = tl.constexpr(0)  # address of the chunk's first element

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 
 from onepass.numerics.random_bits import SHARED_WEIGHT_BITS, STATE_BITS, WEIGHT_BITS
-from onepass.rules import Rule
+from onepass.rules import RULES, Rule
 
 from ..formats import ABSENT
 from . import formats, rules
 from .formats import FORMATS, Format
+from .roots import SHARED_ROOT
 
 
 @dataclass(frozen=True, order=True)
@@ -105,6 +106,13 @@ class Variant:
             return None
         found = self.state_formats[slot]
         return slot if found is not None and found.root else None
+
+    @cached_property
+    def update_flags(self) -> int:
+        """The flags that the update function takes. A rule of the user gets its own flags only."""
+        built_in = RULES.get(self.rule.name) is self.rule
+        shared = built_in and self.root_slot is not None
+        return self.flags | (SHARED_ROOT.value if shared else 0)
 
     @cached_property
     def narrow(self) -> bool:
