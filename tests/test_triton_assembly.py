@@ -11,6 +11,7 @@ import pytest
 from .support import ptx
 
 roots = pytest.importorskip("onepass.triton_kernels.roots")
+packing = pytest.importorskip("onepass.triton_kernels.packing")
 
 PACK = roots.PACK.value
 LANES = 20_000
@@ -101,3 +102,21 @@ def test_quotients_of_numbers_in_range_are_correctly_rounded():
     x, d = numbers(5, least=95, most=130), numbers(6, least=95, most=130, signed=False)
     (found,), _ = ptx.run(roots.IN_RANGE.value, [x[0], d[0]], 1)
     assert_same([found], [floats(x)[0] / floats(d)[0]])
+
+
+def test_words_are_packed_and_unpacked():
+    low, high, *_ = words = numbers(7)
+    (pairs,), _ = ptx.run(packing.PAIR.value, [low, high], 1)
+    np.testing.assert_array_equal(pairs, low >> 16 | high & 0xFFFF0000)
+
+    found, _ = ptx.run(packing.UPPER_BYTES.value, [low], 4)
+    np.testing.assert_array_equal(found, [(low >> 8 * j & 255) << 24 for j in range(4)])
+
+    codes = [word & 0x7F for word in words]
+    finite = np.where(low & 1, np.uint32(0xFFFFFFFF), np.uint32(0xFF00FF00))  # one byte per code
+    for text, bits in ((packing.BYTES.value, []), (packing.SIGNED_BYTES.value, words)):
+        (packed,), _ = ptx.run(text, [*codes, *bits, finite], 1)
+        for j, code in enumerate(codes):
+            signed = code | (bits[j] >> 31 << 7 if bits else np.uint32(0))
+            expected = np.where(finite >> 8 * j & 255, signed, 4)
+            np.testing.assert_array_equal(packed >> 8 * j & 255, expected)

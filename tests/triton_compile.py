@@ -198,7 +198,7 @@ def compiled(
         function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
     )
     made = constants.get("VARIANTS")
-    kind = (made.narrow, made.small_recording) if made is not None else ()
+    kind = (made.limited, made.small_recording) if made is not None else ()
     options = TUNING[target.warp_size].options(*kind)
     if function in (prologue.judge, prologue.advance):
         options = prologue.OPTIONS

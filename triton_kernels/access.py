@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .blocks import each, pack, unpack
+from .packing import UPPER, pair_of
 from .table import THREADS
 
 
@@ -34,6 +35,36 @@ def store(address, first, lanes, count, stored, TYPE: tl.constexpr, FULL: tl.con
 
 
 @triton.jit
+def load_codes(address, first, count, TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Loads BLOCK codes. Those of 16 bits are in the upper halves of 32-bit words: from pairs of
+    codes, this takes one instruction per code."""
+    if TYPE.primitive_bitwidth != 16:
+        codes = load(address, first, tl.arange(0, BLOCK), count, TYPE, FULL)
+    elif FULL:
+        pairs = load(address, first // 2, tl.arange(0, BLOCK // 2), count, tl.uint32, FULL)
+        codes = tl.reshape(tl.join(pairs << 16, pairs & UPPER), (BLOCK,))
+    else:
+        codes = load(address, first, tl.arange(0, BLOCK), count, TYPE, FULL).to(tl.uint32) << 16
+    return codes
+
+
+@triton.jit
+def store_codes(
+    address, first, count, codes, TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
+):
+    """Stores BLOCK codes; the inverse of load_codes."""
+    if TYPE.primitive_bitwidth != 16:
+        store(address, first, tl.arange(0, BLOCK), count, codes, TYPE, FULL)
+    elif FULL:
+        even, odd = tl.split(tl.reshape(codes, (BLOCK // 2, 2)))
+        pairs = pair_of(even, odd)
+        store(address, first // 2, tl.arange(0, BLOCK // 2), count, pairs, tl.uint32, FULL)
+    else:
+        codes = (codes >> 16).to(TYPE)
+        store(address, first, tl.arange(0, BLOCK), count, codes, TYPE, FULL)
+
+
+@triton.jit
 def load_stored(
     at, extra_at, first, count, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
 ):
@@ -42,16 +73,15 @@ def load_stored(
     PACKED: tl.constexpr = FORMAT.packed
     EXTRA: tl.constexpr = FORMAT.extra
     SIZE: tl.constexpr = FORMAT.block
-    lanes = tl.arange(0, BLOCK // PACKED)
     limit = (count + (PACKED - 1)) // PACKED
-    codes = load(at, first // PACKED, lanes, limit, ELEMENT, FULL)
+    codes = load_codes(at, first // PACKED, limit, ELEMENT, BLOCK // PACKED, FULL)
     if PACKED == 2:
-        codes = unpack(codes)
+        codes = unpack(codes.to(tl.uint32))
     extra = codes
     if EXTRA is not None:
-        lanes = tl.arange(0, BLOCK // SIZE)
         limit = (count + (SIZE - 1)) // SIZE
-        extra = load(extra_at, first // SIZE, lanes, limit, EXTRA, FULL and SIZE == 1)
+        WHOLE: tl.constexpr = FULL and SIZE == 1
+        extra = load_codes(extra_at, first // SIZE, limit, EXTRA, BLOCK // SIZE, WHOLE)
     return codes, extra
 
 
@@ -82,15 +112,14 @@ def store_stored(
     if PACKED == 2:
         if not FULL:
             # An unused upper half of the last byte is zero.
-            codes = tl.where(first + tl.arange(0, BLOCK) < count, codes, 0).to(ELEMENT)
-        codes = pack(codes)
-    lanes = tl.arange(0, BLOCK // PACKED)
+            codes = tl.where(first + tl.arange(0, BLOCK) < count, codes, 0).to(tl.uint32)
+        codes = pack(codes).to(ELEMENT)
     limit = (count + (PACKED - 1)) // PACKED
-    store(at, first // PACKED, lanes, limit, codes, ELEMENT, FULL)
+    store_codes(at, first // PACKED, limit, codes, ELEMENT, BLOCK // PACKED, FULL)
     if SIZE > 1:
         store_scales(extra_at, first // SIZE, count, extra, EXTRA, SIZE)
     elif EXTRA is not None:
-        store(extra_at, first, lanes, count, extra, EXTRA, FULL)
+        store_codes(extra_at, first, count, extra, EXTRA, BLOCK, FULL)
 
 
 @triton.jit
@@ -102,19 +131,22 @@ def only_elements(values, first, count, FORMAT: tl.constexpr, FULL: tl.constexpr
 
 
 @triton.jit
-def record_changes(address, first, count, before, after, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def record_changes(
+    address, first, count, before, after, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
     """Sets the bits of the elements whose codes differ, in the record at an integer address.
 
     Args:
         address: the word of element 0.
         first: a multiple of 32; the block has elements first to first + BLOCK.
-        before, after: the codes of the block.
+        before, after: the codes of the block, as load_codes returns them.
+        TYPE: the type of a stored element.
     """
-    BITS: tl.constexpr = before.dtype.primitive_bitwidth
-    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     WORDS: tl.constexpr = BLOCK // 32
     PER: tl.constexpr = THREADS // WORDS
-    differ = before.to(INTEGER, bitcast=True) != after.to(INTEGER, bitcast=True)
+    different = before.to(tl.uint32, bitcast=True) ^ after.to(tl.uint32, bitcast=True)
+    differ = different > 0xFFFF if TYPE.primitive_bitwidth == 16 else different != 0
     lanes = tl.arange(0, BLOCK)
     if not FULL:
         # Past the end, the result of a rule may be nonzero although its inputs are zero.

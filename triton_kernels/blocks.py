@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .packing import code_bytes, signed_code_bytes, upper_bytes
 from .roots import in_range, over_normal, root_of
 
 MX_BLOCK = tl.constexpr(32)
@@ -20,6 +21,7 @@ NOT_FINITE = tl.constexpr(255)  # the scale of a block that holds a NaN or an in
 
 _INFINITY = tl.constexpr(0x7F800000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_SIGN = tl.constexpr(0x80000000)
 _ONE = tl.constexpr(0x3F800000)
 _FINE = tl.constexpr(132)  # scales of roots from here on select E2M2
 _COARSE_BIAS = tl.constexpr(53)  # E3M1: lowest exponent - scale
@@ -79,50 +81,38 @@ def round_up(bits, random, lowest, M: tl.constexpr):
 
 @triton.jit
 def finish(code, scales, M: tl.constexpr):
-    """Sets the codes of non-finite blocks, and converts codes and scales to bytes."""
+    """Sets the codes of non-finite blocks, and converts scales to bytes."""
     code = tl.where(each(scales, MX_BLOCK) == NOT_FINITE, 1 << (M - 1), code)
-    return code.to(tl.uint8), scales.to(tl.uint8)
+    return code.to(tl.uint32), scales.to(tl.uint8)
 
 
 @triton.jit
-def encode_unsigned(values, random, M: tl.constexpr, SPAN: tl.constexpr):
-    """Codes of values >= 0; only zero has code 0."""
-    bits = values.to(tl.uint32, bitcast=True)
-    scales = lowest_binade(largest_of(bits, MX_BLOCK), M, SPAN, 0, 0)
-    code = round_up(bits, random, each(scales << 23, MX_BLOCK), M)
-    # The minimum changes only the code of zero, because every other number has bits above its code.
-    # Negative bits occur only in blocks with a NaN.
-    code = tl.minimum(tl.maximum(code, 1), bits.to(tl.int32, bitcast=True))
-    return finish(code, scales, M)
+def finite_of(scales):
+    """For each element, whether its block is finite."""
+    return each(scales, MX_BLOCK) != NOT_FINITE
 
 
 @triton.jit
-def decode_unsigned(codes, scales, M: tl.constexpr):
-    bits = (codes.to(tl.uint32) << (23 - M)) + each(scales.to(tl.uint32) << 23, MX_BLOCK)
-    return tl.where(codes == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+def signed_scales(magnitude, M: tl.constexpr, SPAN: tl.constexpr):
+    return lowest_binade(largest_of(magnitude, MX_BLOCK), M, SPAN, 1, 1 << (23 - SPAN))
 
 
 @triton.jit
-def encode_signed(values, random, M: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
-    """Codes of values of any sign. WIDTH: bits of a code below its sign."""
-    bits = values.to(tl.uint32, bitcast=True)
-    magnitude = bits & _MAGNITUDE
-    scales = lowest_binade(largest_of(magnitude, MX_BLOCK), M, SPAN, 1, 1 << (23 - SPAN))
+def round_signed(magnitude, random, scales, M: tl.constexpr):
+    """Codes of magnitudes, without their signs."""
     lowest = each(scales << 23, MX_BLOCK)
     lifted = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
     code = round_up(lifted.to(tl.uint32, bitcast=True), random, lowest, M)
-    sign = (bits >> (31 - WIDTH)) & (1 << WIDTH)
-    return finish(code.to(tl.uint32, bitcast=True) | sign, scales, M)
+    return code.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def decode_signed(codes, scales, M: tl.constexpr, WIDTH: tl.constexpr):
-    code = codes.to(tl.uint32)
+def decode_signed(upper, scales, M: tl.constexpr, WIDTH: tl.constexpr):
+    """The values of codes in the upper bits of words. WIDTH: bits of a code below its sign."""
     lowest = each(scales.to(tl.uint32) << 23, MX_BLOCK)
-    lifted = ((code & ((1 << WIDTH) - 1)) << (23 - M)) + lowest
+    lifted = ((upper & _MAGNITUDE) >> (8 - WIDTH + M)) + lowest
     value = lifted.to(tl.float32, bitcast=True) - lowest.to(tl.float32, bitcast=True)
-    sign = (code << (31 - WIDTH)) & 0x80000000
-    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return (value.to(tl.uint32, bitcast=True) | (upper & _SIGN)).to(tl.float32, bitcast=True)
 
 
 # --- mx8: second moments in unsigned E5M3, first moments in signed E4M3 -----------------------
@@ -130,22 +120,36 @@ def decode_signed(codes, scales, M: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def decode_mx8_second(codes, scales, root, maps):
-    return decode_unsigned(codes, scales, 3)
+    upper = upper_bytes(codes)
+    bits = (upper >> 4) + each(scales.to(tl.uint32) << 23, MX_BLOCK)
+    return tl.where(upper == 0, 0, bits).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def encode_mx8_second(values, random, root, maps):
-    return encode_unsigned(values, random, 3, 31)
+    """Only zero has code 0."""
+    bits = values.to(tl.uint32, bitcast=True)
+    scales = lowest_binade(largest_of(bits, MX_BLOCK), 3, 31, 0, 0)
+    code = round_up(bits, random, each(scales << 23, MX_BLOCK), 3)
+    # The minimum changes only the code of zero, because every other number has bits above its code.
+    # Negative bits occur only in blocks with a NaN.
+    code = tl.minimum(tl.maximum(code, 1), bits.to(tl.int32, bitcast=True))
+    code = code.to(tl.uint32, bitcast=True)
+    return code_bytes(code, finite_of(scales)), scales.to(tl.uint8)
 
 
 @triton.jit
 def decode_mx8_first(codes, scales, root, maps):
-    return decode_signed(codes, scales, 3, 7)
+    return decode_signed(upper_bytes(codes), scales, 3, 7)
 
 
 @triton.jit
 def encode_mx8_first(values, random, root, maps):
-    return encode_signed(values, random, 3, 15, 7)
+    bits = values.to(tl.uint32, bitcast=True)
+    magnitude = bits & _MAGNITUDE
+    scales = signed_scales(magnitude, 3, 15)
+    code = round_signed(magnitude, random, scales, 3)
+    return signed_code_bytes(code, bits, finite_of(scales)), scales.to(tl.uint8)
 
 
 # --- mx4: square roots of second moments in unsigned E3M1 or E2M2 without a code for zero, relative
@@ -167,7 +171,7 @@ def root_unit(scales):
 def root_mx4(codes, scales):
     """The square roots of second moments."""
     lowest, dropped = root_unit(scales)
-    return ((codes.to(tl.uint32) << dropped) + lowest).to(tl.float32, bitcast=True)
+    return ((codes << dropped) + lowest).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -194,12 +198,16 @@ def encode_mx4_second(values, random, root, maps):
 
 @triton.jit
 def decode_mx4_first(codes, scales, root, maps):
-    return decode_signed(codes, scales, 1, 3)
+    return decode_signed(codes << 28, scales, 1, 3)
 
 
 @triton.jit
 def encode_mx4_first(values, random, root, maps):
-    return encode_signed(values, random, 1, 3, 3)
+    bits = values.to(tl.uint32, bitcast=True)
+    magnitude = bits & _MAGNITUDE
+    scales = signed_scales(magnitude, 1, 3)
+    code = round_signed(magnitude, random, scales, 1)
+    return finish(code | ((bits & _SIGN) >> 28), scales, 1)
 
 
 @triton.jit
@@ -211,9 +219,8 @@ def ratio_step(scales):
 
 @triton.jit
 def decode_mx4_relative(codes, scales, root, maps):
-    code = codes.to(tl.uint32)
-    value = (code & 7).to(tl.float32) * each(ratio_step(scales), MX_BLOCK)
-    sign = (code >> 3) << 31
+    value = (codes & 7).to(tl.float32) * each(ratio_step(scales), MX_BLOCK)
+    sign = (codes >> 3) << 31
     return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True) * root
 
 
@@ -238,16 +245,16 @@ def encode_mx4_relative(values, random, root, maps):
 
 @triton.jit
 def unpack(packed):
-    """Unpacks bytes into 4-bit codes; the lower half of a byte is the first code."""
+    """Unpacks words of two 4-bit codes; the lower one is the first."""
     COUNT: tl.constexpr = packed.shape[0] * 2
     return tl.reshape(tl.join(packed & 15, packed >> 4), (COUNT,))
 
 
 @triton.jit
 def pack(codes):
-    """Packs 4-bit codes into bytes; the inverse of unpack."""
-    BYTES: tl.constexpr = codes.shape[0] // 2
-    even, odd = tl.split(tl.reshape(codes, (BYTES, 2)))
+    """Packs 4-bit codes in pairs; the inverse of unpack."""
+    PAIRS: tl.constexpr = codes.shape[0] // 2
+    even, odd = tl.split(tl.reshape(codes, (PAIRS, 2)))
     return even | (odd << 4)
 
 

@@ -54,8 +54,9 @@ class Format:
     Attributes:
         name: name in error messages and in the names of compiled kernels.
         element: Triton type of a stored element.
-        decode: (stored elements, extra, root, maps) -> fp32 elements.
-        encode: (fp32 elements, random, root, maps) -> (stored elements, extra).
+        decode: (codes, extra, root, maps) -> fp32 elements. Codes of 16 bits are the upper halves
+            of 32-bit words, and so are companions.
+        encode: (fp32 elements, random, root, maps) -> (codes, extra).
         stochastic: whether encode reads random, 16 bits per element.
         extra: type of the second tensor (scales of blocks, or companions of weights); None if the
             format has none.

@@ -193,7 +193,9 @@ def sweep_block(
     codes, extra = PARAM.encode(param, bits_from(words, BITS), 0, maps)
     store_stored(param_at, companion_at, first, count, codes, extra, PARAM, BLOCK, FULL)
     if V.changed:
-        record_changes(changed_at, first, count, weight_codes, codes, BLOCK, FULL)
+        record_changes(
+            changed_at, first, count, weight_codes, codes, PARAM.element, BLOCK, FULL
+        )  # fmt: skip
     if ROOT is not None:
         root = store_state(at, states, words, root, first, count, maps, V, ROOT, BLOCK, FULL)
     for slot in tl.static_range(SLOTS):
@@ -341,7 +343,7 @@ def launch(
             BLOCK=tuned.block,
             ZERO=step.switches.zero_grads,
             MEASURED=telemetry is not None,
-            **tuned.options(variants.narrow, variants.small_recording),
+            **tuned.options(variants.limited, variants.small_recording),
         )
         if telemetry is not None:
             total_telemetry[(len(telemetry),)](

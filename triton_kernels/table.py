@@ -14,6 +14,7 @@ from .. import rules as rule_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+
 @triton.constexpr_function
 def on_nvidia():
     """Whether the kernel is being compiled for an NVIDIA GPU."""
@@ -46,20 +47,21 @@ class Tuning:
 
     A block has four elements per thread: one 16-byte access for fp32, and 8 bytes for 16-bit
     formats. With more elements, Triton would choose different layouts for stores of fp32 and of
-    narrower tensors, and convert between them through shared memory. Variants with 8-bit states
-    that write no fp32 take two blocks at once, so that an access to the codes has 8 bytes.
+    narrower tensors, and convert between them through shared memory. Variants that write no fp32
+    take two blocks at once, so that an access has 16 bytes for 16-bit formats, and 8 for codes of 8
+    bits. This also halves the instructions of the loop.
 
     A chunk is a multiple of the block and of the blocks of all formats, so that no two programs
     share a scale. With at most 128 registers per thread, two programs fit on an NVIDIA
-    multiprocessor; ptxas would use more registers for 8-bit states. (For AMD, Triton can limit
+    multiprocessor; ptxas would use more registers for eight elements. (For AMD, Triton can limit
     registers only by the number of waves; no limit is set.)
 
     Attributes:
         block: elements that a program takes at once.
         num_warps: warps per program.
         chunk: elements per chunk.
-        registers: the limit of registers per thread for states of 8 bits or fewer; None for no
-            limit.
+        registers: the limit of registers per thread for states of 8 bits or fewer and for eight
+            elements per thread; None for no limit.
         recording: the limit for small kernels that record changes (Variants.small_recording),
             which ptxas would give 96 registers: with 80, three programs fit on a multiprocessor.
     """
@@ -70,15 +72,15 @@ class Tuning:
     registers: int | None
     recording: int | None = None
 
-    def options(self, narrow: bool = False, small_recording: bool = False) -> dict[str, Any]:
+    def options(self, limited: bool = False, small_recording: bool = False) -> dict[str, Any]:
         """The compile options of a kernel.
 
         Args:
-            narrow: the states have 8 bits or fewer.
+            limited: see Variants.
             small_recording: see Variants.
         """
         found = {"num_warps": self.num_warps, "enable_fp_fusion": False, "sanitize_overflow": False}
-        limit = self.registers if narrow else self.recording if small_recording else None
+        limit = self.registers if limited else self.recording if small_recording else None
         return {**found, "maxnreg": limit} if limit else found
 
 

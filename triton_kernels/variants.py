@@ -124,7 +124,7 @@ class Variant:
         """The number of blocks that a program takes at once; see Tuning in table.py."""
         companions = [f.extra for f in self.written if f.block == 1]
         wide = tl.float32 in [*companions, *(f.element for f in self.written)]
-        return 2 if self.narrow and not wide and not self.ema else 1
+        return 1 if wide or self.ema else 2
 
     @cached_property
     def functions(self) -> list[Any]:
@@ -141,10 +141,12 @@ class Variants:
     def __init__(self, variants: tuple[Variant, ...]) -> None:
         self.variants = variants
         self.count = len(variants)
-        self.narrow = any(variant.narrow for variant in variants)
+        # Whether states have 8 bits or fewer, or a thread takes eight elements.
+        self.limited = any(variant.narrow or variant.blocks == 2 for variant in variants)
         # Whether changes are recorded, of weights without companions and with two states at most.
         self.small_recording = all(
-            v.changed and v.param_format.extra is None and len(v.written) <= 3 for v in variants
+            v.changed and v.blocks == 1 and v.param_format.extra is None and len(v.written) <= 3
+            for v in variants
         )
         self._hash = hash(variants)
 
