@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         "--quick", action="store_true", help="small sizes; write no file unless --out is given"
     )
     parser.add_argument(
-        "--cases", metavar="PATTERN", help="run the cases whose name contains or matches PATTERN"
+        "--cases",
+        metavar="PATTERN",
+        help="run the cases whose name contains or matches PATTERN, or one of several patterns, "
+        "separated by commas",
     )
     parser.add_argument(
         "--providers",

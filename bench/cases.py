@@ -100,9 +100,12 @@ CASES: dict[str, Callable[[bool], list[Case]]] = {"cpu": cpu_cases, "cuda": gpu_
 
 
 def select(cases: list[Case], pattern: str | None) -> list[Case]:
-    """The cases whose name contains the pattern, or matches it if it contains wildcards."""
+    """The cases whose name contains the pattern, or matches it if it contains wildcards; of several
+    patterns, separated by commas, any one."""
     if pattern is None:
         return cases
-    if not any(character in pattern for character in "*?["):
-        pattern = f"*{pattern}*"
-    return [case for case in cases if fnmatch(case.name, pattern)]
+    patterns = [
+        part if any(character in part for character in "*?[") else f"*{part}*"
+        for part in pattern.split(",")
+    ]
+    return [case for case in cases if any(fnmatch(case.name, part) for part in patterns)]

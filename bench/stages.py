@@ -55,6 +55,17 @@ def _tool(name: str, shows: str, seconds: int, command: str) -> Part:
 
 # The suite that runs on every target: hyperparameters, the parts of a sweep, whole steps.
 _STEP = "tests/test_prologue.py tests/test_sweep_extras.py tests/test_step.py"
+# The formats of the targets, on the large list.
+_FORMATS = ",".join(
+    f"adamw/{weights}/states-{states}/llama*"
+    for weights, states in (
+        ("fp32", "fp32"),
+        ("bf16-split16", "bf16"),
+        ("bf16-split16", "mx8"),
+        ("bf16-split8", "mx8"),
+        ("bf16-stochastic", "mx4"),
+    )
+)
 _QUICK = "--providers 'onepass-cpu,torch-fused' --cases 300x1 --quick --samples 2"
 
 STAGES = (
@@ -199,6 +210,15 @@ STAGES = (
         7,
         "triton",
         (
+            Part(
+                "triton-bench",
+                "time of five formats with the Triton kernels",
+                120,
+                "python -m bench --device cuda --missing --out {out} --providers onepass-triton "
+                f"--cases '{_FORMATS}'",
+                f"python -m bench --missing --out {{out}} {_QUICK}",
+                ("triton",),
+            ),
             Part(
                 "triton-digests",
                 "digests of steps with the Triton kernels; most of the time is compilation",

@@ -94,6 +94,7 @@ def test_parameter_lists_have_the_published_sizes():
 def test_case_names_are_unique_and_bars_name_cases():
     assert cases.select(cases.cpu_cases(), "lion")[0].rule == "lion"
     assert {c.rule for c in cases.select(cases.cpu_cases(), "sgd/*")} == {"sgd"}
+    assert {c.rule for c in cases.select(cases.cpu_cases(), "sgd/*,lion")} == {"sgd", "lion"}
     for device, (ours, table) in bars.BY_DEVICE.items():
         found = cases.CASES[device](False)
         assert len({case.name for case in found}) == len(found)
