@@ -89,6 +89,41 @@ def test_quotients_are_correctly_rounded(span):
     assert not exact.any() if span is not ANY else exact.any()
 
 
+def near_ties():
+    """Dividends and divisors below 2^16 whose quotients are as near to the middle of two floats as
+    those of fp32 numbers get."""
+    random = np.random.default_rng(10)
+    d = random.integers(1 << 22, 1 << 23, PACK * LANES) * 2 + 1
+    middle = np.array([pow(int(one), -1, 1 << 25) for one in d])
+    other = middle < 1 << 24
+    middle = np.where(other, (1 << 25) - middle, middle)
+    # The product is 1 more or less than a multiple of 2^25.
+    x = (middle * d + np.where(other, 1, -1)) >> 25
+    scaled = ((v * 2.0**-8).astype(np.float32) for v in (x, d))
+    return (list(v.view(np.uint32).reshape(PACK, LANES)) for v in scaled)
+
+
+def test_quotients_near_ties_are_correctly_rounded():
+    x, d = near_ties()
+    bound = alike(roots.MOST_DIVISOR.value)
+    for text, right in ((roots.QUOTIENT, True), (roots.BY_CODE, False)):
+        found, exact = ptx.run(text.value, [*x, *d, *bound], PACK)
+        assert not exact.any()
+        same = np.stack(found).view(np.float32) == np.stack(floats(x)) / np.stack(floats(d))
+        assert same.all() == right
+
+
+@pytest.mark.parametrize("span", [{"least": 26, "most": 145}, ANY], ids=str)
+def test_quotients_by_roots_of_mx4_are_correctly_rounded(span):
+    d = [bits & 0x7FE00000 for bits in numbers(8, least=54, most=145, signed=False)]
+    x = numbers(9, **span)
+    inputs = [*x, *d, *alike(roots.MOST_DIVISOR.value)]
+    found, exact = ptx.run(roots.BY_CODE.value, inputs, PACK)
+    with np.errstate(all="ignore"):
+        assert_same(found, [a / b for a, b in zip(floats(x), floats(d), strict=True)])
+    assert not exact.any() if span is not ANY else exact.any()
+
+
 def test_zeros_take_the_fused_operations():
     """Rows of an embedding without gradients have moments of zero."""
     zeros = [np.zeros(LANES, np.uint32)] * PACK

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .packing import code_bytes, signed_code_bytes, upper_bytes
-from .roots import in_range, over_normal, root_of
+from .roots import in_range, over_code, root_of
 
 MX_BLOCK = tl.constexpr(32)
 DYNAMIC_BLOCK = tl.constexpr(256)
@@ -226,7 +226,7 @@ def decode_mx4_relative(codes, scales, root, maps):
 
 @triton.jit
 def encode_mx4_relative(values, random, root, maps):
-    bits = over_normal(values, root).to(tl.uint32, bitcast=True)
+    bits = over_code(values, root).to(tl.uint32, bitcast=True)
     magnitude = bits & _MAGNITUDE
     over = (magnitude > _RATIO_LIMIT) & (magnitude < _INFINITY)
     magnitude = tl.where(over, _RATIO_LIMIT, magnitude).to(tl.uint32)

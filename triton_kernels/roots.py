@@ -43,18 +43,21 @@ neg.f32 t{j}, r{j};
 fma.rn.f32 t{j}, t{j}, r{j}, {s};
 fma.rn.f32 r{j}, t{j}, i{j}, r{j};
 """
-# The last two negations keep the sign of a dividend that is 0.
-_QUOTIENT = """
-rcp.approx.ftz.f32 i{j}, d{j};
+_INVERSE = "rcp.approx.ftz.f32 i{j}, d{j};\n"
+_NEWTON = """
 neg.f32 t{j}, d{j};
 fma.rn.f32 t{j}, t{j}, i{j}, 0f3F800000;
 fma.rn.f32 i{j}, i{j}, t{j}, i{j};
+"""
+# The last two negations keep the sign of a dividend that is 0.
+_PRODUCT = """
 mul.rn.f32 q{j}, {x}, i{j};
 neg.f32 t{j}, {x};
 fma.rn.f32 t{j}, d{j}, q{j}, t{j};
 neg.f32 t{j}, t{j};
 fma.rn.f32 q{j}, t{j}, i{j}, q{j};
 """
+_QUOTIENT = _INVERSE + _NEWTON + _PRODUCT
 _ADD_EPS = "add.rn.f32 d{j}, r{j}, {eps};\n"
 
 
@@ -125,14 +128,25 @@ ROOT = _assembly(
     _LARGEST,
     "r",
 )
-# Operands: the dividend, the divisor, the bound of the sum.
-QUOTIENT = _assembly(
-    _each("mov.f32 d{j}, {d};\n", d=2) + _each(_QUOTIENT, x=1),
-    _each("div.rn.f32 q{j}, {x}, d{j};\n", x=1),
-    _notes([1], [1, 2]),
-    f"${3 * PACK.value}",
-    "q",
-)
+
+
+def _division(operations: str) -> tl.constexpr:
+    """Operands: the dividend, the divisor, the bound of the sum."""
+    return _assembly(
+        _each("mov.f32 d{j}, {d};\n", d=2) + _each(operations, x=1),
+        _each("div.rn.f32 q{j}, {x}, d{j};\n", x=1),
+        _notes([1], [1, 2]),
+        f"${3 * PACK.value}",
+        "q",
+    )
+
+
+QUOTIENT = _division(_QUOTIENT)
+# For divisors with three significant bits: 2^e times 1, 1.25, 1.5 or 1.75. A quotient by such a
+# number is at least 1/14 of the distance of two floats away from the middle between them, because
+# 4, 5, 6 or 7 times the middle has 25 bits or more. The remainder is exact, so that an error of one
+# unit in the last place of the inverse moves the result by 2^-22 of that distance.
+BY_CODE = _division(_INVERSE + _PRODUCT)
 # Operands: the dividend, the radicand, eps, the bound of the sum.
 OVER_ROOT = _assembly(
     _each(_ROOT, s=2) + _each(_ADD_EPS, eps=3) + _each(_QUOTIENT, x=1),
@@ -161,18 +175,18 @@ def root_of(square):
 
 
 @triton.jit
-def divide(x, d, most):
+def divide(x, d, most, ASSEMBLY: tl.constexpr):
     """x / d on an NVIDIA GPU. The fused operations are used if the magnitudes of x and d have a sum
     of at most most, a scalar; d must then be at least 2^-100."""
     return tl.inline_asm_elementwise(
-        QUOTIENT, _THREE, [x, d, most], tl.float32, is_pure=True, pack=PACK
+        ASSEMBLY, _THREE, [x, d, most], tl.float32, is_pure=True, pack=PACK
     )
 
 
 @triton.jit
-def over_normal(x, d):
-    """x / d, for d >= 2^-100 or a NaN."""
-    return divide(x, d, MOST_DIVISOR) if on_nvidia() else tl.div_rn(x, d)
+def over_code(x, d):
+    """x / d, for d >= 2^-100 with three significant bits, or a NaN or infinity."""
+    return divide(x, d, MOST_DIVISOR, BY_CODE) if on_nvidia() else tl.div_rn(x, d)
 
 
 @triton.jit
@@ -199,7 +213,7 @@ def over_root(x, square, eps, FLAGS: tl.constexpr, IN_SQRT: tl.constexpr = False
         covered = (eps >= LEAST_EPS) & (eps <= MOST_EPS)
         if IN_SQRT or FLAGS & SHARED_ROOT:
             d = root_of(square + eps) if IN_SQRT else root_of(square) + eps
-            quotient = divide(x, d, tl.where(covered, MOST_DIVISOR, -1.0))
+            quotient = divide(x, d, tl.where(covered, MOST_DIVISOR, -1.0), QUOTIENT)
         else:
             most = tl.where(covered, MOST, -1.0)
             quotient = tl.inline_asm_elementwise(
