@@ -141,21 +141,29 @@ __device__ __forceinline__ bool sweep_warp(
   const bool right = !Math::kQuick || __all_sync(~0u, math.right());
   const bool zero_grads = tables.step.zero_grads;
   // One branch for both conditions, and stores of its own for the main path.
-  const auto store = [&](const Places& to) {
-    store_warp<Full>(rules, formats, to, zero_grads, lanes, loaded);
-  };
-  const auto in_chunk = [&](int position) {
-    const Memory<Rules, Formats> memory{rules, formats, chunk, grad_at, position};
-    return places_of<Full>(rules, formats, memory, lanes);
-  };
+  using InMemory = Memory<Rules, Formats>;
   if (Full && (right & (tables.extras == 0))) {
-    store(Source::kShared ? in_chunk(offset) : from);
+    if constexpr (Source::kShared) {
+      const InMemory memory{rules, formats, chunk, grad_at, offset};
+      const Places to = places_of<Full>(rules, formats, memory, lanes);
+      store_warp<Full>(rules, formats, to, zero_grads, lanes, loaded);
+    } else {
+      store_warp<Full>(rules, formats, from, zero_grads, lanes, loaded);
+    }
     return true;
   }
   if (!right) return false;
   const int hidden = Full ? hidden_from_compiler(offset) : offset;
   if (Full || tables.extras) finish_warp<Full>(formats, tables, chunk, grad_at, hidden, loaded);
-  store(in_chunk(hidden));
+  // The addresses are computed again, because keeping them would take registers. Kernels for every
+  // format have no limit of registers, but so much code that the compiler would not inline it.
+  if constexpr (std::is_same_v<Formats, Any>) {
+    store_warp<Full>(rules, formats, from, zero_grads, lanes, loaded);
+  } else {
+    const InMemory memory{rules, formats, chunk, grad_at, hidden};
+    const Places to = places_of<Full>(rules, formats, memory, lanes);
+    store_warp<Full>(rules, formats, to, zero_grads, lanes, loaded);
+  }
   if (Full) keep_apart();
   return true;
 }

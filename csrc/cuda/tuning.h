@@ -99,8 +99,9 @@ constexpr int resident_threads(Format weight, Format states) {
   const int companion = block_of(weight) > 1 ? 0 : static_cast<int>(extra_bytes_of(weight, 1) * 8);
   const bool fp16 = weight == Format::kFp16Stochastic || weight == Format::kMasterFp16;
   const bool ring = kTuning.ring > 0 && kHasBulkCopies;
-  const int fewer = ((mx8 && (companion == 8 || companion == 32)) || fp16) + (mx8 && fp16) +
-                    (mx8 && weight == Format::kFp16) + (ring && !mx8 && companion == 16);
+  const int fewer = (companion == 8 || (mx8 && companion == 32) || fp16) + (mx8 && fp16) +
+                    (weight == Format::kFp16 && (mx8 || states == Format::kBf16Stochastic)) +
+                    (ring && !mx8 && companion == 16);
   return 768 - 128 * fewer;
 }
 

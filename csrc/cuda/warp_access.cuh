@@ -92,6 +92,7 @@ __device__ __forceinline__ void fetch_warp(
   constexpr int kVector = Formats::kVector;
   using Sample = typename Rules::Sample;
   formats.param([&](auto format) {
+    if constexpr (!Sample::kReadsWeight) return;
     constexpr Format F = decltype(format)::value;
     constexpr int kCompanion = companion_bits_of(F);
     Codes<bits_of(F), kVector>::template fetch<Ahead>(from.param.data);

@@ -14,6 +14,7 @@ struct Muon : RuleDefaults {
   static constexpr int kStates = 1;
   static constexpr unsigned kSlots = 0b001;
   static constexpr unsigned kSecond = 0, kRelative = 0;  // kinds of its states
+  static constexpr bool kReadsWeight = false;
 
   // The order is that of Sgd::Hyper: the sweep after the products reads the first two.
   struct Hyper {

@@ -43,6 +43,8 @@ struct RuleDefaults {
   static constexpr uint32_t kReducedPrecision = 0;
   // States that are weights, which formats with blocks store in fp32 (StateFormat.for_weights).
   static constexpr unsigned kWeights = 0;
+  // Whether update reads the weight. If not, CUDA kernels do not prefetch it.
+  static constexpr bool kReadsWeight = true;
   // Whether these flags run only the kernels that serve all flags and formats: the fp32 loop of the
   // CPU, and the kernel of a rule that reads flags and formats from each chunk on CUDA.
   static constexpr bool kUncommon = false;
