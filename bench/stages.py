@@ -173,7 +173,7 @@ STAGES = (
         (
             Part(
                 "tuning",
-                "launch shape, chunk length, prefetch and ring for five formats",
+                "launch shape, chunk length, taper, prefetch and ring for five formats",
                 280,
                 "python -m bench.tuning --device cuda --out {out}",
                 "python -m bench.tuning --dry --out {out}",
