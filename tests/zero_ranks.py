@@ -60,8 +60,11 @@ def run(world, checks, directory, **arguments):
 
 def _rank(rank, world, checks, directory, arguments):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # A rank that dies from a signal writes its stack trace to this file.
-    faulthandler.enable(open(f"{directory}/fault{rank}", "w"))  # noqa: SIM115
+    # This file gets the stack trace of a rank that dies from a signal, and what C++ code prints to
+    # standard error before it aborts.
+    fault = open(f"{directory}/fault{rank}", "w")  # noqa: SIM115
+    os.dup2(fault.fileno(), 2)
+    faulthandler.enable(fault)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
