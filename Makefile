@@ -5,7 +5,7 @@
 #   CXX=...     the C++ compiler (default: the first of g++, c++, clang++)
 #   SANITIZE_SECONDS=...  duration of `make sanitize` in seconds (default 600)
 #   ONEPASS_CUDA_ARCH=...  architectures of the CUDA library (default 9.0; wheels have more)
-#   KERNELS=...  all: every CUDA kernel; sample: those whose machine code the tests read, in a quarter
+#   KERNELS=...  all: every CUDA kernel; sample: those whose machine code the tests read, in a third
 #                of the time. A GPU does not run a sample. Default: all if nvidia-smi lists a GPU.
 #   REPOSITORY=...  the address of the repository, for `make docs` and `make wheel` (default: git's remote origin)
 
@@ -23,6 +23,7 @@ SANITIZED := build/sanitize/onepass/libonepass_cpu.so
 SANITIZE_SECONDS ?= 600
 # With folders, because their modification times change when a file is added or removed.
 CSRC := $(shell find csrc)
+BUILD_INPUTS := setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
 CXX_FILES := $(shell find csrc -name generated -prune -o \( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) -print)
 
 # make sets CXX to g++ by default, even if there is no g++. Export CXX only if the user set it;
@@ -149,12 +150,12 @@ $(SANITIZED): $(VENV)/.built
 
 # Without a compiler, .library is not touched, so that the next call tries again. --no-deps, because
 # the dependencies may be in the middle of their installation (.built).
-$(VENV)/.library: $(VENV)/.torch setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
+$(VENV)/.library: $(VENV)/.torch $(BUILD_INPUTS)
 	@rm -f $(LIBRARY) $(CUDA_LIBRARY)
 	ONEPASS_CUDA_KERNELS=$(KERNELS) $(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@if test -f $(LIBRARY); then touch $@; else echo "make: no C++ compiler found (g++, c++ or clang++): only the slow reference backend is available"; fi
 
 # Two jobs, because pip uses one core and waits for the network while the compilers run.
-$(VENV)/.built: requirements/build.txt requirements/dev.txt setup.py pyproject.toml python/onepass/rules/limits.py $(CSRC)
+$(VENV)/.built: requirements/build.txt requirements/dev.txt $(BUILD_INPUTS)
 	@$(MAKE) --no-print-directory --jobs=2 KERNELS=$(KERNELS) $(VENV)/.tools $(VENV)/.library
 	@if test -f $(VENV)/.library; then touch $@; fi

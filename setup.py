@@ -9,7 +9,7 @@ TORCH_CUDA_ARCH_LIST, lists the architectures, for example "9.0". The default is
 "8.0;9.0;10.0+PTX".
 
 ONEPASS_CUDA_KERNELS=sample compiles only the CUDA kernels whose machine code the tests read, in a
-quarter of the time. A GPU does not run such a library; the default is "all".
+third of the time. A GPU does not run such a library; the default is "all".
 
 ONEPASS_CUDA_DEFINES="ONEPASS_TUNING ONEPASS_THREADS=256" builds only the CUDA library, with these
 macros defined: a variant of csrc/cuda/tuning.h, for `python -m bench.tuning --build`.
@@ -248,6 +248,8 @@ class BuildLibrary(build_ext):
     def plan_cuda(self, ext: Extension) -> Plan | None:
         """The compiler calls of the CUDA library; None without a toolkit, unless ONEPASS_CUDA=1."""
         wanted = os.environ.get("ONEPASS_CUDA", "")
+        if CUDA_KERNELS not in ("all", "sample"):
+            sys.exit(f"onepass: ONEPASS_CUDA_KERNELS must be all or sample; got {CUDA_KERNELS!r}")
         compiler = find_compiler()
         nvcc, missing = find_nvcc()
         if wanted == "0":
@@ -267,8 +269,6 @@ class BuildLibrary(build_ext):
         torch_root = find_torch()
         listed = os.environ.get("ONEPASS_CUDA_ARCH") or os.environ.get("TORCH_CUDA_ARCH_LIST")
         host = [nvcc, f"-ccbin={compiler}", *CUDA_DEFINES]
-        if CUDA_KERNELS not in ("all", "sample"):
-            sys.exit(f"onepass: ONEPASS_CUDA_KERNELS must be all or sample; got {CUDA_KERNELS!r}")
         host += ["-DONEPASS_SAMPLE_KERNELS"] * (CUDA_KERNELS == "sample")
         device = [*CUDA_FLAGS, *architecture_flags(listed or CUDA_ARCHITECTURES)]
         include = f"-isystem={torch_root / 'include'}"

@@ -94,6 +94,12 @@ def test_build_without_a_toolkit_that_was_asked_for_fails(tmp_path):
     assert libraries(tmp_path) == []
 
 
+def test_build_with_an_unknown_choice_of_kernels_fails(tmp_path):
+    result = build(tmp_path, ONEPASS_CUDA_KERNELS="some")
+    assert result.returncode != 0
+    assert "ONEPASS_CUDA_KERNELS must be all or sample; got 'some'" in result.stderr
+
+
 def test_architectures_of_the_cuda_library():
     code = "import runpy, sys; sys.argv = ['setup.py', '--version']; "
     code += "print(*runpy.run_path('setup.py')['architecture_flags'](sys.stdin.read()))"

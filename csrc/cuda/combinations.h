@@ -34,7 +34,7 @@ constexpr bool is_tuned(Format weight, Format states) {
 }
 
 // A sample of the kernels, for machines that compile the library but have no GPU: those whose
-// machine code the tests read. It compiles in a quarter of the time. Only AdamW has a kernel for
+// machine code the tests read. It compiles in a third of the time. Only AdamW has a kernel for
 // lists that mix flags and formats, so Python refuses such a library (cuda_refusal in
 // device_ops.cpp).
 #if defined(ONEPASS_SAMPLE_KERNELS)
